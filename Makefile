@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test slow lint host benchmark clean
+
+train: $(VENV)/ready            ## train on the embedded LLM with the defaults, about 6 minutes on 2 cores
+	$(RUN) train.py
+
+test: $(VENV)/ready             ## the fast test suite
+	$(RUN) -m pytest -q -m "not slow"
+
+slow: $(VENV)/ready             ## the slow checks
+	$(RUN) -m pytest -q -m slow
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+
+host: $(VENV)/ready             ## pretrain the embedded LLM anew, about 30 minutes on 2 cores
+	$(RUN) scripts/pretrain_host.py
+
+# torch comes first and pinned, so that no other requirement pulls another build of it.
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,158 @@
+"""From `Example`s to token batches: the prompt's format, and `Batch` with prompts left-padded, targets right-padded.
+
+Prompts are padded on the left so that every prompt ends in the same column, and are joined to their targets after padding:
+no pad ever stands between a prompt and its answer. Shapes: B batch, S prompt tokens, T target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reasoning_gym_wrapper import Example
+
+IGNORE = -100
+PLAIN_CUE = "\nAnswer:"
+_MARK = "QUESTION-GOES-HERE"
+
+
+@dataclass
+class Batch:
+    """Token batch of B examples; every mask is int64 0/1, as transformers expects."""
+
+    prompt_ids: Tensor  # (B, S) left-padded
+    prompt_mask: Tensor  # (B, S)
+    target_ids: Tensor  # (B, T) right-padded
+    labels: Tensor  # (B, T) target ids, IGNORE at pads; targets[:, t] is predicted at column S - 1 + t
+    examples: list[Example]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, S + T)"""
+        return torch.cat([self.prompt_ids, self.target_ids], dim=1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, S + T)"""
+        return torch.cat([self.prompt_mask, (self.labels != IGNORE).to(self.prompt_mask.dtype)], dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = (self.prompt_ids, self.prompt_mask, self.target_ids, self.labels)
+        return Batch(*(tensor.to(device) for tensor in tensors), self.examples)
+
+
+class PromptFormat:
+    """Renders questions and targets for one tokenizer.
+
+    `auto` uses the tokenizer's chat template where it has one, else plain text `question\\nAnswer:` with the target after
+    a space. The sentinel, where given, ends every target before the end-of-sequence token.
+
+    Raises:
+        ValueError: `chat` without a chat template; a tokenizer without an end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        style: str = "auto",
+        system_header: str | None = None,
+        sentinel: str | None = None,
+        max_seq_len: int = 512,
+    ):
+        if style == "chat" and not tokenizer.chat_template:
+            raise ValueError("--prompt_style chat needs a chat template, this tokenizer has none: use auto or plain")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end: choose another model")
+        self.tokenizer, self.sentinel, self.max_seq_len = tokenizer, sentinel, max_seq_len
+        self.chat = bool(tokenizer.chat_template) if style == "auto" else style == "chat"
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.prefix, self.suffix = self._chat_frame(system_header) if self.chat else self._plain_frame(system_header)
+
+    def _plain_frame(self, header: str | None) -> tuple[str, str]:
+        return (f"{header}\n" if header else "", PLAIN_CUE)
+
+    def _chat_frame(self, header: str | None) -> tuple[str, str]:
+        """The template's text before and after a question, rendered once: templates are slow, questions are many."""
+        turns = [{"role": "user", "content": _MARK}]
+        if header:
+            turns.insert(0, {"role": "system", "content": header})
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates are foreign code: a role they refuse raises TemplateError and the like
+            raise ValueError(f"the tokenizer's chat template failed ({error}): try --prompt_style plain") from error
+        if text.count(_MARK) != 1:
+            raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
+        prefix, suffix = text.split(_MARK)
+        return prefix, suffix
+
+    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each rendered prompt."""
+        texts = [self.prefix + question.strip() + self.suffix for question in questions]
+        ids = self.tokenizer(texts, add_special_tokens=not self.chat, return_attention_mask=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id  # some tokenizers close plain text with it, a prompt must stay open
+        return [row[:-1] if row and row[-1] == eos and not self.suffix.endswith(self.tokenizer.eos_token) else row
+                for row in ids]
+
+    def targets(self, targets: Sequence[str]) -> list[list[int]]:
+        """Token ids of each target: the answer alone, the sentinel if any, end of sequence."""
+        lead = "" if self.chat else " "
+        texts = [lead + target + (self.sentinel or "") for target in targets]
+        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] for row in ids]
+
+    def answer_text(self, ids: Tensor) -> tuple[str, bool]:
+        """(answer, finished) of generated ids (N,): cut at end of sequence and at the sentinel, which no verifier sees."""
+        row = ids.tolist()
+        finished = self.tokenizer.eos_token_id in row
+        if finished:
+            row = row[: row.index(self.tokenizer.eos_token_id)]
+        text = self.tokenizer.decode(row, skip_special_tokens=True)
+        if self.sentinel and self.sentinel in text:
+            return text.split(self.sentinel)[0].strip(), True
+        return text.strip(), finished
+
+    def lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Tokens of prompt and target together, per example; an absent gold target counts 0."""
+        prompts = self.prompts([example.question for example in examples])
+        targets = self.targets([example.target or "" for example in examples])
+        return [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
+
+    def fitting(self, examples: Sequence[Example], overlong: str, what: str) -> list[Example]:
+        """The examples within max_seq_len.
+
+        Raises:
+            ValueError: with `overlong="error"` when some are longer, or when none is left.
+        """
+        lengths = self.lengths(examples)
+        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= self.max_seq_len]
+        dropped = len(examples) - len(kept)
+        if dropped and (overlong == "error" or not kept):
+            raise ValueError(
+                f"{dropped} of {len(examples)} {what} examples are longer than --max_seq_len {self.max_seq_len} tokens "
+                f"(the longest has {max(lengths)}): raise it, or leave them out with --overlong drop"
+            )
+        return kept
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """The padded batch of these examples, in their order. Targets that are None count as empty answers."""
+        prompts = self.prompts([example.question for example in examples])
+        targets = self.targets([example.target or "" for example in examples])
+        prompt_ids, prompt_mask = pad(prompts, self.pad_id, "left")
+        target_ids, target_mask = pad(targets, self.pad_id, "right")
+        labels = target_ids.masked_fill(target_mask == 0, IGNORE)
+        return Batch(prompt_ids, prompt_mask, target_ids, labels, list(examples))
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, longest) int64, padded with `value` on `side`."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), value, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, (out, seen) in zip(rows, zip(ids, mask, strict=True), strict=True):
+        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        out[place] = torch.tensor(row, dtype=torch.int64)
+        seen[place] = 1
+    return ids, mask

@@ -1,0 +1,449 @@
+"""Checkpoints: written whole or not at all, verified when read, rotated, found again on resume. No pickle anywhere.
+
+A checkpoint is a folder `<run>/checkpoints/step-00001234/` holding safetensors files, text documents and, written last,
+`manifest.json` with the size and sha256 of every other file. Tensors travel as flat dicts {name: tensor}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import safetensors.torch
+import torch
+from torch import Tensor
+
+FORMAT, VERSION = "hrm-checkpoint", 1
+MANIFEST, BEST, FOLDER = "manifest.json", "best.json", "checkpoints"
+UNVERIFIED = ("README.md",)  # for people: editing the model card must not make a checkpoint unreadable
+STEP_NAME = re.compile(r"step-(\d+)")
+LEFTOVER_NAME = re.compile(r"\.(tmp|old)-(.+)-(\d+)")
+HOW_NOT_WHAT = ("params", "foreach", "fused", "capturable", "differentiable")  # belong to the machine, not to the run
+EARLIER = "resume from an earlier checkpoint or copy this one again"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, read or found; one line for the user."""
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint folder holds: tensors by file stem, then by name (any shape, CPU); documents by file name."""
+
+    folder: Path
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    documents: dict[str, str] = field(default_factory=dict)
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` belongs: `<run>/checkpoints/step-00001234`."""
+    return Path(run) / FOLDER / f"step-{step:08d}"
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def _no_write(what: Path, error: OSError, needed: int = 0) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(next(place for place in what.absolute().parents if place.exists())).free
+        return CheckpointError(f"cannot write {what}: the disk is full: {needed / 1e6:.3f} MB needed, "
+                               f"{free / 1e6:.3f} MB free; free some space or choose another --save_dir")
+    return CheckpointError(f"cannot write {what}: {_reason(error)}; choose a --save_dir that can be written")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text` so that a crash leaves the old content or the new. Raises CheckpointError."""
+    path = Path(os.path.realpath(path))  # a link stays a link: its target is replaced
+    content, temporary = text.encode(), path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        _write_file(temporary, content)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _no_write(path, error, len(content)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def disk_check(folder: Path) -> None:
+    """Raises CheckpointError when `folder` cannot be created or written. Leaves nothing behind, either way."""
+    folder = Path(folder).absolute()
+    probe = folder / f".tmp-disk_check-{os.getpid()}"
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_file(probe, b"can this folder be written?\n" * 128)
+    except OSError as error:
+        raise _no_write(folder, error, 4096) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+            for place in missing:  # deepest first; rmdir removes empty folders only, so nobody's file can be lost
+                place.rmdir()
+
+
+def _fill(temporary: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, str]) -> None:
+    files: dict[str, dict[str, Any]] = {}
+    names = [f"{stem}.safetensors" for stem in tensors] + list(documents)
+    clash = len({*names, MANIFEST}) <= len(names)
+    assert not clash and all(name == Path(name).name for name in names), f"plain, distinct names only: {names}"
+    for name in names:
+        # a clone of its own for each name: safetensors refuses tensors that share memory or have holes
+        plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.get(Path(name).stem, {}).items()}
+        content = (documents[name].encode() if name in documents
+                   else safetensors.torch.save(plain, metadata={"format": "pt"}))
+        _write_file(temporary / name, content)
+        files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest = {"format": FORMAT, "version": VERSION, "files": files}
+    _write_file(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    _sync_folder(temporary)
+
+
+def _swap_in(temporary: Path, folder: Path) -> None:
+    """Renames `temporary` to `folder`; an existing folder steps aside first and comes back if that fails."""
+    aside = folder.with_name(f".old-{folder.name}-{os.getpid()}")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    finally:
+        if aside.exists() and not folder.exists():
+            os.rename(aside, folder)
+    _sync_folder(folder.parent)
+    _sync_folder(folder.parent.parent)  # `checkpoints` itself may be new
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, str]) -> Path:
+    """Writes a checkpoint whole or not at all; an existing `folder` is replaced and survives a failure.
+
+    `tensors` maps file stem -> {name: tensor of any shape, dtype and device}, `documents` maps file name -> text.
+    Returns `folder`. Raises CheckpointError when the disk refuses, after removing what was begun.
+    """
+    folder = Path(folder).absolute()
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a dead run that had our process number
+        temporary.mkdir(parents=True)
+        _fill(temporary, tensors, documents)
+        _swap_in(temporary, folder)
+    except OSError as error:
+        needed = sum(t.nbytes for group in tensors.values() for t in group.values())
+        shutil.rmtree(temporary, ignore_errors=True)  # before free space is measured for the message
+        raise _no_write(folder, error, needed + sum(map(len, documents.values()))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """{file name: {"sha256": hex, "bytes": int}} of a checkpoint folder. Raises CheckpointError."""
+    path = folder / MANIFEST
+    if not path.exists():
+        what = f"has no {MANIFEST}, so is no checkpoint of ours" if folder.is_dir() else "is no checkpoint folder"
+        raise CheckpointError(f"{folder} {what}; give the path of a step-NNNNNNNN folder written by train.py")
+    try:
+        manifest = json.loads(path.read_bytes())
+        found = (manifest["format"], manifest["version"])
+        # .name: a forged manifest must not reach outside its folder
+        files = {Path(name).name: {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
+                 for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {_reason(error)}); {EARLIER}") from error
+    if found != (FORMAT, VERSION):
+        raise CheckpointError(f"{folder} has format {found[0]} version {found[1]}, this program reads {FORMAT} version "
+                              f"{VERSION}; use the release that wrote it")
+    return files
+
+
+def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint file {path} is missing; {EARLIER}")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            state = "truncated" if size < expected["bytes"] else "too long"
+            raise CheckpointError(f"{path} is {state}: {size} bytes, expected {expected['bytes']}; {EARLIER}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {_reason(error)}; check its permissions") from error
+    if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+        raise CheckpointError(f"{path} is damaged or was edited: its sha256 differs from {MANIFEST}; {EARLIER}")
+    return content
+
+
+def read_checkpoint(folder: Path, stems: Sequence[str] | None = None) -> Checkpoint:
+    """Reads and verifies a checkpoint; all tensors on the CPU.
+
+    `stems` limits which tensor files are read, hashed and required, and makes the document paired with a skipped one
+    (`training_state.json`) optional. Raises CheckpointError for a missing, truncated, altered or foreign checkpoint.
+    """
+    folder = Path(folder)
+    files, result = _read_manifest(folder), Checkpoint(folder)
+    missing = [stem for stem in stems or () if f"{stem}.safetensors" not in files]
+    if missing:
+        raise CheckpointError(f"{folder} has no {missing[0]}.safetensors, only {', '.join(files)}; give another")
+    stored = {Path(name).stem for name in files if name.endswith(".safetensors")}
+    skipped = stored - set(stored if stems is None else stems)
+    for name, expected in files.items():
+        path, is_tensors = folder / name, name.endswith(".safetensors")
+        if path.stem in skipped and (is_tensors or not path.exists()):
+            continue
+        if name in UNVERIFIED:
+            result.documents[name] = path.read_text(errors="replace") if path.is_file() else ""
+            continue
+        content = _read_verified(path, expected)
+        if is_tensors:
+            result.tensors[path.stem] = safetensors.torch.load(content)
+        else:
+            result.documents[name] = content.decode()
+    return result
+
+
+def _defect(folder: Path) -> str | None:
+    """What makes a checkpoint unusable as far as names and sizes tell, or None. Hashes nothing."""
+    try:
+        files = _read_manifest(folder)
+    except CheckpointError as error:
+        return str(error)
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
+    wrong = [name for name in files if name not in UNVERIFIED and sizes[name] != files[name]["bytes"]]
+    return f"{wrong[0]} is missing or has another size" if wrong else None
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """All `step-NNN` folders of a run, complete or not, lowest step first."""
+    place = Path(run) / FOLDER
+    found = [f for f in place.iterdir() if STEP_NAME.fullmatch(f.name) and f.is_dir()] if place.is_dir() else []
+    return sorted(found, key=lambda f: (int(f.name.removeprefix("step-")), f.name))
+
+
+def _tidy(run: Path, delete: bool) -> None:
+    """Puts back a checkpoint that was being replaced when its run died; `delete`s whatever else dead runs left."""
+    place = Path(run) / FOLDER
+    for path in list(place.iterdir()) if place.is_dir() else []:
+        match = LEFTOVER_NAME.fullmatch(path.name)
+        with contextlib.suppress(FileNotFoundError):
+            # this process writes and tidies in turn, so what bears its own number is a dead run's
+            if not match or (int(match[3]) != os.getpid() and psutil.pid_exists(int(match[3]))):
+                continue
+            target = path.with_name(match[2])
+            if match[1] == "old" and not target.exists() and _defect(path) is None:
+                os.rename(path, target)
+            elif delete:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _whole(run: Path) -> list[Path]:
+    return [folder for folder in checkpoint_folders(run) if _defect(folder) is None]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None. Temporary and incomplete folders do not count."""
+    with contextlib.suppress(OSError):  # putting back needs write access, looking does not
+        _tidy(run, delete=False)  # a reader on another machine cannot tell whether the writer lives
+    return next(iter(reversed(_whole(run))), None)
+
+
+def rotate(run: Path, limit: int, keep: Collection[Path] = ()) -> list[Path]:
+    """Keeps the newest `limit` complete checkpoints (0 = all), all in `keep` and the marked best; returns the removed.
+
+    Folders that are not whole checkpoints are left for the user to judge. Raises CheckpointError.
+    """
+    if limit < 0:
+        raise CheckpointError(f"checkpoint_limit is {limit}, expected 0 (keep all) or more; give --checkpoint_limit 3")
+    kept = {Path(folder).resolve() for folder in (*keep, *(best_checkpoint(run) or ())[:1])}
+    removed = [f for f in _whole(run)[:-limit] if f.resolve() not in kept] if limit else []
+    try:
+        _tidy(run, delete=True)
+        for folder in removed:  # renamed first: a deletion cut short must not leave half a checkpoint under its name
+            doomed = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise CheckpointError(f"cannot remove old checkpoints of {run}: {_reason(error)}; do it by hand") from error
+    return removed
+
+
+def mark_best(run: Path, folder: Path, metric: str, value: float) -> None:
+    """Records `folder`, a checkpoint of `run`, as its best by `metric`. Raises CheckpointError."""
+    if not math.isfinite(value):
+        raise CheckpointError(f"{metric} is {value}, which cannot be a best value; evaluate again")
+    record = json.dumps({"checkpoint": Path(folder).name, "metric": metric, "value": float(value)})
+    atomic_write_text(Path(run) / BEST, record + "\n")
+
+
+def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
+    """(folder, metric, value) of the marked best, or None if there is none any more. Raises CheckpointError."""
+    path = Path(run) / BEST
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        name, metric, value = str(record["checkpoint"]), str(record["metric"]), float(record["value"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({_reason(error)}); remove it, evaluation rewrites it") from error
+    folder = Path(run) / FOLDER / name
+    return (folder, metric, value) if STEP_NAME.fullmatch(name) and folder.is_dir() else None
+
+
+def resolve_resume(text: str, save_dir: Path) -> Path:
+    """The checkpoint folder meant by `--resume TEXT`: a checkpoint, a run, its `checkpoints` folder, or 'auto'.
+
+    A run or `checkpoints` folder stands for its newest whole checkpoint, 'auto' for the one written last in any run
+    of `save_dir`. A name that is no path is looked up in `save_dir`. Raises CheckpointError.
+    """
+    save_dir = Path(save_dir)
+    runs = [place.parent for place in sorted(save_dir.glob(f"*/{FOLDER}"))]
+    if text == "auto":
+        whole = [folder for run in runs if newest_checkpoint(run) for folder in _whole(run)]
+        if not whole:
+            raise CheckpointError(f"--resume auto: no whole checkpoint in any run of {save_dir}; leave out --resume")
+        return max(whole, key=lambda folder: ((folder / MANIFEST).stat().st_mtime_ns, folder.name))
+    places = [Path(os.path.abspath(p)) for p in (Path(text), save_dir / text) if text.strip()]
+    place = next((p for p in places if p.exists()), None)
+    if place is not None and ((place / MANIFEST).exists() or STEP_NAME.fullmatch(place.name)):
+        _read_manifest(place)
+        return place
+    run = place.parent if place and place.name == FOLDER else place
+    if run is None or not (run / FOLDER).is_dir():
+        what = "does not exist" if place is None else "is neither a checkpoint nor a run"
+        known = [str(known) for run in runs for known in (run, *checkpoint_folders(run))]
+        near = difflib.get_close_matches(str(save_dir / text), known, cutoff=0.3) or known[:3] or ["none here"]
+        raise CheckpointError(f"--resume {text!r} {what}; give a checkpoint, a run or 'auto'; near: {', '.join(near)}")
+    newest = newest_checkpoint(run)
+    if newest is None:
+        broken = [f"{folder.name}: {_defect(folder)}" for folder in checkpoint_folders(run)] or ["none was written"]
+        raise CheckpointError(f"--resume {text!r} holds no whole checkpoint ({broken[-1]}); start without --resume")
+    return newest
+
+
+def _parameters(optimizer: torch.optim.Optimizer, names: list[str]) -> Iterator[tuple[str, Tensor, int]]:
+    pairs = [(p, index) for index, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    return ((name, parameter, index) for name, (parameter, index) in zip(names, pairs, strict=True))
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimizer state as flat tensors (`optimizer/<parameter>/<key>`) and a JSON-able document.
+
+    `names` are the parameters' names in param-group order. Tensors keep shape and dtype and are not copied.
+    """
+    tensors: dict[str, Tensor] = {}
+    parameters: list[dict[str, Any]] = []
+    for name, parameter, index in _parameters(optimizer, names):
+        entry = {"name": name, "shape": list(parameter.shape), "group": index, "tensors": [], "scalars": {}}
+        parameters.append(entry)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+                entry["tensors"].append(key)
+            else:
+                entry["scalars"][key] = value
+    groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k not in HOW_NOT_WHAT}
+              for group in optimizer.param_groups]
+    document = {"class": type(optimizer).__name__, "parameters": parameters, "groups": groups}
+    json.dumps(document)  # our own invariant, found here and not after a night of training
+    return tensors, document
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor],
+                     document: dict[str, Any]) -> None:
+    """Puts back what `pack_optimizer` took, bit for bit; changes nothing if anything differs (CheckpointError).
+
+    How a step is carried out (`foreach`, `fused`, `capturable`) stays as this run chose it.
+    """
+    saved, kind = document["parameters"], type(optimizer).__name__
+    if document["class"] != kind:
+        raise CheckpointError(f"the checkpoint's optimizer is {document['class']}, this run's is {kind}; "
+                              "resume with the --optimizer it was trained with")
+    here = [f"{name} {list(p.shape)} of group {index}" for name, p, index in _parameters(optimizer, names)]
+    there = [f"{entry['name']} {entry['shape']} of group {entry['group']}" for entry in saved]
+    for index, (stored, current) in enumerate(zip_longest(there, here, fillvalue="no parameter")):
+        if stored != current:
+            raise CheckpointError(f"the checkpoint's optimizer has {stored} where this run has {current} (parameter "
+                                  f"{index}); resume with the model options it was trained with")
+    expected = {f"optimizer/{entry['name']}/{key}" for entry in saved for key in entry["tensors"]}
+    odd = sorted(expected ^ {name for name in tensors if name.startswith("optimizer/")})
+    if odd:
+        what = "is missing from" if odd[0] in expected else "does not belong in"
+        raise CheckpointError(f"optimizer tensor {odd[0]} {what} the checkpoint; {EARLIER}")
+    for entry, (name, parameter, index) in zip(document["parameters"], _parameters(optimizer, names), strict=True):
+        group, state = optimizer.param_groups[index], dict(entry["scalars"])
+        for key in entry["tensors"]:
+            # torch's own rule: the step counter stays on the CPU unless the kernel reads it on the device
+            on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
+            state[key] = tensors[f"optimizer/{name}/{key}"].to("cpu" if on_cpu else parameter.device, copy=True)
+        optimizer.state.pop(parameter, None)
+        if state:  # an empty one would make the optimizer believe that it had begun
+            optimizer.state[parameter] = state
+    for group, saved in zip(optimizer.param_groups, document["groups"], strict=True):
+        for key, value in saved.items():
+            old = group.get(key)
+            if isinstance(old, Tensor):
+                old.fill_(value)
+            else:
+                group[key] = tuple(value) if isinstance(value, list) and not isinstance(old, list) else value
+
+
+def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of torch (CPU, each CUDA device), python's random and numpy's legacy generator: tensors, document."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {"rng/torch": torch.get_rng_state(), "rng/python": torch.tensor(words, dtype=torch.int64),
+               "rng/numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors |= {f"rng/cuda/{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors, {"python": [version, gauss], "numpy": [kind, int(position), int(has_gauss), float(cached)]}
+
+
+def unpack_rng(tensors: dict[str, Tensor], document: dict[str, Any]) -> list[str]:
+    """Puts back what `pack_rng` took; returns a line for what this machine cannot restore."""
+    version, gauss = document["python"]
+    words, keys = tensors["rng/python"].tolist(), tensors["rng/numpy"].numpy().astype(np.uint32)
+    torch.set_rng_state(tensors["rng/torch"])
+    random.setstate((version, tuple(words), gauss))
+    kind, *rest = document["numpy"]
+    np.random.set_state((kind, keys, *rest))
+    saved = sorted(int(name.removeprefix("rng/cuda/")) for name in tensors if name.startswith("rng/cuda/"))
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in saved[:here]:
+        torch.cuda.set_rng_state(tensors[f"rng/cuda/{index}"], index)
+    note = f"the checkpoint knows {len(saved)} CUDA devices, this machine {here}: random numbers there will differ"
+    return [] if len(saved) == here else [note]

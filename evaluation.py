@@ -1,0 +1,271 @@
+"""Generate, verify, count: solved rate with its Wilson interval, per task and overall, beside the bare LLM.
+
+Accuracy is what the model GENERATES, scored by the task's own verifier; solved means a score of exactly 1.0. Nothing here
+sees a gold answer before the verifier does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from batching import PromptFormat, pad
+from reasoning_gym_wrapper import Example, normalise
+
+Z95 = 1.959963984540054
+TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded. temperature 0 is greedy; max_new_tokens 0 is the longest target plus a margin."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 0
+    batch_size: int = 128
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `generate`; every sampling field is set, so no host default sneaks in."""
+        plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        if self.temperature == 0:
+            return {**plain, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {**plain, "do_sample": True, **sampled}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer and its verdict."""
+
+    example: Example
+    text: str
+    score: float
+    finished: bool  # False: cut off at max_new_tokens
+    raised: bool  # the scorer raised; the score is 0
+    segments: int  # HRM segments spent on it; 0 for the bare LLM
+
+    @property
+    def solved(self) -> bool:
+        return self.score == 1.0
+
+
+@dataclass
+class Evaluation:
+    """The answers of a model and of the bare LLM on the same items, in the same order."""
+
+    answers: list[Answer]
+    bare: list[Answer] = field(default_factory=list)
+
+    def tasks(self) -> list[str]:
+        """Task names in order of first appearance, then `overall` where there are several."""
+        names = list(dict.fromkeys(answer.example.task for answer in self.answers))
+        return [*names, OVERALL] if len(names) > 1 else names
+
+    def of(self, task: str, bare: bool = False) -> list[Answer]:
+        answers = self.bare if bare else self.answers
+        return [answer for answer in answers if task in (OVERALL, answer.example.task)]
+
+    def rows(self, step: int, elapsed_s: float) -> list[dict[str, Any]]:
+        """Long-form CSV rows: solved, mean_score, truncated and scorer_errors of each task."""
+        rows = []
+        for task in self.tasks():
+            ours, bare = self.of(task), self.of(task, bare=True)
+            used = sum(a.segments for a in ours) / len(ours)
+            shared = {"step": step, "task": task, "n": len(ours), "segments_used": used, "elapsed_s": elapsed_s}
+            for metric, measure in METRICS.items():
+                low, high = wilson(sum(a.solved for a in ours), len(ours)) if metric == "solved" else (None, None)
+                rows.append(
+                    {
+                        **shared,
+                        "metric": metric,
+                        "value": measure(ours),
+                        "ci_low": low,
+                        "ci_high": high,
+                        "bare": measure(bare) if bare else None,
+                    }
+                )
+        return rows
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows of the closing table, rates in 0..1."""
+        rows = []
+        for task in self.tasks():
+            ours, bare = self.of(task), self.of(task, bare=True)
+            row: dict[str, Any] = {"task": task, "n": len(ours)}
+            for prefix, answers in (("", ours), ("bare_", bare)):
+                if not answers:
+                    continue
+                solved = sum(a.solved for a in answers)
+                row[prefix + "low"], row[prefix + "high"] = wilson(solved, len(answers))
+                row["value" if not prefix else "bare"] = solved / len(answers)
+            rows.append(row)
+        return rows
+
+    def predictions(self, step: int) -> list[dict[str, Any]]:
+        """One line per item, which paired statistics need."""
+        seen: dict[str, int] = {}
+        lines = []
+        bare: Sequence[Answer | None] = self.bare or [None] * len(self.answers)
+        for answer, other in zip(self.answers, bare, strict=True):
+            task = answer.example.task
+            seen[task] = seen.get(task, -1) + 1
+            lines.append(
+                {
+                    "step": step,
+                    "id": f"{task}/{seen[task]:05d}",
+                    "task": task,
+                    "prompt_hash": question_hash(answer.example.question),
+                    "prediction": answer.text,
+                    "score": answer.score,
+                    "bare_score": other.score if other else None,
+                    "segments_used": answer.segments,
+                    "finished": answer.finished,
+                }
+            )
+        return lines
+
+    def solved_rate(self, bare: bool = False) -> float:
+        return solved_rate(self.bare if bare else self.answers)
+
+
+def solved_rate(answers: Sequence[Answer]) -> float:
+    """Share of answers with a score of exactly 1.0."""
+    return sum(answer.solved for answer in answers) / len(answers)
+
+
+METRICS: dict[str, Callable[[Sequence[Answer]], float]] = {
+    "solved": solved_rate,
+    "mean_score": lambda answers: sum(a.score for a in answers) / len(answers),
+    "truncated": lambda answers: sum(not a.finished for a in answers) / len(answers),
+    "scorer_errors": lambda answers: sum(a.raised for a in answers) / len(answers),
+}
+
+
+def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson score interval of a proportion; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    rate, spread = successes / n, z * z / n
+    middle = (rate + spread / 2) / (1 + spread)
+    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def question_hash(question: str) -> str:
+    """First 16 hex digits of the SHA-256 of the normalised question."""
+    return hashlib.sha256(normalise(question).encode()).hexdigest()[:16]
+
+
+def answer_budget(prompt_format: PromptFormat, examples: Sequence[Example], asked: int) -> int:
+    """Tokens an answer may have: as asked, or the longest gold target plus a margin (64 without gold answers)."""
+    if asked:
+        return asked
+    golds = [example.target for example in examples if example.target is not None]
+    return max(map(len, prompt_format.targets(golds))) + TARGET_MARGIN if golds else 64
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    prompt_format: PromptFormat,
+    examples: Sequence[Example],
+    decoding: Decoding,
+    progress: Callable[[int], None] = lambda done: None,
+    thinks: bool = True,
+) -> list[Answer]:
+    """Answers of any model with transformers' `generate`, in the order of `examples`.
+
+    Examples are batched by prompt length. The caller's random state is left as it was: sampling draws from `seed`.
+    `thinks` asks an HRM model to report the segments it used.
+    """
+    budget = answer_budget(prompt_format, examples, decoding.max_new_tokens)
+    lengths = [len(ids) for ids in prompt_format.prompts([example.question for example in examples])]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    found: dict[int, Answer] = {}
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(decoding.seed)
+        for start in range(0, len(order), decoding.batch_size):
+            chosen = order[start : start + decoding.batch_size]
+            answers = _answer_batch(
+                model, prompt_format, [examples[i] for i in chosen], budget, decoding, device, thinks
+            )
+            found.update(zip(chosen, answers, strict=True))
+            progress(len(found))
+    return [found[i] for i in range(len(examples))]
+
+
+def _answer_batch(model, prompt_format, examples, budget, decoding, device, thinks) -> list[Answer]:
+    """Answers of one batch, scored."""
+    log: list[torch.Tensor] = []
+    extra = {"segments_log": log} if thinks else {}
+    ids = _generate(model, prompt_format, [e.question for e in examples], budget, decoding, device, **extra)
+    used = log[0].tolist() if log else [0] * len(examples)
+    answers = []
+    for example, row, segments in zip(examples, ids, used, strict=True):
+        text, finished = prompt_format.answer_text(row)
+        verdict = example.verify(text)
+        answers.append(Answer(example, text, verdict.score, finished, verdict.raised, segments))
+    return answers
+
+
+def _generate(model, prompt_format, questions, budget, decoding, device, **extra) -> torch.Tensor:
+    """(B, new tokens) ids generated for `questions`."""
+    tokenizer = prompt_format.tokenizer
+    prompt_ids, prompt_mask = pad(prompt_format.prompts(questions), prompt_format.pad_id, "left")
+    if prompt_format.sentinel:
+        extra |= {"stop_strings": [prompt_format.sentinel], "tokenizer": tokenizer}
+    out = model.generate(
+        input_ids=prompt_ids.to(device),
+        attention_mask=prompt_mask.to(device),
+        max_new_tokens=budget,
+        pad_token_id=prompt_format.pad_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **decoding.arguments(),
+        **extra,
+    )
+    return out[:, prompt_ids.shape[1] :]
+
+
+@torch.no_grad()
+def generate_texts(model: Any, prompt_format: PromptFormat, questions: Sequence[str], decoding: Decoding) -> list[str]:
+    """Answers to bare questions, without a verifier."""
+    device = next(model.parameters()).device
+    torch.manual_seed(decoding.seed)
+    ids = _generate(model, prompt_format, questions, decoding.max_new_tokens, decoding, device)
+    return [prompt_format.answer_text(row)[0] for row in ids]
+
+
+def evaluate(
+    model: Any,
+    prompt_format: PromptFormat,
+    examples: Sequence[Example],
+    decoding: Decoding,
+    bare: list[Answer] | None = None,
+    autocast: contextlib.AbstractContextManager | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """The model's answers beside the bare LLM's on the same items; `bare` hands in answers already known.
+
+    The bare LLM decodes by the same rules from the same prompts, in its own dtype.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if bare is None:
+            with model.bare() as host:
+                bare = answer(host, prompt_format, examples, decoding, thinks=False)
+        with autocast or contextlib.nullcontext():
+            return Evaluation(answer(model, prompt_format, examples, decoding, progress), bare)
+    finally:
+        model.train(was_training)

@@ -1,0 +1,133 @@
+"""Prompts in, answers out, from a trained checkpoint: `python generate.py --prompt "What is 12 + 7?"`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+PROG = "generate.py"
+COMMANDS = "an empty line or Ctrl-D ends"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Answers prompts with a frozen LLM and its trained HRM add-on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", help="checkpoint or run folder; the newest run of --save_dir by default")
+    parser.add_argument("--save_dir", default="runs", help="folder of all runs")
+    parser.add_argument("--prompt", action="append", default=[], help="a question; may be given several times")
+    parser.add_argument("--interactive", action="store_true", help=f"read questions from the terminal; {COMMANDS}")
+    parser.add_argument("--compare", action="store_true", help="show the bare LLM beside LLM + HRM")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer in tokens")
+    parser.add_argument("--decode_temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
+    parser.add_argument("--decode_top_p", type=float, default=1.0, help="nucleus sampling; 1 = off")
+    parser.add_argument("--decode_top_k", type=int, default=0, help="sample among the k likeliest tokens; 0 = off")
+    parser.add_argument("--eval_segments", type=int, default=0, help="HRM segments; 0 = as trained")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
+    return parser
+
+
+def problems(opts: argparse.Namespace) -> list[str]:
+    """Everything wrong with the flags, one line each."""
+    found = []
+    if not opts.prompt and not opts.interactive:
+        found.append('nothing to answer: add --prompt "..." or --interactive')
+    for name, low in (("max_new_tokens", 1), ("eval_segments", 0), ("decode_top_k", 0), ("decode_temperature", 0)):
+        if not getattr(opts, name) >= low:
+            found.append(f"--{name} {getattr(opts, name)} is not legal: expected at least {low}")
+    if not 0 < opts.decode_top_p <= 1:
+        found.append(f"--decode_top_p {opts.decode_top_p} is not legal: expected above 0 and at most 1")
+    return found + [f"--prompt {text!r} is empty: type a question" for text in opts.prompt if not text.strip()]
+
+
+class Answerer:
+    """A loaded checkpoint that answers questions in the format it was trained with."""
+
+    def __init__(self, opts: argparse.Namespace):
+        import transformers
+
+        from batching import PromptFormat
+        from checkpointing import resolve_resume
+        from host import load_tokenizer
+        from model import load_adapter
+        from run_setup import pick_device
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        folder = resolve_resume(opts.checkpoint or "auto", Path(opts.save_dir))
+        self.opts, self.device = opts, pick_device(opts.device)
+        self.model, document = load_adapter(folder, self.device, opts.trust_remote_code)
+        if opts.eval_segments:
+            self.model.config.segments = opts.eval_segments
+        prompt = document["prompt"]
+        tokenizer = load_tokenizer(document["base_model_name_or_path"], opts.trust_remote_code)
+        self.format = PromptFormat(
+            tokenizer, prompt["prompt_style"], prompt["system_header"], prompt["sentinel"], prompt["max_seq_len"]
+        )
+        print(f"{folder}: {document['base_model_name_or_path']} + HRM on {self.device}", file=sys.stderr)
+
+    def answers(self, question: str) -> list[tuple[str, str]]:
+        """(label, answer) of LLM + HRM, the bare LLM's first with --compare."""
+        from evaluation import Decoding, generate_texts
+
+        opts = self.opts
+        decoding = Decoding(
+            opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, opts.max_new_tokens, seed=opts.seed
+        )
+        found = []
+        if opts.compare:
+            with self.model.bare() as host:
+                found.append(("bare LLM", generate_texts(host, self.format, [question], decoding)[0]))
+        return [*found, ("LLM + HRM", generate_texts(self.model, self.format, [question], decoding)[0])]
+
+    def show(self, question: str) -> None:
+        print(f"> {question}")
+        for label, text in self.answers(question):
+            indented = text.replace("\n", "\n" + " " * 11)
+            print(f"{label:9s}  {indented}")
+
+
+def interact(answerer: Answerer) -> None:
+    """Question by question until an empty line or the end of input."""
+    print(f"ask; {COMMANDS}", file=sys.stderr)
+    while True:
+        try:
+            question = input("? ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if not question:
+            return
+        answerer.show(question)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, or 2 for the user's mistakes."""
+    opts = build_parser().parse_args(argv)
+    found = problems(opts)
+    if not found:
+        try:
+            answerer = Answerer(opts)
+            for question in opts.prompt:
+                answerer.show(question)
+            if opts.interactive:
+                interact(answerer)
+            return 0
+        except ValueError as error:
+            if os.environ.get("HRM_TRACEBACK"):
+                raise
+            found = [" ".join(str(error).split())]
+    for problem in found:
+        print(f"{PROG}: error: {problem}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

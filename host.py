@@ -1,0 +1,203 @@
+"""The frozen LLM: how it is found, loaded, read and, on request, given LoRA layers.
+
+Everything that depends on a host's family is here: logits (scaling, soft-capping), the list of decoder layers, positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_HOST = "assets/tiny_host"
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+class HostError(ValueError):
+    """The base model cannot be used; the message is one line for the user."""
+
+
+def resolve_name(name: str) -> str:
+    """A local folder as an absolute path (tried from here, then from the repository), any other name as it is."""
+    for candidate in (Path(name), ROOT / name):
+        if candidate.is_dir():
+            return str(candidate.resolve())
+    return name
+
+
+def _no_host(name: str, error: Exception) -> HostError:
+    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    return HostError(
+        f"--model_name {name}: no such folder here, and the hub could not give it ({reason}): check the name and the "
+        f"network, or use the local default {DEFAULT_HOST}"
+    )
+
+
+def load_config(name: str, trust_remote_code: bool = False):
+    """The config of a base model without its weights, to refuse a bad name before anything heavy is loaded.
+
+    Raises:
+        HostError: no such model, hub unreachable, a folder without config or weights, not a causal LM.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_name(name)
+    local = Path(path).is_dir()
+    if local and not any(any(Path(path).glob(pattern)) for pattern in WEIGHT_PATTERNS):
+        raise HostError(f"--model_name {name}: the folder {path} holds no weights (*.safetensors): give a saved model")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if not local:
+            raise _no_host(name, error) from error
+        reason = " ".join(str(error).split())[:200]
+        raise HostError(f"--model_name {name}: {path} is no causal LM that transformers can load: {reason}") from error
+    if config.is_encoder_decoder:
+        raise HostError(f"--model_name {name}: {config.model_type} is an encoder-decoder; choose a causal LM")
+    return config
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer of a base model. Raises HostError as `load_config`."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise HostError(f"--model_name {name}: its tokenizer cannot be loaded: {reason}") from error
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu"):
+    """The causal LM in its own dtype (or quantised), frozen, in evaluation mode, its logits checked.
+
+    Raises:
+        HostError: as `load_config`; broken weights; a family whose logits `host_logits` does not reproduce.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code)
+    arguments = {"dtype": "auto", "trust_remote_code": trust_remote_code, **_quantisation(load_in, device)}
+    try:
+        host = AutoModelForCausalLM.from_pretrained(resolve_name(name), config=config, **arguments)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise HostError(f"--model_name {name}: the model cannot be loaded: {reason}") from error
+    if load_in == "none":
+        host.to(device)
+    freeze(host)
+    check_logits(host)
+    return host
+
+
+def _quantisation(load_in: str, device: str) -> dict:
+    if load_in == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kind = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}[load_in]
+    return {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": device}}
+
+
+def freeze(host: nn.Module) -> None:
+    """No gradient, no dropout; transformers does not save `requires_grad`, so this is called after every load."""
+    host.requires_grad_(False)
+    host.eval()
+
+
+def host_logits(host, hidden: Tensor) -> Tensor:
+    """(..., V) float32 logits of final hidden states (..., D), exactly as the host's own forward makes them.
+
+    Cohere multiplies, Granite divides, Gemma 2 caps; `check_logits` proves at load that nothing is missing.
+    """
+    head = host.get_output_embeddings()
+    config = host.config.get_text_config()
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = head(hidden.to(head.weight.dtype) if head.weight.is_floating_point() else hidden)
+        if getattr(config, "logit_scale", None):
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None):
+            logits = logits / config.logits_scaling
+        if getattr(config, "final_logit_softcapping", None):
+            cap = config.final_logit_softcapping
+            logits = torch.tanh(logits / cap) * cap
+    return logits.float()
+
+
+@torch.no_grad()
+def check_logits(host) -> None:
+    """Compares `host_logits` with the host's own logits on a short prompt.
+
+    Raises:
+        HostError: they differ, so this family does something to its logits that we do not know.
+    """
+    ids = torch.arange(8, device=host.get_input_embeddings().weight.device)[None] % host.config.get_text_config().vocab_size
+    own = host(input_ids=ids).logits.float()
+    ours = host_logits(host, host.base_model(input_ids=ids).last_hidden_state)
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        raise HostError(
+            f"model family {host.config.model_type} changes its logits in a way this program does not know, so HRM "
+            "cannot be added to it faithfully: choose another base model"
+        )
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def decoder_layers(host) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the host's decoder layers. Raises HostError where none can be found."""
+    count = host.config.get_text_config().num_hidden_layers
+    for name, module in host.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise HostError(f"model family {host.config.model_type}: its list of {count} decoder layers was not found")
+
+
+def add_lora(host, layers: int, rank: int) -> None:
+    """Puts peft LoRA on every linear map of the host's top `layers` layers, in place; base weights stay as they are.
+
+    Raises:
+        HostError: more layers asked for than the host has.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    name, stack = decoder_layers(host)
+    if layers > len(stack):
+        raise HostError(f"--lora_layers {layers}: {host.config.model_type} has only {len(stack)} layers")
+    top = range(len(stack) - layers, len(stack))
+    targets = [
+        f"{name}.{index}.{inner}"
+        for index in top
+        for inner, module in stack[index].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none")
+    inject_adapter_in_model(config, host)
+    for parameter_name, parameter in host.named_parameters():
+        trained = "lora_" in parameter_name
+        parameter.requires_grad_(trained)
+        if trained:  # peft takes the base weight's dtype, in which small updates may round to none
+            parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def without_lora(host) -> Iterator[None]:
+    """Inside, the host is the bare LLM: its LoRA layers are switched off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in host.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

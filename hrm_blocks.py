@@ -1,0 +1,296 @@
+"""The recurrent heart: norms, attention, `HBlock`, `LBlock`, `Carry`, the recurrence, gradient horizon, halting head.
+
+Follows Hierarchical Reasoning Model (arXiv 2506.21734, section 2): a fast state z_L and a slow state z_H over the same
+positions, `z_L = L(z_L + z_H + x)` inner_T times, then `z_H = H(z_H + z_L)` once per segment; the input x enters L only.
+Shapes: B batch, S prompt tokens, d HRM width, h heads, e = d / h.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+NORM_EPS = 1e-5
+HALT_BIAS = -5.0  # a bias near 0 halts every example at once and fails most runs (arXiv 2604.21999)
+
+
+@dataclass
+class Carry:
+    """The recurrent state that is handed from segment to segment; never stored on a module."""
+
+    z_high: Tensor  # (B, S, d) slow state
+    z_low: Tensor  # (B, S, d) fast state
+    steps: Tensor  # (B,) int64, segments used
+    halted: Tensor  # (B,) bool
+
+    def detach(self) -> Carry:
+        """The same state without its graph: each segment of deep supervision is a training step of its own."""
+        return Carry(self.z_high.detach(), self.z_low.detach(), self.steps, self.halted)
+
+    def rows(self, index: Tensor) -> Carry:
+        """The state of the examples that `index` (bool or int, (B,)) selects."""
+        return Carry(self.z_high[index], self.z_low[index], self.steps[index], self.halted[index])
+
+
+@dataclass
+class Context:
+    """What every block call of a batch shares: who may be read, and where each position lies."""
+
+    mask: Tensor  # (B, S) bool, True at readable positions
+    cos: Tensor  # (B, S, e)
+    sin: Tensor  # (B, S, e)
+    keys: Tensor | None = field(init=False)  # (B, 1, 1, S) mask for attention
+
+    def __post_init__(self) -> None:
+        # Without a mask where every position is readable: the faster call. A row without any readable position sees all
+        # of them, so that softmax stays finite; nobody reads its result.
+        readable = self.mask | ~self.mask.any(dim=1, keepdim=True)
+        self.keys = None if bool(readable.all()) else readable[:, None, None, :]
+
+    def rows(self, index: Tensor) -> Context:
+        """The context of the examples that `index` selects."""
+        return Context(self.mask[index], self.cos[index], self.sin[index])
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm without weight over the last axis; any shape."""
+    return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def init_linear(linear: nn.Linear) -> nn.Linear:
+    """Truncated normal (two deviations) with deviation 1/sqrt(fan_in), as HRM; about 1.7 times torch's default."""
+    deviation = linear.in_features**-0.5
+    nn.init.trunc_normal_(linear.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A bias-free projection with HRM's initialisation."""
+    return init_linear(nn.Linear(fan_in, fan_out, bias=False))
+
+
+def rope(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, S, e) of rotary position embedding at integer `positions` (B, S), in float32."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.float()[..., None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotary embedding: x (B, h, S, e) with cos, sin (B, S, e); keeps x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head self-attention with RoPE and a padding mask. (B, S, d) -> (B, S, d)."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = linear(d, 3 * d)
+        self.out = linear(d, d)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "B S (three h e) -> three B h S e", three=3, h=self.heads)
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=context.keys)
+        return self.out(rearrange(mixed, "B h S e -> B S (h e)"))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP, hidden width 8/3 of the input's rounded up to a multiple of 8. (..., fan_in) -> (..., fan_out)."""
+
+    def __init__(self, fan_in: int, fan_out: int | None = None, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or math.ceil(fan_in * 8 / 3 / 8) * 8
+        self.gate_up = linear(fan_in, 2 * hidden)
+        self.down = linear(hidden, fan_out or fan_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm layer `norm(h + f(h))`, attention then SwiGLU, no biases, no norm weights."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.attention = Attention(d, heads)
+        self.mlp = SwiGLU(d)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = rms_norm(x + self.attention(x, context))
+        return rms_norm(x + self.mlp(x))
+
+
+class EncoderBlock(nn.Module):
+    """A stack of encoder-only layers over the prompt's tokens. (B, S, d) -> (B, S, d)."""
+
+    def __init__(self, d: int, heads: int, layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(d, heads) for _ in range(layers))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, context)
+        return x
+
+
+class HBlock(EncoderBlock):
+    """The slow module: one call a segment, `z_H = H(z_H + z_L)`."""
+
+
+class LBlock(EncoderBlock):
+    """The fast module: inner_T calls a segment, `z_L = L(z_L + z_H + x)`."""
+
+
+# --- recurrence -------------------------------------------------------------------------------------------------------
+
+
+def first_call_with_gradient(horizon: str, calls: int) -> int:
+    """Index of the first of `calls` L calls that carries gradient.
+
+    `one_step` (HRM): the last L call and the H call after it; `full` (TRM): all; `k:N` (HRM-Text): the last N L calls.
+    H calls carry gradient from that L call on.
+
+    Raises:
+        ValueError: another spelling.
+    """
+    if horizon == "full":
+        return 0
+    if horizon == "one_step":
+        return calls - 1
+    match = re.fullmatch(r"k:([1-9]\d*)", horizon)
+    if not match:
+        raise ValueError(f"gradient horizon {horizon!r} is unknown: choose one_step, full or k:N with N >= 1")
+    return max(calls - int(match.group(1)), 0)
+
+
+def recur(
+    step_low: Callable[[Tensor], Tensor],
+    step_high: Callable[[Tensor], Tensor],
+    z_high: Tensor,
+    z_low: Tensor,
+    x: Tensor,
+    inner_T: int,
+    cycles: int = 1,
+    horizon: str = "one_step",
+) -> tuple[Tensor, Tensor]:
+    """`cycles` times: `z_L = L(z_L + z_H + x)` inner_T times, then `z_H = H(z_H + z_L)` (HRM, eq. 1 to 4).
+
+    Calls before the horizon run without gradient. Returns (z_high, z_low), shapes as given.
+    """
+    first = first_call_with_gradient(horizon, cycles * inner_T)
+    enabled = torch.is_grad_enabled()
+    for call in range(cycles * inner_T):
+        with torch.set_grad_enabled(enabled and call >= first):
+            z_low = step_low(z_low + z_high + x)
+            if (call + 1) % inner_T == 0:
+                z_high = step_high(z_high + z_low)
+    return z_high, z_low
+
+
+class HRMCore(nn.Module):
+    """H and L blocks with their initial states and the halting head.
+
+    Initial states are fixed vectors (truncated normal, deviation 1), persistent buffers, saved but not trained; with
+    `init_state="random"` every example of a training batch starts from fresh vectors of the same distribution, which
+    teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        heads: int,
+        h_layers: int,
+        l_layers: int,
+        inner_T: int,
+        horizon: str = "full",
+        reset_l: bool = False,
+        init_state: str = "fixed",
+    ):
+        super().__init__()
+        if d % heads or d // heads % 2:
+            raise ValueError(f"HRM width {d} must be an even multiple of its {heads} heads: RoPE turns pairs of a head")
+        first_call_with_gradient(horizon, inner_T)
+        self.d, self.heads, self.inner_T = d, heads, inner_T
+        self.horizon, self.reset_l, self.init_state = horizon, reset_l, init_state
+        self.h_block = HBlock(d, heads, h_layers)
+        self.l_block = LBlock(d, heads, l_layers)
+        self.halt = nn.Linear(d, 1)
+        nn.init.zeros_(self.halt.weight)
+        nn.init.constant_(self.halt.bias, HALT_BIAS)
+        for name in ("z_high_init", "z_low_init"):
+            self.register_buffer(name, nn.init.trunc_normal_(torch.empty(d), std=1.0, a=-2.0, b=2.0))
+
+    def context(self, mask: Tensor, positions: Tensor) -> Context:
+        """Shares mask (B, S) and positions (B, S) among all block calls of a batch."""
+        cos, sin = rope(positions, self.d // self.heads)
+        return Context(mask, cos, sin)
+
+    def _initial(self, fixed: Tensor, batch: int, length: int) -> Tensor:
+        if self.training and self.init_state == "random":
+            start = torch.randn(batch, 1, self.d, device=fixed.device, dtype=fixed.dtype)
+            return start.expand(batch, length, self.d)
+        return fixed.expand(batch, length, self.d)
+
+    def initial_carry(self, mask: Tensor) -> Carry:
+        """The state before the first segment for a batch with mask (B, S)."""
+        batch, length = mask.shape
+        return Carry(
+            z_high=self._initial(self.z_high_init, batch, length),
+            z_low=self._initial(self.z_low_init, batch, length),
+            steps=torch.zeros(batch, dtype=torch.int64, device=mask.device),
+            halted=torch.zeros(batch, dtype=torch.bool, device=mask.device),
+        )
+
+    def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
+        """One segment over x (B, S, d)."""
+        z_low = self._initial(self.z_low_init, *x.shape[:2]) if self.reset_l else carry.z_low
+        z_high, z_low = recur(
+            lambda z: self.l_block(z, context),
+            lambda z: self.h_block(z, context),
+            carry.z_high,
+            z_low,
+            x,
+            self.inner_T,
+            horizon=self.horizon,
+        )
+        return Carry(z_high, z_low, carry.steps + 1, carry.halted)
+
+    def halt_logits(self, z_high: Tensor, mask: Tensor) -> Tensor:
+        """(B,) logits of "this answer is right": the head reads the last readable column, for column 0 may be a pad."""
+        return self.halt(last_state(z_high, mask)).squeeze(-1)
+
+
+def last_column(mask: Tensor) -> Tensor:
+    """(B,) index of the last True of mask (B, S); 0 in a row without any."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * columns).amax(dim=1)
+
+
+def last_state(z: Tensor, mask: Tensor) -> Tensor:
+    """(B, d): z (B, S, d) at the last readable column of each row."""
+    return z[torch.arange(len(z), device=z.device), last_column(mask)]
+
+
+def mean_state(z: Tensor, mask: Tensor) -> Tensor:
+    """(B, d): mean of z (B, S, d) over readable columns; zeros in a row without any."""
+    weight = mask[..., None].to(z.dtype)
+    return reduce(z * weight, "B S d -> B d", "sum") / reduce(weight, "B S one -> B one", "sum").clamp(min=1)

@@ -1,0 +1,152 @@
+"""How z_H enters the LLM: `InjectorGRB` (gated residual bias) and `InjectorCAB` (cross-attention bridge).
+
+Both map (hidden, embedded token, z_H) at the answer's positions to a bias on the LLM's final hidden states. Exactly one
+factor, the output projection `out`, starts at zero, so at step 0 the model is the bare LLM. Both are the identity in a
+row whose prompt is empty. Shapes: B batch, S prompt tokens, T answer positions, D LLM width, d HRM width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from hrm_blocks import Context, SwiGLU, last_state, linear, mean_state, rms_norm, rope, rotate
+
+
+@dataclass
+class Thought:
+    """What the injector reads: the slow state and where its positions lie."""
+
+    z_high: Tensor  # (B, S, d)
+    context: Context
+    start: Tensor | None = None  # (B,) column of the last prompt token, the first that may be injected; None: all slots
+
+
+@dataclass
+class Slots:
+    """The positions that receive the injection: the last prompt token and those after it."""
+
+    hidden: Tensor  # (B, T, D) the LLM's final hidden states
+    embedded: Tensor  # (B, T, D) embedding of the token at each position, the one just read or emitted
+    positions: Tensor  # (B, T) int64
+    allowed: Tensor | None = None  # (B, T) bool, False before the last prompt token; None: all may be injected
+
+    def seen(self) -> Tensor:
+        """(B, T, 2 D) float32: what an injector knows of each position beside z_H."""
+        return torch.cat([rms_norm(self.hidden.float()), rms_norm(self.embedded.float())], dim=-1)
+
+
+def zero_out(fan_in: int, fan_out: int) -> nn.Linear:
+    """The projection that makes an injector a no-op at step 0."""
+    projection = nn.Linear(fan_in, fan_out, bias=False)
+    nn.init.zeros_(projection.weight)
+    return projection
+
+
+def _check_width(slots: Slots, width: int) -> None:
+    if slots.hidden.shape[-1] != width:
+        raise ValueError(
+            f"injector expects hidden width {width}, got {slots.hidden.shape[-1]}; "
+            "was this checkpoint trained on another base model?"
+        )
+
+
+class InjectorGRB(nn.Module):
+    """Gated residual bias: one vector from z_H (last and mean state), through a gate that also sees the token's state.
+
+    The gate is a sigmoid per channel of the LLM's width, so positions differ; `gate_init` is its logit at the start.
+    """
+
+    def __init__(self, width: int, d: int, heads: int, gate_init: float = 0.0, mem: int = 0):
+        super().__init__()
+        self.width = width
+        self.token = linear(2 * width, d)
+        self.gate = linear(3 * d, width)
+        self.gate_bias = nn.Parameter(torch.full((width,), float(gate_init)))
+        self.readout = SwiGLU(2 * d, d, hidden=8 * d // 3)
+        self.out = zero_out(d, width)
+
+    def forward(self, slots: Slots, thought: Thought) -> Tensor:
+        """(B, T, D) bias to add to the hidden states."""
+        _check_width(slots, self.width)
+        mask = thought.context.mask
+        summary = torch.cat([last_state(thought.z_high, mask), mean_state(thought.z_high, mask)], dim=-1)
+        token = self.token(slots.seen())
+        seen = torch.cat([token, repeat(summary, "B d -> B T d", T=token.shape[1])], dim=-1)
+        gate = torch.sigmoid(self.gate(seen) + self.gate_bias)
+        bias = self.out(rms_norm(self.readout(summary)))
+        return gate * rearrange(bias, "B D -> B 1 D")
+
+
+class InjectorCAB(nn.Module):
+    """Cross-attention bridge: each answer position asks z_H, knowing its place and the token just emitted.
+
+    Queries and keys carry RoPE at the tokens' positions. With `mem` > 0 that many learned queries first pool z_H into
+    memory tokens, which have no positions. The readout is a SwiGLU over [query, attended state], not a linear map: worth
+    ten points in the experiments this design follows. A learned scalar gate starts at `gate_init`.
+    """
+
+    def __init__(self, width: int, d: int, heads: int, gate_init: float = 1.0, mem: int = 0):
+        super().__init__()
+        self.width, self.heads, self.head_dim = width, heads, d // heads
+        self.query_in = linear(2 * width, d)
+        self.query = linear(d, d)
+        self.key_value = linear(d, 2 * d)
+        self.readout = SwiGLU(2 * d, d, hidden=8 * d // 3)
+        self.gate = nn.Parameter(torch.tensor(float(gate_init)))
+        self.out = zero_out(d, width)
+        self.mem = mem
+        if mem:
+            self.memory = nn.Parameter(torch.randn(mem, d))
+            self.memory_key_value = linear(d, 2 * d)
+
+    def forward(self, slots: Slots, thought: Thought) -> Tensor:
+        """(B, T, D) bias to add to the hidden states."""
+        _check_width(slots, self.width)
+        asked = rms_norm(self.query_in(slots.seen()))
+        query = self._split(self.query(asked))
+        if self.mem:
+            key, value = self._keys_values(self.key_value, self._memory(thought))
+            attended = F.scaled_dot_product_attention(query, key, value)
+        else:
+            context = thought.context
+            key, value = self._keys_values(self.key_value, thought.z_high)
+            query = rotate(query, *rope(slots.positions, self.head_dim))
+            key = rotate(key, context.cos, context.sin)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=context.keys)
+        attended = rearrange(attended, "B h T e -> B T (h e)")
+        return self.gate * self.out(rms_norm(self.readout(torch.cat([asked, attended], dim=-1))))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "B S (h e) -> B h S e", h=self.heads)
+
+    def _keys_values(self, projection: nn.Linear, z: Tensor) -> tuple[Tensor, Tensor]:
+        return rearrange(projection(z), "B S (two h e) -> two B h S e", two=2, h=self.heads).unbind(0)
+
+    def _memory(self, thought: Thought) -> Tensor:
+        """(B, m, d): the learned memory queries after reading z_H."""
+        query = self._split(repeat(self.memory, "m d -> B m d", B=len(thought.z_high)))
+        key, value = self._keys_values(self.memory_key_value, thought.z_high)
+        pooled = F.scaled_dot_product_attention(query.to(key.dtype), key, value, attn_mask=thought.context.keys)
+        return rms_norm(rearrange(pooled, "B h m e -> B m (h e)"))
+
+
+class VocabularyBias(nn.Module):
+    """Optional gated bias on the logits, from the last state of z_H: (B, 1, V), zero at step 0."""
+
+    def __init__(self, width: int, d: int, vocabulary: int):
+        super().__init__()
+        self.gate = linear(2 * width, 1)
+        self.out = zero_out(d, vocabulary)
+
+    def forward(self, slots: Slots, thought: Thought) -> Tensor:
+        """(B, T, V) bias to add to the logits."""
+        bias = self.out(last_state(thought.z_high, thought.context.mask))
+        return torch.sigmoid(self.gate(slots.seen())) * rearrange(bias, "B V -> B 1 V")
+
+
+INJECTORS = {"grb": InjectorGRB, "cab": InjectorCAB}

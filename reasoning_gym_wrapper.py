@@ -1,0 +1,412 @@
+"""Reasoning Gym tasks as `Example`s: question, target, verifier, task.
+
+Evaluation items are drawn and deduplicated first; every source of training text rejects their questions (`TrainStream`,
+and `scripts/pretrain_host.py` for the embedded LLM). Items of one data set are drawn with `Random(seed + index)`, so
+neighbouring seeds share almost all of their items: training and evaluation seeds stay at least `SEED_GAP` apart, and
+because small tasks collide all the same, questions are compared as normalised text as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEED_GAP = 10**7
+EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
+CHUNK = 500  # items of one data set object; some tasks cannot be indexed past their size
+MAX_REJECTED = 5_000  # consecutive rejected draws that end a search for new questions
+DEFAULT_TASKS = ("chain_sum", "basic_arithmetic")
+
+# `--task_config small`: applied where a task's config has the field, the task's own defaults otherwise.
+SMALL_FIELDS = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+
+_SCORER = "its scorer evaluates the model's answer as Python"
+EXECUTES_CODE = {
+    "codeio": "it runs generated programs to make its items",
+    **dict.fromkeys(("string_insertion", "spiral_matrix", "binary_matrix", "n_queens"), _SCORER),
+    **dict.fromkeys(("simple_integration", "intermediate_integration", "polynomial_multiplication"), _SCORER),
+    **dict.fromkeys(("puzzle24", "countdown"), _SCORER),
+}
+NO_GOLD = frozenset({"graph_color", "rubiks_cube", "boxnet", "rush_hour", "propositional_logic"})
+SCORES_ANYTHING = frozenset({"game_of_life_halting"})
+HASH_DEPENDENT = frozenset(
+    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
+
+
+class TaskError(ValueError):
+    """A task or its configuration cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier said of one answer: `score` in [0, 1], and whether the scorer raised (then the score is 0)."""
+
+    score: float
+    raised: bool = False
+
+    @property
+    def solved(self) -> bool:
+        """Only a full score is a solved item: gsm_symbolic gives 0.01 to any wrong number."""
+        return self.score == 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its gold target (None where the task has none) and the entry its verifier needs."""
+
+    question: str
+    target: str | None
+    task: str
+    entry: dict[str, Any]
+    source: Task = dataclasses.field(repr=False, compare=False)
+
+    def verify(self, answer: str) -> Verdict:
+        """Scores generated text with the task's own verifier; a scorer that raises counts as score 0."""
+        try:
+            score = float(self.source.scorer.score_answer(answer.strip(), self.entry))
+        except Exception:  # noqa: BLE001 - foreign scorers raise anything on odd text; counted by the caller
+            return Verdict(0.0, raised=True)
+        return Verdict(min(max(score, 0.0), 1.0) if score == score else 0.0)
+
+
+def normalise(question: str) -> str:
+    """The form in which questions are compared: lower case, runs of white space as one space."""
+    return " ".join(question.lower().split())
+
+
+def train_seed(seed: int) -> int:
+    """The data seed of training run `seed`: runs lie more than SEED_GAP apart and below every evaluation seed."""
+    return seed * 30_000_001 % 890_000_000
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ToyAddConfig:
+    """Two-number addition; the built-in task."""
+
+    min_value: int = 0
+    max_value: int = 99
+    seed: int | None = None
+    size: int = CHUNK
+
+    def validate(self) -> None:
+        assert 0 <= self.min_value <= self.max_value, "need 0 <= min_value <= max_value"
+
+
+class ToyAddDataset:
+    """Built-in stand-in with Reasoning Gym's interface: `What is a + b?`."""
+
+    def __init__(self, config: ToyAddConfig):
+        self.config, self.seed, self.size = config, config.seed or 0, config.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draw = random.Random(self.seed + index)
+        a, b = (draw.randint(self.config.min_value, self.config.max_value) for _ in range(2))
+        metadata = {"source_dataset": "toy_add", "source_index": index, "a": a, "b": b}
+        return {"question": f"What is {a} + {b}?", "answer": str(a + b), "metadata": metadata}
+
+    def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
+        return float(answer is not None and answer.strip() == entry["answer"])
+
+
+@functools.cache
+def registry() -> dict[str, tuple[type, type]]:
+    """Name -> (data set class, config class) of every task at hand; only `toy_add` without reasoning-gym."""
+    tasks: dict[str, tuple[type, type]] = {"toy_add": (ToyAddDataset, ToyAddConfig)}
+    try:
+        import reasoning_gym  # noqa: F401 - importing fills the registry
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        return tasks
+    return tasks | {name: pair for name, pair in DATASETS.items() if name != "composite"}
+
+
+def default_tasks() -> list[str]:
+    """The tasks trained when none is named; `toy_add`, loudly, where reasoning-gym is missing."""
+    if all(name in registry() for name in DEFAULT_TASKS):
+        return list(DEFAULT_TASKS)
+    print(
+        "WARNING: reasoning-gym is not installed; the built-in toy_add (two-number addition) stands in for "
+        f"{', '.join(DEFAULT_TASKS)}. Its figures say nothing about them: pip install reasoning-gym==0.1.25",
+        file=sys.stderr,
+    )
+    return ["toy_add"]
+
+
+class Task:
+    """One task at one difficulty: items by (seed, index), and its scorer.
+
+    Raises:
+        TaskError: unknown name, unknown or illegal config keys.
+    """
+
+    def __init__(self, name: str, config: dict[str, Any] | None = None):
+        if name not in registry():
+            raise TaskError(unknown_task(name))
+        self.name, self.config = name, dict(config or {})
+        self._dataset_class, self._config_class = registry()[name]
+        self._check_config()
+        self.scorer = self._dataset(0)
+
+    def _check_config(self) -> None:
+        fields = {field.name for field in dataclasses.fields(self._config_class)} - {"seed", "size"}
+        unknown = sorted(set(self.config) - fields)
+        if unknown:
+            raise TaskError(
+                f"task {self.name} has no config field {', '.join(unknown)}: choose from {', '.join(sorted(fields))}"
+            )
+        try:
+            self._dataset(0)
+        except (AssertionError, ValueError, TypeError) as error:
+            raise TaskError(f"task {self.name} refuses the config {json.dumps(self.config)}: {error}") from error
+
+    def _dataset(self, seed: int) -> Any:
+        config = self._config_class(**self.config, seed=seed, size=CHUNK)
+        if hasattr(config, "validate"):
+            config.validate()
+        return self._dataset_class(config)
+
+    def items(self, seed: int, start: int = 0) -> Iterator[tuple[int, Example]]:
+        """Endless (index, Example) pairs from index `start`; the same seed and index give the same item.
+
+        An index at which the generator gives up (mazes without a path do) is passed over.
+        """
+        index, failed = start, 0
+        while failed < MAX_REJECTED:
+            chunk = self._dataset(seed + index // CHUNK * CHUNK)
+            for offset in range(index % CHUNK, CHUNK):
+                try:
+                    entry = chunk[offset]
+                except Exception as error:  # noqa: BLE001 - foreign generators raise what they like
+                    failed, reason = failed + 1, error
+                else:
+                    failed = 0
+                    yield index, self._example(entry)
+                index += 1
+        raise TaskError(f"task {self.name} failed to make {failed} items in a row: {reason}")
+
+    def _example(self, entry: dict[str, Any]) -> Example:
+        entry["metadata"]["task"] = self.name
+        return Example(entry["question"], entry["answer"], self.name, entry, self)
+
+
+def unknown_task(name: str) -> str:
+    """One line that names the three nearest tasks."""
+    near = difflib.get_close_matches(name, registry(), n=3, cutoff=0.0)
+    hint = "" if len(registry()) > 1 else " (reasoning-gym is not installed: pip install reasoning-gym==0.1.25)"
+    return f"unknown task {name!r}: the nearest names are {', '.join(near)}{hint}"
+
+
+def read_task_config(text: str, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`--task_config` as {task: config}: small, default, a YAML/JSON file or JSON text.
+
+    A mapping whose keys are all names of chosen tasks holds one config per task; any other mapping is for every task.
+
+    Raises:
+        TaskError: no such file, no mapping.
+    """
+    if text == "default":
+        return {name: {} for name in names}
+    if text == "small":
+        return {name: _small_config(name) for name in names}
+    config = _parse_config(text)
+    if config and set(config) <= set(names) and all(isinstance(value, dict) for value in config.values()):
+        return {name: config.get(name, {}) for name in names}
+    return {name: dict(config) for name in names}
+
+
+def _small_config(name: str) -> dict[str, Any]:
+    if name not in registry():
+        return {}
+    fields = {field.name for field in dataclasses.fields(registry()[name][1])}
+    config = {key: value for key, value in SMALL_FIELDS.items() if key in fields}
+    try:
+        Task(name, config)
+    except TaskError:  # number_sequence needs four terms to show its pattern
+        return {}
+    return config
+
+
+def _parse_config(text: str) -> dict[str, Any]:
+    import yaml
+
+    is_json = text.lstrip().startswith("{")
+    if not is_json and not Path(text).is_file():
+        raise TaskError(f"--task_config {text!r} is no file: give small, default, a YAML/JSON file or JSON text")
+    try:
+        config = yaml.safe_load(text if is_json else Path(text).read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"--task_config cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise TaskError(f"--task_config must hold a mapping of fields, got {type(config).__name__}")
+    return config
+
+
+def task_problems(names: Sequence[str], config_text: str, allow_code: bool, supervised: bool) -> list[str]:
+    """Every reason why these tasks cannot be used as asked, one line each; an empty list when all is well."""
+    found = [unknown_task(name) for name in names if name not in registry()]
+    found += [f"task {name} is named twice" for name in sorted({n for n in names if list(names).count(n) > 1})]
+    for name in names:
+        if name in EXECUTES_CODE and not allow_code:
+            found.append(f"task {name} executes code ({EXECUTES_CODE[name]}): add --allow_code_tasks to accept that")
+        if name in NO_GOLD and supervised:
+            found.append(f"task {name} has no gold answers, so supervised training has no target: choose another task")
+    known = [name for name in names if name in registry()]
+    try:
+        configs = read_task_config(config_text, known)
+    except TaskError as error:
+        return [*found, str(error)]
+    for name in known:
+        try:
+            Task(name, configs[name])
+        except TaskError as error:
+            found.append(str(error))
+    return found
+
+
+def task_warnings(names: Sequence[str]) -> list[str]:
+    """What a user should know about the chosen tasks before reading their figures."""
+    lines = [f"{name} gives any text full score: its accuracy means nothing" for name in names if name in SCORES_ANYTHING]
+    hashed = [name for name in names if name in HASH_DEPENDENT]
+    if hashed and not sys.flags.hash_randomization == 0:
+        lines.append(f"{', '.join(hashed)}: items vary with PYTHONHASHSEED; set PYTHONHASHSEED=0 to compare or resume runs")
+    return lines
+
+
+def make_tasks(names: Sequence[str], config_text: str) -> list[Task]:
+    """The chosen tasks at the chosen difficulty. Raises TaskError as `task_problems` lists."""
+    configs = read_task_config(config_text, names)
+    return [Task(name, configs[name]) for name in names]
+
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+class Reserve:
+    """The evaluation items, drawn and deduplicated before anything else, and the set of their questions.
+
+    The first n items of a larger reserve are those of a smaller one, so `--eval_n 256` reads a part of `--eval_n 1024`.
+
+    Raises:
+        TaskError: a task has fewer than `n` distinct questions at this difficulty.
+    """
+
+    def __init__(self, tasks: Sequence[Task], n: int, seed: int = EVAL_SEED, must_fill: bool = True):
+        self.examples: list[Example] = []
+        self.questions: set[str] = set()
+        for task in tasks:
+            drawn = self._draw(task, n, seed)
+            if must_fill and len(drawn) < n:
+                raise TaskError(
+                    f"task {task.name} gave only {len(drawn)} distinct questions for evaluation, {n} were asked for: "
+                    f"lower --eval_n to {max(len(drawn) // 2, 1)} or raise the difficulty"
+                )
+            self.examples += drawn
+
+    def _draw(self, task: Task, n: int, seed: int) -> list[Example]:
+        drawn, rejected = [], 0
+        for _, example in task.items(seed):
+            question = normalise(example.question)
+            if question in self.questions:
+                rejected += 1
+            else:
+                self.questions.add(question)
+                drawn.append(example)
+                rejected = 0
+            if len(drawn) >= n or rejected >= MAX_REJECTED:
+                return drawn
+        raise AssertionError("Task.items is endless")
+
+    def __contains__(self, question: str) -> bool:
+        return normalise(question) in self.questions
+
+
+class TrainStream:
+    """Endless training items, balanced to within one example per task, none of them in the reserve.
+
+    The position is a small JSON-able state, so that a resumed run sees exactly the items an uninterrupted one would.
+
+    Raises:
+        TaskError: a task has no gold answer, or (nearly) all of its questions are reserved for evaluation.
+    """
+
+    def __init__(self, tasks: Sequence[Task], reserve: Reserve, seed: int):
+        self.tasks, self.reserve, self.seed = list(tasks), reserve, seed
+        self._next = [0] * len(self.tasks)
+        self._turn = 0
+        self._open()
+
+    def _open(self) -> None:
+        pairs = zip(self.tasks, self._next, strict=True)
+        self._items = [task.items(self.seed, start) for task, start in pairs]
+
+    def __iter__(self) -> TrainStream:
+        return self
+
+    def __next__(self) -> Example:
+        turn = self._turn
+        for _ in range(MAX_REJECTED):
+            index, example = next(self._items[turn])
+            self._next[turn] = index + 1
+            if example.target is None:
+                raise TaskError(f"task {example.task} has an item without a gold answer: it cannot be trained on")
+            if example.question not in self.reserve:
+                self._turn = (turn + 1) % len(self.tasks)
+                return example
+        raise TaskError(
+            f"task {self.tasks[turn].name}: {MAX_REJECTED} draws in a row were evaluation questions, nothing is left to "
+            "train on: lower --eval_n or raise the difficulty with --task_config"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": list(self._next), "turn": self._turn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._next, self._turn = list(state["next"]), int(state["turn"])
+        self._open()
+
+
+class EpochStream:
+    """A fixed training set of `n` items, in a new order every epoch (a function of seed and epoch alone)."""
+
+    def __init__(self, examples: Sequence[Example], seed: int):
+        self.examples, self.seed = list(examples), seed
+        self.drawn = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __iter__(self) -> EpochStream:
+        return self
+
+    def __next__(self) -> Example:
+        epoch, place = divmod(self.drawn, len(self.examples))
+        if self._order[0] != epoch:
+            order = list(range(len(self.examples)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        self.drawn += 1
+        return self.examples[self._order[1][place]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn = int(state["drawn"])
+
+
+def training_examples(tasks: Sequence[Task], reserve: Reserve, seed: int, n: int) -> TrainStream | EpochStream:
+    """`--train_n`: a fixed set of n items, or with 0 fresh items without end; both reject the reserve's questions."""
+    stream = TrainStream(tasks, reserve, train_seed(seed))
+    if n == 0:
+        return stream
+    return EpochStream([next(stream) for _ in range(n)], seed)

@@ -1,0 +1,110 @@
+"""The state of a run on disk: what a checkpoint of `train.py` holds, and how a run goes on from it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import options
+from checkpointing import (
+    atomic_write_text,
+    mark_best,
+    pack_optimizer,
+    pack_rng,
+    read_checkpoint,
+    rotate,
+    step_folder,
+    unpack_optimizer,
+    unpack_rng,
+    write_checkpoint,
+)
+from model import ADAPTER, ADAPTER_CONFIG, adapter_document, check_fingerprint
+from training import Trainer
+
+STATE = "training_state"
+
+
+@dataclass
+class RunState:
+    """Where a run is, beside its weights."""
+
+    step: int  # batches done
+    elapsed_s: float
+    best: float | None  # best solved rate so far, with --save_best_model
+    stream: dict[str, Any]  # position in the training items
+
+
+def save_run(
+    run: Path, opts: argparse.Namespace, trainer: Trainer, state: RunState, card: str, is_best: bool = False
+) -> Path:
+    """Writes a checkpoint of the whole run (add-on weights, never the LLM's) and rotates the older ones.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing half-written is left.
+    """
+    moments, optimizer_document = pack_optimizer(trainer.optimizer, trainer.names)
+    rng, rng_document = pack_rng()
+    tensors = {f"raw/{name}": p.detach() for name, p in trainer.parameters.items()} | moments | rng
+    if trainer.ema:
+        tensors |= {f"ema/{name}": tensor for name, tensor in trainer.ema.average.items()}
+    with trainer.evaluation_weights():
+        adapter = {name: tensor.detach().clone() for name, tensor in trainer.controller.addon_state().items()}
+    document = {
+        **dataclasses.asdict(state),
+        "optimizer": optimizer_document,
+        "rng": rng_document,
+        "ema_updates": trainer.ema.updates if trainer.ema else 0,
+        "scaler": trainer.scaler.state_dict(),
+    }
+    settings = options.dump(opts)
+    folder = write_checkpoint(
+        step_folder(run, state.step),
+        {ADAPTER: adapter, STATE: tensors},
+        {
+            ADAPTER_CONFIG: adapter_document(trainer.controller, opts),
+            f"{STATE}.json": json.dumps(document),
+            "config.resolved.yaml": settings,
+            "README.md": card,
+        },
+    )
+    atomic_write_text(run / "config.resolved.yaml", settings)
+    if is_best:
+        mark_best(run, folder, "solved", state.best)
+    rotate(run, opts.checkpoint_limit, keep=[folder])
+    return folder
+
+
+def load_run(folder: Path, opts: argparse.Namespace, trainer: Trainer) -> tuple[RunState, list[str]]:
+    """Restores a checkpoint into `trainer`: weights alone for --eval_only, the whole state otherwise.
+
+    Returns the run's state and notes for the user.
+
+    Raises:
+        ValueError: a broken checkpoint, another base model, another shape.
+    """
+    saved = read_checkpoint(folder, [ADAPTER] if opts.eval_only else [ADAPTER, STATE])
+    check_fingerprint(trainer.controller.host, json.loads(saved.documents[ADAPTER_CONFIG]), folder)
+    trainer.controller.load_addon_state(saved.tensors[ADAPTER])
+    document = json.loads(saved.documents[f"{STATE}.json"])
+    state = RunState(**{field.name: document[field.name] for field in dataclasses.fields(RunState)})
+    if opts.eval_only:
+        trainer.ema = None  # the adapter's weights are the averaged ones already
+        return state, []
+    tensors = saved.tensors[STATE]
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            raw = tensors[f"raw/{name}"]
+            parameter.copy_(raw)
+            if trainer.ema:  # a run that turns averaging on only now starts its average from the raw weights
+                trainer.ema.average[name].copy_(tensors.get(f"ema/{name}", raw))
+    if trainer.ema:
+        trainer.ema.updates = document["ema_updates"]
+    unpack_optimizer(trainer.optimizer, trainer.names, tensors, document["optimizer"])
+    trainer.scaler.load_state_dict(document["scaler"])
+    return state, unpack_rng(tensors, document["rng"])

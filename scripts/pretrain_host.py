@@ -1,0 +1,352 @@
+"""Pretrains the embedded LLM `assets/tiny_host/` from nothing: tokenizer, corpus, Llama, model card.
+
+    python scripts/pretrain_host.py                       # about 30 minutes on 2 CPU cores; run again to resume
+    python scripts/pretrain_host.py --steps 20 --documents 40 --output /tmp/host   # a quick look
+
+The corpus is question-and-answer text of Reasoning Gym tasks, balanced to within one document per task, half of it at
+`--task_config small` and half at `default` where a task has both. Every question that the evaluation sets reserve is
+rejected, so the frozen LLM has never read an evaluation item. Work files lie beside the output, in `<output>.work/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checkpointing import (  # noqa: E402
+    atomic_write_text,
+    pack_optimizer,
+    read_checkpoint,
+    unpack_optimizer,
+    write_checkpoint,
+)
+from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks, train_seed  # noqa: E402
+from run_logging import Progress  # noqa: E402
+
+# Short prompts, fast to draw, gold answers, stable under PYTHONHASHSEED, and no scorer or item that executes code.
+TASKS = """
+ab aiw advanced_geometry base_conversion basic_arithmetic binary_alternation bitwise_arithmetic
+caesar_cipher calendar_arithmetic chain_sum color_cube_rotation complex_arithmetic count_bits count_primes
+course_schedule cryptarithm decimal_arithmetic decimal_chain_sum dice family_relationships fraction_simplification gcd
+gsm_symbolic knights_knaves largest_island lcm leg_counting letter_counting letter_jumble maze mini_sudoku
+number_filtering number_format number_sequence number_sorting palindrome_generation power_function
+products rotate_matrix sentence_reordering shortest_path simple_equations simple_geometry
+spell_backward survo syllogism time_intervals word_sequence_reversal word_sorting kakurasu path_star pool_matrix
+manipulate_matrix list_functions
+""".split()
+RESERVED_PER_TASK = 1024  # evaluation items of each task and difficulty that the corpus must not hold
+MAX_TOKENS = 384
+SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# A digit, an underscore, a punctuation mark and a white-space character are one token each, so rows of a grid have equal
+# lengths; only a word of two letters or more may take its leading space along.
+SPLIT = r" ?\p{L}{2,}|\p{L}|\p{N}|\s|[^\s\p{L}\p{N}]"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "assets" / "tiny_host")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="comma list; the default is the shipped host's list")
+    parser.add_argument("--documents", type=int, default=2000, help="documents per task")
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch_tokens", type=int, default=4096)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab_size", type=int, default=1536)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save_every", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    options = parser.parse_args(argv)
+    for name in ("documents", "steps", "batch_tokens", "hidden_size", "layers", "vocab_size", "save_every"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)} must be at least 1")
+    return options
+
+
+# --- corpus -----------------------------------------------------------------------------------------------------------
+
+
+def draw_documents(names: list[str], per_task: int, seed: int) -> list[tuple[str, str]]:
+    """(question, answer) pairs, `per_task` of each task, none of them an evaluation question of the default seed."""
+    documents: list[tuple[str, str]] = []
+    with Progress(len(names), "corpus", "tasks") as progress:
+        for done, name in enumerate(names, start=1):
+            documents += _task_documents(name, per_task, seed)
+            progress.update(done, documents=len(documents))
+    random.Random(seed).shuffle(documents)
+    return documents
+
+
+def _task_documents(name: str, per_task: int, seed: int) -> list[tuple[str, str]]:
+    levels: list[Task] = []
+    for level in ("small", "default"):
+        task = make_tasks([name], level)[0]
+        if task.config not in [known.config for known in levels]:
+            levels.append(task)
+    reserves = [Reserve([task], RESERVED_PER_TASK, EVAL_SEED, must_fill=False) for task in levels]
+    streams = [(example for _, example in task.items(train_seed(seed))) for task in levels]
+    documents: list[tuple[str, str]] = []
+    for attempt in range(per_task * 50):
+        example = next(streams[attempt % len(streams)])
+        # The same question can come from either difficulty, so both reserves are asked.
+        if not any(example.question in reserve for reserve in reserves):
+            documents.append((example.question, example.target))
+        if len(documents) == per_task:
+            return documents
+    raise SystemExit(f"pretrain_host.py: error: task {name} has too few questions beside its evaluation set; drop it")
+
+
+def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int):
+    """Byte-level BPE over the corpus, as a transformers tokenizer with pad/bos/eos and a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator((text for document in documents for text in document), trainer)
+    pad, bos, eos = SPECIAL[:3]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        additional_special_tokens=SPECIAL[3:],
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.padding_side = "left"
+    return fast
+
+
+def encode_documents(tokenizer, documents: list[tuple[str, str]], seed: int) -> list[np.ndarray]:
+    """Token ids of each document that fits MAX_TOKENS; one in ten is plain text, the rest are chats."""
+    draw = random.Random(seed + 1)
+    texts = []
+    for question, answer in documents:
+        if draw.random() < 0.1:
+            texts.append(f"{tokenizer.bos_token}{question}\nAnswer: {answer}{tokenizer.eos_token}")
+        else:
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [np.asarray(row, dtype=np.int64) for row in ids if len(row) <= MAX_TOKENS]
+
+
+class Batches:
+    """Batch number k of about `batch_tokens` tokens, rows of like length; a function of (seed, k) alone."""
+
+    def __init__(self, rows: list[np.ndarray], batch_tokens: int, seed: int, pad: int):
+        self.rows, self.batch_tokens, self.seed, self.pad = rows, batch_tokens, seed, pad
+        self._starts = [0]  # first batch number of each epoch
+        self._plans: dict[int, list[list[int]]] = {}
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        if epoch not in self._plans:
+            draw = random.Random(f"{self.seed}/{epoch}")
+            order = sorted(range(len(self.rows)), key=lambda i: (len(self.rows[i]) + draw.uniform(0, 8), i))
+            plan, batch = [], []
+            for i in order:
+                if batch and (len(batch) + 1) * len(self.rows[i]) > self.batch_tokens:
+                    plan.append(batch)
+                    batch = []
+                batch.append(i)
+            plan.append(batch)
+            draw.shuffle(plan)
+            self._plans = {epoch: plan}
+        return self._plans[epoch]
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        epoch = 0
+        while number >= len(self._plan(epoch)):
+            number -= len(self._plan(epoch))
+            epoch += 1
+        chosen = [self.rows[i] for i in self._plan(epoch)[number]]
+        batch = np.full((len(chosen), max(map(len, chosen))), self.pad)
+        for row, ids in zip(batch, chosen, strict=True):
+            row[: len(ids)] = ids
+        return torch.from_numpy(batch)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def build_model(options: argparse.Namespace, tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(options.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.hidden_size * 11 // 4,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(options.hidden_size // 64, 1),
+        num_key_value_heads=max(options.hidden_size // 64, 1),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def learning_rate(step: int, options: argparse.Namespace) -> float:
+    warmup = min(100, options.steps // 10 + 1)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    return options.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(options.steps - warmup, 1))))
+
+
+def train(options: argparse.Namespace, model, batches: Batches, work: Path) -> float:
+    """Trains to `--steps`, saving every `--save_every`; resumes from the work folder. Returns the smoothed loss."""
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for p in decay + rest]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=options.lr, betas=(0.9, 0.95)
+    )
+    step, smooth = restore(model, optimizer, order, work)
+    model.train()
+    with Progress(options.steps, "pretraining", "steps") as progress:
+        progress.update(step)
+        while step < options.steps:
+            ids = batches[step]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, options)
+            labels = ids.masked_fill(ids == batches.pad, -100)
+            # Rows are padded on the right, so a causal mask alone keeps pads out of every scored position.
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            if step % 10 == 0:
+                progress.update(step, loss=smooth)
+            if step % options.save_every == 0 or step == options.steps:
+                keep(model, optimizer, order, work, step, smooth)
+    return smooth
+
+
+def keep(model, optimizer, order: list[str], work: Path, step: int, smooth: float) -> None:
+    moments, document = pack_optimizer(optimizer, order)
+    write_checkpoint(
+        work / "state",
+        {"model": dict(model.state_dict()), "optimizer": moments},
+        {"state.json": json.dumps({"step": step, "loss": smooth, "optimizer": document})},
+    )
+
+
+def restore(model, optimizer, order: list[str], work: Path) -> tuple[int, float | None]:
+    if not (work / "state").is_dir():
+        return 0, None
+    saved = read_checkpoint(work / "state")
+    state = json.loads(saved.documents["state.json"])
+    model.load_state_dict(saved.tensors["model"])
+    unpack_optimizer(optimizer, order, saved.tensors["optimizer"], state["optimizer"])
+    return state["step"], state["loss"]
+
+
+def model_card(options: argparse.Namespace, model, tokens: int, loss: float, minutes: float, used: int) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    tasks = options.tasks.split(",")
+    return f"""---
+license: apache-2.0
+pipeline_tag: text-generation
+---
+
+# tiny_host
+
+A {parameters / 1e6:.2f} M-parameter Llama ({options.layers} layers, width {options.hidden_size}, {model.config.vocab_size}
+tokens) that exists to be frozen: the embedded LLM of this repository, small enough to train an HRM add-on on two CPU cores.
+
+- **Data**: {used} question-and-answer texts drawn from {len(tasks)} Reasoning Gym tasks (reasoning-gym 0.1.25), balanced
+  to within one document per task, at small and default difficulty; every question that the evaluation sets reserve (the
+  first {RESERVED_PER_TASK} of each task and difficulty at evaluation seed {EVAL_SEED}) was rejected. No other text.
+- **Steps**: {options.steps} of about {options.batch_tokens} tokens ({tokens / 1e6:.1f} M tokens seen), AdamW, peak learning
+  rate {options.lr}, bf16 autocast, seed {options.seed}; {minutes:.0f} minutes on a 2-core CPU.
+- **Final training loss** (smoothed): {loss:.3f} nats per token, question and answer tokens alike.
+- **Tokenizer**: byte-level BPE; a digit, an underscore, a punctuation mark and a space before any of them are one token each.
+- **Licence**: Apache-2.0, weights and tokenizer.
+- **Reproduce**: `python scripts/pretrain_host.py`
+
+Tasks: {", ".join(tasks)}.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    work = options.output.with_name(options.output.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({k: str(v) for k, v in vars(options).items() if k not in ("threads", "save_every")})
+    if (work / "settings.json").exists() and (work / "settings.json").read_text() != settings:
+        raise SystemExit(f"pretrain_host.py: error: {work} holds a run with other settings: delete it or repeat those")
+    atomic_write_text(work / "settings.json", settings)
+    started = time.monotonic()
+    documents = load_documents(options, work)
+    tokenizer = train_tokenizer(documents, options.vocab_size)
+    rows = encode_documents(tokenizer, documents, options.seed)
+    batches = Batches(rows, options.batch_tokens, options.seed, tokenizer.pad_token_id)
+    model = build_model(options, tokenizer)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{len(rows)} documents, {sum(map(len, rows)) / 1e6:.1f} M tokens, {count / 1e6:.2f} M parameters")
+    loss = train(options, model, batches, work)
+    minutes = (time.monotonic() - started) / 60
+    tokens = sum(int((batches[k] != batches.pad).sum()) for k in range(options.steps))
+    save(options, model, tokenizer, model_card(options, model, tokens, loss, minutes, len(rows)))
+    shutil.rmtree(work)
+    print(f"{options.output}: loss {loss:.3f}, {minutes:.1f} minutes")
+
+
+def load_documents(options: argparse.Namespace, work: Path) -> list[tuple[str, str]]:
+    """The corpus, drawn once and kept in the work folder so that a resumed run starts at once."""
+    path = work / "documents.json"
+    if not path.exists():
+        drawn = draw_documents(options.tasks.split(","), options.documents, options.seed)
+        atomic_write_text(path, json.dumps(drawn))
+    return [tuple(pair) for pair in json.loads(path.read_text())]
+
+
+def save(options: argparse.Namespace, model, tokenizer, card: str) -> None:
+    model = model.to(torch.bfloat16).eval()
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    atomic_write_text(options.output / "README.md", card)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""options: what may be typed, what is refused, and that a dumped configuration reruns a run."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import options
+from options import FLAGS, GROUPS, Flag, as_dict, dump, names, parse, problems
+
+ROOT = Path(options.__file__).parent
+PUBLISHED = """
+--task basic_arithmetic --segments 3 --train_n 2000 --eval_n 256 --batch_size 16
+--tasks basic_arithmetic,gsm_symbolic,chain_sum,simple_equations --segments 3 --train_n 4000 --eval_n 512 \
+--batch_size 16
+--task basic_arithmetic --resume PATH --eval_only --eval_n 1024 --eval_every 1000
+--model_name NAME --segments 3 --inner_T 3 --lr 2e-4 --batch_size 2 --max_steps 50
+--model_name NAME --segments 4 --inner_T 4 --use_act --batch_size 2 --lr 1e-4 --max_steps 1000
+""".strip().splitlines()
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The problems `parse` tells, one per line, without the common prefix; it must exit 2 and print nothing else."""
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    told = capsys.readouterr()
+    assert caught.value.code == 2 and told.out == ""
+    lines = told.err.splitlines()
+    assert lines and all(line.startswith("train.py: error: ") for line in lines)
+    return [line.removeprefix("train.py: error: ") for line in lines]
+
+
+@pytest.fixture
+def config(tmp_path: Path):
+    """Writes YAML text to a file and gives the arguments that read it."""
+    def write(text: str) -> list[str]:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return ["--config", str(path)]
+    return write
+
+
+# --- the table, the parser and the default file agree
+
+
+def test_help_and_import_need_no_torch_and_little_time():
+    code = ("import sys, time; start = time.perf_counter(); import options; options.build_parser().format_help(); "
+            "heavy = {'torch', 'transformers', 'reasoning_gym', 'yaml', 'numpy'} & set(sys.modules); "
+            "assert not heavy, heavy; print(time.perf_counter() - start)")
+    seconds = min(float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
+                                       text=True).stdout) for _ in range(3))
+    assert seconds < 0.3
+
+
+def test_help_states_every_flag_with_default_and_legal_range(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside a help text
+    with pytest.raises(SystemExit) as caught:
+        parse(["--lr", "wrong", "--help"])
+    assert caught.value.code == 0
+    told = capsys.readouterr().out
+    positions = [told.index(f"\n{group}:\n") for group in GROUPS]
+    assert positions == sorted(positions)
+    lines = told.splitlines()
+    for flag in FLAGS:
+        default = "none" if flag.default in (None, "") else flag.default
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"  --{flag.name} "))
+        text = " ".join(lines[start:start + 2])
+        assert f"(default {default}; {flag.legal})" in text
+        assert all(f" --{name} " in text for name in flag.aliases)
+    assert told.count("  python train.py") == 3
+    assert "width of the HRM; a multiple of 2 x n_heads (default 128; an integer >= 8)" in told
+    assert "--lr X, --learning_rate X" in told and "--use_act [0|1]" in told and "--injector cab|grb" in told
+
+
+def test_defaults_are_legal_and_names_unique():
+    opts = parse([])
+    assert problems(opts) == [] and opts.explicit == set()
+    spelled = [name for flag in FLAGS for name in (flag.name, *flag.aliases)]
+    assert len(spelled) == len(set(spelled))
+    assert not set(spelled) & set(GROUPS)
+    for flag in FLAGS:
+        assert flag.default is None or type(flag.default).__name__ in (flag.type, "str")
+
+
+def test_default_yaml_equals_the_parsers_defaults():
+    path = ROOT / "configs" / "default.yaml"
+    assert path.read_text(encoding="utf-8") == dump(parse([]))
+    opts = parse(["--config", str(path)])
+    assert opts == parse([]) and opts.explicit == {"config"}
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_published_commands_parse_as_typed(line):
+    words = line.split()
+    opts = parse(words)
+    for name, value in zip(words, words[1:], strict=False):
+        if name.startswith("--") and not value.startswith("--"):
+            kept = getattr(opts, name[2:])
+            assert type(kept)(value) == kept
+    assert opts.explicit == {word[2:] for word in words if word.startswith("--")}
+
+
+def test_published_switches_and_aliases():
+    assert parse(PUBLISHED[4].split()).use_act is True
+    assert parse(PUBLISHED[2].split()).eval_only is True
+    opts = parse("--learning_rate 2e-4 --steps 7 --val_every 3".split())
+    assert (opts.lr, opts.max_steps, opts.eval_every) == (2e-4, 7, 3)
+    assert opts.explicit == {"lr", "max_steps", "eval_every"}
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize("typed,value", [(["--use_act"], True), (["--use_act", "1"], True), (["--use_act=0"], False),
+                                         (["--use_act", "false"], False), (["--use_act", "TRUE"], True),
+                                         (["--use_act", "--reset_l", "0"], True)])
+def test_switches_take_a_value_or_stand_alone(typed, value):
+    assert parse(typed).use_act is value
+
+
+@pytest.mark.parametrize("typed", ["--grb_gate_init -2.5", "--grb_gate_init=-2.5", "--grb_gate_init -25e-1"])
+def test_negative_numbers_are_values(typed):
+    assert parse(typed.split()).grb_gate_init == -2.5
+
+
+def test_later_flags_win_and_values_may_hold_blanks():
+    opts = parse(["--d_h", "64", "--d_h=32", "--system_header", "- think, then answer", "--sentinel=--end--"])
+    assert (opts.d_h, opts.system_header, opts.sentinel) == (32, "- think, then answer", "--end--")
+
+
+def test_comma_lists_lose_their_blanks():
+    opts = parse(["--tasks", "chain_sum, toy_add", "--trackers", "wandb"])
+    assert names(opts.tasks) == ["chain_sum", "toy_add"] and names(opts.trackers) == ["wandb"]
+    assert names(None) == names("") == []
+
+
+def choices() -> list[tuple[str, str]]:
+    return [(flag.name, choice) for flag in FLAGS for choice in flag.choices or ()]
+
+
+@pytest.mark.parametrize("name,choice", choices())
+def test_every_choice_is_accepted(name, choice):
+    assert getattr(parse([f"--{name}", choice]), name) == choice
+
+
+def test_all_problems_of_a_command_line_are_told_at_once(capsys):
+    told = refused(["--d_hh", "64", "--eval_n", "-3", "--batch_size", "many", "--injector", "cba", "--use_act", "maybe",
+                    "--lr", "nan", "--n_heads", "3", "--d_h", "100", "--task", "a", "--tasks", "b", "stray",
+                    "--cab_mem", "-1e-3", "--seed"], capsys)
+    assert told == [
+        "unknown flag --d_hh; did you mean --d_h?",
+        "unexpected argument stray: every value follows its --flag",
+        "--batch_size many is not legal: expected an integer >= 1",
+        "--use_act maybe is not legal: expected 0, 1, true or false",
+        "--cab_mem -1e-3 is not legal: expected an integer >= 0",
+        "--seed needs a value: expected an integer >= 0 and < 2147483648",
+        "--injector cba is not legal: expected one of cab, grb",
+        "--eval_n -3 is not legal: expected an integer >= 1",
+        "--lr nan is not legal: expected a finite number > 0",
+        "--d_h 100 is not divisible by --n_heads 3: choose a multiple of 6, such as 102",
+        "--task a and --tasks b are both set: keep one (`none` takes back the other)",
+    ]
+
+
+@pytest.mark.parametrize("typed,problem", [
+    ("--use_actt", "unknown flag --use_actt; did you mean --use_act?"),
+    ("--xyzzy=3", "unknown flag --xyzzy"),
+    ("-d_h 3", "unknown flag -d_h; did you mean --d_h?"),
+    ("--seg 3", "unknown flag --seg"),  # never an abbreviation of --segments
+    ("--config", "--config needs a value: expected text, not empty"),
+    ("--config=", "--config '' is not legal: expected text, not empty"),
+    ("--sentinel=", "--sentinel '' is not legal: expected text, not empty"),
+    ("--tasks=", "--tasks '' is not legal: expected distinct names with commas between"),
+    ("--tasks a,a", "--tasks a,a is not legal: expected distinct names with commas between"),
+    ("--tasks a,,b", "--tasks a,,b is not legal: expected distinct names with commas between"),
+    ("--trackers wandb,tb", "--trackers wandb,tb is not legal: expected distinct names with commas between, "
+                            "among tensorboard, wandb, trackio"),
+    ("--d_h none", "--d_h none is not legal: expected an integer >= 8"),
+    ("--d_h 64.0", "--d_h 64.0 is not legal: expected an integer >= 8"),
+    ("--task_config {bad", "--task_config '{bad' is not legal: expected small, default, a file or a JSON object"),
+    ("--run_name ../up", "--run_name ../up is not legal: expected a plain folder name (no slash, not ..)"),
+    ("--run_name ..", "--run_name .. is not legal: expected a plain folder name (no slash, not ..)"),
+    ("--d_h 24 --n_heads 8", "--d_h 24 is not divisible by twice --n_heads 8: choose a multiple of 16, such as 32"),
+    ("--seed 1000000000", "--eval_seed 1000000000 is too near --seed 1000000000: keep them at least 10000000 apart, "
+                          "so that training never draws evaluation items"),
+    ("--max_steps 0", "training would never end: set --max_steps, --epochs or --max_minutes"),
+    ("--epochs 2", "--epochs 2 needs --train_n above 0: fresh items without end have no epochs"),
+    ("--segments 2 --supervised_segments 3", "--supervised_segments 3 is more than --segments 2: choose at most 2"),
+    ("--act_penalty 0.1", "--act_penalty 0.1 does nothing without --use_act"),
+    ("--halt_max_segments 2", "--halt_max_segments 2 does nothing without --use_act"),
+    ("--eval_only", "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"),
+    ("--max_steps 10 --warmup_steps 50", "--warmup_steps 50 is more than --max_steps 10"),
+])
+def test_each_bad_command_line_has_its_one_line(typed, problem, capsys):
+    assert refused(typed.split(), capsys) == [problem]
+
+
+@pytest.mark.parametrize("typed", [
+    "--max_steps 0 --max_minutes 1", "--max_steps 0 --epochs 1 --train_n 8", "--max_steps 0 --dry_run",
+    "--max_steps 0 --eval_only --run_name a", "--max_steps 10", "--act_penalty 1 --use_act", "--grad_horizon k:3",
+    "--halt_max_segments 2 --use_act", "--train_inject_over all", "--system_header=", "--run_name v1.2_lr-3",
+    "--seed 990000000", "--trackers=", "--resume auto", "--supervised_segments 0", "--task_config runs/tasks.yaml",
+])
+def test_legal_combinations_pass(typed):
+    parse(typed.split())
+
+
+def beyond(flag: Flag) -> list[float]:
+    """The nearest illegal values at both ends of a number's range, and for floats the values that are no number."""
+    step = 1 if flag.type == "int" else 1e-9
+    low = [] if flag.low is None else [flag.low if flag.exclusive_low else flag.low - step]
+    high = [] if flag.high is None else [flag.high if flag.exclusive_high else flag.high + step]
+    return low + high + ([math.nan, math.inf, -math.inf] if flag.type == "float" else [])
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.type in ("int", "float")], ids=lambda flag: flag.name)
+def test_numbers_outside_their_range_are_refused(flag, capsys):
+    for value in beyond(flag):
+        shown = repr(float(value) if flag.type == "float" else value)
+        assert refused([f"--{flag.name}", shown], capsys) == [f"--{flag.name} {shown} is not legal: "
+                                                              f"expected {flag.legal}"]
+
+
+@pytest.mark.parametrize("horizon", ["k:0", "k:", "k:-1", "k:1.5", "FULL", "one_step ", ""])
+def test_grad_horizon_names_its_three_forms(horizon, capsys):
+    assert "expected one_step, full or k:N with N >= 1" in refused([f"--grad_horizon={horizon}"], capsys)[0]
+
+
+def test_a_flag_already_told_as_wrong_starts_no_second_complaint(capsys):
+    assert len(refused(["--d_h", "wide", "--n_heads", "3"], capsys)) == 1
+    assert len(refused(["--n_heads", "0"], capsys)) == 1
+
+
+# --- YAML
+
+
+def test_yaml_lies_between_defaults_and_command_line(config):
+    opts = parse([*config("lr: 0.5\nsegments: 8\ntask: toy_add\n"), "--segments", "2"])
+    assert (opts.lr, opts.segments, opts.task, opts.d_h) == (0.5, 2, "toy_add", 128)
+    assert opts.explicit == {"config", "lr", "segments", "task"}
+
+
+def test_yaml_nests_are_for_the_reader_only(config):
+    nested = config("model: {hrm: {d_h: 64, injector: {injector: grb}}}\ntraining:\n  learning_rate: 1e-4\ndata:\n")
+    opts = parse(nested)
+    assert (opts.d_h, opts.injector, opts.lr) == (64, "grb", 1e-4)
+
+
+def test_yaml_values_are_read_by_the_flags_type(config):
+    opts = parse(config("lr: 1e-3\ngrad_clip: 2\nuse_act: 1\nreset_l: yes\ntasks: [chain_sum, toy_add]\ntrackers: []\n"
+                        "task_config: {min_terms: 2, max_terms: 3}\nlog_csv: null\nsystem_header: none\n"))
+    assert (opts.lr, opts.grad_clip, opts.use_act, opts.reset_l) == (1e-3, 2.0, True, True)
+    assert type(opts.grad_clip) is float
+    assert (opts.tasks, opts.trackers, opts.log_csv) == ("chain_sum,toy_add", "", None)
+    assert opts.task_config == '{"min_terms": 2, "max_terms": 3}'
+    assert opts.system_header == "none"  # in YAML only null is none
+
+
+def test_none_on_the_command_line_takes_a_yaml_value_back(config):
+    opts = parse([*config("task: toy_add\n"), "--task", "none", "--tasks", "a,b"])
+    assert opts.task is None and opts.tasks == "a,b"
+
+
+@pytest.mark.parametrize("leaf", ["d_h: '64'", "d_h: 64.0", "d_h: true", "d_h: [64]", "d_h: 1e2", "lr: true", "lr: no",
+                                  "lr: [1]", "use_act: 2", "use_act: 'maybe'", "use_act: 1.0", "task: 12", "task: [a]",
+                                  "task: on", "injector: 1", "run_name: 2024-01-01", "tasks: [a, 1]", "tasks: {}",
+                                  "task_config: 3", "task_config: {a: 2024-01-01}", "task_config: {a: .nan}",
+                                  "seed: null", "lr:", "model_name: null", "d_h: {}", "trackers: null"])
+def test_wrong_yaml_types_are_refused_by_name(leaf, config, capsys):
+    argv, name = config(leaf + "\n"), leaf.partition(":")[0]
+    told = refused(argv, capsys)
+    assert len(told) == 1 and told[0].startswith(f"{argv[1]}: {name} ") and ": expected " in told[0]
+
+
+def test_all_problems_of_a_yaml_file_are_told_with_those_of_the_command_line(config, capsys):
+    argv = config("d_hh: 64\nsegments: 3\nsegments: 4\nmodel:\n  lr: 0.1\ntrain: {learning_rate: 0.2}\nn_heads: four\n"
+                  "3: x\nconfig: other.yaml\nmodl:\neval_n: 0\n")
+    path = argv[1]
+    assert refused([*argv, "--batch_size", "0", "--stesp=2"], capsys) == [
+        "unknown flag --stesp; did you mean --steps?",
+        f"{path}: line 3: segments is given twice",
+        f"{path}: unknown key d_hh; did you mean d_h?",
+        f"{path}: lr is given twice, under different nests or names",
+        f"{path}: unknown key 3",
+        f"{path}: config belongs on the command line only",
+        f"{path}: unknown key modl",
+        f"{path}: n_heads four is not legal: expected an integer >= 1",
+        "--eval_n 0 is not legal: expected an integer >= 1",
+        "--batch_size 0 is not legal: expected an integer >= 1",
+    ]
+
+
+@pytest.mark.parametrize("text", ["lr: [1", "- lr\n", "just words", "a: 1\n---\nb: 2\n", "seed: 2024-99-99",
+                                  "lr: \t1\n\tx", "model: &m {inner: *m}", "lr: !!python/object:os.system {}", "\x00"])
+def test_files_that_are_no_mapping_have_one_line(text, config, capsys):
+    argv = config(text)
+    told = refused(argv, capsys)
+    assert len(told) == 1 and told[0].startswith(f"--config {argv[1]} cannot be read: ")
+
+
+def test_unreadable_files_have_one_line_beside_the_other_problems(tmp_path, capsys):
+    (tmp_path / "latin.yaml").write_bytes(b"task: \xff\n")
+    missing = str(tmp_path / "missing.yaml")
+    assert refused(["--config", missing, "--d_h", "0"], capsys) == [
+        f"--config {missing} cannot be read: No such file or directory",
+        "--d_h 0 is not legal: expected an integer >= 8"]
+    assert "Is a directory" in refused(["--config", str(tmp_path)], capsys)[0]
+    assert "utf-8" in refused(["--config", str(tmp_path / "latin.yaml")], capsys)[0]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "model:\n", "\ufefflr: 0.5\n", "a: &a {lr: 1.0}\n"])
+def test_files_with_little_in_them_pass(text, config):
+    parse(config(text))
+
+
+# --- a resolved configuration reruns the run
+
+
+def legal_values(flag: Flag) -> st.SearchStrategy:
+    """Any legal value of one flag."""
+    words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+    if flag.choices:
+        picked = st.sampled_from(flag.choices)
+        return st.lists(picked, unique=True).map(",".join) if flag.type == "list" else picked
+    if flag.type == "bool":
+        return st.booleans()
+    if flag.type == "int":
+        return st.integers(flag.low, flag.high and flag.high - flag.exclusive_high)
+    if flag.type == "float":
+        return st.floats(flag.low, flag.high, exclude_min=flag.exclusive_low, exclude_max=flag.exclusive_high,
+                         allow_nan=False, allow_infinity=False)
+    if flag.type == "list":
+        return st.lists(st.sampled_from(["chain_sum", "toy_add", "gcd"]), unique=True, min_size=1).map(",".join)
+    special = {"grad_horizon": ["one_step", "full", "k:1", "k:12"], "task_config": ["small", '{"a": [1]}', "x.yaml"]}
+    text = st.sampled_from(special[flag.name]) if flag.name in special else words
+    return st.none() | text if flag.nullable else text
+
+
+@st.composite
+def settings_of_a_run(draw) -> dict:
+    """A few flags with legal values, as a user would set them; together they have no problem."""
+    chosen = draw(st.lists(st.sampled_from([flag for flag in FLAGS if flag.in_file]), unique=True, max_size=10))
+    values = {flag.name: draw(legal_values(flag)) for flag in chosen}
+    opts = options.Options(**{**vars(parse([])), **values, "explicit": set(values)})
+    assume(not problems(opts))
+    return values
+
+
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@QUICK
+@given(values=settings_of_a_run())
+def test_dump_then_parse_gives_equal_options(values, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "config.resolved.yaml"
+    opts = parse([f"--{name}={value}" for name, value in values.items() if value is not None])
+    path.write_text(dump(opts), encoding="utf-8")
+    again = parse(["--config", str(path)])
+    assert again == opts
+    assert all(type(a) is type(b) for a, b in zip(as_dict(again).values(), as_dict(opts).values(), strict=True))
+    assert dump(again) == dump(opts)
+
+
+@QUICK
+@given(under=settings_of_a_run(), over=settings_of_a_run())
+def test_command_line_beats_yaml_beats_defaults(under, over, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "under.yaml"
+    under, over = ({k: v for k, v in x.items() if not (v is None or isinstance(v, str) and v.lower() == "none")}
+                   for x in (under, over))
+    expected = {**as_dict(parse([])), **under, **over}
+    assume(not problems(options.Options(**expected, config=None, explicit=set(under) | set(over))))
+    path.write_text(dump(options.Options(**{**as_dict(parse([])), **under})), encoding="utf-8")
+    opts = parse(["--config", str(path), *(f"--{name}={value}" for name, value in over.items())])
+    assert as_dict(opts) == expected
+    assert over.keys() <= opts.explicit <= over.keys() | under.keys() | {"config"}
+
+
+def test_resolved_file_of_a_short_run_keeps_the_default_warmup_a_default(tmp_path):
+    path = tmp_path / "config.resolved.yaml"
+    short = parse(["--max_steps", "10"])
+    path.write_text(dump(short), encoding="utf-8")
+    again = parse(["--config", str(path)])
+    assert again == short and again.explicit == {"config", "max_steps"}
+
+
+def test_dump_groups_all_leaves_and_leaves_the_config_out():
+    import yaml
+    text = dump(parse(["--d_h", "64"]))
+    assert text.startswith("# ")
+    tree = yaml.safe_load(text)
+    assert list(tree) == list(GROUPS) and tree["model"]["d_h"] == 64
+    assert [name for group in tree.values() for name in group] == [flag.name for flag in FLAGS if flag.name != "config"]
+
+
+def test_equality_looks_at_every_flag_but_not_at_where_it_came_from(config):
+    assert parse(["--lr", "1e-3"]) == parse([]) == parse(config("lr: 0.001\n"))
+    assert parse(["--lr", "2e-3"]) != parse([])
+    assert "explicit" not in as_dict(parse([])) and "config" not in as_dict(parse([]))
