@@ -1,7 +1,7 @@
 """From `Example`s to token batches: the prompt's format, and `Batch` with prompts left-padded, targets right-padded.
 
-Prompts are padded on the left so that every prompt ends in the same column, and are joined to their targets after padding:
-no pad ever stands between a prompt and its answer. Shapes: B batch, S prompt tokens, T target tokens.
+Prompts are padded on the left so that every prompt ends in the same column, and are joined to their targets after
+padding: no pad ever stands between a prompt and its answer. Shapes: B batch, S prompt tokens, T target tokens.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Batch:
 class PromptFormat:
     """Renders questions and targets for one tokenizer.
 
-    `auto` uses the tokenizer's chat template where it has one, else plain text `question\\nAnswer:` with the target after
-    a space. The sentinel, where given, ends every target before the end-of-sequence token.
+    `auto` uses the tokenizer's chat template where it has one, else plain text `question\\nAnswer:` with the target
+    after a space. The sentinel, where given, ends every target before the end-of-sequence token.
 
     Raises:
         ValueError: `chat` without a chat template; a tokenizer without an end-of-sequence token.
@@ -97,14 +97,21 @@ class PromptFormat:
                 for row in ids]
 
     def targets(self, targets: Sequence[str]) -> list[list[int]]:
-        """Token ids of each target: the answer alone, the sentinel if any, end of sequence."""
+        """Token ids of each target: the answer alone, the sentinel if any, end of sequence.
+
+        Raises:
+            ValueError: a target holds the sentinel, so the answer cut at it could never be right.
+        """
+        for target in targets if self.sentinel else ():
+            if (target + self.sentinel).index(self.sentinel) < len(target):
+                raise ValueError(f"--sentinel {self.sentinel!r} is part of the gold answer {target!r}: choose another")
         lead = "" if self.chat else " "
         texts = [lead + target + (self.sentinel or "") for target in targets]
         ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [[*row, self.tokenizer.eos_token_id] for row in ids]
 
     def answer_text(self, ids: Tensor) -> tuple[str, bool]:
-        """(answer, finished) of generated ids (N,): cut at end of sequence and at the sentinel, which no verifier sees."""
+        """(answer, finished) of generated ids (N,), cut at end of sequence and at the sentinel: no verifier sees it."""
         row = ids.tolist()
         finished = self.tokenizer.eos_token_id in row
         if finished:

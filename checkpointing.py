@@ -324,7 +324,7 @@ def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
     return (folder, metric, value) if STEP_NAME.fullmatch(name) and folder.is_dir() else None
 
 
-def resolve_resume(text: str, save_dir: Path) -> Path:
+def resolve_resume(text: str, save_dir: Path, flag: str = "--resume") -> Path:
     """The checkpoint folder meant by `--resume TEXT`: a checkpoint, a run, its `checkpoints` folder, or 'auto'.
 
     A run or `checkpoints` folder stands for its newest whole checkpoint, 'auto' for the one written last in any run
@@ -335,7 +335,7 @@ def resolve_resume(text: str, save_dir: Path) -> Path:
     if text == "auto":
         whole = [folder for run in runs if newest_checkpoint(run) for folder in _whole(run)]
         if not whole:
-            raise CheckpointError(f"--resume auto: no whole checkpoint in any run of {save_dir}; leave out --resume")
+            raise CheckpointError(f"{flag} auto: no whole checkpoint in any run of {save_dir}; train one first")
         return max(whole, key=lambda folder: ((folder / MANIFEST).stat().st_mtime_ns, folder.name))
     places = [Path(os.path.abspath(p)) for p in (Path(text), save_dir / text) if text.strip()]
     place = next((p for p in places if p.exists()), None)
@@ -347,11 +347,11 @@ def resolve_resume(text: str, save_dir: Path) -> Path:
         what = "does not exist" if place is None else "is neither a checkpoint nor a run"
         known = [str(known) for run in runs for known in (run, *checkpoint_folders(run))]
         near = difflib.get_close_matches(str(save_dir / text), known, cutoff=0.3) or known[:3] or ["none here"]
-        raise CheckpointError(f"--resume {text!r} {what}; give a checkpoint, a run or 'auto'; near: {', '.join(near)}")
+        raise CheckpointError(f"{flag} {text!r} {what}; give a checkpoint, a run or 'auto'; near: {', '.join(near)}")
     newest = newest_checkpoint(run)
     if newest is None:
         broken = [f"{folder.name}: {_defect(folder)}" for folder in checkpoint_folders(run)] or ["none was written"]
-        raise CheckpointError(f"--resume {text!r} holds no whole checkpoint ({broken[-1]}); start without --resume")
+        raise CheckpointError(f"{flag} {text!r} holds no whole checkpoint ({broken[-1]}); give another")
     return newest
 
 

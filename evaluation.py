@@ -1,7 +1,7 @@
 """Generate, verify, count: solved rate with its Wilson interval, per task and overall, beside the bare LLM.
 
-Accuracy is what the model GENERATES, scored by the task's own verifier; solved means a score of exactly 1.0. Nothing here
-sees a gold answer before the verifier does.
+Accuracy is what the model GENERATES, scored by the task's own verifier; solved means a score of exactly 1.0. Nothing
+here sees a gold answer before the verifier does.
 """
 
 from __future__ import annotations

@@ -6,13 +6,21 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 PROG = "generate.py"
 COMMANDS = "an empty line or Ctrl-D ends"
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROG}: error: {message}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG,
         description="Answers prompts with a frozen LLM and its trained HRM add-on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -61,7 +69,7 @@ class Answerer:
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        folder = resolve_resume(opts.checkpoint or "auto", Path(opts.save_dir))
+        folder = resolve_resume(opts.checkpoint or "auto", Path(opts.save_dir), "--checkpoint")
         self.opts, self.device = opts, pick_device(opts.device)
         self.model, document = load_adapter(folder, self.device, opts.trust_remote_code)
         if opts.eval_segments:
@@ -77,7 +85,13 @@ class Answerer:
         """(label, answer) of LLM + HRM, the bare LLM's first with --compare."""
         from evaluation import Decoding, generate_texts
 
-        opts = self.opts
+        opts, host = self.opts, self.model.host.config.get_text_config()
+        tokens = len(self.format.prompts([question])[0]) + opts.max_new_tokens
+        if tokens > (getattr(host, "max_position_embeddings", None) or tokens):
+            raise ValueError(
+                f"prompt and answer may take {tokens} tokens, the LLM has {host.max_position_embeddings} positions: "
+                "shorten the prompt or lower --max_new_tokens"
+            )
         decoding = Decoding(
             opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, opts.max_new_tokens, seed=opts.seed
         )
@@ -99,13 +113,16 @@ def interact(answerer: Answerer) -> None:
     print(f"ask; {COMMANDS}", file=sys.stderr)
     while True:
         try:
-            question = input("? ").strip()
+            question = input("? " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
         if not question:
             return
-        answerer.show(question)
+        try:
+            answerer.show(question)
+        except ValueError as error:  # one question too long does not end the talk
+            print(f"{PROG}: error: {error}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,7 +137,9 @@ def main(argv: list[str] | None = None) -> int:
             if opts.interactive:
                 interact(answerer)
             return 0
-        except ValueError as error:
+        except KeyboardInterrupt:
+            return 130
+        except (ValueError, OSError) as error:
             if os.environ.get("HRM_TRACEBACK"):
                 raise
             found = [" ".join(str(error).split())]

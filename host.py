@@ -6,6 +6,8 @@ Everything that depends on a host's family is here: logits (scaling, soft-cappin
 from __future__ import annotations
 
 import contextlib
+import sys
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,26 @@ def resolve_name(name: str) -> str:
     return name
 
 
+@functools.cache
+def hub_unreachable() -> bool:
+    """True when one quick request to the hub fails: the hub's library itself would retry, aloud, for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of whatever kind: the hub did not answer
+        return True
+    return False
+
+
+def _source(name: str) -> dict:
+    """Where transformers finds `name`: a folder, the hub, or, with the hub unreachable, what it once downloaded."""
+    path = resolve_name(name)
+    return {"pretrained_model_name_or_path": path, "local_files_only": not Path(path).is_dir() and hub_unreachable()}
+
+
 def _no_host(name: str, error: Exception) -> HostError:
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return HostError(
@@ -50,7 +72,7 @@ def load_config(name: str, trust_remote_code: bool = False):
     if local and not any(any(Path(path).glob(pattern)) for pattern in WEIGHT_PATTERNS):
         raise HostError(f"--model_name {name}: the folder {path} holds no weights (*.safetensors): give a saved model")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if not local:
             raise _no_host(name, error) from error
@@ -66,7 +88,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise HostError(f"--model_name {name}: its tokenizer cannot be loaded: {reason}") from error
@@ -86,10 +108,15 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     config = load_config(name, trust_remote_code)
     arguments = {"dtype": "auto", "trust_remote_code": trust_remote_code, **_quantisation(load_in, device)}
     try:
-        host = AutoModelForCausalLM.from_pretrained(resolve_name(name), config=config, **arguments)
+        host, info = AutoModelForCausalLM.from_pretrained(
+            **_source(name), config=config, output_loading_info=True, **arguments
+        )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise HostError(f"--model_name {name}: the model cannot be loaded: {reason}") from error
+    if info["missing_keys"]:  # transformers would make them up
+        missing = sorted(info["missing_keys"])
+        raise HostError(f"--model_name {name}: {len(missing)} weights are missing, the first is {missing[0]}")
     if load_in == "none":
         host.to(device)
     freeze(host)
@@ -191,6 +218,9 @@ def add_lora(host, layers: int, rank: int) -> None:
 @contextlib.contextmanager
 def without_lora(host) -> Iterator[None]:
     """Inside, the host is the bare LLM: its LoRA layers are switched off."""
+    if "peft" not in sys.modules:  # nobody has added LoRA; importing peft takes seconds
+        yield
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in host.modules() if isinstance(module, BaseTunerLayer)]

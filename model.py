@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
 from backbone import HostStates, HRMAddonConfig, HRMBackbone, token_positions
@@ -242,9 +242,11 @@ class HRMController(PreTrainedModel, GenerationMixin):
         """Sets the prompt mask on the first call: everything attended that was handed to `generate`.
 
         Raises:
-            ValueError: a cache filled elsewhere, without the thought that belongs to it.
+            ValueError: a static cache, or one filled elsewhere, without the thought that belongs to it.
         """
         cache, thought = kwargs.get("past_key_values"), kwargs.get("thought")
+        if isinstance(cache, StaticCache):
+            raise ValueError("static caches are refused: HRM counts the cache's tokens; leave cache_implementation out")
         if kwargs.get("is_first_iteration") and thought is None and cache is not None and cache.get_seq_length():
             raise ValueError("past_key_values already holds tokens that HRM has not read: give generate the whole prompt")
         if prompt_mask is None and thought is None:

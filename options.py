@@ -176,6 +176,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     ),
 }
 GROUPS = tuple(_TABLE)
+INVOCATION = ("run_name", "resume", "eval_only", "dry_run")  # said of one call: no record of a run keeps them
 FLAGS: tuple[Flag, ...] = tuple(replace(flag, group=group) for group, flags in _TABLE.items() for flag in flags)
 _FIND = {name: flag for flag in FLAGS for name in (flag.name, *flag.aliases)}
 
@@ -234,10 +235,10 @@ def build_parser(collect: bool = False) -> argparse.ArgumentParser:
 def parse(argv: list[str] | None = None, saved: dict[str, Any] | None = None) -> Options:
     """Flags from defaults, then `saved` (a resumed run's `as_dict`), the YAML of `--config`, and `argv`.
 
-    `argv` None is the process's own command line. Values of `saved` do not count as explicit.
-    Prints every problem to stderr, one line each, and raises SystemExit(2) if there is any.
+    `argv` None is the process's own command line. Prints every problem to stderr, one line each, and raises
+    SystemExit(2) if there is any.
     """
-    opts, found = _collect(argv, saved or {})
+    opts, found = collect(argv, saved)
     for problem in found:
         print(f"{PROG}: error: {problem}".replace("\n", " "), file=sys.stderr)
     if found:
@@ -246,17 +247,21 @@ def parse(argv: list[str] | None = None, saved: dict[str, Any] | None = None) ->
 
 
 def peek(argv: list[str] | None = None) -> Options:
-    """The flags as far as they can be read, without a word about what is wrong: for what must be known before `parse`."""
-    return _collect(argv, {})[0]
+    """The flags as far as they can be read, without a word about what is wrong: for what must be known earlier."""
+    return collect(argv)[0]
 
 
-def _collect(argv: list[str] | None, saved: dict[str, Any]) -> tuple[Options, list[str]]:
-    """Options, and all that is wrong with them."""
-    typed, found = _read_command_line(sys.argv[1:] if argv is None else list(argv))
+def collect(argv: list[str] | None = None, saved: dict[str, Any] | None = None) -> tuple[Options, list[str]]:
+    """As `parse`, but hands back what is wrong, one line each, to be told with what others find.
+
+    A flag that is wrong has its default. Values of `saved` and of YAML that equal the default do not count as explicit.
+    """
+    saved, (typed, found) = saved or {}, _read_command_line(sys.argv[1:] if argv is None else list(argv))
     path, file = typed.get("config"), {}
     if path and path.lower() != "none":
         file = _read_config(path, found)
-    opts = Options(**{flag.name: saved.get(flag.name, flag.default) for flag in FLAGS}, explicit=set())
+    opts = Options(**{flag.name: saved.get(flag.name, flag.default) for flag in FLAGS})
+    opts.explicit = {name for name, value in saved.items() if value != _FIND[name].default}
     for one, other in (("task", "tasks"), ("tasks", "task")):
         if one in typed or one in file:  # naming tasks anew replaces those of the resumed run
             setattr(opts, other, None)
@@ -274,7 +279,11 @@ def _collect(argv: list[str] | None, saved: dict[str, Any]) -> tuple[Options, li
             setattr(opts, name, value)
             if source is typed or value != flag.default:
                 opts.explicit.add(name)
-    return opts, found + problems(opts, broken)
+    found += problems(opts, broken)
+    for flag in FLAGS:
+        if not flag.allows(getattr(opts, flag.name)):
+            setattr(opts, flag.name, flag.default)
+    return opts, found
 
 
 def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
@@ -300,13 +309,13 @@ def dump(opts: argparse.Namespace) -> str:
 
 
 def read_resolved(text: str) -> dict[str, Any]:
-    """The flags in a text that `dump` wrote, as `parse` takes them for `saved`. Raises ValueError when it is another."""
+    """The flags in a text that `dump` wrote, as `parse` takes them for `saved`. Raises ValueError for another."""
     import yaml
 
     try:
         return {name: _from_yaml(_FIND[name], value) for name, value in _leaves(yaml.safe_load(text)) if name in _FIND}
     except (yaml.YAMLError, AttributeError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError("the checkpoint's config.resolved.yaml cannot be read: restore it or start a new run") from error
+        raise ValueError("the checkpoint's config.resolved.yaml cannot be read: restore it or start anew") from error
 
 
 # Cross checks: the flags each reads (so that a flag already told as wrong stays out), and what to say, or None.
@@ -327,6 +336,10 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      if o.act_penalty > 0 and not o.use_act else None),
     ("halt_max_segments use_act", lambda o: f"--halt_max_segments {o.halt_max_segments} does nothing without --use_act"
      if o.halt_max_segments > 0 and not o.use_act else None),
+    ("train_injector_scale lora_layers eval_only", lambda o: "--train_injector_scale 0 leaves nothing to train"
+     if o.train_injector_scale == 0 and not o.lora_layers and not o.eval_only else None),
+    ("eval_only dry_run", lambda o: "--eval_only and --dry_run are both set: keep one"
+     if o.eval_only and o.dry_run else None),
     ("eval_only resume run_name", lambda o: "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"
      if o.eval_only and o.resume is None and o.run_name is None else None),
     # The default warmup gives way to a short run by itself; only a typed one is a contradiction.

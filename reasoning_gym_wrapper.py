@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ EXECUTES_CODE = {
 }
 NO_GOLD = frozenset({"graph_color", "rubiks_cube", "boxnet", "rush_hour", "propositional_logic"})
 SCORES_ANYTHING = frozenset({"game_of_life_halting"})
+GLOBAL_RANDOM = frozenset({"list_functions"})  # draws from Python's global generator as well as from its own
 HASH_DEPENDENT = frozenset(
     {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
 )
@@ -69,6 +71,11 @@ class Example:
     entry: dict[str, Any]
     source: Task = dataclasses.field(repr=False, compare=False)
 
+    @property
+    def item(self) -> dict[str, Any]:
+        """The entry with `item["metadata"]["task"]`; a copy, as calendar_arithmetic's verifier reads its own `task`."""
+        return {**self.entry, "metadata": {**self.entry["metadata"], "task": self.task}}
+
     def verify(self, answer: str) -> Verdict:
         """Scores generated text with the task's own verifier; a scorer that raises counts as score 0."""
         try:
@@ -84,8 +91,12 @@ def normalise(question: str) -> str:
 
 
 def train_seed(seed: int) -> int:
-    """The data seed of training run `seed`: runs lie more than SEED_GAP apart and below every evaluation seed."""
-    return seed * 30_000_001 % 890_000_000
+    """The data seed of training run `seed`: below 890,000,000, so far below every evaluation seed.
+
+    The first 89 runs lie SEED_GAP apart; later ones lie between them, as the data seeds that all tasks take run out.
+    """
+    lap, slot = divmod(seed, 89)
+    return slot * SEED_GAP + lap * 100_003 % SEED_GAP
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -156,20 +167,20 @@ class Task:
             raise TaskError(unknown_task(name))
         self.name, self.config = name, dict(config or {})
         self._dataset_class, self._config_class = registry()[name]
-        self._check_config()
-        self.scorer = self._dataset(0)
+        self.scorer = self._checked_dataset()
 
-    def _check_config(self) -> None:
+    def _checked_dataset(self) -> Any:
         fields = {field.name for field in dataclasses.fields(self._config_class)} - {"seed", "size"}
-        unknown = sorted(set(self.config) - fields)
+        unknown = sorted(str(key) for key in self.config if key not in fields)
         if unknown:
             raise TaskError(
                 f"task {self.name} has no config field {', '.join(unknown)}: choose from {', '.join(sorted(fields))}"
             )
         try:
-            self._dataset(0)
-        except (AssertionError, ValueError, TypeError) as error:
-            raise TaskError(f"task {self.name} refuses the config {json.dumps(self.config)}: {error}") from error
+            return self._dataset(0)
+        except Exception as error:  # noqa: BLE001 - foreign config classes raise what they like
+            shown = json.dumps(self.config, default=str)
+            raise TaskError(f"task {self.name} refuses the config {shown}: {error}") from error
 
     def _dataset(self, seed: int) -> Any:
         config = self._config_class(**self.config, seed=seed, size=CHUNK)
@@ -187,18 +198,24 @@ class Task:
             chunk = self._dataset(seed + index // CHUNK * CHUNK)
             for offset in range(index % CHUNK, CHUNK):
                 try:
-                    entry = chunk[offset]
+                    entry = self._draw(chunk, offset, seed + index)
                 except Exception as error:  # noqa: BLE001 - foreign generators raise what they like
                     failed, reason = failed + 1, error
                 else:
                     failed = 0
-                    yield index, self._example(entry)
+                    yield index, Example(entry["question"], entry["answer"], self.name, entry, self)
                 index += 1
         raise TaskError(f"task {self.name} failed to make {failed} items in a row: {reason}")
 
-    def _example(self, entry: dict[str, Any]) -> Example:
-        entry["metadata"]["task"] = self.name
-        return Example(entry["question"], entry["answer"], self.name, entry, self)
+    def _draw(self, chunk: Any, offset: int, seed: int) -> dict[str, Any]:
+        if self.name not in GLOBAL_RANDOM:
+            return chunk[offset]
+        before = random.getstate()
+        random.seed(seed)
+        try:
+            return chunk[offset]
+        finally:
+            random.setstate(before)
 
 
 def unknown_task(name: str) -> str:
@@ -242,7 +259,7 @@ def _parse_config(text: str) -> dict[str, Any]:
     import yaml
 
     is_json = text.lstrip().startswith("{")
-    if not is_json and not Path(text).is_file():
+    if not is_json and not os.path.isfile(text):  # unlike Path.is_file, False for text too long to be a name
         raise TaskError(f"--task_config {text!r} is no file: give small, default, a YAML/JSON file or JSON text")
     try:
         config = yaml.safe_load(text if is_json else Path(text).read_text())
@@ -277,10 +294,12 @@ def task_problems(names: Sequence[str], config_text: str, allow_code: bool, supe
 
 def task_warnings(names: Sequence[str]) -> list[str]:
     """What a user should know about the chosen tasks before reading their figures."""
-    lines = [f"{name} gives any text full score: its accuracy means nothing" for name in names if name in SCORES_ANYTHING]
+    loose = [name for name in names if name in SCORES_ANYTHING]
+    lines = [f"{name} gives any text full score: its accuracy means nothing" for name in loose]
     hashed = [name for name in names if name in HASH_DEPENDENT]
     if hashed and not sys.flags.hash_randomization == 0:
-        lines.append(f"{', '.join(hashed)}: items vary with PYTHONHASHSEED; set PYTHONHASHSEED=0 to compare or resume runs")
+        told = "items vary with PYTHONHASHSEED; set PYTHONHASHSEED=0 to compare or resume runs"
+        lines.append(f"{', '.join(hashed)}: {told}")
     return lines
 
 
@@ -307,6 +326,7 @@ class Reserve:
         self.questions: set[str] = set()
         for task in tasks:
             drawn = self._draw(task, n, seed)
+            self.questions.update(normalise(example.question) for example in drawn)
             if must_fill and len(drawn) < n:
                 raise TaskError(
                     f"task {task.name} gave only {len(drawn)} distinct questions for evaluation, {n} were asked for: "
@@ -315,13 +335,13 @@ class Reserve:
             self.examples += drawn
 
     def _draw(self, task: Task, n: int, seed: int) -> list[Example]:
-        drawn, rejected = [], 0
+        drawn, seen, rejected = [], set(), 0  # deduplicated per task: n must not change what another task keeps
         for _, example in task.items(seed):
             question = normalise(example.question)
-            if question in self.questions:
+            if question in seen:
                 rejected += 1
             else:
-                self.questions.add(question)
+                seen.add(question)
                 drawn.append(example)
                 rejected = 0
             if len(drawn) >= n or rejected >= MAX_REJECTED:
@@ -365,8 +385,8 @@ class TrainStream:
                 self._turn = (turn + 1) % len(self.tasks)
                 return example
         raise TaskError(
-            f"task {self.tasks[turn].name}: {MAX_REJECTED} draws in a row were evaluation questions, nothing is left to "
-            "train on: lower --eval_n or raise the difficulty with --task_config"
+            f"task {self.tasks[turn].name}: {MAX_REJECTED} draws in a row were evaluation questions, nothing is left "
+            "to train on: lower --eval_n or raise the difficulty with --task_config"
         )
 
     def state_dict(self) -> dict[str, Any]:

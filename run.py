@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,17 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 
 import options
 from batching import Batch, PromptFormat
-from checkpointing import step_folder
-from evaluation import Answer, Decoding, Evaluation, answer, evaluate
+from checkpointing import atomic_write_text, step_folder
+from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate
 from host import load_tokenizer
 from model import build_model
 from reasoning_gym_wrapper import EpochStream, Example, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, RunLog, draw_curve, format_table
-from run_setup import check, interruptible, peak_memory, pick_device, pick_precision, task_config, task_names
+from run_setup import interruptible, peak_memory, pick_device, pick_precision, run_folder, task_config, task_names
 from run_state import RunState, load_run, save_run
 from training import NonFiniteError, Trainer, learning_rate
 
@@ -37,18 +39,18 @@ PROBE = 256  # items of an endless stream that are measured against --max_seq_le
 
 
 class Run:
-    """A run from its options, new or going on from `checkpoint`.
+    """A run from its options (see `run_setup.check`), new or going on from `checkpoint`.
 
     Raises:
-        ConfigurationError, ValueError: the user's mistakes, before anything is written.
+        ValueError: the user's mistakes, before anything is written.
     """
 
     def __init__(self, opts: argparse.Namespace, checkpoint: Path | None):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        opts.task_config = task_config(opts)  # going on with other tasks keeps the difficulty
         self.opts, self.checkpoint = opts, checkpoint
         device = pick_device(opts.device)
-        check(opts, device)
         if opts.num_threads:
             torch.set_num_threads(opts.num_threads)
         self.accelerator = Accelerator(cpu=device == "cpu")
@@ -58,8 +60,9 @@ class Run:
         self.is_main = self.accelerator.is_main_process
         self.folder = self._folder()
         self._build_data()
-        torch.manual_seed(opts.seed)
+        set_seed(opts.seed)
         self.model = build_model(opts, str(self.device))
+        self._check_positions()
         self.model.config.segments = opts.eval_segments or opts.segments  # training draws its own number
         self.trainer = Trainer(opts, self.model, self.accelerator, self.precision, self._verdicts)
         self.step, self.elapsed, self.best = 0, 0.0, None
@@ -71,13 +74,9 @@ class Run:
 
     def _folder(self) -> Path:
         """The run's folder: that of the checkpoint it goes on from, else a named or dated one."""
-        if self.checkpoint:
-            return self.checkpoint.parent.parent
-        name = self.opts.run_name
-        if name is None:
-            tasks = "+".join(task_names(self.opts))[:60]
-            name = gather_object([f"{tasks}-{datetime.now():%Y%m%d-%H%M%S}"])[0]
-        return Path(self.opts.save_dir) / name
+        tasks = "+".join(task_names(self.opts))[:60]
+        name = gather_object([f"{tasks}-{datetime.now():%Y%m%d-%H%M%S}"])[0]
+        return run_folder(self.opts, self.checkpoint) or Path(self.opts.save_dir) / name
 
     def _build_data(self) -> None:
         opts = self.opts
@@ -93,6 +92,7 @@ class Run:
         self.tasks = make_tasks(task_names(opts), task_config(opts))
         self.reserve = Reserve(self.tasks, opts.eval_n, opts.eval_seed)
         self.eval_examples = self.format.fitting(self.reserve.examples, opts.overlong, "evaluation")
+        self.budget = answer_budget(self.format, self.eval_examples, opts.max_new_tokens)  # the same on every rank
         self.stream: Any = None
         if opts.eval_only:
             return
@@ -103,12 +103,22 @@ class Run:
             probe = training_examples(self.tasks, self.reserve, opts.seed, 0)
             self.format.fitting([next(probe) for _ in range(PROBE)], opts.overlong, "training")
 
+    def _check_positions(self) -> None:
+        """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""
+        positions = getattr(self.model.host.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, self.format.prompts([example.question for example in self.eval_examples])))
+        if positions and longest + self.budget > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and an answer of {self.budget} pass the {positions} positions of "
+                f"{self.opts.model_name}: lower --max_new_tokens, or --max_seq_len with --overlong drop"
+            )
+
     def _total_steps(self) -> int | None:
-        """Batches of the whole run; None when only time limits it. Typed epochs or minutes replace the default steps."""
+        """Batches of the whole run; None: only time limits it. Typed epochs or minutes replace the default steps."""
         opts = self.opts
         steps = opts.max_steps
         if (opts.epochs or opts.max_minutes) and "max_steps" not in opts.explicit:
-            steps = 0
+            steps = opts.max_steps = 0
         if opts.epochs and self.stream is not None:
             per_step = opts.batch_size * opts.grad_accum_steps * self.world
             by_epochs = math.ceil(opts.epochs * len(self.stream.examples) / per_step)
@@ -136,11 +146,14 @@ class Run:
                 self._finish(self.evaluate())
                 return 0
             if self.checkpoint:
-                self.log.truncate_after(self.step)
+                self.log.truncate_after(self.step, evaluate=self._progress_share() >= 1)
             status = self._train()
             if status:
                 return status
-            evaluation = self.evaluate() if self._last_evaluated != self.step else self._evaluation
+            if self._last_evaluated != self.step:
+                self.save()  # an evaluation cut short must not cost what was trained
+                self.evaluate()
+            evaluation = self._evaluation
             self.save(evaluation)
             self._finish(evaluation)
         return 0
@@ -152,8 +165,8 @@ class Run:
         work = "evaluation only" if self.opts.eval_only else f"{limit} of {self.opts.batch_size} examples"
         start = f", from step {self.step}" if self.step else ""
         self.say(
-            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + HRM ({count / 1e6:.2f} M trainable) on {self.device}, "
-            f"{self.precision} autocast; {', '.join(t.name for t in self.tasks)}; {work}{start}"
+            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + HRM ({count / 1e6:.2f} M trainable) on "
+            f"{self.device}, {self.precision} autocast; {', '.join(t.name for t in self.tasks)}; {work}{start}"
         )
         if self.world > 1:
             self.say(f"{self.world} processes, {self.opts.batch_size * self.world} examples a batch")
@@ -164,12 +177,17 @@ class Run:
         for step in range(3):  # the first call pays for warming up
             batches = self._next_batches()
             started = time.perf_counter()
-            metrics = self.trainer.step(batches, step, lr=0.0)
+            try:
+                metrics = self.trainer.step(batches, step, lr=0.0)
+            except NonFiniteError as error:
+                self.say(f"{options.PROG}: {error}: training would stop here; nothing was written")
+                return NON_FINITE_EXIT
             times.append((time.perf_counter() - started) / metrics["segments"])
         mean_segments = (1 + self.opts.segments) / 2 if self.opts.segments_sampling == "uniform" else self.opts.segments
         seconds = min(times) * mean_segments
         steps = self.total_steps
-        total = f"about {seconds * steps / 60:.1f} minutes for {steps} steps" if steps else f"{self.opts.max_minutes} minutes"
+        asked = f"{self.opts.max_minutes} minutes"
+        total = f"about {seconds * steps / 60:.1f} minutes for {steps} steps" if steps else asked
         self.say(f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3f}")
         for name, module in self.model.model.addon.named_children():
             self.say(f"  {name:16s} {sum(p.numel() for p in module.parameters() if p.requires_grad):>12,} parameters")
@@ -196,18 +214,18 @@ class Run:
                 return example
             if self.opts.overlong == "error":
                 raise ValueError(
-                    f"a training example of {example.task} is longer than --max_seq_len {self.opts.max_seq_len} tokens: "
-                    "raise it, or leave such items out with --overlong drop"
+                    f"a training example of {example.task} is longer than --max_seq_len {self.opts.max_seq_len} "
+                    "tokens: raise it, or leave such items out with --overlong drop"
                 )
 
     def _progress_share(self) -> float:
-        """How much of the run is done, 0 to 1, by the limit that is nearer."""
+        """How much of the run is done, 0 to 1, by the limit that is nearer; alike on all ranks, which end together."""
         by_steps = self.step / self.total_steps if self.total_steps else 0.0
-        by_time = self.log.elapsed_s / (60 * self.opts.max_minutes) if self.opts.max_minutes else 0.0
+        by_time = 0.0
+        if self.opts.max_minutes:
+            seconds = torch.tensor(self.log.elapsed_s, device=self.device)
+            by_time = float(self.accelerator.reduce(seconds, "mean")) / (60 * self.opts.max_minutes)
         return min(max(by_steps, by_time), 1.0)
-
-    def _out_of_time(self) -> bool:
-        return bool(self.opts.max_minutes) and self.log.elapsed_s >= 60 * self.opts.max_minutes
 
     def _train(self) -> int:
         """The loop. Returns 0 when done, or the exit status of an early but orderly end."""
@@ -216,7 +234,7 @@ class Run:
         progress = Progress(self.total_steps, "step", "ex", start=self.step, enabled=self.is_main)
         with interruptible() as stop, progress:
             clock, seen = time.monotonic(), 0
-            while (self.total_steps is None or self.step < self.total_steps) and not self._out_of_time():
+            while self._progress_share() < 1:
                 batches = self._next_batches()
                 lr = learning_rate(opts, self.step, self._progress_share(), warmup)
                 try:
@@ -230,7 +248,7 @@ class Run:
                 self._after_step(metrics, rate, progress)
                 if self._anyone(stop.signal is not None):
                     self.save()
-                    self.say(f"stopped at step {self.step}, all saved; go on with: python train.py --resume {self.folder}")
+                    self.say(f"stopped at step {self.step}, saved; go on with: python train.py --resume {self.folder}")
                     return 128 + (stop.signal or signal.SIGTERM)
         return 0
 
@@ -259,8 +277,8 @@ class Run:
         path = self.folder / "bad_batch.json"
         items = [{"task": e.task, "question": e.question, "target": e.target} for b in batches for e in b.examples]
         if self.is_main:
-            path.write_text(json.dumps({"step": self.step, "examples": items}, indent=1))
-        self.say(f"train.py: {error}: stopped before the optimizer step; the weights so far are saved, the batch is in {path}")
+            atomic_write_text(path, json.dumps({"step": self.step, "examples": items}, indent=1))
+        self.say(f"{options.PROG}: {error}: stopped before the step; the weights are saved, the batch is in {path}")
         return NON_FINITE_EXIT
 
     def _verdicts(self, batch: Batch) -> torch.Tensor:
@@ -289,9 +307,10 @@ class Run:
         """Generates and verifies on the whole evaluation set, shared among ranks; writes CSV and predictions."""
         mine = list(range(len(self.eval_examples)))[self.rank :: self.world]
         examples = [self.eval_examples[i] for i in mine]
+        decoding = replace(self._decoding(), max_new_tokens=self.budget)
         with self.trainer.evaluation_weights():
             own_bare = [self.bare[i] for i in mine] if self.bare else None
-            part = evaluate(self.model, self.format, examples, self._decoding(), own_bare, self.trainer.autocast())
+            part = evaluate(self.model, self.format, examples, decoding, own_bare, self.trainer.autocast())
         self.bare = self._gathered(mine, part.bare)
         evaluation = Evaluation(self._gathered(mine, part.answers), self.bare)
         self.log.eval_rows(evaluation.rows(self.step, self.log.elapsed_s))
@@ -314,7 +333,8 @@ class Run:
         with self.trainer.evaluation_weights(), self.trainer.autocast():
             answers = answer(self.model, self.format, examples, self._decoding())
         for a in answers:
-            progress.say(f"[step {self.step}] prompt: {a.example.question!r}\n  target: {a.example.target!r}  prediction: {a.text!r}")
+            asked = f"[step {self.step}] prompt: {a.example.question!r}"
+            progress.say(f"{asked}\n  target: {a.example.target!r}  prediction: {a.text!r}")
 
     def _is_best(self, evaluation: Evaluation) -> bool:
         return self.opts.save_best_model and (self.best is None or evaluation.solved_rate() > self.best)
@@ -326,15 +346,17 @@ class Run:
         print(format_table(evaluation.table()))
         cut = sum(not a.finished for a in evaluation.answers)
         raised = sum(a.raised for a in evaluation.answers)
-        notes = f"{cut} answers were cut at the token limit" if cut else ""
-        notes += f"{'; ' if notes else ''}the scorer raised on {raised} answers, counted as wrong" if raised else ""
-        print(f"solved = generated answer scored exactly 1.0 by the task's verifier, Wilson 95 % interval{'; ' + notes if notes else ''}")
+        notes = ["solved = generated answer scored exactly 1.0 by the task's verifier, Wilson 95 % interval"]
+        notes += [f"{cut} answers were cut at the token limit"] if cut else []
+        notes += [f"the scorer raised on {raised} answers, counted as wrong"] if raised else []
+        print("; ".join(notes))
         curve = draw_curve(self.folder, self.log.csv_path)
         newest = self.checkpoint if self.opts.eval_only else step_folder(self.folder, self.step)
         print(f"evaluation: {self.log.csv_path}\ncheckpoint: {newest}")
         if curve:
             print(f"curve:      {curve}")
-        print(f'next:       python generate.py --checkpoint {newest} --compare --prompt "{self.eval_examples[0].question[:60]}"')
+        question = shlex.quote(" ".join(self.eval_examples[0].question.split()))
+        print(f"next:       python generate.py --checkpoint {shlex.quote(str(newest))} --compare --prompt {question}")
 
     # --- checkpoints ---
 
@@ -351,7 +373,7 @@ class Run:
     def _restore(self, folder: Path) -> None:
         state, notes = load_run(folder, self.opts, self.trainer)
         self.step, self.elapsed, self.best = state.step, state.elapsed_s, state.best
-        if self.stream is not None:
+        if self.stream is not None and state.stream:
             self.stream.load_state_dict(state.stream)
         for note in notes:
             self.say(note)

@@ -112,7 +112,7 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _check_csv(path: Path) -> None:
+def check_csv(path: Path) -> None:
     """Raises ValueError if `path` is a CSV with another header, or cannot be one. Writes nothing."""
     ours = ",".join(EVAL_HEADER)
     if path.is_dir():
@@ -128,7 +128,8 @@ def _check_csv(path: Path) -> None:
         raise ValueError(f"{path} has the header {shown!r}, expected {ours!r}; give another --log_csv")
 
 
-def _check_trackers(trackers: Sequence[str]) -> None:
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raises ValueError naming the first unknown tracker, or one whose package is not installed."""
     for name in trackers:
         if name not in TRACKERS:
             raise ValueError(f"unknown tracker {name!r}, expected {', '.join(TRACKERS)}; correct --trackers")
@@ -181,8 +182,8 @@ class RunLog:
         if not main:
             return
         try:
-            _check_csv(self.csv_path)
-            _check_trackers(trackers)
+            check_csv(self.csv_path)
+            check_trackers(trackers)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.csv_path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.csv_path, self.metrics_path, self.predictions_path):
@@ -235,14 +236,15 @@ class RunLog:
         assert all("step" in line for line in lines), "truncate_after needs the step of every prediction"
         _append(self.predictions_path, "".join(map(_json_line, lines)), sync=True)
 
-    def truncate_after(self, step: int) -> None:
-        """Drops what was recorded after `step`, the step a run resumes from, so that nothing is recorded twice."""
+    def truncate_after(self, step: int, evaluate: bool = False) -> None:
+        """Drops what was recorded after `step`, the step a run resumes from, so that nothing is recorded twice; the
+        evaluation of `step` as well when the run goes on with it (`evaluate`)."""
         if not self.main:
             return
         self._after = step
-        _rewind(self.csv_path, step, header=1)
+        _rewind(self.csv_path, step - evaluate, header=1)
         _rewind(self.metrics_path, step)
-        _rewind(self.predictions_path, step)
+        _rewind(self.predictions_path, step - evaluate)
 
     def close(self) -> None:
         while self._open:
@@ -362,15 +364,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     alignments = "<><<>"
     return "\n".join("  ".join(f"{cell:{side}{width}}" for cell, side, width
                                in zip(line, alignments, widths, strict=True)).rstrip() for line in table)
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints `format_table(rows)` to stdout, with a bold title line on a terminal."""
-    from rich.console import Console
-
-    (title, _, body), console = format_table(rows).partition("\n"), Console(markup=False, highlight=False)
-    console.print(title, style="bold", soft_wrap=True)
-    console.print(body, soft_wrap=True)
 
 
 def _losses(folder: Path) -> list[tuple[int, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import resource
 import signal
 import sys
@@ -14,17 +15,10 @@ from typing import Any
 import torch
 
 import options
-from checkpointing import disk_check
+from checkpointing import FOLDER, disk_check
 from host import load_config
 from reasoning_gym_wrapper import default_tasks, task_problems
-
-
-class ConfigurationError(ValueError):
-    """Everything that is wrong with a configuration, one line each, found before any model loads."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("; ".join(problems))
-        self.problems = problems
+from run_logging import check_csv, check_trackers
 
 
 def task_names(opts: argparse.Namespace) -> list[str]:
@@ -38,10 +32,13 @@ def task_config(opts: argparse.Namespace) -> str:
 
 
 def pick_device(name: str) -> str:
-    """The device of `--device`; auto prefers CUDA, then MPS."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device of `--device`; auto prefers CUDA, then MPS. Raises ValueError for one that is not here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, available in here.items() if available)
+    if not here[name]:
+        raise ValueError(f"--device {name} is not available here: use auto or cpu")
+    return name
 
 
 def pick_precision(name: str, device: str) -> str:
@@ -54,28 +51,45 @@ def pick_precision(name: str, device: str) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "none"
 
 
-def check(opts: argparse.Namespace, device: str) -> None:
-    """Raises ConfigurationError with all problems that can be found without loading a model."""
+def run_folder(opts: argparse.Namespace, checkpoint: Path | None) -> Path | None:
+    """The folder of the run that `checkpoint` lies in, else of the named one; None: a new one that is still to name."""
+    if checkpoint and checkpoint.parent.name == FOLDER:
+        return checkpoint.parent.parent
+    return Path(opts.save_dir) / opts.run_name if opts.run_name else None
+
+
+def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
+    """All problems that can be found without loading a model, one line each."""
     found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, supervised=not opts.eval_only)
-    if opts.mixed_precision == "fp16" and device != "cuda":
-        found.append("--mixed_precision fp16 needs a CUDA device (no loss scaling elsewhere): use bf16, auto or none")
-    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
-        found.append(f"--device {device} is not available here: use auto or cpu")
-    if opts.log_csv and Path(opts.log_csv).is_dir():
-        found.append(f"--log_csv {opts.log_csv} is a folder: name a file")
-    try:
-        config = load_config(opts.model_name, opts.trust_remote_code).get_text_config()
-        if opts.lora_layers > config.num_hidden_layers:
-            found.append(f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers")
-    except ValueError as error:
-        found.append(str(error))
-    if not opts.dry_run:
+    checks = [(_check_device, opts), (_check_host, opts), (check_trackers, options.names(opts.trackers))]
+    if not opts.dry_run and os.environ.get("RANK", "0") == "0":  # ranks would take away each other's probe
+        folder = run_folder(opts, checkpoint) or Path(opts.save_dir)
+        csv = Path(opts.log_csv or folder / "eval.csv")
+        checks += [(disk_check, place) for place in dict.fromkeys((folder, csv.parent))] + [(check_csv, csv)]
+    for problem_of, what in checks:
         try:
-            disk_check(Path(opts.save_dir))
-        except ValueError as error:
+            problem_of(what)
+        except (ValueError, OSError) as error:
             found.append(str(error))
-    if found:
-        raise ConfigurationError(found)
+    return found
+
+
+def _check_device(opts: argparse.Namespace) -> None:
+    if pick_device(opts.device) != "cuda" and opts.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision fp16 needs a CUDA device (no loss scaling elsewhere): use bf16, auto or none")
+
+
+def _check_host(opts: argparse.Namespace) -> None:
+    config = load_config(opts.model_name, opts.trust_remote_code).get_text_config()
+    if opts.lora_layers > config.num_hidden_layers:
+        raise ValueError(
+            f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
+        )
+    positions = getattr(config, "max_position_embeddings", None) or opts.max_seq_len
+    if opts.max_seq_len > positions:
+        raise ValueError(
+            f"--max_seq_len {opts.max_seq_len} is more than the {positions} positions of {opts.model_name}: lower it"
+        )
 
 
 class Stop:

@@ -13,6 +13,7 @@ import torch
 
 import options
 from checkpointing import (
+    STEP_NAME,
     atomic_write_text,
     mark_best,
     pack_optimizer,
@@ -27,7 +28,8 @@ from checkpointing import (
 from model import ADAPTER, ADAPTER_CONFIG, adapter_document, check_fingerprint
 from training import Trainer
 
-STATE = "training_state"
+STATE, CONFIG = "training_state", "config.resolved.yaml"
+DATA = ("task", "tasks", "task_config", "train_n", "seed")  # what a position in the training items depends on
 
 
 @dataclass
@@ -37,7 +39,7 @@ class RunState:
     step: int  # batches done
     elapsed_s: float
     best: float | None  # best solved rate so far, with --save_best_model
-    stream: dict[str, Any]  # position in the training items
+    stream: dict[str, Any]  # position in the training items; empty: they begin anew
 
 
 def save_run(
@@ -62,18 +64,19 @@ def save_run(
         "ema_updates": trainer.ema.updates if trainer.ema else 0,
         "scaler": trainer.scaler.state_dict(),
     }
-    settings = options.dump(opts)
+    called = {flag.name: flag.default for flag in options.FLAGS if flag.name in options.INVOCATION}
+    settings = options.dump(options.Options(**vars(opts) | called))
     folder = write_checkpoint(
         step_folder(run, state.step),
         {ADAPTER: adapter, STATE: tensors},
         {
             ADAPTER_CONFIG: adapter_document(trainer.controller, opts),
             f"{STATE}.json": json.dumps(document),
-            "config.resolved.yaml": settings,
+            CONFIG: settings,
             "README.md": card,
         },
     )
-    atomic_write_text(run / "config.resolved.yaml", settings)
+    atomic_write_text(run / CONFIG, settings)
     if is_best:
         mark_best(run, folder, "solved", state.best)
     rotate(run, opts.checkpoint_limit, keep=[folder])
@@ -91,12 +94,25 @@ def load_run(folder: Path, opts: argparse.Namespace, trainer: Trainer) -> tuple[
     saved = read_checkpoint(folder, [ADAPTER] if opts.eval_only else [ADAPTER, STATE])
     check_fingerprint(trainer.controller.host, json.loads(saved.documents[ADAPTER_CONFIG]), folder)
     trainer.controller.load_addon_state(saved.tensors[ADAPTER])
+    if opts.eval_only:
+        trainer.ema = None  # the adapter's weights are the averaged ones already
+    before = options.read_resolved(saved.documents[CONFIG])
+    notes = _notes(opts, before)
+    if f"{STATE}.json" not in saved.documents:  # somebody passed on the weights alone
+        named = STEP_NAME.fullmatch(folder.name)
+        return RunState(int(named[1]) if named else 0, 0.0, None, {}), notes
     document = json.loads(saved.documents[f"{STATE}.json"])
     state = RunState(**{field.name: document[field.name] for field in dataclasses.fields(RunState)})
     if opts.eval_only:
-        trainer.ema = None  # the adapter's weights are the averaged ones already
-        return state, []
-    tensors = saved.tensors[STATE]
+        return state, notes
+    if any(getattr(opts, name) != before.get(name) for name in DATA):
+        state.stream = {}
+        notes.append("the training items are not those of the checkpoint: they begin anew")
+    _restore_training(trainer, saved.tensors[STATE], document)
+    return state, notes + unpack_rng(saved.tensors[STATE], document["rng"])
+
+
+def _restore_training(trainer: Trainer, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             raw = tensors[f"raw/{name}"]
@@ -106,5 +122,14 @@ def load_run(folder: Path, opts: argparse.Namespace, trainer: Trainer) -> tuple[
     if trainer.ema:
         trainer.ema.updates = document["ema_updates"]
     unpack_optimizer(trainer.optimizer, trainer.names, tensors, document["optimizer"])
-    trainer.scaler.load_state_dict(document["scaler"])
-    return state, unpack_rng(tensors, document["rng"])
+    if document["scaler"]:  # empty from a run without fp16
+        trainer.scaler.load_state_dict(document["scaler"])
+
+
+def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
+    """What the user should know of going on from a run with the options `before`."""
+    other = any(getattr(opts, name) != before.get(name) for name in ("eval_seed", "task_config"))
+    if other or opts.eval_n > before.get("eval_n", 0):
+        reserved = f"{before.get('eval_n', 0)} evaluation items of each task"
+        return [f"WARNING: training kept off the first {reserved}: others evaluated now may have been trained on"]
+    return []

@@ -1,7 +1,7 @@
 """Train an HRM add-on on a frozen LLM, and measure it against the bare LLM: `python train.py --help`.
 
-Exit status: 0 done, 2 the user's mistake (one line a problem), 3 loss or gradient is not a number, 130 and 143 stopped by
-Ctrl-C or SIGTERM with everything saved.
+Exit status: 0 done, 2 the user's mistake (one line a problem), 3 loss or gradient is not a number, 130 and 143 stopped
+by Ctrl-C or SIGTERM; while it trains, with everything saved.
 """
 
 from __future__ import annotations
@@ -18,50 +18,65 @@ SHAPE = (
     *("d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem", "logit_bias_head"),
     *("lora_layers", "lora_rank", "use_act"),
 )
-INVOCATION = ("resume", "eval_only", "dry_run")  # said of one call, never inherited from the run that is resumed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     try:
-        checkpoint = find_checkpoint(options.peek(argv))
-        saved = saved_options(checkpoint) if checkpoint else {}
-        opts = options.parse(argv, saved)
-        if checkpoint:
-            refuse_other_shape(opts, saved, checkpoint)
-        from run import Run  # torch and transformers load here, after the cheap checks
-        from run_setup import ConfigurationError
+        opts, checkpoint, found = understand(argv)
+        if found:
+            return complain(found)
+        from run import Run  # transformers loads here, after the cheap checks
 
-        try:
-            return Run(opts, checkpoint).go()
-        except ConfigurationError as error:
-            return complain(error.problems)
-    except ValueError as error:
+        return Run(opts, checkpoint).go()
+    except KeyboardInterrupt:
+        return complain(["interrupted: what was saved before stays, --resume goes on from there"], 130)
+    except (ValueError, OSError) as error:
         if os.environ.get("HRM_TRACEBACK"):
             raise
         return complain([str(error)])
 
 
-def complain(problems: list[str]) -> int:
-    """One line a problem on stderr; exit status 2."""
+def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, list[str]]:
+    """The options, the checkpoint this call goes on from, and all that is wrong with them, one line each."""
+    saved, checkpoint, broken = {}, None, []
+    try:
+        checkpoint = find_checkpoint(options.peek(argv))
+        saved = saved_options(checkpoint) if checkpoint else {}
+    except ValueError as error:
+        broken = [str(error)]
+    opts, found = options.collect(argv, saved)
+    if broken:  # whatever else the run needs, it says in the checkpoint that cannot be read
+        return opts, None, found + broken
+    from run_setup import check
+
+    shape = other_shape(opts, saved, checkpoint) if checkpoint else []
+    return opts, checkpoint, found + shape + check(opts, checkpoint)
+
+
+def complain(problems: list[str], status: int = 2) -> int:
+    """One line a problem on stderr. Returns the exit status."""
     for problem in problems:
         print(f"{options.PROG}: error: {' '.join(problem.split())}", file=sys.stderr)
-    return 2
+    return status
 
 
 def find_checkpoint(opts: options.Options) -> Path | None:
     """The checkpoint this call goes on from: `--resume`, or by itself that of an existing `--run_name`."""
     if opts.resume is None and opts.run_name is None:
         return None
-    from checkpointing import newest_checkpoint, resolve_resume
+    from checkpointing import FOLDER, newest_checkpoint, resolve_resume
 
     run = Path(opts.save_dir) / (opts.run_name or "")
     if opts.resume is None or (opts.resume == "auto" and opts.run_name):
         found = newest_checkpoint(run) if run.is_dir() else None
         if found is None and (opts.eval_only or opts.resume):
-            raise ValueError(f"run {opts.run_name} in {opts.save_dir} has no checkpoint: train it first, or name another")
+            raise ValueError(f"run {opts.run_name} in {opts.save_dir} has no checkpoint: train it first, name another")
         return found
-    return resolve_resume(opts.resume, Path(opts.save_dir))
+    found = resolve_resume(opts.resume, Path(opts.save_dir))
+    if opts.run_name and found.parent.name == FOLDER and found.parent.parent.resolve() != run.resolve():
+        raise ValueError(f"--resume {opts.resume} and --run_name {opts.run_name} are different runs: leave one out")
+    return found
 
 
 def saved_options(checkpoint: Path) -> dict[str, Any]:
@@ -70,15 +85,15 @@ def saved_options(checkpoint: Path) -> dict[str, Any]:
 
     text = read_checkpoint(checkpoint, stems=[]).documents["config.resolved.yaml"]
     saved = options.read_resolved(text)
-    return {name: value for name, value in saved.items() if name not in INVOCATION}
+    return {name: value for name, value in saved.items() if name not in options.INVOCATION}
 
 
-def refuse_other_shape(opts: options.Options, saved: dict[str, Any], checkpoint: Path) -> None:
-    """Raises ValueError naming every typed flag that contradicts the weights of the checkpoint."""
+def other_shape(opts: options.Options, saved: dict[str, Any], checkpoint: Path) -> list[str]:
+    """At most one line, naming every flag that contradicts the weights of the checkpoint."""
     other = [name for name in SHAPE if getattr(opts, name) != saved.get(name, getattr(opts, name))]
-    if other:
-        told = ", ".join(f"--{name} {getattr(opts, name)} (checkpoint: {saved[name]})" for name in other)
-        raise ValueError(f"{checkpoint} was trained with another shape: {told}; leave these flags out or start a new run")
+    told = ", ".join(f"--{name} {getattr(opts, name)} (checkpoint: {saved[name]})" for name in other)
+    line = f"{checkpoint} was trained with another shape: {told}; leave these flags out or start a new run"
+    return [line] if other else []
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One training step of the add-on, and what it needs: schedule, optimizer, EMA, the draw of segments.
 
-Deep supervision (HRM, section 2): each segment is forward, loss, backward, optimizer step, and its carry is detached, so
-memory does not grow with segments. With `--supervised_segments N` only the last N segments do so; those before run without
-gradient (a burn-in), which costs no memory and little time.
+Deep supervision (HRM, section 2): each segment is forward, loss, backward, optimizer step, and its carry is detached,
+so memory does not grow with segments. With `--supervised_segments N` only the last N segments do so; those before run
+without gradient (a burn-in), which costs no memory and little time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def learning_rate(opts: argparse.Namespace, step: int, progress: float, warmup: 
     """
     if step < warmup:
         return opts.lr * (step + 1) / warmup
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[opts.lr_scheduler]
-    return opts.lr * (opts.lr_min_ratio + (1 - opts.lr_min_ratio) * left)
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return opts.lr * (opts.lr_min_ratio + (1 - opts.lr_min_ratio) * falling[opts.lr_scheduler])
 
 
 def segments_of_step(opts: argparse.Namespace, step: int) -> int:
@@ -52,7 +52,9 @@ def seed_of_step(seed: int, step: int, rank: int, world: int) -> int:
     return ((seed * 1_000_003 + step) * world + rank) % 2**63
 
 
-def build_optimizer(opts: argparse.Namespace, parameters: dict[str, nn.Parameter]) -> tuple[torch.optim.Optimizer, list[str]]:
+def build_optimizer(
+    opts: argparse.Namespace, parameters: dict[str, nn.Parameter]
+) -> tuple[torch.optim.Optimizer, list[str]]:
     """AdamW with decay on matrices alone, and the parameter names in the optimizer's order."""
     decayed = [name for name, p in parameters.items() if p.ndim >= 2]
     plain = [name for name, p in parameters.items() if p.ndim < 2]
@@ -192,8 +194,8 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + float(value) / world
         if world > 1:
             names = sorted(sums)
-            reduced = self.accelerator.reduce(torch.tensor([sums[n] for n in names], device=self.accelerator.device), "sum")
-            sums = dict(zip(names, reduced.tolist(), strict=True))
+            mine = torch.tensor([sums[name] for name in names], device=self.accelerator.device)
+            sums = dict(zip(names, self.accelerator.reduce(mine, "sum").tolist(), strict=True))
         return sums, following
 
     def _total_loss(self, out: Any, verdict: Tensor | None, examples: float) -> tuple[Tensor, dict[str, Tensor]]:

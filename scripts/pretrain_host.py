@@ -55,8 +55,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# A digit, an underscore, a punctuation mark and a white-space character are one token each, so rows of a grid have equal
-# lengths; only a word of two letters or more may take its leading space along.
+# A digit, an underscore, a punctuation mark and a white-space character are one token each, so rows of a grid have
+# equal lengths; only a word of two letters or more may take its leading space along.
 SPLIT = r" ?\p{L}{2,}|\p{L}|\p{N}|\s|[^\s\p{L}\p{N}]"
 
 
@@ -140,9 +140,11 @@ def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int):
         additional_special_tokens=SPECIAL[3:],
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
+        # Given here they are saved with the tokenizer; every document starts with bos, so plain prompts must as well.
+        add_bos_token=True,
+        padding_side="left",
     )
     fast.chat_template = CHAT_TEMPLATE
-    fast.padding_side = "left"
     return fast
 
 
@@ -165,7 +167,6 @@ class Batches:
 
     def __init__(self, rows: list[np.ndarray], batch_tokens: int, seed: int, pad: int):
         self.rows, self.batch_tokens, self.seed, self.pad = rows, batch_tokens, seed, pad
-        self._starts = [0]  # first batch number of each epoch
         self._plans: dict[int, list[list[int]]] = {}
 
     def _plan(self, epoch: int) -> list[list[int]]:
@@ -180,7 +181,7 @@ class Batches:
                 batch.append(i)
             plan.append(batch)
             draw.shuffle(plan)
-            self._plans = {epoch: plan}
+            self._plans[epoch] = plan
         return self._plans[epoch]
 
     def __getitem__(self, number: int) -> torch.Tensor:
@@ -225,16 +226,19 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
     return options.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(options.steps - warmup, 1))))
 
 
-def train(options: argparse.Namespace, model, batches: Batches, work: Path) -> float:
-    """Trains to `--steps`, saving every `--save_every`; resumes from the work folder. Returns the smoothed loss."""
+def train(options: argparse.Namespace, model, batches: Batches, work: Path) -> tuple[float, float]:
+    """Trains to `--steps`, saving every `--save_every`; resumes from the work folder.
+
+    Returns the smoothed loss and the seconds of training, those before a resume included.
+    """
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for p in decay + rest]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=options.lr, betas=(0.9, 0.95)
-    )
-    step, smooth = restore(model, optimizer, order, work)
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
+    step, smooth, seconds = restore(model, optimizer, order, work)
+    began = time.monotonic() - seconds
     model.train()
     with Progress(options.steps, "pretraining", "steps") as progress:
         progress.update(step)
@@ -255,32 +259,34 @@ def train(options: argparse.Namespace, model, batches: Batches, work: Path) -> f
             if step % 10 == 0:
                 progress.update(step, loss=smooth)
             if step % options.save_every == 0 or step == options.steps:
-                keep(model, optimizer, order, work, step, smooth)
-    return smooth
+                seconds = time.monotonic() - began
+                keep(model, optimizer, order, work, {"step": step, "loss": smooth, "seconds": seconds})
+    return smooth, seconds
 
 
-def keep(model, optimizer, order: list[str], work: Path, step: int, smooth: float) -> None:
+def keep(model, optimizer, order: list[str], work: Path, state: dict[str, float]) -> None:
     moments, document = pack_optimizer(optimizer, order)
     write_checkpoint(
         work / "state",
         {"model": dict(model.state_dict()), "optimizer": moments},
-        {"state.json": json.dumps({"step": step, "loss": smooth, "optimizer": document})},
+        {"state.json": json.dumps({**state, "optimizer": document})},
     )
 
 
-def restore(model, optimizer, order: list[str], work: Path) -> tuple[int, float | None]:
+def restore(model, optimizer, order: list[str], work: Path) -> tuple[int, float | None, float]:
     if not (work / "state").is_dir():
-        return 0, None
+        return 0, None, 0.0
     saved = read_checkpoint(work / "state")
     state = json.loads(saved.documents["state.json"])
     model.load_state_dict(saved.tensors["model"])
     unpack_optimizer(optimizer, order, saved.tensors["optimizer"], state["optimizer"])
-    return state["step"], state["loss"]
+    return state["step"], state["loss"], state.get("seconds", 0.0)
 
 
-def model_card(options: argparse.Namespace, model, tokens: int, loss: float, minutes: float, used: int) -> str:
+def model_card(options: argparse.Namespace, model, tokens: int, loss: float, seconds: float, used: int) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     tasks = options.tasks.split(",")
+    dropped = options.documents * len(tasks) - used
     return f"""---
 license: apache-2.0
 pipeline_tag: text-generation
@@ -288,16 +294,19 @@ pipeline_tag: text-generation
 
 # tiny_host
 
-A {parameters / 1e6:.2f} M-parameter Llama ({options.layers} layers, width {options.hidden_size}, {model.config.vocab_size}
-tokens) that exists to be frozen: the embedded LLM of this repository, small enough to train an HRM add-on on two CPU cores.
+A {parameters / 1e6:.2f} M-parameter Llama ({options.layers} layers, width {options.hidden_size},
+{model.config.vocab_size} tokens) that exists to be frozen: the embedded LLM of this repository, small enough to train
+an HRM add-on on two CPU cores.
 
-- **Data**: {used} question-and-answer texts drawn from {len(tasks)} Reasoning Gym tasks (reasoning-gym 0.1.25), balanced
-  to within one document per task, at small and default difficulty; every question that the evaluation sets reserve (the
-  first {RESERVED_PER_TASK} of each task and difficulty at evaluation seed {EVAL_SEED}) was rejected. No other text.
-- **Steps**: {options.steps} of about {options.batch_tokens} tokens ({tokens / 1e6:.1f} M tokens seen), AdamW, peak learning
-  rate {options.lr}, bf16 autocast, seed {options.seed}; {minutes:.0f} minutes on a 2-core CPU.
+- **Data**: {used} question-and-answer texts drawn from {len(tasks)} Reasoning Gym tasks (reasoning-gym 0.1.25),
+  balanced to within one document per task, at small and default difficulty, less the {dropped} that are longer than
+  {MAX_TOKENS} tokens; every question that the evaluation sets reserve (the first {RESERVED_PER_TASK} of each task and
+  difficulty at evaluation seed {EVAL_SEED}) was rejected. No other text.
+- **Steps**: {options.steps} of about {options.batch_tokens} tokens ({tokens / 1e6:.1f} M tokens seen), AdamW, peak
+  learning rate {options.lr}, bf16 autocast, seed {options.seed}; {seconds / 60:.0f} minutes on a 2-core CPU.
 - **Final training loss** (smoothed): {loss:.3f} nats per token, question and answer tokens alike.
-- **Tokenizer**: byte-level BPE; a digit, an underscore, a punctuation mark and a space before any of them are one token each.
+- **Tokenizer**: byte-level BPE; a digit, an underscore, a punctuation mark and a space before any of them are one token
+  each.
 - **Licence**: Apache-2.0, weights and tokenizer.
 - **Reproduce**: `python scripts/pretrain_host.py`
 
@@ -315,7 +324,6 @@ def main(argv: list[str] | None = None) -> None:
     if (work / "settings.json").exists() and (work / "settings.json").read_text() != settings:
         raise SystemExit(f"pretrain_host.py: error: {work} holds a run with other settings: delete it or repeat those")
     atomic_write_text(work / "settings.json", settings)
-    started = time.monotonic()
     documents = load_documents(options, work)
     tokenizer = train_tokenizer(documents, options.vocab_size)
     rows = encode_documents(tokenizer, documents, options.seed)
@@ -323,12 +331,11 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(options, tokenizer)
     count = sum(p.numel() for p in model.parameters())
     print(f"{len(rows)} documents, {sum(map(len, rows)) / 1e6:.1f} M tokens, {count / 1e6:.2f} M parameters")
-    loss = train(options, model, batches, work)
-    minutes = (time.monotonic() - started) / 60
+    loss, seconds = train(options, model, batches, work)
     tokens = sum(int((batches[k] != batches.pad).sum()) for k in range(options.steps))
-    save(options, model, tokenizer, model_card(options, model, tokens, loss, minutes, len(rows)))
+    save(options, model, tokenizer, model_card(options, model, tokens, loss, seconds, len(rows)))
     shutil.rmtree(work)
-    print(f"{options.output}: loss {loss:.3f}, {minutes:.1f} minutes")
+    print(f"{options.output}: loss {loss:.3f}, {seconds / 60:.1f} minutes of training")
 
 
 def load_documents(options: argparse.Namespace, work: Path) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Shared fixtures: a real Hugging Face Llama, tiny and random, with its tokenizer in a local folder; no network anywhere."""
+"""Shared fixtures: a real Hugging Face Llama, tiny and random, with its tokenizer in a local folder; no network."""
 
 from __future__ import annotations
 

@@ -187,8 +187,11 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
     ("--run_name ../up", "--run_name ../up is not legal: expected a plain folder name (no slash, not ..)"),
     ("--run_name ..", "--run_name .. is not legal: expected a plain folder name (no slash, not ..)"),
     ("--d_h 24 --n_heads 8", "--d_h 24 is not divisible by twice --n_heads 8: choose a multiple of 16, such as 32"),
-    ("--seed 1000000000", "--eval_seed 1000000000 is too near --seed 1000000000: keep them at least 10000000 apart, "
-                          "so that training never draws evaluation items"),
+    ("--eval_seed 999999999", "--eval_seed 999999999 is not legal: expected an integer >= 1000000000 and < 4294967296"),
+    ("--train_inject_over all", "unknown flag --train_inject_over; did you mean --train_injector_scale?"),
+    ("--eval_inject_over all", "unknown flag --eval_inject_over; did you mean --eval_injector_scale?"),
+    ("--train_injector_scale 0", "--train_injector_scale 0 leaves nothing to train"),
+    ("--eval_only --run_name a --dry_run", "--eval_only and --dry_run are both set: keep one"),
     ("--max_steps 0", "training would never end: set --max_steps, --epochs or --max_minutes"),
     ("--epochs 2", "--epochs 2 needs --train_n above 0: fresh items without end have no epochs"),
     ("--segments 2 --supervised_segments 3", "--supervised_segments 3 is more than --segments 2: choose at most 2"),
@@ -204,8 +207,9 @@ def test_each_bad_command_line_has_its_one_line(typed, problem, capsys):
 @pytest.mark.parametrize("typed", [
     "--max_steps 0 --max_minutes 1", "--max_steps 0 --epochs 1 --train_n 8", "--max_steps 0 --dry_run",
     "--max_steps 0 --eval_only --run_name a", "--max_steps 10", "--act_penalty 1 --use_act", "--grad_horizon k:3",
-    "--halt_max_segments 2 --use_act", "--train_inject_over all", "--system_header=", "--run_name v1.2_lr-3",
-    "--seed 990000000", "--trackers=", "--resume auto", "--supervised_segments 0", "--task_config runs/tasks.yaml",
+    "--halt_max_segments 2 --use_act", "--system_header=", "--run_name v1.2_lr-3",
+    "--seed 1000000000", "--seed 2147483647 --eval_seed 4294967295", "--train_injector_scale 0 --lora_layers 1",
+    "--train_injector_scale 0 --eval_only --run_name a", "--trackers=", "--resume auto", "--supervised_segments 0", "--task_config runs/tasks.yaml",
 ])
 def test_legal_combinations_pass(typed):
     parse(typed.split())
@@ -235,6 +239,65 @@ def test_grad_horizon_names_its_three_forms(horizon, capsys):
 def test_a_flag_already_told_as_wrong_starts_no_second_complaint(capsys):
     assert len(refused(["--d_h", "wide", "--n_heads", "3"], capsys)) == 1
     assert len(refused(["--n_heads", "0"], capsys)) == 1
+
+
+# --- what is known before the whole is checked, and what a resumed run inherits
+
+
+def test_peek_reads_what_can_be_read_and_says_nothing(config, capsys):
+    argv = [*config("run_name: mine\nd_h: wide\nnonsense: 1\n"), "--save_dir", "there", "--resume", "--eval_n", "0", "--x"]
+    opts = options.peek(argv)
+    assert (opts.run_name, opts.save_dir, opts.resume, opts.d_h, opts.eval_n) == ("mine", "there", None, 128, 256)
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == ""
+
+
+def test_collect_hands_back_the_problems_and_legal_options(capsys):
+    opts, found = options.collect(["--run_name", "../up", "--d_h", "100", "--n_heads", "3", "--lr", "-1", "--task=x"])
+    assert [line.split()[0] for line in found] == ["--lr", "--run_name", "--d_h"]
+    assert (opts.run_name, opts.lr, opts.task) == (None, 1e-3, "x")  # a wrong value gives way to the default
+    assert capsys.readouterr() == ("", "")
+    assert options.collect([]) == (parse([]), [])
+
+
+def test_what_a_call_says_of_itself_is_named_once():
+    assert set(options.INVOCATION) <= {flag.name for flag in FLAGS}
+
+
+def test_saved_options_lie_between_defaults_and_yaml(config):
+    saved = {"d_h": 64, "lr": 0.5, "segments": 8, "batch_size": 64}
+    opts = parse([*config("lr: 0.25\n"), "--segments", "2"], saved)
+    assert (opts.d_h, opts.lr, opts.segments, opts.batch_size, opts.n_heads) == (64, 0.25, 2, 64, 4)
+    assert opts.explicit == {"config", "d_h", "lr", "segments"}  # as in YAML: a saved default is not a choice
+
+
+@pytest.mark.parametrize("saved,typed,expected", [
+    ({"task": "a"}, "", ("a", None)), ({"tasks": "a,b"}, "", (None, "a,b")),
+    ({"task": "a"}, "--tasks b,c", (None, "b,c")), ({"tasks": "a,b"}, "--task c", ("c", None)),
+])
+def test_naming_tasks_anew_replaces_those_of_the_resumed_run(saved, typed, expected):
+    opts = parse(typed.split(), saved)
+    assert (opts.task, opts.tasks) == expected
+
+
+def test_saved_options_are_checked_with_what_is_typed(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--segments", "2"], {"supervised_segments": 3, "segments": 3})
+    assert "--supervised_segments 3 is more than --segments 2" in capsys.readouterr().err
+
+
+def test_read_resolved_gives_what_dump_wrote():
+    opts = parse(["--d_h", "64", "--tasks", "a,b", "--lr", "3e-4", "--task_config", '{"a": 1}', "--use_act"])
+    assert options.read_resolved(dump(opts)) == as_dict(opts)
+    assert parse([], options.read_resolved(dump(opts))) == opts
+    assert options.read_resolved("model: {d_h: 64, a_flag_of_tomorrow: 3}") == {"d_h": 64}
+
+
+@pytest.mark.parametrize("text", ["", "- a", "d_h: [", "d_h: wide", "d_h: 1e999", "lr: {a: 1}x", "seed: 2024-99-99"])
+def test_read_resolved_refuses_another_text_in_one_line(text):
+    with pytest.raises(ValueError, match="config.resolved.yaml cannot be read") as error:
+        options.read_resolved(text)
+    assert "\n" not in str(error.value)
 
 
 # --- YAML

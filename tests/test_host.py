@@ -1,0 +1,316 @@
+"""host: found, loaded, refused with one line; logits as the family makes them; LoRA in place; quantised loading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import types
+
+import pytest
+import torch
+from tiny_families import FAMILIES, SCALED, left_padded, random_ids
+from tiny_families import tiny_host as family_host
+from torch import nn
+
+import host as host_module
+from host import (
+    HostError,
+    add_lora,
+    check_logits,
+    decoder_layers,
+    freeze,
+    host_logits,
+    hub_unreachable,
+    load_config,
+    load_host,
+    load_tokenizer,
+    resolve_name,
+    without_lora,
+)
+from model import HRMController
+
+
+def refused(call, *words: str) -> str:
+    with pytest.raises(HostError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message, "one line for the user"
+    for word in words:
+        assert word in message, message
+    return message
+
+
+# --- finding and loading ----------------------------------------------------------------------------------------------
+
+
+def test_a_local_folder_loads_frozen_and_in_evaluation_mode(tiny_host):
+    host, tokenizer = load_host(str(tiny_host)), load_tokenizer(str(tiny_host))
+    assert not host.training and not any(p.requires_grad for p in host.parameters())
+    assert tokenizer.padding_side == "left" and load_config(str(tiny_host)).model_type == "llama"
+
+
+def test_the_host_keeps_the_dtype_it_was_saved_in(tmp_path):
+    family_host("llama").bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in load_host(str(tmp_path)).parameters()} == {torch.bfloat16}
+
+
+def test_a_name_is_a_folder_here_or_in_the_repository_or_left_alone(tiny_host, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_host.parent)
+    assert resolve_name(tiny_host.name) == str(tiny_host.resolve())
+    monkeypatch.setattr(host_module, "ROOT", tiny_host.parent)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_name(tiny_host.name) == str(tiny_host.resolve())
+    assert resolve_name("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
+
+
+@pytest.mark.parametrize("call", [load_config, load_host])
+def test_an_unreachable_hub_is_one_line_with_the_local_default(call):
+    refused(lambda: call("Qwen/Qwen2.5-1.5B"), "Qwen/Qwen2.5-1.5B", "hub", "assets/tiny_host")
+
+
+def test_an_unreachable_hub_is_told_at_once(monkeypatch, caplog):
+    """The hub's library would retry, aloud, for half a minute."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub_unreachable.cache_clear()
+    try:
+        start = time.monotonic()
+        assert hub_unreachable()
+        refused(lambda: load_config("Qwen/Qwen2.5-1.5B"), "assets/tiny_host")
+        refused(lambda: load_tokenizer("Qwen/Qwen2.5-1.5B"), "tokenizer")
+        assert time.monotonic() - start < 5 and "Retrying" not in caplog.text
+    finally:
+        hub_unreachable.cache_clear()
+
+
+def test_a_reachable_hub_is_asked(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: types.SimpleNamespace(head=lambda *_, **__: None))
+    hub_unreachable.cache_clear()
+    try:
+        assert not hub_unreachable() and not host_module._source("Qwen/Qwen2.5-1.5B")["local_files_only"]
+    finally:
+        hub_unreachable.cache_clear()
+
+
+def test_an_impossible_name_is_one_line():
+    refused(lambda: load_config("no such/name/at all"), "no such/name/at all", "assets/tiny_host")
+
+
+def test_a_folder_without_weights(tiny_host, tmp_path):
+    shutil.copy(tiny_host / "config.json", tmp_path)
+    refused(lambda: load_config(str(tmp_path)), str(tmp_path), "no weights")
+
+
+def test_a_folder_without_config(tiny_host, tmp_path):
+    shutil.copy(tiny_host / "model.safetensors", tmp_path)
+    refused(lambda: load_config(str(tmp_path)), str(tmp_path))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 2000], ids=["empty", "header", "tensors"])
+def test_truncated_weights(tiny_host, tmp_path, keep):
+    folder = shutil.copytree(tiny_host, tmp_path / "broken")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:keep])
+    refused(lambda: load_host(str(folder)), str(folder), "cannot be loaded")
+
+
+def test_weights_of_another_shape(tiny_host, tmp_path):
+    folder = shutil.copytree(tiny_host, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    refused(lambda: load_host(str(folder)), str(folder))
+
+
+def test_weights_that_lack_a_layer_are_not_made_up(tiny_host, tmp_path):
+    folder = shutil.copytree(tiny_host, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    refused(lambda: load_host(str(folder)), str(folder), "layers.2")
+
+
+def test_a_base_model_without_its_head_is_not_given_a_random_one(tmp_path):
+    family_host("llama").model.save_pretrained(tmp_path)
+    refused(lambda: load_host(str(tmp_path)), str(tmp_path), "lm_head.weight")
+
+
+@pytest.mark.parametrize("family", FAMILIES + SCALED)
+def test_each_family_loads_from_its_folder(family, tmp_path):
+    host = family_host(family)
+    host.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_host(str(tmp_path))(input_ids=random_ids(1, 5)).logits, host(random_ids(1, 5)).logits)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path)
+    refused(lambda: load_config(str(tmp_path)), "t5", "encoder-decoder", "causal LM")
+
+
+def test_a_model_that_is_no_language_model(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+                       patch_size=4)).save_pretrained(tmp_path)
+    refused(lambda: load_host(str(tmp_path)), str(tmp_path))
+
+
+def test_a_broken_tokenizer(tiny_host, tmp_path):
+    folder = shutil.copytree(tiny_host, tmp_path / "broken")
+    (folder / "tokenizer.json").write_text("{")
+    refused(lambda: load_tokenizer(str(folder)), str(folder), "tokenizer")
+
+
+# --- logits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES + SCALED)
+def test_logits_are_the_hosts_own(family):
+    host, ids = family_host(family), random_ids(2, 7)
+    with torch.no_grad():
+        check_logits(host)
+        own = host(input_ids=ids).logits
+        ours = host_logits(host, host.base_model(input_ids=ids).last_hidden_state)
+    assert torch.equal(own, ours)
+
+
+@pytest.mark.parametrize("family", SCALED + ("gemma2",))
+def test_the_families_with_scaling_do_scale(family):
+    """Else the test above would hold for a `host_logits` without scaling."""
+    host = family_host(family)
+    hidden = torch.randn(1, 3, 32)
+    assert not torch.allclose(host_logits(host, hidden), host.get_output_embeddings()(hidden), atol=0.1)
+
+
+def test_a_family_that_does_something_unknown_to_its_logits_is_refused(monkeypatch):
+    host = family_host("llama")
+    original = host.forward
+
+    def scaling(*args, **kwargs):
+        out = original(*args, **kwargs)
+        out.logits = out.logits * 1.1
+        return out
+
+    monkeypatch.setattr(host, "forward", scaling)
+    refused(lambda: check_logits(host), "llama", "logits")
+
+
+def test_loading_checks_the_logits(tiny_host, monkeypatch):
+    monkeypatch.setattr(host_module, "host_logits", lambda host, hidden: host.get_output_embeddings()(hidden) / 2)
+    refused(lambda: load_host(str(tiny_host)), "llama")
+
+
+def test_logits_are_float32_and_untouched_by_autocast():
+    host = family_host("llama").bfloat16()
+    hidden = torch.randn(2, 32)
+    expected = host_logits(host, hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(host_logits(host, hidden), expected)
+    assert expected.dtype == torch.float32
+    full, hidden = family_host("llama"), torch.randn(2, 32)
+    expected = host_logits(full, hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(host_logits(full, hidden), expected)
+
+
+def test_freeze_switches_gradient_and_dropout_off():
+    host = family_host("gpt2", resid_pdrop=0.5).train().requires_grad_(True)
+    freeze(host)
+    assert not any(m.training for m in host.modules()) and not any(p.requires_grad for p in host.parameters())
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES + SCALED)
+def test_decoder_layers_are_found(family):
+    _, layers = decoder_layers(family_host(family))
+    assert len(layers) == 2 and isinstance(layers, nn.ModuleList)
+
+
+@pytest.mark.parametrize("family", FAMILIES + SCALED)
+def test_lora_is_put_on_every_linear_map_of_the_top_layers_alone(family):
+    from transformers.pytorch_utils import Conv1D
+
+    host = family_host(family)
+    name, layers = decoder_layers(host)
+    top = {f"{name}.1.{n}" for n, m in layers[1].named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    before = {n: p.clone() for n, p in host.named_parameters()}
+    add_lora(host, 1, 4)
+    adapted = {n.split(".lora_A")[0] for n, _ in host.named_parameters() if "lora_A" in n}
+    assert adapted == top and len(top) >= 4
+    after = dict(host.named_parameters())
+    for n, p in before.items():
+        found = after.get(n, after.get(".base_layer.".join(n.rsplit(".", 1))))
+        assert torch.equal(p, found) and not found.requires_grad
+    assert all(p.requires_grad for n, p in after.items() if "lora_" in n)
+
+
+def test_more_lora_layers_than_the_host_has():
+    refused(lambda: add_lora(family_host("llama"), 3, 4), "--lora_layers 3", "2 layers")
+
+
+def test_lora_trains_in_float32_on_a_half_precision_host():
+    """bf16 weights would round small updates to none."""
+    host = family_host("llama").bfloat16()
+    add_lora(host, 2, 4)
+    assert {p.dtype for n, p in host.named_parameters() if "lora_" in n} == {torch.float32}
+    assert {p.dtype for n, p in host.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+    assert host(input_ids=random_ids(1, 4)).logits.dtype == torch.bfloat16
+
+
+def test_without_lora_is_the_bare_llm_and_ends():
+    host, ids = family_host("llama"), random_ids(2, 6)
+    with torch.no_grad():
+        bare = host(input_ids=ids).logits
+        add_lora(host, 1, 4)
+        for name, p in host.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p)
+        tuned = host(input_ids=ids).logits
+        assert not torch.allclose(tuned, bare, atol=1e-2)
+        with pytest.raises(RuntimeError, match="inside"), without_lora(host):
+            assert torch.equal(host(input_ids=ids).logits, bare)
+            raise RuntimeError("inside")
+        assert torch.equal(host(input_ids=ids).logits, tuned)
+    assert all(p.requires_grad == ("lora_" in n) for n, p in host.named_parameters())
+
+
+# --- quantised --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora_layers", [0, 1])
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_the_addon_trains_and_answers_on_a_quantised_host(tmp_path, load_in, lora_layers):
+    folder = tmp_path / "host"
+    family_host("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    controller = HRMController.from_base(str(folder), load_in=load_in, d_h=16, n_heads=2, segments=2,
+                                         lora_layers=lora_layers, lora_rank=2)
+    assert any("bnb" in type(m).__module__ or "bitsandbytes" in type(m).__module__ for m in controller.host.modules())
+    ids, mask = left_padded([random_ids(1, 6)[0], random_ids(1, 4, 1)[0]])
+    labels = ids.clone()
+    labels[:, :4] = -100
+    controller.train()
+    host_before = {n: t.clone() for n, t in controller.host.state_dict().items() if "lora_" not in n}
+    optimizer = torch.optim.AdamW(controller.addon_parameters().values(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = controller(ids, mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    for name, tensor in controller.host.state_dict().items():
+        assert "lora_" in name or torch.equal(tensor, host_before[name]), name
+    answer = controller.eval().generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=0)
+    assert answer.shape[1] <= 9
