@@ -6,8 +6,10 @@ padding: no pad ever stands between a prompt and its answer. Shapes: B batch, S 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +153,65 @@ class PromptFormat:
         target_ids, target_mask = pad(targets, self.pad_id, "right")
         labels = target_ids.masked_fill(target_mask == 0, IGNORE)
         return Batch(prompt_ids, prompt_mask, target_ids, labels, list(examples))
+
+
+class TrainBatches:
+    """Endless training batches of `size` examples per rank, grouped by length so that little is spent on padding.
+
+    `window` batches are drawn together, sorted by prompt length, cut into batches and put in random order; every rank
+    draws the same items and keeps its share. The position is a small JSON-able state.
+
+    Raises (from `next`):
+        ValueError: with `overlong="error"`, an example longer than the format's max_seq_len.
+    """
+
+    def __init__(self, stream: Any, prompt_format: PromptFormat, size: int, window: int = 1, seed: int = 0,
+                 overlong: str = "error", rank: int = 0, world: int = 1):
+        self.stream, self.format, self.size, self.window, self.seed = stream, prompt_format, size, window, seed
+        self.overlong, self.rank, self.world = overlong, rank, world
+        self._start, self._windows, self._place = stream.state_dict(), -1, window
+        self._batches: list[list[Example]] = []
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._place >= self.window:
+            self._open()
+        self._place += 1
+        return self.format.batch(self._batches[self._place - 1][self.rank :: self.world])
+
+    def _open(self) -> None:
+        """Draws the next window."""
+        self._start, self._windows, self._place = self.stream.state_dict(), self._windows + 1, 0
+        per_batch = self.size * self.world
+        examples: list[Example] = []
+        while len(examples) < per_batch * self.window:
+            drawn = [next(self.stream) for _ in range(per_batch * self.window - len(examples))]
+            lengths = self.format.lengths(drawn)
+            if self.overlong == "error" and max(lengths) > self.format.max_seq_len:
+                raise ValueError(
+                    f"a training example of {max(lengths)} tokens is longer than --max_seq_len {self.format.max_seq_len}: "
+                    "raise it, or leave such items out with --overlong drop"
+                )
+            pairs = zip(drawn, lengths, strict=True)
+            examples += [example for example, length in pairs if length <= self.format.max_seq_len]
+        if self.window > 1:
+            lengths = [len(ids) for ids in self.format.prompts([example.question for example in examples])]
+            examples = [examples[i] for i in sorted(range(len(examples)), key=lengths.__getitem__)]
+        self._batches = [examples[start : start + per_batch] for start in range(0, len(examples), per_batch)]
+        random.Random(f"{self.seed}/{self._windows}").shuffle(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self._start, "windows": self._windows, "place": self._place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state["stream"])
+        self._start, self._windows, self._place = state["stream"], state["windows"], state["place"]
+        if self._place < self.window:
+            place, self._windows = self._place, self._windows - 1
+            self._open()
+            self._place = place
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:

@@ -158,7 +158,7 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
     rate, spread = successes / n, z * z / n
     middle = (rate + spread / 2) / (1 + spread)
     half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    return max(min(middle - half, rate), 0.0), min(max(middle + half, rate), 1.0)  # rounding must not pass the rate
 
 
 def question_hash(question: str) -> str:

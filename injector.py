@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from hrm_blocks import Context, SwiGLU, last_state, linear, mean_state, rms_norm, rope, rotate
+from hrm_blocks import Context, SwiGLU, attend, last_state, linear, mean_state, rms_norm, rope, rotate
 
 
 @dataclass
@@ -111,13 +110,13 @@ class InjectorCAB(nn.Module):
         query = self._split(self.query(asked))
         if self.mem:
             key, value = self._keys_values(self.key_value, self._memory(thought))
-            attended = F.scaled_dot_product_attention(query, key, value)
+            attended = attend(query, key, value, None)
         else:
             context = thought.context
             key, value = self._keys_values(self.key_value, thought.z_high)
             query = rotate(query, *rope(slots.positions, self.head_dim))
             key = rotate(key, context.cos, context.sin)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=context.keys)
+            attended = attend(query, key, value, context.keys)
         attended = rearrange(attended, "B h T e -> B T (h e)")
         return self.gate * self.out(rms_norm(self.readout(torch.cat([asked, attended], dim=-1))))
 
@@ -131,7 +130,7 @@ class InjectorCAB(nn.Module):
         """(B, m, d): the learned memory queries after reading z_H."""
         query = self._split(repeat(self.memory, "m d -> B m d", B=len(thought.z_high)))
         key, value = self._keys_values(self.memory_key_value, thought.z_high)
-        pooled = F.scaled_dot_product_attention(query.to(key.dtype), key, value, attn_mask=thought.context.keys)
+        pooled = attend(query.to(key.dtype), key, value, thought.context.keys)
         return rms_norm(rearrange(pooled, "B h m e -> B m (h e)"))
 
 

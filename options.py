@@ -123,6 +123,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     ),
     "training": (
         Flag("batch_size", "int", 64, "examples per batch", low=1),
+        Flag("bucket_batches", "int", 8, "batches drawn together and grouped by length, against padding; 1 = off", low=1),
         Flag("lr", "float", 1e-3, "peak learning rate", low=0, exclusive_low=True, aliases=("learning_rate",)),
         Flag("max_steps", "int", 2000, "batches to train; 0 = until epochs or max_minutes", low=0, aliases=("steps",)),
         Flag("epochs", "int", 0, "passes over train_n items; 0 = off", low=0),
@@ -132,7 +133,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("weight_decay", "float", 0.1, "weight decay", low=0),
         Flag("beta1", "float", 0.9, "first beta of AdamW", low=0, high=1, exclusive_high=True),
         Flag("beta2", "float", 0.95, "second beta of AdamW", low=0, high=1, exclusive_high=True),
-        Flag("optimizer", "str", "adamw", "optimizer", choices=("adamw", "adamw_8bit")),
+        Flag("optimizer", "str", "muon", "muon = Muon on hidden matrices, AdamW on the rest",
+             choices=("muon", "adamw", "adamw_8bit")),
         Flag("lr_scheduler", "str", "cosine", "after the warmup", choices=("cosine", "linear", "constant")),
         Flag("warmup_steps", "int", 50, "batches of linear warmup", low=0),
         Flag("lr_min_ratio", "float", 0.0, "final learning rate as a share of lr", low=0, high=1),

@@ -20,12 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 import options
-from batching import Batch, PromptFormat
+from batching import Batch, PromptFormat, TrainBatches
 from checkpointing import atomic_write_text, step_folder
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate
 from host import load_tokenizer
 from model import build_model
-from reasoning_gym_wrapper import EpochStream, Example, Reserve, make_tasks, task_warnings, training_examples
+from reasoning_gym_wrapper import EpochStream, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, RunLog, draw_curve, format_table
 from run_setup import interruptible, peak_memory, pick_device, pick_precision, run_folder, task_config, task_names
 from run_state import RunState, load_run, save_run
@@ -93,25 +93,18 @@ class Run:
         self.reserve = Reserve(self.tasks, opts.eval_n, opts.eval_seed)
         self.eval_examples = self.format.fitting(self.reserve.examples, opts.overlong, "evaluation")
         self.budget = answer_budget(self.format, self.eval_examples, opts.max_new_tokens)  # the same on every rank
-        self.stream: Any = None
+        self.batches: TrainBatches | None = None
         if opts.eval_only:
             return
-        self.stream = training_examples(self.tasks, self.reserve, opts.seed, opts.train_n)
-        if isinstance(self.stream, EpochStream):
-            self.stream.examples = self.format.fitting(self.stream.examples, opts.overlong, "training")
+        stream = training_examples(self.tasks, self.reserve, opts.seed, opts.train_n)
+        if isinstance(stream, EpochStream):
+            stream.examples = self.format.fitting(stream.examples, opts.overlong, "training")
         else:
             probe = training_examples(self.tasks, self.reserve, opts.seed, 0)
             self.format.fitting([next(probe) for _ in range(PROBE)], opts.overlong, "training")
-
-    def _check_positions(self) -> None:
-        """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""
-        positions = getattr(self.model.host.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, self.format.prompts([example.question for example in self.eval_examples])))
-        if positions and longest + self.budget > positions:
-            raise ValueError(
-                f"a prompt of {longest} tokens and an answer of {self.budget} pass the {positions} positions of "
-                f"{self.opts.model_name}: lower --max_new_tokens, or --max_seq_len with --overlong drop"
-            )
+        self.batches = TrainBatches(
+            stream, self.format, opts.batch_size, opts.bucket_batches, opts.seed, opts.overlong, self.rank, self.world
+        )
 
     def _total_steps(self) -> int | None:
         """Batches of the whole run; None: only time limits it. Typed epochs or minutes replace the default steps."""
@@ -119,9 +112,9 @@ class Run:
         steps = opts.max_steps
         if (opts.epochs or opts.max_minutes) and "max_steps" not in opts.explicit:
             steps = opts.max_steps = 0
-        if opts.epochs and self.stream is not None:
+        if opts.epochs and self.batches is not None:
             per_step = opts.batch_size * opts.grad_accum_steps * self.world
-            by_epochs = math.ceil(opts.epochs * len(self.stream.examples) / per_step)
+            by_epochs = math.ceil(opts.epochs * len(self.batches.stream.examples) / per_step)
             steps = min(steps, by_epochs) if steps else by_epochs
         return steps or None
 
@@ -198,25 +191,8 @@ class Run:
     # --- training ---
 
     def _next_batches(self) -> list[Batch]:
-        """The micro-batches of this rank for one batch; every rank draws all items and keeps its share."""
-        batches = []
-        for _ in range(self.opts.grad_accum_steps):
-            items = [self._next_example() for _ in range(self.opts.batch_size * self.world)]
-            batches.append(self.format.batch(items[self.rank :: self.world]).to(self.device))
-        return batches
-
-    def _next_example(self) -> Example:
-        if isinstance(self.stream, EpochStream):
-            return next(self.stream)  # measured when it was drawn
-        while True:
-            example = next(self.stream)
-            if self.format.lengths([example])[0] <= self.opts.max_seq_len:
-                return example
-            if self.opts.overlong == "error":
-                raise ValueError(
-                    f"a training example of {example.task} is longer than --max_seq_len {self.opts.max_seq_len} "
-                    "tokens: raise it, or leave such items out with --overlong drop"
-                )
+        """The micro-batches of this rank for one batch."""
+        return [next(self.batches).to(self.device) for _ in range(self.opts.grad_accum_steps)]
 
     def _progress_share(self) -> float:
         """How much of the run is done, 0 to 1, by the limit that is nearer; alike on all ranks, which end together."""
@@ -367,14 +343,14 @@ class Run:
         is_best = evaluation is not None and self._is_best(evaluation)
         if is_best:
             self.best = evaluation.solved_rate()
-        state = RunState(self.step, self.log.elapsed_s, self.best, self.stream.state_dict())
+        state = RunState(self.step, self.log.elapsed_s, self.best, self.batches.state_dict())
         save_run(self.folder, self.opts, self.trainer, state, self._card(evaluation), is_best)
 
     def _restore(self, folder: Path) -> None:
         state, notes = load_run(folder, self.opts, self.trainer)
         self.step, self.elapsed, self.best = state.step, state.elapsed_s, state.best
-        if self.stream is not None and state.stream:
-            self.stream.load_state_dict(state.stream)
+        if self.batches is not None and state.stream:
+            self.batches.load_state_dict(state.stream)
         for note in notes:
             self.say(note)
 

@@ -50,16 +50,20 @@ def save_run(
     Raises:
         CheckpointError: it cannot be written; nothing half-written is left.
     """
-    moments, optimizer_document = pack_optimizer(trainer.optimizer, trainer.names)
     rng, rng_document = pack_rng()
-    tensors = {f"raw/{name}": p.detach() for name, p in trainer.parameters.items()} | moments | rng
+    tensors = {f"raw/{name}": p.detach() for name, p in trainer.parameters.items()} | rng
+    optimizer_documents = []
+    for index, (optimizer, names) in enumerate(trainer.optimizers):
+        moments, optimizer_document = pack_optimizer(optimizer, names)
+        tensors |= {f"{index}/{name}": tensor for name, tensor in moments.items()}
+        optimizer_documents.append(optimizer_document)
     if trainer.ema:
         tensors |= {f"ema/{name}": tensor for name, tensor in trainer.ema.average.items()}
     with trainer.evaluation_weights():
         adapter = {name: tensor.detach().clone() for name, tensor in trainer.controller.addon_state().items()}
     document = {
         **dataclasses.asdict(state),
-        "optimizer": optimizer_document,
+        "optimizers": optimizer_documents,
         "rng": rng_document,
         "ema_updates": trainer.ema.updates if trainer.ema else 0,
         "scaler": trainer.scaler.state_dict(),
@@ -121,7 +125,7 @@ def _restore_training(trainer: Trainer, tensors: dict[str, torch.Tensor], docume
                 trainer.ema.average[name].copy_(tensors.get(f"ema/{name}", raw))
     if trainer.ema:
         trainer.ema.updates = document["ema_updates"]
-    unpack_optimizer(trainer.optimizer, trainer.names, tensors, document["optimizer"])
+    _restore_optimizers(trainer, tensors, document["optimizers"])
     if document["scaler"]:  # empty from a run without fp16
         trainer.scaler.load_state_dict(document["scaler"])
 
@@ -133,3 +137,13 @@ def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
         reserved = f"{before.get('eval_n', 0)} evaluation items of each task"
         return [f"WARNING: training kept off the first {reserved}: others evaluated now may have been trained on"]
     return []
+
+
+def _restore_optimizers(trainer: Trainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]) -> None:
+    if len(documents) != len(trainer.optimizers):
+        kinds = " + ".join(document["class"] for document in documents)
+        raise ValueError(f"the checkpoint was trained with {kinds}: resume with that --optimizer or start a new run")
+    for index, (optimizer, names) in enumerate(trainer.optimizers):
+        prefix = f"{index}/"
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        unpack_optimizer(optimizer, names, own, documents[index])

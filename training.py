@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batching import IGNORE, Batch
 from host import HostError
-from model import HRMController
+from model import ADDON_PREFIX, HRMController
 
 MAX_SCALER_SKIPS = 10
 
@@ -52,22 +52,42 @@ def seed_of_step(seed: int, step: int, rank: int, world: int) -> int:
     return ((seed * 1_000_003 + step) * world + rank) % 2**63
 
 
-def build_optimizer(
+def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
+    """Hidden matrices take Muon; projections that start at zero, heads, LoRA and memory tokens take AdamW."""
+    inner = name.removeprefix(ADDON_PREFIX)
+    zero_or_head = ("injector.out.", "vocabulary_bias.out.", "core.halt.", "verifier.", "injector.memory")
+    return parameter.ndim == 2 and "lora_" not in name and not (inner + ".").startswith(zero_or_head)
+
+
+def build_optimizers(
     opts: argparse.Namespace, parameters: dict[str, nn.Parameter]
-) -> tuple[torch.optim.Optimizer, list[str]]:
-    """AdamW with decay on matrices alone, and the parameter names in the optimizer's order."""
-    decayed = [name for name, p in parameters.items() if p.ndim >= 2]
-    plain = [name for name, p in parameters.items() if p.ndim < 2]
+) -> list[tuple[torch.optim.Optimizer, list[str]]]:
+    """Each optimizer with its parameters' names in its own order; weight decay on matrices alone.
+
+    `muon` orthogonalises the updates of hidden matrices (scaled to AdamW's size, so one learning rate serves both) and
+    leaves the rest to AdamW.
+    """
+    by_muon = [name for name, p in parameters.items() if opts.optimizer == "muon" and learns_by_muon(name, p)]
+    rest = {name: p for name, p in parameters.items() if name not in set(by_muon)}
+    decayed = [name for name, p in rest.items() if p.ndim >= 2]
+    plain = [name for name, p in rest.items() if p.ndim < 2]
     groups = [
-        {"params": [parameters[name] for name in decayed], "weight_decay": opts.weight_decay},
-        {"params": [parameters[name] for name in plain], "weight_decay": 0.0},
+        {"params": [rest[name] for name in decayed], "weight_decay": opts.weight_decay},
+        {"params": [rest[name] for name in plain], "weight_decay": 0.0},
     ]
     betas = (opts.beta1, opts.beta2)
     if opts.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(groups, lr=opts.lr, betas=betas), decayed + plain
-    return torch.optim.AdamW(groups, lr=opts.lr, betas=betas), decayed + plain
+        return [(AdamW8bit(groups, lr=opts.lr, betas=betas), decayed + plain)]
+    optimizers: list[tuple[torch.optim.Optimizer, list[str]]] = [
+        (torch.optim.AdamW(groups, lr=opts.lr, betas=betas), decayed + plain)
+    ]
+    if by_muon:
+        matrices = [parameters[name] for name in by_muon]
+        muon = torch.optim.Muon(matrices, lr=opts.lr, weight_decay=opts.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append((muon, by_muon))
+    return optimizers
 
 
 class Ema:
@@ -104,7 +124,7 @@ class Ema:
 
 
 class Trainer:
-    """Owns optimizer, EMA and scaler, and runs one batch (of one or more micro-batches) at a time.
+    """Owns optimizers, EMA and scaler, and runs one batch (of one or more micro-batches) at a time.
 
     `accelerator` gives device, ranks and gradient averaging; `answer_verdicts` maps a batch to (B,) floats, the task
     verifier's verdict on answers generated now, for `--verifier_weight`.
@@ -117,7 +137,7 @@ class Trainer:
         self.parameters = controller.addon_parameters()
         if not self.parameters:
             raise HostError("nothing to train: the add-on has no trainable parameter")
-        self.optimizer, self.names = build_optimizer(opts, self.parameters)
+        self.optimizers = build_optimizers(opts, self.parameters)
         self.ema = Ema(self.parameters, opts.ema) if opts.ema else None
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self.scaler_skips = 0
@@ -142,8 +162,9 @@ class Trainer:
         """
         opts, world = self.opts, self.accelerator.num_processes
         torch.manual_seed(seed_of_step(opts.seed, step, self.accelerator.process_index, world))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer, _ in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         verdicts = self._verdicts(batches, step)
         self.wrapped.train()
         tokens, examples = self._global_counts(batches)
@@ -227,7 +248,8 @@ class Trainer:
 
     def _update(self, step: int, loss: float) -> float:
         """Clips and steps, unless something is not a number. Returns the gradient norm before clipping."""
-        self.scaler.unscale_(self.optimizer)
+        for optimizer, _ in self.optimizers:
+            self.scaler.unscale_(optimizer)
         limit = self.opts.grad_clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
         finite = math.isfinite(norm) and math.isfinite(loss)
@@ -235,13 +257,18 @@ class Trainer:
             self.scaler_skips += 1
             overflow = self.precision == "fp16" and math.isfinite(loss) and self.scaler_skips < MAX_SCALER_SKIPS
             if not overflow:  # with fp16 the scaler overflows now and then by design, and skips that step itself
-                self.optimizer.zero_grad(set_to_none=True)
+                self._forget_gradients()
                 raise NonFiniteError(f"batch {step}: loss {loss}, gradient norm {norm}")
-        self.scaler.step(self.optimizer)
+        for optimizer, _ in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         if finite:
             self.scaler_skips = 0
             if self.ema:
                 self.ema.update()
         return norm
+
+    def _forget_gradients(self) -> None:
+        for optimizer, _ in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)

@@ -9,8 +9,6 @@ import types
 
 import pytest
 import torch
-from tiny_families import FAMILIES, SCALED, left_padded, random_ids
-from tiny_families import tiny_host as family_host
 from torch import nn
 
 import host as host_module
@@ -29,6 +27,8 @@ from host import (
     without_lora,
 )
 from model import HRMController
+from tiny_families import FAMILIES, SCALED, left_padded, random_ids
+from tiny_families import tiny_host as family_host
 
 
 def refused(call, *words: str) -> str:

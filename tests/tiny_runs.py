@@ -1,0 +1,90 @@
+"""Tiny runs of `train.py` on the tiny host, in this process or in one of their own, and what they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import options
+import train
+from model import HRMController, build_model
+from tiny_families import randomise
+
+ROOT = Path(train.__file__).parent
+TINY = (
+    "--task toy_add --d_h 16 --n_heads 2 --segments 2 --inner_T 1 --batch_size 4 --max_steps 3 --eval_n 4 "
+    "--eval_batch_size 4 --max_new_tokens 4 --mixed_precision none --log_steps 1 --num_threads 1 --device cpu"
+).split()
+
+
+def arguments(host: Path, save_dir: Path, *more: str) -> list[str]:
+    """A whole command line; later flags win."""
+    return ["--model_name", str(host), "--save_dir", str(save_dir), *TINY, *more]
+
+
+def tiny_model(host: Path, **changes) -> HRMController:
+    """A controller on the tiny host as a run builds it, its zero factors random as after training."""
+    opts = options.parse(TINY)
+    vars(opts).update({"model_name": str(host), "init_state": "fixed", **changes})
+    torch.manual_seed(0)
+    return randomise(build_model(opts, "cpu")).eval()
+
+
+def command(*argv: str, script: str = "train.py", **environment: str) -> subprocess.Popen:
+    """The command in a process of its own, as a user types it; stdout and stderr are pipes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+    return subprocess.Popen([sys.executable, script, *argv], cwd=ROOT, text=True, env=environment,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def only_run(save_dir: Path) -> Path:
+    """The one run folder in `save_dir`."""
+    (folder,) = [path for path in save_dir.iterdir() if path.is_dir()]
+    return folder
+
+
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-*"))[-1]
+
+
+def tensors(checkpoint: Path, stem: str = "training_state") -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(checkpoint / f"{stem}.safetensors")
+
+
+def records(run: Path) -> dict[str, list]:
+    """What a run recorded, without the columns that hold wall-clock time."""
+    with open(run / "eval.csv", newline="") as file:
+        rows = [{key: value for key, value in row.items() if key != "elapsed_s"} for row in csv.DictReader(file)]
+    lines = {name: [json.loads(line) for line in (run / name).read_text().splitlines()]
+             for name in ("metrics.jsonl", "predictions.jsonl")}
+    timed = ("elapsed_s", "examples_per_second")
+    steps = [{key: value for key, value in line.items() if key not in timed} for line in lines["metrics.jsonl"]]
+    return {"eval": rows, "metrics": steps, "predictions": lines["predictions.jsonl"]}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: weights, optimizer, averages, random state, position in the data, figures and answers."""
+    assert newest(one).name == newest(other).name
+    for stem in ("adapter_model", "training_state"):
+        ours, theirs = tensors(newest(one), stem), tensors(newest(other), stem)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    states = [json.loads((newest(run) / "training_state.json").read_text()) for run in (one, other)]
+    assert states[0] | {"elapsed_s": 0} == states[1] | {"elapsed_s": 0}
+    assert records(one) == records(other)
+
+
+def error_lines(text: str, prog: str = "train.py") -> list[str]:
+    """The problems told on stderr, which may hold nothing else but warnings of ours."""
+    lines = [line for line in text.splitlines() if not line.startswith("WARNING: ")]
+    assert all(line.startswith(f"{prog}: error: ") for line in lines), text
+    assert not re.search(r"Traceback|File \"", text)
+    return [line.removeprefix(f"{prog}: error: ") for line in lines]
