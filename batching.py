@@ -191,8 +191,8 @@ class TrainBatches:
             lengths = self.format.lengths(drawn)
             if self.overlong == "error" and max(lengths) > self.format.max_seq_len:
                 raise ValueError(
-                    f"a training example of {max(lengths)} tokens is longer than --max_seq_len {self.format.max_seq_len}: "
-                    "raise it, or leave such items out with --overlong drop"
+                    f"a training example of {max(lengths)} tokens is longer than --max_seq_len "
+                    f"{self.format.max_seq_len}: raise it, or leave such items out with --overlong drop"
                 )
             pairs = zip(drawn, lengths, strict=True)
             examples += [example for example, length in pairs if length <= self.format.max_seq_len]
@@ -208,7 +208,7 @@ class TrainBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         self._start, self._windows, self._place = state["stream"], state["windows"], state["place"]
-        if self._place < self.window:
+        if self._windows >= 0:  # also where the window is used up: the stream must stand behind it
             place, self._windows = self._place, self._windows - 1
             self._open()
             self._place = place

@@ -84,14 +84,14 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("h_layers", "int", 1, "layers of the slow block H", low=1, high=64),
         Flag("l_layers", "int", 1, "layers of the fast block L", low=1, high=64),
         Flag("n_heads", "int", 4, "attention heads of the HRM", low=1),
-        Flag("segments", "int", 4, "recurrence segments in training", low=1, high=256),
+        Flag("segments", "int", 1, "recurrence segments in training", low=1, high=256),
         Flag("inner_T", "int", 2, "L steps before each H step", low=1, high=64),
         Flag("reset_l", "bool", False, "start z_L anew at each segment"),
         Flag("grad_horizon", "str", "full", "calls with gradient: the last of L and H, all, or the last N inner",
              pattern="one_step|full|k:[1-9][0-9]*", form="one_step, full or k:N with N >= 1"),
         Flag("hrm_input", "str", "tokens", "all prompt tokens, or mean and last", choices=("tokens", "pooled")),
         Flag("hrm_read", "str", "embed+last", "LLM states that HRM reads", choices=("embed+last", "last", "all")),
-        Flag("init_state", "str", "random", "first z_H and z_L: random vectors in training and fixed buffers at "
+        Flag("init_state", "str", "fixed", "first z_H and z_L: random vectors in training and fixed buffers at "
              "evaluation, or the published fixed buffers in both", choices=("random", "fixed")),
         Flag("injector", "str", "cab", "z_H enters the LLM by cross-attention or gated bias", choices=("cab", "grb")),
         Flag("cab_mem", "int", 0, "learned memory tokens that cab reads; 0 = all of z_H", low=0),
@@ -123,9 +123,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     ),
     "training": (
         Flag("batch_size", "int", 64, "examples per batch", low=1),
-        Flag("bucket_batches", "int", 8, "batches drawn together and grouped by length, against padding; 1 = off", low=1),
-        Flag("lr", "float", 1e-3, "peak learning rate", low=0, exclusive_low=True, aliases=("learning_rate",)),
-        Flag("max_steps", "int", 2000, "batches to train; 0 = until epochs or max_minutes", low=0, aliases=("steps",)),
+        Flag("bucket_batches", "int", 1, "batches drawn together and grouped by length, against padding; 1 = off", low=1),
+        Flag("lr", "float", 3e-3, "peak learning rate", low=0, exclusive_low=True, aliases=("learning_rate",)),
+        Flag("max_steps", "int", 1750, "batches to train; 0 = until epochs or max_minutes", low=0, aliases=("steps",)),
         Flag("epochs", "int", 0, "passes over train_n items; 0 = off", low=0),
         Flag("max_minutes", "float", 0.0, "stop training after this time; 0 = off", low=0),
         Flag("grad_accum_steps", "int", 1, "micro-batches per batch", low=1),
@@ -140,9 +140,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("lr_min_ratio", "float", 0.0, "final learning rate as a share of lr", low=0, high=1),
         Flag("mixed_precision", "str", "auto", "autocast; auto = bf16 where the hardware has it, fp16 needs CUDA",
              choices=("auto", "none", "bf16", "fp16")),
-        Flag("ema", "float", 0.995, "decay of the weights evaluated; 0 = off", low=0, high=1, exclusive_high=True),
-        Flag("segments_sampling", "str", "uniform", "all, or 1 to all, drawn per batch", choices=("fixed", "uniform")),
-        Flag("supervised_segments", "int", 1, "0 = every segment has a loss and an optimizer step (deep supervision); "
+        Flag("ema", "float", 0.998, "decay of the weights evaluated; 0 = off", low=0, high=1, exclusive_high=True),
+        Flag("segments_sampling", "str", "fixed", "all, or 1 to all, drawn per batch", choices=("fixed", "uniform")),
+        Flag("supervised_segments", "int", 0, "0 = every segment has a loss and an optimizer step (deep supervision); "
              "N = only the last N, the earlier ones run without gradient", low=0),
         Flag("verifier_weight", "float", 0.0, "weight of the head that learns the verifier's verdict; 0 = off", low=0),
         Flag("verifier_every", "int", 50, "batches between the answers generated for that head", low=1),
@@ -151,7 +151,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     ),
     "evaluation": (
         Flag("eval_only", "bool", False, "evaluate a checkpoint, named by resume or run_name, and stop"),
-        Flag("eval_every", "int", 0, "batches between evaluations; 0 = only at the end", low=0, aliases=("val_every",)),
+        Flag("eval_every", "int", 350, "batches between evaluations; 0 = only at the end", low=0, aliases=("val_every",)),
         Flag("eval_batch_size", "int", 128, "examples per evaluation batch", low=1),
         Flag("eval_segments", "int", 0, "segments at evaluation; 0 = as trained", low=0),
         Flag("eval_injector_scale", "float", 1.0, "factor on the injection at evaluation; 0 = bare LLM", low=0),

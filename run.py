@@ -106,6 +106,16 @@ class Run:
             stream, self.format, opts.batch_size, opts.bucket_batches, opts.seed, opts.overlong, self.rank, self.world
         )
 
+    def _check_positions(self) -> None:
+        """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""
+        positions = getattr(self.model.host.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(map(len, self.format.prompts([example.question for example in self.eval_examples])))
+        if positions and longest + self.budget > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and an answer of {self.budget} pass the {positions} positions of "
+                f"{self.opts.model_name}: lower --max_new_tokens, or --max_seq_len with --overlong drop"
+            )
+
     def _total_steps(self) -> int | None:
         """Batches of the whole run; None: only time limits it. Typed epochs or minutes replace the default steps."""
         opts = self.opts

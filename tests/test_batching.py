@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from batching import IGNORE, PLAIN_CUE, Batch, PromptFormat, pad
+from batching import IGNORE, PLAIN_CUE, Batch, PromptFormat, TrainBatches, pad
 from conftest import SPECIAL, build_tokenizer
-from reasoning_gym_wrapper import Example, Task
+from reasoning_gym_wrapper import EpochStream, Example, Reserve, Task, TrainStream, training_examples
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -218,6 +221,85 @@ def test_a_sentinel_that_would_cut_a_gold_answer_is_refused(tokenizer, sentinel,
     prompt_format.targets(["3"])
     with pytest.raises(ValueError, match="is part of the gold answer .*: choose another"):
         prompt_format.targets(["3", target])
+
+
+# --- training batches -------------------------------------------------------------------------------------------------
+
+
+def stream_of(prompt_format: PromptFormat, train_n: int) -> TrainStream | EpochStream:
+    """Targets of two lengths, so that some examples are longer than others."""
+    return training_examples([Task("toy_add", {"max_value": 60})], Reserve([], 0), 0, train_n)
+
+
+def contents(batch: Batch) -> tuple[list[str], list[list[int]]]:
+    return [example.question for example in batch.examples], batch.input_ids.tolist()
+
+
+@SHARED
+@given(st.integers(1, 4), st.integers(0, 10), st.integers(1, 6), st.sampled_from([0, 7]), st.booleans())
+def test_training_batches_resume_exactly_at_any_point(formats, window, split, after, train_n, drop):
+    prompt_format = PromptFormat(formats["chat"].tokenizer, max_seq_len=16 if drop else 512)
+
+    def batches() -> TrainBatches:
+        stream = stream_of(prompt_format, train_n)
+        return TrainBatches(stream, prompt_format, 3, window, seed=5, overlong="drop" if drop else "error")
+
+    first, resumed = batches(), batches()
+    for _ in range(split):
+        next(first)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(after):
+        assert contents(next(resumed)) == contents(next(first))
+        assert resumed.state_dict() == first.state_dict()
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_training_batches_hold_the_stream_s_items_each_once(formats, window):
+    prompt_format = formats["chat"]
+    batches = TrainBatches(stream_of(prompt_format, 0), prompt_format, 6, window, seed=1)
+    drawn = [next(batches).examples for _ in range(8)]
+    expected = [next(items) for items in [stream_of(prompt_format, 0)] for _ in range(48)]
+    for start in range(0, 8, window):
+        of_window = [example.question for batch in drawn[start : start + window] for example in batch]
+        assert sorted(of_window) == sorted(e.question for e in expected[start * 6 : (start + window) * 6])
+    if window == 1:
+        assert [example.question for batch in drawn for example in batch] == [e.question for e in expected]
+        return
+    # Within a window the lengths of different batches do not interleave, and the batches come in no order of length.
+    spans = []
+    for batch in drawn[:window]:
+        lengths = [len(ids) for ids in prompt_format.prompts([example.question for example in batch])]
+        spans.append((min(lengths), max(lengths)))
+    ordered = sorted(spans)
+    assert all(shorter[1] <= longer[0] for shorter, longer in pairwise(ordered))
+    orders = set()
+    for seed in range(6):
+        fresh = TrainBatches(stream_of(prompt_format, 0), prompt_format, 6, window, seed=seed)
+        orders.add(tuple(tuple(e.question for e in next(fresh).examples) for _ in range(window)))
+    assert len(orders) > 1
+
+
+def test_ranks_share_each_training_batch(formats):
+    def drawn(size: int, rank: int, world: int) -> list[list[str]]:
+        batches = TrainBatches(stream_of(formats["chat"], 0), formats["chat"], size, 2, 3, rank=rank, world=world)
+        return [[example.question for example in next(batches).examples] for _ in range(5)]
+
+    for whole, first, second in zip(drawn(8, 0, 1), drawn(4, 0, 2), drawn(4, 1, 2), strict=True):
+        assert first == whole[::2] and second == whole[1::2]
+
+
+def test_overlong_training_items_stop_the_run_or_are_left_out(formats):
+    prompt_format = formats["chat"]
+    lengths = prompt_format.lengths([next(items) for items in [stream_of(prompt_format, 0)] for _ in range(60)])
+    limit = sorted(lengths)[len(lengths) // 4]
+    assert limit < max(lengths)
+    short = PromptFormat(prompt_format.tokenizer, max_seq_len=limit)
+    batches = TrainBatches(stream_of(short, 0), short, 4, 2, overlong="drop")
+    for _ in range(6):
+        batch = next(batches)
+        assert len(batch.examples) == 4 and max(short.lengths(batch.examples)) <= limit
+    with pytest.raises(ValueError, match=rf"longer than --max_seq_len {limit}: raise it, or leave .* --overlong drop"):
+        next(TrainBatches(stream_of(short, 0), short, 20, 2, overlong="error"))
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------

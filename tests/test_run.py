@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpointing
 import options
 import run
 import train
 from checkpointing import MANIFEST
 from evaluation import Evaluation
+from reasoning_gym_wrapper import normalise
 from tiny_runs import (
     ROOT,
     arguments,
@@ -106,8 +108,7 @@ def test_resumed_in_a_process_of_its_own_by_flags_alone(call, tiny_host, tmp_pat
     """--resume RUN needs no other flag: the run's own options apply."""
     assert call("--run_name", "whole", *SIX)[0] == 0
     shutil.copytree(tmp_path / "runs" / "whole", tmp_path / "runs" / "cut")
-    for step in (6,):
-        shutil.rmtree(tmp_path / "runs" / "cut" / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(newest(tmp_path / "runs" / "cut"))
     process = command("--resume", str(tmp_path / "runs" / "cut"))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -146,7 +147,8 @@ def test_a_second_signal_ends_at_once(call, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", impatient)
     status, _, err = call("--run_name", "stopped")
     assert status == 130 and "stopping after this step; once more to stop at once" in err
-    assert error_lines(err.splitlines()[-1]) == ["interrupted: what was saved before stays, --resume goes on from there"]
+    (line,) = error_lines(err.splitlines()[-1])
+    assert line == "interrupted: what was saved before stays, --resume goes on from there"
 
 
 def test_sigterm_from_outside_is_orderly_too(tiny_host, tmp_path):
@@ -188,8 +190,9 @@ def test_a_finished_run_of_that_name_goes_straight_to_evaluation(call, done, mon
 
 
 def test_a_finished_run_goes_on_when_given_more_steps(call, tmp_path):
+    flags = "--lr_scheduler constant --warmup_steps 0".split()
     for name, steps in (("two", "2"), ("two", "4"), ("four", "4")):
-        assert call("--run_name", name, "--max_steps", steps, "--lr_scheduler", "constant", "--warmup_steps", "0")[0] == 0
+        assert call("--run_name", name, "--max_steps", steps, *flags)[0] == 0
     two, four = (tensors(newest(tmp_path / "runs" / name), "adapter_model") for name in ("two", "four"))
     assert newest(tmp_path / "runs" / "two").name == "step-00000004"
     assert all(torch.equal(two[name], four[name]) for name in four)
@@ -200,10 +203,9 @@ def test_a_finished_run_goes_on_when_given_more_steps(call, tmp_path):
 def test_typed_step_limits_hold_after_a_resume(call, tmp_path, monkeypatch):
     """Minutes replace the default steps, never typed ones, before and after a resume."""
     flags = ["--run_name", "both", "--max_minutes", "60", "--save_every", "2"]
-    monkeypatch.setattr(run, "evaluate", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(run, "evaluate", lambda *a: 1 / 0)
         call(*flags)
-    monkeypatch.undo()
     status, _, err = call("--resume", str(tmp_path / "runs" / "both" / "checkpoints" / "step-00000002"))
     assert status == 0 and "3 steps" in err
     assert newest(tmp_path / "runs" / "both").name == "step-00000003"
@@ -223,7 +225,8 @@ def test_epochs_and_steps_limit_a_run(call, tmp_path, flags, steps):
 def test_minutes_limit_a_run_and_anneal_over_their_time(call, tmp_path, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr("run_logging.time.monotonic", lambda: 5.0 * next(clock))
-    status, _, err = call("--max_steps", "0", "--max_minutes", "2", "--warmup_steps", "0", "--lr", "0.01")
+    flags = "--max_steps 0 --max_minutes 2 --warmup_steps 0 --lr 0.01 --lr_scheduler cosine --lr_min_ratio 0"
+    status, _, err = call(*flags.split())
     assert status == 0 and "2.0 minutes of 4 examples" in err
     rates = [line["lr"] for line in records(only_run(tmp_path / "runs"))["metrics"]]
     assert 2 < len(rates) < 24 and rates == sorted(rates, reverse=True) and rates[-1] < 0.004
@@ -310,7 +313,7 @@ def other_host(tiny_host, tmp_path_factory) -> Path:
 def test_another_shape_is_refused_by_name(done, typed, told, capsys):
     before = contents(done)
     assert train.main(["--resume", str(done), *typed.split()]) == 2
-    (line,) = error_lines(capsys.readouterr().err.split("trainable")[-1].rpartition("steps of 4 examples")[2])
+    (line,) = error_lines(capsys.readouterr().err)
     assert all(part in line for part in told)
     assert contents(done) == before
 
@@ -326,7 +329,8 @@ def test_another_base_model_is_refused_by_name(done, other_host, tiny_host, eval
 
 def test_two_runs_at_once_are_refused(call, done):
     status, out, err = call("--resume", str(done), "--run_name", "other")
-    assert status == 2 and error_lines(err) == [f"--resume {done} and --run_name other are different runs: leave one out"]
+    (line,) = error_lines(err)
+    assert status == 2 and line == f"--resume {done} and --run_name other are different runs: leave one out"
     assert call("--resume", str(done), "--run_name", "done", "--eval_only")[0] == 0
 
 
@@ -468,20 +472,17 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files_only(small_disk, tiny_ho
 
 
 def test_a_disk_that_fills_up_later_keeps_the_checkpoint_before(call, tmp_path, monkeypatch):
-    def fills(self, *rest, plain=run.Run.save, **named):
-        if self.step == 4:
-            monkeypatch.setattr("checkpointing._fill", full)
-        return plain(self, *rest, **named)
+    def fills(temporary, *rest, plain=checkpointing._fill):
+        if temporary.name.startswith(".tmp-step-00000004"):
+            (temporary / "begun").write_text("half")
+            raise OSError(28, "No space left on device")
+        return plain(temporary, *rest)
 
-    def full(temporary, *rest):
-        (temporary / "begun").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run.Run, "save", fills)
-    status, _, err = call("--run_name", "mine", "--max_steps", "6", "--save_every", "2", "--checkpoint_limit", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing, "_fill", fills)
+        status, _, err = call("--run_name", "mine", "--max_steps", "6", "--save_every", "2", "--checkpoint_limit", "0")
     assert status == 2 and "the disk is full" in error_lines(err.splitlines()[-1])[0]
     assert os.listdir(tmp_path / "runs" / "mine" / "checkpoints") == ["step-00000002"]
-    monkeypatch.undo()
     assert call("--run_name", "mine", "--max_steps", "6", "--save_every", "2")[0] == 0
 
 
@@ -505,11 +506,13 @@ def test_a_resumed_runs_configuration_reruns_from_the_start(call, tmp_path, caps
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-def test_the_difficulty_that_was_trained_is_kept_for_other_tasks(call, tmp_path):
-    assert call("--task", "none", "--tasks", "chain_sum", "--task_config", "small", "--run_name", "mine")[0] == 0
-    assert call("--run_name", "mine", "--task", "basic_arithmetic", "--eval_only", "--task_config", "small")[0] == 0
-    saved = options.read_resolved((tmp_path / "runs" / "mine" / "config.resolved.yaml").read_text())
-    assert saved["task_config"] == "small"
+def test_the_difficulty_that_was_trained_is_kept_for_other_tasks(tiny_host, tmp_path, monkeypatch):
+    drawn, plain = [], run.make_tasks
+    monkeypatch.setattr(run, "make_tasks", lambda names, config: drawn.append((names, config)) or plain(names, config))
+    argv = [word for word in arguments(tiny_host, tmp_path / "runs") if word not in ("--task", "toy_add")]
+    assert train.main([*argv, "--run_name", "mine"]) == 0  # no task named: the default ones, small
+    assert train.main(["--resume", str(tmp_path / "runs" / "mine"), "--task", "chain_sum", "--eval_only"]) == 0
+    assert drawn == [(run.task_names(options.parse([])), "small"), (["chain_sum"], "small")]
 
 
 def test_rows_of_several_runs_share_a_table_on_request(call, tmp_path):
@@ -538,7 +541,7 @@ def test_evaluation_questions_are_never_trained_on(call, monkeypatch):
     trained, reserved, plain = set(), set(), Trainer.step
 
     def step(self, batches, number, lr):
-        trained.update(run.Reserve.__contains__.__globals__["normalise"](e.question) for b in batches for e in b.examples)
+        trained.update(normalise(example.question) for batch in batches for example in batch.examples)
         return plain(self, batches, number, lr)
 
     monkeypatch.setattr(Trainer, "step", step)

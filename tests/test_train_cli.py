@@ -113,9 +113,10 @@ def test_overlong_items_are_dropped_on_request(call, monkeypatch, tmp_path):
         seen.extend(len(row) for batch in batches for row in batch.input_ids), plain(self, batches, *rest))[1])
     monkeypatch.setattr(run.Reserve, "_draw", lambda self, task, n, seed: short(task, n))
     config = json.dumps({"min_value": 1, "max_value": 10**9})
+    flags = ["--task_config", config, "--max_seq_len", "33", "--overlong", "drop"]
     for train_n in ("0", "40"):
         seen.clear()
-        status, _, err = call("--task_config", config, "--max_seq_len", "33", "--overlong", "drop", "--train_n", train_n)
+        status, _, err = call(*flags, "--train_n", train_n)
         assert status == 0, err
         assert len(seen) == 12 and max(seen) <= 33 + 9  # prompts and targets of a batch are padded apart
 
@@ -244,8 +245,9 @@ MORE = [*((flag.name, text) for flag in options.FLAGS for text in "01" if flag.t
             "eval_every 1", "save_every 1", "checkpoint_limit 0", "log_samples_every 1", "epochs 1", "warmup_steps 0",
             "max_minutes 0.5", "segments 1", "inner_T 3", "h_layers 2", "l_layers 2", "sentinel ##", "train_n 5",
             "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647"))]
-WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": ["--decode_temperature", "1"],
-        "decode_top_k": ["--decode_temperature", "1"], "verifier_weight": ["--verifier_every", "1"]}
+SAMPLED = ["--decode_temperature", "1"]
+WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
+        "decode_top_k": SAMPLED, "verifier_weight": ["--verifier_every", "1"]}
 CHOICES = [(flag.name, choice) for flag in options.FLAGS for choice in flag.choices or ()]
 
 

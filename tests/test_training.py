@@ -139,7 +139,7 @@ def plain_training(trainer: Trainer, batches: list[Batch], lr: float, segments: 
             if opts.grad_clip and norm > opts.grad_clip:
                 grads = {name: g * opts.grad_clip / norm for name, g in grads.items()}
             optimizer.step(grads, lr)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
     trainer.plain = {name: p.detach() for name, p in parameters.items()}
     return losses
 
