@@ -104,10 +104,10 @@ class PromptFormat:
         Raises:
             ValueError: a target holds the sentinel, so the answer cut at it could never be right.
         """
-        for target in targets if self.sentinel else ():
-            if (target + self.sentinel).index(self.sentinel) < len(target):
-                raise ValueError(f"--sentinel {self.sentinel!r} is part of the gold answer {target!r}: choose another")
         lead = "" if self.chat else " "
+        for target in targets if self.sentinel else ():
+            if (lead + target + self.sentinel).index(self.sentinel) < len(lead + target):
+                raise ValueError(f"--sentinel {self.sentinel!r} is part of the gold answer {target!r}: choose another")
         texts = [lead + target + (self.sentinel or "") for target in targets]
         ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [[*row, self.tokenizer.eos_token_id] for row in ids]

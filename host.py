@@ -6,8 +6,8 @@ Everything that depends on a host's family is here: logits (scaling, soft-cappin
 from __future__ import annotations
 
 import contextlib
-import sys
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +120,11 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     if load_in == "none":
         host.to(device)
     freeze(host)
-    check_logits(host)
+    try:
+        check_logits(host)
+    except RuntimeError as error:  # bitsandbytes cannot multiply every shape
+        reason = " ".join(str(error).split())[:200]
+        raise HostError(f"--model_name {name} --load_in {load_in}: the model cannot be loaded: {reason}") from error
     return host
 
 

@@ -16,14 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from lower floors. A new root module gets its line here, with its floor.
 FLOORS = {
     "checkpointing": 0,
+    "flags": 0,
     "host": 0,
     "hrm_blocks": 0,
-    "options": 0,
     "reasoning_gym_wrapper": 0,
     "run_logging": 0,
     "batching": 1,
     "injector": 1,
-    "run_setup": 1,
+    "options": 1,
+    "run_setup": 2,
     "backbone": 2,
     "evaluation": 2,
     "model": 3,

@@ -129,6 +129,22 @@ def test_scale_0_is_the_bare_llm_bit_for_bit(family, variant):
     assert torch.equal(controller(ids, mask, prompt_mask=mask).logits, expected)
 
 
+def test_scale_0_skips_the_branch():
+    """Nothing is multiplied by zero: even a spoilt add-on leaves the bare LLM."""
+    host, batch = tiny_host(), batch_of(prompts())
+    controller = tiny_controller(host=host, eval_injector_scale=0.0, logit_bias_head=True)
+    with torch.no_grad():
+        controller.model.addon.injector.out.weight.fill_(float("nan"))
+        controller.model.addon.vocabulary_bias.out.weight.fill_(float("nan"))
+    expected = bare_logits(host, batch.input_ids, batch.attention_mask)
+    called = []
+    controller.model.addon.core.register_forward_hook(lambda *_: called.append(1))
+    found = controller(batch.input_ids, batch.attention_mask, labels=full_labels(batch)).logits
+    assert torch.equal(found, expected[:, -found.shape[1] :]) and not called
+    out = controller(states=controller.encode(batch), labels=batch.labels)
+    torch.testing.assert_close(out.logits, expected[:, 6:-1][batch.labels != IGNORE], atol=1e-5, rtol=0)
+
+
 def test_the_two_scales_are_used_in_their_own_mode():
     controller, batch = tiny_controller(logit_bias_head=True), batch_of(prompts())
 

@@ -209,7 +209,8 @@ def test_each_bad_command_line_has_its_one_line(typed, problem, capsys):
     "--max_steps 0 --eval_only --run_name a", "--max_steps 10", "--act_penalty 1 --use_act", "--grad_horizon k:3",
     "--halt_max_segments 2 --use_act", "--system_header=", "--run_name v1.2_lr-3",
     "--seed 1000000000", "--seed 2147483647 --eval_seed 4294967295", "--train_injector_scale 0 --lora_layers 1",
-    "--train_injector_scale 0 --eval_only --run_name a", "--trackers=", "--resume auto", "--supervised_segments 0", "--task_config runs/tasks.yaml",
+    "--train_injector_scale 0 --eval_only --run_name a", "--trackers=", "--resume auto", "--supervised_segments 0",
+    "--task_config runs/tasks.yaml",
 ])
 def test_legal_combinations_pass(typed):
     parse(typed.split())
@@ -245,8 +246,8 @@ def test_a_flag_already_told_as_wrong_starts_no_second_complaint(capsys):
 
 
 def test_peek_reads_what_can_be_read_and_says_nothing(config, capsys):
-    argv = [*config("run_name: mine\nd_h: wide\nnonsense: 1\n"), "--save_dir", "there", "--resume", "--eval_n", "0", "--x"]
-    opts = options.peek(argv)
+    file = config("run_name: mine\nd_h: wide\nnonsense: 1\n")
+    opts = options.peek([*file, "--save_dir", "there", "--resume", "--eval_n", "0", "--x"])
     assert (opts.run_name, opts.save_dir, opts.resume, opts.d_h, opts.eval_n) == ("mine", "there", None, 128, 256)
     told = capsys.readouterr()
     assert told.out == "" and told.err == ""

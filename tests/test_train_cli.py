@@ -12,7 +12,8 @@ import pytest
 import options
 import run
 import train
-from tiny_runs import arguments, error_lines, newest, only_run, records
+from batching import PromptFormat
+from tiny_runs import ROOT, arguments, error_lines, newest, only_run, records
 
 FOREIGN = "step,accuracy\n1,0.95\n"
 
@@ -71,7 +72,7 @@ def refused(call, tmp_path):
     ("--device cuda", "--device cuda is not available here: use auto or cpu"),
     ("--device cuda --mixed_precision fp16", "--device cuda is not available here: use auto or cpu"),
     ("--trackers wandb", "--trackers wandb needs a package that is not installed; run: pip install wandb"),
-    ("--sentinel 1", "--sentinel 1 is part of the gold answer "),
+    ("--sentinel 1", "--sentinel '1' is part of the gold answer "),
     ("--resume nowhere", "--resume 'nowhere' does not exist; give a checkpoint, a run or 'auto'; near: none here"),
     ("--resume auto", "--resume auto: no whole checkpoint in any run of "),
     ("--eval_only --run_name mine", "run mine in "),
@@ -106,19 +107,28 @@ def short(task, n: int) -> list:
     return [next(easy)[1] for _ in range(n)]
 
 
-def test_overlong_items_are_dropped_on_request(call, monkeypatch, tmp_path):
-    seen = []
-    plain = run.Trainer.step
-    monkeypatch.setattr(run.Trainer, "step", lambda self, batches, *rest: (
-        seen.extend(len(row) for batch in batches for row in batch.input_ids), plain(self, batches, *rest))[1])
+def test_overlong_items_are_dropped_on_request(call, monkeypatch, tokenizer):
+    seen, plain = [], run.Trainer.step
+
+    def step(self, batches, *rest):
+        seen.extend(length for batch in batches for length in batch.attention_mask.sum(1).tolist())
+        return plain(self, batches, *rest)
+
+    monkeypatch.setattr(run.Trainer, "step", step)
     monkeypatch.setattr(run.Reserve, "_draw", lambda self, task, n, seed: short(task, n))
-    config = json.dumps({"min_value": 1, "max_value": 10**9})
-    flags = ["--task_config", config, "--max_seq_len", "33", "--overlong", "drop"]
+    limit = max(PromptFormat(tokenizer).lengths(short(None, 50)))
+    flags = ["--task_config", '{"max_value":199}', "--max_seq_len", str(limit)]  # one in four fits
     for train_n in ("0", "40"):
         seen.clear()
-        status, _, err = call(*flags, "--train_n", train_n)
+        assert call(*flags, "--train_n", train_n)[0] == 2
+        status, _, err = call(*flags, "--train_n", train_n, "--overlong", "drop")
         assert status == 0, err
-        assert len(seen) == 12 and max(seen) <= 33 + 9  # prompts and targets of a batch are padded apart
+        assert len(seen) == 12 and max(seen) <= limit
+
+
+def test_a_model_that_cannot_be_quantised_is_one_line(refused):
+    (line,) = refused("--load_in", "4bit")
+    assert "the model cannot be loaded" in line and "--load_in" in line
 
 
 @pytest.fixture
@@ -247,7 +257,8 @@ MORE = [*((flag.name, text) for flag in options.FLAGS for text in "01" if flag.t
             "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647"))]
 SAMPLED = ["--decode_temperature", "1"]
 WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
-        "decode_top_k": SAMPLED, "verifier_weight": ["--verifier_every", "1"]}
+        "decode_top_k": SAMPLED, "verifier_weight": ["--verifier_every", "1"],
+        "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64
 CHOICES = [(flag.name, choice) for flag in options.FLAGS for choice in flag.choices or ()]
 
 
@@ -277,7 +288,8 @@ def test_every_choice_of_every_flag_runs(call, refused, tmp_path, name, value):
     "--use_act --act_penalty 0.1 --halt_max_segments 3 --supervised_segments 0 --segments 3",
     "--injector grb --hrm_input pooled --hrm_read all --reset_l --logit_bias_head --use_act --verifier_weight 0.1",
     "--cab_mem 2 --lora_layers 2 --grad_horizon one_step --inner_T 2 --grad_accum_steps 2 --mixed_precision bf16",
-    "--load_in 4bit --lora_layers 1 --optimizer adamw_8bit --eval_every 1 --save_best_model",
+    f"--model_name {ROOT}/assets/tiny_host --load_in 4bit --lora_layers 1 --optimizer adamw_8bit --eval_every 1 "
+    "--save_best_model",
 ])
 def test_parts_run_together(call, combination):
     status, _, err = call(*combination.split(), "--max_steps", "2")
