@@ -56,7 +56,7 @@ class HRMAddonConfig(PreTrainedConfig):
     ):
         if isinstance(base_config, dict):
             base_config = AutoConfig.for_model(**base_config)
-        # A copy: transformers sets the attention of sub-configs to None below, and a host that shared its config with us
+        # A copy: transformers sets the attention of sub-configs to None below, and a host that shared it with us
         # would silently lose its causal mask.
         self.base_config = base_config = copy.deepcopy(base_config)
         self.base_model_name = base_model_name
@@ -260,9 +260,11 @@ class HRMBackbone(PreTrainedModel):
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if attention_mask is None:
-            attention_mask = torch.ones(len(input_ids), past + input_ids.shape[1], dtype=torch.int64, device=input_ids.device)
+            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         if attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask must be (B, tokens), got {attention_mask.ndim} axes: static caches are not supported")
+            raise ValueError(
+                f"attention_mask must be (B, tokens), got {attention_mask.ndim} axes: static caches are not supported"
+            )
         positions = token_positions(attention_mask)[:, past:]
         last, read, cache = self.run_host(input_ids, attention_mask, positions, past_key_values, use_cache)
         if self.scale == 0:
@@ -290,9 +292,11 @@ class HRMBackbone(PreTrainedModel):
         if past:
             raise ValueError("a cache of past tokens came without the thought made from its prompt: pass back both")
         if prompt_mask is None:
-            raise ValueError("prompt_mask is missing: HRM never guesses which tokens are the prompt; pass it, or labels")
+            raise ValueError("prompt_mask is missing: HRM never guesses what the prompt is; pass it, or labels")
         if prompt_mask.shape != input_ids.shape:
-            raise ValueError(f"prompt_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(prompt_mask.shape)}")
+            raise ValueError(
+                f"prompt_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(prompt_mask.shape)}"
+            )
         return prompt_mask.bool()
 
 

@@ -1,6 +1,6 @@
 """The frozen LLM: how it is found, loaded, read and, on request, given LoRA layers.
 
-Everything that depends on a host's family is here: logits (scaling, soft-capping), the list of decoder layers, positions.
+Everything that depends on a host's family is here: logits (scaling, soft-capping), decoder layers, positions.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def check_logits(host) -> None:
     Raises:
         HostError: they differ, so this family does something to its logits that we do not know.
     """
-    ids = torch.arange(8, device=host.get_input_embeddings().weight.device)[None] % host.config.get_text_config().vocab_size
+    device = host.get_input_embeddings().weight.device
+    ids = torch.arange(8, device=device)[None] % host.config.get_text_config().vocab_size
     own = host(input_ids=ids).logits.float()
     ours = host_logits(host, host.base_model(input_ids=ids).last_hidden_state)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * float(own.abs().max())):

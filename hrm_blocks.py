@@ -1,7 +1,7 @@
 """The recurrent heart: norms, attention, `HBlock`, `LBlock`, `Carry`, the recurrence, gradient horizon, halting head.
 
 Follows Hierarchical Reasoning Model (arXiv 2506.21734, section 2): a fast state z_L and a slow state z_H over the same
-positions, `z_L = L(z_L + z_H + x)` inner_T times, then `z_H = H(z_H + z_L)` once per segment; the input x enters L only.
+positions, `z_L = L(z_L + z_H + x)` inner_T times, then `z_H = H(z_H + z_L)` once per segment; x enters L only.
 Shapes: B batch, S prompt tokens, d HRM width, h heads, e = d / h.
 """
 

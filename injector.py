@@ -85,7 +85,7 @@ class InjectorCAB(nn.Module):
     """Cross-attention bridge: each answer position asks z_H, knowing its place and the token just emitted.
 
     Queries and keys carry RoPE at the tokens' positions. With `mem` > 0 that many learned queries first pool z_H into
-    memory tokens, which have no positions. The readout is a SwiGLU over [query, attended state], not a linear map: worth
+    memory tokens, which have no positions. The readout is a SwiGLU over [query, attended], not a linear map: worth
     ten points in the experiments this design follows. A learned scalar gate starts at `gate_init`.
     """
 

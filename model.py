@@ -1,10 +1,10 @@
-"""`HRMController`: a frozen causal LM with an HRM add-on, and `build_model`, the only place that maps options to classes.
+"""`HRMController`: a frozen causal LM with an HRM add-on, and `build_model`.
 
 Data flow (B batch, S prompt tokens, T target tokens, D LLM width, d HRM width, V vocabulary):
 
     states = controller.encode(batch)           the frozen LLM, no grad, once per batch
     out = controller(states=states, carry=...)  one segment: x = norm(proj(features)), L x inner_T, H, inject, LM head
-    controller.generate(ids, mask)              prefill, the segments once on the prompt, cached decoding with z_H carried along
+    controller.generate(ids, mask)              prefill, segments once on the prompt, cached decoding with z_H kept
 
 z_H reads the whole prompt in both directions, so it may touch only positions from the last prompt token on.
 """
@@ -63,7 +63,7 @@ class HRMController(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supported_generation_modes = ["greedy_search", "sample", "beam_search", "beam_sample"]  # the others guess the prompt
+    _supported_generation_modes = ["greedy_search", "sample", "beam_search", "beam_sample"]  # others guess
     _keep_in_fp32_modules_strict = {"addon", "lora_A", "lora_B"}
 
     def __init__(self, config: HRMAddonConfig, host: PreTrainedModel | None = None):
@@ -153,7 +153,9 @@ class HRMController(PreTrainedModel, GenerationMixin):
             embedded = self.host.get_input_embeddings()(ids[:, length - 1 :])
             return HostStates(features, context, Slots(last[:, length - 1 :], embedded, positions[:, length - 1 :]))
 
-    def segment(self, states: HostStates, labels: Tensor, carry: Carry | None, denominator: float | None) -> ControllerOutput:
+    def segment(
+        self, states: HostStates, labels: Tensor, carry: Carry | None, denominator: float | None
+    ) -> ControllerOutput:
         """One segment of deep supervision: states, labels (B, T), carry in; loss, logits (N, V), carry out.
 
         The loss is cross-entropy summed over labelled tokens and divided by `denominator` (their number in the global
@@ -198,7 +200,7 @@ class HRMController(PreTrainedModel, GenerationMixin):
     ) -> ControllerOutput:
         """With `states`: one training segment, see `segment`. Else an ordinary causal LM call.
 
-        `prompt_mask` (B, N) marks what HRM may read; without it, it is derived from `labels` (B, N): the attended tokens
+        `prompt_mask` (B, N) marks what HRM may read; without it, it is made from `labels` (B, N): the attended tokens
         before a row's first label. With labels, logits cover only the columns from the first scored one on.
 
         Raises:
@@ -248,7 +250,7 @@ class HRMController(PreTrainedModel, GenerationMixin):
         if isinstance(cache, StaticCache):
             raise ValueError("static caches are refused: HRM counts the cache's tokens; leave cache_implementation out")
         if kwargs.get("is_first_iteration") and thought is None and cache is not None and cache.get_seq_length():
-            raise ValueError("past_key_values already holds tokens that HRM has not read: give generate the whole prompt")
+            raise ValueError("past_key_values holds tokens that HRM has not read: give generate the whole prompt")
         if prompt_mask is None and thought is None:
             prompt_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
@@ -349,7 +351,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(saved.documents[ADAPTER_CONFIG]), saved.tensors[ADAPTER]
 
 
-def load_adapter(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> tuple[HRMController, dict[str, Any]]:
+def load_adapter(
+    folder: Path, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[HRMController, dict[str, Any]]:
     """The controller of a checkpoint with its weights for inference, in evaluation mode, and its adapter document.
 
     Raises:

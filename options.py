@@ -1,6 +1,8 @@
 """Reads the flags of `train.py`: command line, YAML, cross checks.
 
-Everything here derives from the table in flags.py. Values merge as `defaults <- --config YAML <- command line`, and every problem
+Everything here derives from the table in flags.py, whose names it hands on.
+
+Values merge as `defaults <- --config YAML <- command line`, and every problem
 found is told at once, before anything heavy is imported: this module needs the standard library and PyYAML only.
 """
 
@@ -9,13 +11,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from flags import FIND, FLAGS, GROUPS, METAVARS, Flag, json_ok, names
+from flags import FIND, FLAGS, GROUPS, INVOCATION, METAVARS, Flag, names
+
+__all__ = ["FLAGS", "GROUPS", "INVOCATION", "Flag", "names"]  # handed on, beside what is defined here
 
 PROG = "train.py"
 BOOLS = {"0": False, "1": True, "false": False, "true": True}

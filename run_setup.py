@@ -76,7 +76,7 @@ def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]
 
 def _check_device(opts: argparse.Namespace) -> None:
     if pick_device(opts.device) != "cuda" and opts.mixed_precision == "fp16":
-        raise ValueError("--mixed_precision fp16 needs a CUDA device (no loss scaling elsewhere): use bf16, auto or none")
+        raise ValueError("--mixed_precision fp16 needs CUDA (no loss scaling elsewhere): use bf16, auto or none")
 
 
 def _check_host(opts: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import pytest
 import generate
 import run
 import train
-from tiny_runs import arguments, command, error_lines, newest, records
+from tiny_runs import ROOT, arguments, command, error_lines, newest, records
 
 QUESTION = "What is 64 + 76?"  # the first evaluation item of toy_add
 
@@ -144,3 +144,11 @@ def test_ctrl_c_ends_quietly(ask, monkeypatch):
     monkeypatch.setattr(generate.Answerer, "show", interrupted)
     status, _, err = ask("--prompt", QUESTION)
     assert status == 130 and "Traceback" not in err
+
+
+def test_a_run_on_a_quantised_model_answers_on_the_whole_one(ask, tmp_path):
+    flags = ["--load_in", "8bit", "--max_steps", "1"]
+    assert train.main(arguments(ROOT / "assets" / "tiny_host", tmp_path, *flags)) == 0
+    status, out, err = ask("--save_dir", str(tmp_path), "--prompt", QUESTION, "--max_new_tokens", "4")
+    assert status == 0, err
+    assert out.startswith(f"> {QUESTION}\nLLM + HRM")

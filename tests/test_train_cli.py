@@ -68,7 +68,7 @@ def refused(call, tmp_path):
     ("--max_seq_len 513", "--max_seq_len 513 is more than the 512 positions of "),
     ("--max_new_tokens 512", "a prompt of "),
     ("--lora_layers 3", "--lora_layers 3: "),
-    ("--mixed_precision fp16", "--mixed_precision fp16 needs a CUDA device"),
+    ("--mixed_precision fp16", "--mixed_precision fp16 needs CUDA"),
     ("--device cuda", "--device cuda is not available here: use auto or cpu"),
     ("--device cuda --mixed_precision fp16", "--device cuda is not available here: use auto or cpu"),
     ("--trackers wandb", "--trackers wandb needs a package that is not installed; run: pip install wandb"),
@@ -181,7 +181,7 @@ def test_all_problems_are_told_at_once(refused, tmp_path, bad_hosts):
                     "--log_csv", str(tmp_path / "foreign.csv"), "--model_name", str(bad_hosts["empty"]))
     expected = ["unknown flag --stesp", "unknown key d_hh", "lr fast is not legal", "--inner_T 0 is not legal",
                 "--batch_size -1 is not legal", "--d_h 18 is not divisible", "unknown task 'nope'", "codeio executes",
-                "fp16 needs a CUDA device", "holds no weights", "pip install trackio", "cannot write ",
+                "fp16 needs CUDA", "holds no weights", "pip install trackio", "cannot write ",
                 "has the header 'step,accuracy'"]
     for told in expected:
         assert sum(told in line for line in lines) == 1, (told, lines)
