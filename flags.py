@@ -128,7 +128,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("batch_size", "int", 64, "examples per batch", low=1),
         Flag("bucket_batches", "int", 1, "batches drawn together and grouped by length; 1 = off", low=1),
         Flag("lr", "float", 3e-3, "peak learning rate", low=0, exclusive_low=True, aliases=("learning_rate",)),
-        Flag("max_steps", "int", 1750, "batches to train; 0 = until epochs or max_minutes", low=0, aliases=("steps",)),
+        Flag("max_steps", "int", 1900, "batches to train; 0 = until epochs or max_minutes", low=0, aliases=("steps",)),
         Flag("epochs", "int", 0, "passes over train_n items; 0 = off", low=0),
         Flag("max_minutes", "float", 0.0, "stop training after this time; 0 = off", low=0),
         Flag("grad_accum_steps", "int", 1, "micro-batches per batch", low=1),
@@ -154,7 +154,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     ),
     "evaluation": (
         Flag("eval_only", "bool", False, "evaluate a checkpoint, named by resume or run_name, and stop"),
-        Flag("eval_every", "int", 350, "batches between evaluations; 0 = only at the end", low=0,
+        Flag("eval_every", "int", 380, "batches between evaluations; 0 = only at the end", low=0,
              aliases=("val_every",)),
         Flag("eval_batch_size", "int", 128, "examples per evaluation batch", low=1),
         Flag("eval_segments", "int", 0, "segments at evaluation; 0 = as trained", low=0),
