@@ -2,13 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test slow lint host benchmark clean
+.PHONY: train test slow lint host clean
 
 train: $(VENV)/ready            ## train on the embedded LLM with the defaults, about 6 minutes on 2 cores
 	$(RUN) train.py
 
 test: $(VENV)/ready             ## the fast test suite
-	$(RUN) -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q -n 2 -m "not slow"
 
 slow: $(VENV)/ready             ## the slow checks
 	$(RUN) -m pytest -q -m slow
@@ -16,7 +16,7 @@ slow: $(VENV)/ready             ## the slow checks
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 
-host: $(VENV)/ready             ## pretrain the embedded LLM anew, about 30 minutes on 2 cores
+host: $(VENV)/ready             ## pretrain the embedded LLM anew, about 35 minutes on 2 idle cores
 	$(RUN) scripts/pretrain_host.py
 
 # torch comes first and pinned, so that no other requirement pulls another build of it.

@@ -1,6 +1,6 @@
 """Pretrains the embedded LLM `assets/tiny_host/` from nothing: tokenizer, corpus, Llama, model card.
 
-    python scripts/pretrain_host.py                       # about 30 minutes on 2 CPU cores; run again to resume
+    python scripts/pretrain_host.py                       # about 35 minutes on 2 idle cores; run again to resume
     python scripts/pretrain_host.py --steps 20 --documents 40 --output /tmp/host   # a quick look
 
 The corpus is question-and-answer text of Reasoning Gym tasks, balanced to within one document per task, half of it at

@@ -715,6 +715,18 @@ def test_half_precision_is_finite_and_the_addon_stays_in_float32(variant, precis
     assert float(whole.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=0.15)
 
 
+def test_autocast_rounds_the_addon_but_not_the_host():
+    controller, batch = tiny_controller(), batch_of(prompts())
+    expected = controller.encode(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = controller.encode(batch)
+        hidden = controller.model(batch.input_ids, batch.attention_mask, prompt_mask=batch.attention_mask * 0)
+    assert torch.equal(found.slots.hidden, expected.slots.hidden) and torch.equal(found.features, expected.features)
+    assert torch.equal(hidden.last_hidden_state[:, 6:-1], expected.slots.hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert controller.model.addon.read(found.features).dtype == torch.bfloat16
+
+
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
