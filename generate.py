@@ -102,8 +102,9 @@ class Answerer:
         return [*found, ("LLM + HRM", generate_texts(self.model, self.format, [question], decoding)[0])]
 
     def show(self, question: str) -> None:
+        found = self.answers(question)  # a question that is refused prints nothing
         print(f"> {question}")
-        for label, text in self.answers(question):
+        for label, text in found:
             indented = text.replace("\n", "\n" + " " * 11)
             print(f"{label:9s}  {indented}")
 

@@ -222,7 +222,7 @@ def _read_config(path: str, found: list[str]) -> dict[str, Any]:
         leaves = list(_leaves(tree or {}))
     except (OSError, ValueError, RecursionError) as error:  # missing, not YAML, not UTF-8, a mapping inside itself
         reason = getattr(error, "strerror", None) or str(error)
-        found.append(f"--config {_show(path)} cannot be read: {' '.join(reason.split())}")
+        found.append(f"--config {path} cannot be read: {' '.join(reason.split())}")
         return values
     for key, value in leaves:
         flag = FIND.get(key)

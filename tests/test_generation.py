@@ -129,9 +129,12 @@ def test_the_prompt_is_thought_about_once():
 def test_without_an_attention_mask_all_is_prompt(family, use_cache):
     """`generate` drops a mask of ones, and infers one from pads where none is given."""
     controller, ids = tiny_controller(family), random_ids(2, 6)
-    expected = [greedy_by_hand(controller, row)[0] for row in ids]
+    expected = [greedy_by_hand(controller, row) for row in ids]
     for mask in (None, torch.ones_like(ids)):
-        assert generate(controller, ids, mask, use_cache=use_cache).sequences[:, 6:].tolist() == expected
+        out = generate(controller, ids, mask, use_cache=use_cache)
+        assert out.sequences[:, 6:].tolist() == [tokens for tokens, _ in expected]
+        logits = torch.stack([logits for _, logits in expected], dim=1)
+        torch.testing.assert_close(torch.stack(out.logits), logits, atol=1e-4, rtol=0)
     padded, _ = left_padded(questions())
     inferred, given = (generate(controller, padded, m, use_cache=use_cache) for m in (None, (padded != PAD).long()))
     same(inferred, given)
@@ -175,8 +178,11 @@ def test_rows_that_end_early_do_not_disturb_the_others(use_cache):
         assert ended[:stop] == row[:stop] and set(ended[stop:]) <= {PAD}
 
 
-def test_the_hosts_own_end_token_is_the_default():
-    controller = tiny_controller()
+def test_the_hosts_own_way_to_generate_is_the_default():
+    host = tiny_host()
+    host.generation_config.repetition_penalty = 1.7
+    controller = tiny_controller(host=host)
+    assert controller.generation_config.repetition_penalty == 1.7
     assert controller.generation_config.eos_token_id == EOS and controller.generation_config.pad_token_id == PAD
     controller.generation_config.max_new_tokens = 1
     assert controller.host.generation_config.max_new_tokens is None, "the host keeps a config of its own"

@@ -256,7 +256,7 @@ def test_peek_reads_what_can_be_read_and_says_nothing(config, capsys):
 def test_collect_hands_back_the_problems_and_legal_options(capsys):
     opts, found = options.collect(["--run_name", "../up", "--d_h", "100", "--n_heads", "3", "--lr", "-1", "--task=x"])
     assert [line.split()[0] for line in found] == ["--lr", "--run_name", "--d_h"]
-    assert (opts.run_name, opts.lr, opts.task) == (None, 1e-3, "x")  # a wrong value gives way to the default
+    assert (opts.run_name, opts.lr, opts.task) == (None, 3e-3, "x")  # a wrong value gives way to the default
     assert capsys.readouterr() == ("", "")
     assert options.collect([]) == (parse([]), [])
 
@@ -463,6 +463,6 @@ def test_dump_groups_all_leaves_and_leaves_the_config_out():
 
 
 def test_equality_looks_at_every_flag_but_not_at_where_it_came_from(config):
-    assert parse(["--lr", "1e-3"]) == parse([]) == parse(config("lr: 0.001\n"))
+    assert parse(["--lr", "3e-3"]) == parse([]) == parse(config("lr: 0.003\n"))
     assert parse(["--lr", "2e-3"]) != parse([])
     assert "explicit" not in as_dict(parse([])) and "config" not in as_dict(parse([]))

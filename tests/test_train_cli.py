@@ -258,6 +258,7 @@ MORE = [*((flag.name, text) for flag in options.FLAGS for text in "01" if flag.t
 SAMPLED = ["--decode_temperature", "1"]
 WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
         "decode_top_k": SAMPLED, "verifier_weight": ["--verifier_every", "1"],
+        "supervised_segments": ["--segments", "2"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64
 CHOICES = [(flag.name, choice) for flag in options.FLAGS for choice in flag.choices or ()]
 
