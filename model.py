@@ -64,7 +64,7 @@ class HRMController(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supported_generation_modes = ["greedy_search", "sample", "beam_search", "beam_sample"]  # others guess
-    _keep_in_fp32_modules_strict = {"addon"}
+    _keep_in_fp32_modules_strict = {"addon", "lora_A", "lora_B"}
 
     def __init__(self, config: HRMAddonConfig, host: PreTrainedModel | None = None):
         super().__init__(config)

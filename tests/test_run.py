@@ -419,11 +419,18 @@ def test_an_absurd_learning_rate_exits_3(call, tmp_path):
 # --- checkpoints kept, full disks, records
 
 
+def rated(evaluation, rates, measured):
+    """The next rate for an evaluation not seen before, the same again for one that was."""
+    known = [rate for other, rate in measured if other is evaluation]
+    if not known:
+        measured.append((evaluation, next(rates)))
+    return known[0] if known else measured[-1][1]
+
+
 def test_the_best_checkpoint_outlives_the_limit(call, tmp_path, monkeypatch):
     rates = iter([0.25, 0.75, 0.5, 0.0])
-    measured = {}
-    monkeypatch.setattr(Evaluation, "solved_rate",
-                        lambda self, bare=False: measured.get(id(self)) or measured.setdefault(id(self), next(rates)))
+    measured = []
+    monkeypatch.setattr(Evaluation, "solved_rate", lambda self, bare=False: rated(self, rates, measured))
     status, _, err = call("--run_name", "best", "--max_steps", "4", "--eval_every", "1", "--save_every", "1",
                           "--checkpoint_limit", "1", "--save_best_model")
     folder = tmp_path / "runs" / "best"
@@ -434,9 +441,8 @@ def test_the_best_checkpoint_outlives_the_limit(call, tmp_path, monkeypatch):
 
 
 def test_without_save_every_a_better_model_is_saved_all_the_same(call, tmp_path, monkeypatch):
-    rates, measured = iter([0.25, 0.75, 0.5]), {}
-    monkeypatch.setattr(Evaluation, "solved_rate",
-                        lambda self, bare=False: measured.get(id(self)) or measured.setdefault(id(self), next(rates)))
+    rates, measured = iter([0.25, 0.75, 0.5]), []
+    monkeypatch.setattr(Evaluation, "solved_rate", lambda self, bare=False: rated(self, rates, measured))
     assert call("--run_name", "best", "--eval_every", "1", "--save_best_model")[0] == 0
     assert [path.name for path in sorted((tmp_path / "runs" / "best" / "checkpoints").iterdir())] == [
         "step-00000001", "step-00000002", "step-00000003"]
