@@ -81,17 +81,21 @@ class Answerer:
         )
         print(f"{folder}: {document['base_model_name_or_path']} + HRM on {self.device}", file=sys.stderr)
 
-    def answers(self, question: str) -> list[tuple[str, str]]:
-        """(label, answer) of LLM + HRM, the bare LLM's first with --compare."""
-        from evaluation import Decoding, generate_texts
-
-        opts, host = self.opts, self.model.host.config.get_text_config()
-        tokens = len(self.format.prompts([question])[0]) + opts.max_new_tokens
+    def check_length(self, question: str) -> None:
+        """Raises ValueError when prompt and answer could outgrow the LLM's positions."""
+        host = self.model.host.config.get_text_config()
+        tokens = len(self.format.prompts([question])[0]) + self.opts.max_new_tokens
         if tokens > (getattr(host, "max_position_embeddings", None) or tokens):
             raise ValueError(
                 f"prompt and answer may take {tokens} tokens, the LLM has {host.max_position_embeddings} positions: "
                 "shorten the prompt or lower --max_new_tokens"
             )
+
+    def answers(self, question: str) -> list[tuple[str, str]]:
+        """(label, answer) of LLM + HRM, the bare LLM's first with --compare."""
+        from evaluation import Decoding, generate_texts
+
+        opts = self.opts
         decoding = Decoding(
             opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, opts.max_new_tokens, seed=opts.seed
         )
@@ -121,6 +125,7 @@ def interact(answerer: Answerer) -> None:
         if not question:
             return
         try:
+            answerer.check_length(question)
             answerer.show(question)
         except ValueError as error:  # one question too long does not end the talk
             print(f"{PROG}: error: {error}", file=sys.stderr)
@@ -133,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     if not found:
         try:
             answerer = Answerer(opts)
+            for question in opts.prompt:
+                answerer.check_length(question)
             for question in opts.prompt:
                 answerer.show(question)
             if opts.interactive:

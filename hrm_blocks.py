@@ -222,7 +222,7 @@ class HRMCore(nn.Module):
     """H and L blocks with their initial states and the halting head.
 
     Initial states are fixed vectors (truncated normal, deviation 1), persistent buffers, saved but not trained; with
-    `init_state="random"` every example of a training batch starts from fresh vectors of the same distribution, which
+    `init_state="random"` every example of a training batch starts from fresh normal vectors of deviation 1, which
     teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones.
     """
 

@@ -265,9 +265,9 @@ def test_generate_texts_answers_as_evaluation_does(model, prompts, questions):
 
 def test_the_bare_llm_answers_the_same_items_by_the_same_rules(prompts):
     examples = [example("1 + 1", "2"), example("2 + 2", "4")]
-    bare = Parrot(prompts, {"1 + 1": "2", "2 + 2": "5"})
+    bare = Parrot(prompts, {"1 + 1": "2", "2 + 2": "5555"})
     evaluation = evaluate(Parrot(prompts, {"1 + 1": "2", "2 + 2": "4"}, bare), prompts, examples, Decoding())
-    assert [a.text for a in evaluation.bare] == ["2", "5"]
+    assert [(a.text, a.finished) for a in evaluation.bare] == [("2", True), ("5555", True)]
     assert [a.example for a in evaluation.bare] == [a.example for a in evaluation.answers] == examples
     assert (evaluation.solved_rate(), evaluation.solved_rate(bare=True)) == (1.0, 0.5)
     assert {a.segments for a in evaluation.bare} == {0}
@@ -292,6 +292,9 @@ def test_evaluation_runs_in_evaluation_mode_and_restores_the_mode(prompts):
     with pytest.raises(KeyError):
         evaluate(parrot, prompts, examples, Decoding(), bare=[])
     assert parrot.training
+    parrot = Parrot(prompts, replies).eval()
+    evaluate(parrot, prompts, examples, Decoding(), bare=[])
+    assert not parrot.training
 
 
 def test_with_act_the_segments_really_used_are_reported_for_each_item(tiny_host, prompts, questions):

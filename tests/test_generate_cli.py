@@ -111,6 +111,7 @@ def test_an_empty_line_ends_the_talk(ask, monkeypatch):
     (["--prompt"], "argument --prompt: expected one argument"),
     (["--promt", QUESTION], "unrecognized arguments: --promt"),
     (["--prompt", "9" * 900], "prompt and answer may take "),
+    (["--prompt", QUESTION, "--prompt", "9" * 900], "prompt and answer may take "),
     (["--prompt", QUESTION, "--max_new_tokens", "600"], "prompt and answer may take "),
     (["--prompt", QUESTION, "--device", "cuda"], "--device cuda is not available here"),
 ])

@@ -138,7 +138,11 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(call, tmp_path, mon
     assert_same_run(tmp_path / "runs" / "whole", folder)
 
 
-def test_a_second_signal_ends_at_once(call, tmp_path, monkeypatch):
+def test_a_second_signal_ends_at_once(call, monkeypatch, request):
+    plain = signal.getsignal(signal.SIGINT)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, plain))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
+
     def impatient(self, batches, step, lr):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -419,18 +423,20 @@ def test_an_absurd_learning_rate_exits_3(call, tmp_path):
 # --- checkpoints kept, full disks, records
 
 
-def rated(evaluation, rates, measured):
-    """The next rate for an evaluation not seen before, the same again for one that was."""
-    known = [rate for other, rate in measured if other is evaluation]
-    if not known:
-        measured.append((evaluation, next(rates)))
-    return known[0] if known else measured[-1][1]
+def solved_rates(monkeypatch, *rates: float) -> None:
+    """Makes evaluation after evaluation report these rates."""
+    left, measured = list(rates), []
+
+    def rate(self, bare: bool = False) -> float:
+        if not any(evaluation is self for evaluation, _ in measured):
+            measured.append((self, left.pop(0)))
+        return next(value for evaluation, value in measured if evaluation is self)
+
+    monkeypatch.setattr(Evaluation, "solved_rate", rate)
 
 
 def test_the_best_checkpoint_outlives_the_limit(call, tmp_path, monkeypatch):
-    rates = iter([0.25, 0.75, 0.5, 0.0])
-    measured = []
-    monkeypatch.setattr(Evaluation, "solved_rate", lambda self, bare=False: rated(self, rates, measured))
+    solved_rates(monkeypatch, 0.25, 0.75, 0.5, 0.0)
     status, _, err = call("--run_name", "best", "--max_steps", "4", "--eval_every", "1", "--save_every", "1",
                           "--checkpoint_limit", "1", "--save_best_model")
     folder = tmp_path / "runs" / "best"
@@ -441,8 +447,7 @@ def test_the_best_checkpoint_outlives_the_limit(call, tmp_path, monkeypatch):
 
 
 def test_without_save_every_a_better_model_is_saved_all_the_same(call, tmp_path, monkeypatch):
-    rates, measured = iter([0.25, 0.75, 0.5]), []
-    monkeypatch.setattr(Evaluation, "solved_rate", lambda self, bare=False: rated(self, rates, measured))
+    solved_rates(monkeypatch, 0.25, 0.75, 0.5)
     assert call("--run_name", "best", "--eval_every", "1", "--save_best_model")[0] == 0
     assert [path.name for path in sorted((tmp_path / "runs" / "best" / "checkpoints").iterdir())] == [
         "step-00000001", "step-00000002", "step-00000003"]

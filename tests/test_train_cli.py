@@ -13,7 +13,7 @@ import options
 import run
 import train
 from batching import PromptFormat
-from tiny_runs import ROOT, arguments, error_lines, newest, only_run, records
+from tiny_runs import ROOT, TINY, arguments, error_lines, newest, only_run, records
 
 FOREIGN = "step,accuracy\n1,0.95\n"
 
@@ -279,7 +279,7 @@ def test_every_choice_of_every_flag_runs(call, refused, tmp_path, name, value):
     folder = only_run(tmp_path / "runs")
     if name != "eval_only":
         saved = options.read_resolved((folder / "config.resolved.yaml").read_text())
-        typed = getattr(options.parse([f"--{name}={value}", *WITH.get(name, [])]), name)
+        typed = getattr(options.parse([*TINY, *flags]), name)
         assert name in options.INVOCATION or saved[name] == typed
     assert out.startswith("task") and len(records(folder)["predictions"]) >= 4
     assert (newest(folder) / "adapter_model.safetensors").exists()
