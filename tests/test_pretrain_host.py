@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import reasoning_gym_wrapper as rg
 from batching import PromptFormat
@@ -137,7 +138,8 @@ def any_tokenizer(request, corpus):
     from transformers import AutoTokenizer
 
     if request.param == "trained here":
-        return script.train_tokenizer(corpus, 384)
+        tempting = [("_ 1 _ 4\n_ _ 2 2\n" * 4, "x  12 __ 34   \n\n_ _")] * 100  # pairs that BPE would love to merge
+        return script.train_tokenizer(corpus + tempting, 384)
     if not (SHIPPED / "tokenizer.json").is_file():
         pytest.skip("assets/tiny_host is not here")
     return AutoTokenizer.from_pretrained(SHIPPED)
@@ -236,6 +238,11 @@ def test_every_epoch_shows_each_document_once(lengths, budget, seed):
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
+def weights(folder: Path) -> list[torch.Tensor]:
+    [file] = folder.glob("*.safetensors")
+    return list(load_file(file).values())
+
+
 def generated(folder: Path) -> list[str]:
     from host import load_host, load_tokenizer
 
@@ -248,6 +255,7 @@ def generated(folder: Path) -> list[str]:
 def test_the_result_is_a_host_that_loads_and_generates(made):
     assert len(generated(made)) == 1
     assert not made.with_name("host.work").exists()  # work files go once they are not needed
+    assert {tensor.dtype for tensor in weights(made)} == {torch.bfloat16}
     config = json.loads((made / "config.json").read_text())
     assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("llama", 64, 2)
     card = (made / "README.md").read_text()
@@ -317,12 +325,9 @@ def test_training_lowers_the_loss(made, tmp_path):
 
 @pytest.mark.skipif(not (SHIPPED / "README.md").is_file(), reason="assets/tiny_host is not here")
 def test_the_shipped_host_keeps_its_promises():
-    from safetensors import safe_open
-
-    [weights] = SHIPPED.glob("*.safetensors")
-    assert weights.stat().st_size < 9e6
-    with safe_open(weights, "pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]
+    [file] = SHIPPED.glob("*.safetensors")
+    assert file.stat().st_size < 9e6
+    tensors = weights(SHIPPED)
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert 3e6 < sum(tensor.numel() for tensor in tensors) < 5e6
     config = json.loads((SHIPPED / "config.json").read_text())
