@@ -97,7 +97,7 @@ def test_a_command_of_the_readme_works_as_typed(outcomes, text):
 def test_two_processes_train_as_one_with_twice_the_batch(tiny_host, tmp_path, flags):
     flags = [*"--init_state fixed --lr 1e-3 --max_steps 4 --eval_every 2 --eval_n 7".split(), *flags.split()]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "train.py"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     two = subprocess.run([*launch, *arguments(tiny_host, tmp_path / "two", *flags)], cwd=ROOT, capture_output=True,
                          text=True, env=environment, timeout=600)
     assert two.returncode == 0, two.stderr[-2000:]
