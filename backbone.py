@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hrm_blocks import Carry, Context, HRMCore, last_column, last_state, linear, rms_norm
+from hrm_blocks import Carry, Context, HRMCore, last_column, last_state, linear, rms_norm, token_positions
 from injector import INJECTORS, Slots, Thought, VocabularyBias
 
 
@@ -298,8 +298,3 @@ class HRMBackbone(PreTrainedModel):
                 f"prompt_mask must have the shape of input_ids {tuple(input_ids.shape)}, got {tuple(prompt_mask.shape)}"
             )
         return prompt_mask.bool()
-
-
-def token_positions(attention_mask: Tensor) -> Tensor:
-    """(B, N) positions from the mask's cumulative sum, in training, caching and decoding alike."""
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)

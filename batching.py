@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrm_blocks import IGNORE
 from reasoning_gym_wrapper import Example
 
-IGNORE = -100
 PLAIN_CUE = "\nAnswer:"
 _MARK = "QUESTION-GOES-HERE"
 

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+ARCHS = ("addon", "hybrid")
+ADDON, HYBRID = (("addon",), ("hybrid",))
 METAVARS = {"int": "N", "float": "X", "bool": "0|1", "str": "TEXT", "path": "PATH", "list": "A,B", "json": "TEXT"}
 
 
@@ -46,6 +48,7 @@ class Flag:
     pattern: str = ".+"  # text only: what the whole value must match
     form: str = "text, not empty"  # text only: `pattern` in words
     in_file: bool = True  # False: command line only, and never dumped
+    archs: tuple[str, ...] = ARCHS  # the systems that know it
 
     @property
     def legal(self) -> str:
@@ -79,47 +82,80 @@ class Flag:
 
 _TABLE: dict[str, tuple[Flag, ...]] = {
     "model": (
-        Flag("arch", "str", "addon", "system to train", choices=("addon",)),
-        Flag("model_name", "path", "assets/tiny_host", "frozen LLM: a local folder or a Hugging Face hub name"),
-        Flag("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit")),
-        Flag("trust_remote_code", "bool", False, "run Python code that comes with the hub model"),
+        Flag("arch", "str", "addon", "system to train: frozen LLM + HRM, or encoder-decoder", choices=ARCHS),
+        Flag("model_name", "path", "assets/tiny_host", "frozen LLM: a local folder or a Hugging Face hub name", archs=ADDON),
+        Flag("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit"), archs=ADDON),
+        Flag("trust_remote_code", "bool", False, "run Python code that comes with the hub model", archs=ADDON),
         Flag("d_h", "int", 128, "width of the HRM; a multiple of 2 x n_heads", low=8),
         Flag("h_layers", "int", 1, "layers of the slow block H", low=1, high=64),
         Flag("l_layers", "int", 1, "layers of the fast block L", low=1, high=64),
         Flag("n_heads", "int", 4, "attention heads of the HRM", low=1),
-        Flag("segments", "int", 1, "recurrence segments in training", low=1, high=256),
-        Flag("inner_T", "int", 2, "L steps before each H step", low=1, high=64),
-        Flag("reset_l", "bool", False, "start z_L anew at each segment"),
+        Flag("segments", "int", 1, "recurrence segments in training", low=1, high=256, archs=ADDON),
+        Flag("inner_T", "int", 2, "L steps before each H step", low=1, high=64, aliases=("l_steps",)),
+        Flag("reset_l", "bool", False, "start z_L anew at each segment", archs=ADDON),
         Flag("grad_horizon", "str", "full", "calls with gradient: the last of L and H, all, or the last N inner",
              pattern="one_step|full|k:[1-9][0-9]*", form="one_step, full or k:N with N >= 1"),
-        Flag("hrm_input", "str", "tokens", "all prompt tokens, or mean and last", choices=("tokens", "pooled")),
-        Flag("hrm_read", "str", "embed+last", "LLM states that HRM reads", choices=("embed+last", "last", "all")),
+        Flag("hrm_input", "str", "tokens", "all prompt tokens, or mean and last", choices=("tokens", "pooled"), archs=ADDON),
+        Flag("hrm_read", "str", "embed+last", "LLM states that HRM reads", choices=("embed+last", "last", "all"), archs=ADDON),
         Flag("init_state", "str", "fixed", "first z_H and z_L: random vectors in training and fixed buffers at "
-             "evaluation, or the published fixed buffers in both", choices=("random", "fixed")),
-        Flag("injector", "str", "cab", "z_H enters the LLM by cross-attention or gated bias", choices=("cab", "grb")),
-        Flag("cab_mem", "int", 0, "learned memory tokens that cab reads; 0 = all of z_H", low=0),
-        Flag("cab_gate_init", "float", 1.0, "initial gate of cab, a factor"),
-        Flag("grb_gate_init", "float", 0.0, "initial gate of grb, a logit"),
-        Flag("logit_bias_head", "bool", False, "add a gated bias over the vocabulary, computed from z_H"),
-        Flag("lora_layers", "int", 0, "besides HRM, LoRA on this many top layers of the LLM", low=0),
-        Flag("lora_rank", "int", 8, "rank of that LoRA", low=1),
-        Flag("use_act", "bool", False, "learn to halt, and halt examples at evaluation"),
-        Flag("act_penalty", "float", 0.0, "weight of the sum of 1 - p_halt; needs use_act", low=0),
-        Flag("halt_max_segments", "int", 0, "most segments at evaluation with use_act; 0 = segments", low=0),
+             "evaluation, or the published fixed buffers in both", choices=("random", "fixed"), archs=ADDON),
+        Flag("injector", "str", "cab", "z_H enters the LLM by cross-attention or gated bias", choices=("cab", "grb"), archs=ADDON),
+        Flag("cab_mem", "int", 0, "learned memory tokens that cab reads; 0 = all of z_H", low=0, archs=ADDON),
+        Flag("cab_gate_init", "float", 1.0, "initial gate of cab, a factor", archs=ADDON),
+        Flag("grb_gate_init", "float", 0.0, "initial gate of grb, a logit", archs=ADDON),
+        Flag("logit_bias_head", "bool", False, "add a gated bias over the vocabulary, computed from z_H", archs=ADDON),
+        Flag("lora_layers", "int", 0, "besides HRM, LoRA on this many top layers of the LLM", low=0, archs=ADDON),
+        Flag("lora_rank", "int", 8, "rank of that LoRA", low=1, archs=ADDON),
+        Flag("use_act", "bool", False, "learn to halt, and halt examples at evaluation", archs=ADDON),
+        Flag("act_penalty", "float", 0.0, "weight of the sum of 1 - p_halt; needs use_act", low=0, archs=ADDON),
+        Flag("halt_max_segments", "int", 0, "most segments at evaluation with use_act; 0 = segments", low=0, archs=ADDON),
+    ),
+    "hybrid": (
+        Flag("d_model", "int", 256, "width of encoder and decoder; a multiple of 2 x n_heads", low=8, archs=HYBRID),
+        Flag("encoder", "str", "mamba2", "reads the prompt", choices=("mamba2", "transformer"), archs=HYBRID),
+        Flag("encoder_layers", "int", 4, "layers of the encoder", low=1, high=128, archs=HYBRID),
+        Flag("decoder_layers", "int", 4, "layers of the decoder", low=1, high=128, archs=HYBRID),
+        Flag("state_size", "int", 64, "state of Mamba2 per channel", low=1, archs=HYBRID),
+        Flag("tie_embeddings", "bool", True, "one table for tokens in and out", archs=HYBRID),
+        Flag("h_len", "int", 8, "tokens of the slow bank", low=1, archs=HYBRID),
+        Flag("l_len", "int", 16, "tokens of the fast bank", low=1, archs=HYBRID),
+        Flag("h_cycles", "int", 2, "cycles of HRM: l_steps L steps and one H step each", low=1, high=64, archs=HYBRID),
+        Flag("bridge", "str", "prefix", "z_H becomes prefix_len memory tokens, or one vector",
+             choices=("prefix", "cross_attn"), archs=HYBRID),
+        Flag("prefix_len", "int", 8, "memory tokens of the prefix bridge", low=1, archs=HYBRID),
+        Flag("hrm_gate_warmup_steps", "int", 0, "batches with the gate shut: no HRM", low=0, archs=HYBRID),
+        Flag("hrm_gate_ramp_steps", "int", 0, "batches after them in which the gate's scale rises from 0", low=0,
+             archs=HYBRID),
+        Flag("hrm_gate_scale", "float", 1.0, "the scale it reaches; 0 = encoder-decoder without HRM", low=0, high=1,
+             archs=HYBRID),
+        Flag("deep_supervision", "bool", False, "earlier cycles' z_H have a decoder loss too", archs=HYBRID),
+        Flag("ds_weight", "float", 0.1, "weight of each earlier cycle's loss", low=0, archs=HYBRID),
+        Flag("use_halting", "bool", False, "learn when to stop cycling, and stop there at evaluation", archs=HYBRID),
+        Flag("halting_weight", "float", 0.01, "weight of the halting losses, times the mean gate", low=0, archs=HYBRID),
+        Flag("halting_target", "float", 1.0, "aim of the sum of halting probabilities", low=0, archs=HYBRID),
+        Flag("halt_threshold", "float", 0.99, "summed halting probability at which an example stops", low=0,
+             exclusive_low=True, archs=HYBRID),
     ),
     "data": (
-        Flag("task", "str", None, "one Reasoning Gym task by name, or toy_add", nullable=True),
-        Flag("tasks", "list", None, "several tasks, mixed in equal parts", nullable=True),
+        Flag("dataset", "path", None, "synthetic (two-digit addition) or a folder of prepared triples", nullable=True,
+             archs=HYBRID),
+        Flag("dev_sets", "str", None, "further prepared folders scored at each validation", nullable=True,
+             pattern=r"[\w.-]+=[^,=]+(,[\w.-]+=[^,=]+)*", form="NAME=DIR,NAME=DIR", archs=HYBRID),
+        Flag("dataset_workers", "int", 0, "threads that read ahead; capped to the machine's cores", low=0, archs=HYBRID),
+        Flag("max_val_samples", "int", 0, "most validation samples; 0 = the whole split", low=0, archs=HYBRID),
+        Flag("on_bad_line", "str", "error", "a broken line of a prepared file", choices=("error", "skip"), archs=HYBRID),
+        Flag("task", "str", None, "one Reasoning Gym task by name, or toy_add", nullable=True, archs=ADDON),
+        Flag("tasks", "list", None, "several tasks, mixed in equal parts", nullable=True, archs=ADDON),
         Flag("task_config", "json", None, "settings of the tasks; none = small when no task is named, else default",
-             nullable=True, form="small, default, a file or a JSON object"),
-        Flag("train_n", "int", 0, "training items; 0 = fresh items without end", low=0),
+             nullable=True, form="small, default, a file or a JSON object", archs=ADDON),
+        Flag("train_n", "int", 0, "training items; 0 = fresh items without end", low=0, archs=ADDON),
         Flag("eval_n", "int", 256, "evaluation items of each task", low=1),
-        Flag("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code"),
-        Flag("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True),
-        Flag("system_header", "str", None, "text put before every prompt", nullable=True, pattern=".*", form="text"),
-        Flag("prompt_style", "str", "auto", "auto = chat if the LLM has a template", choices=("auto", "chat", "plain")),
-        Flag("max_seq_len", "int", 512, "most tokens of a prompt", low=8),
-        Flag("overlong", "str", "error", "what to do with longer prompts", choices=("error", "drop")),
+        Flag("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code", archs=ADDON),
+        Flag("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True, archs=ADDON),
+        Flag("system_header", "str", None, "text put before every prompt", nullable=True, pattern=".*", form="text", archs=ADDON),
+        Flag("prompt_style", "str", "auto", "auto = chat if the LLM has a template", choices=("auto", "chat", "plain"), archs=ADDON),
+        Flag("max_seq_len", "int", 512, "most tokens of a prompt; the hybrid cuts longer ones", low=8),
+        Flag("overlong", "str", "error", "what to do with longer prompts", choices=("error", "drop"), archs=ADDON),
         Flag("seed", "int", 0, "seed of weights, training items and order", low=0, high=2**31, exclusive_high=True),
         Flag("eval_seed", "int", 10**9, "evaluation items are drawn from it; every training seed lies far below",
              low=10**9, high=2**32, exclusive_high=True),
@@ -144,12 +180,15 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("mixed_precision", "str", "auto", "autocast; auto = bf16 where the hardware has it, fp16 needs CUDA",
              choices=("auto", "none", "bf16", "fp16")),
         Flag("ema", "float", 0.998, "decay of the weights evaluated; 0 = off", low=0, high=1, exclusive_high=True),
-        Flag("segments_sampling", "str", "fixed", "all, or 1 to all, drawn per batch", choices=("fixed", "uniform")),
+        Flag("segments_sampling", "str", "fixed", "all, or 1 to all, drawn per batch", choices=("fixed", "uniform"), archs=ADDON),
         Flag("supervised_segments", "int", 0, "0 = every segment has a loss and an optimizer step (deep supervision); "
-             "N = only the last N, the earlier ones run without gradient", low=0),
-        Flag("verifier_weight", "float", 0.0, "weight of the head that learns the verifier's verdict; 0 = off", low=0),
-        Flag("verifier_every", "int", 50, "batches between the answers generated for that head", low=1),
-        Flag("train_injector_scale", "float", 1.0, "factor on the injection in training; 0 = bare LLM", low=0),
+             "N = only the last N, the earlier ones run without gradient", low=0, archs=ADDON),
+        Flag("verifier_weight", "float", 0.0, "weight of the head that learns the verifier's verdict; 0 = off", low=0, archs=ADDON),
+        Flag("verifier_every", "int", 50, "batches between the answers generated for that head", low=1, archs=ADDON),
+        Flag("train_injector_scale", "float", 1.0, "factor on the injection in training; 0 = bare LLM", low=0, archs=ADDON),
+        Flag("eval_loss_patience", "int", 3, "consecutive rises of the validation loss that end training; 0 = off", low=0,
+             archs=HYBRID),
+        Flag("patience_grace_steps", "int", 0, "batches before rises count", low=0, archs=HYBRID),
         Flag("dry_run", "bool", False, "one real batch: loss, parameter counts, estimated time and memory; then stop"),
     ),
     "evaluation": (
@@ -157,12 +196,16 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("eval_every", "int", 380, "batches between evaluations; 0 = only at the end", low=0,
              aliases=("val_every",)),
         Flag("eval_batch_size", "int", 128, "examples per evaluation batch", low=1),
-        Flag("eval_segments", "int", 0, "segments at evaluation; 0 = as trained", low=0),
-        Flag("eval_injector_scale", "float", 1.0, "factor on the injection at evaluation; 0 = bare LLM", low=0),
-        Flag("decode_temperature", "float", 0.0, "sampling temperature; 0 = greedy", low=0),
-        Flag("decode_top_p", "float", 1.0, "nucleus sampling; 1 = off", low=0, high=1, exclusive_low=True),
-        Flag("decode_top_k", "int", 0, "sample among the k likeliest tokens; 0 = off", low=0),
-        Flag("max_new_tokens", "int", 0, "longest answer; 0 = longest evaluation target and a margin", low=0),
+        Flag("eval_segments", "int", 0, "segments at evaluation; 0 = as trained", low=0, archs=ADDON),
+        Flag("eval_injector_scale", "float", 1.0, "factor on the injection at evaluation; 0 = bare LLM", low=0, archs=ADDON),
+        Flag("decode_temperature", "float", 0.0, "sampling temperature; 0 = greedy", low=0, archs=ADDON),
+        Flag("decode_top_p", "float", 1.0, "nucleus sampling; 1 = off", low=0, high=1, exclusive_low=True, archs=ADDON),
+        Flag("decode_top_k", "int", 0, "sample among the k likeliest tokens; 0 = off", low=0, archs=ADDON),
+        Flag("max_new_tokens", "int", 0, "longest answer; 0 = longest evaluation target and a margin", low=0, archs=ADDON),
+        Flag("eval_suite", "str", None, "measured after training and with eval_only: perplexity=FILE, gsm8k=FILE, "
+             "mbpp=FILE, science_qa=FILE, synthetic", nullable=True),
+        Flag("eval_suite_n", "int", 0, "most items of each entry of the suite; 0 = all", low=0),
+        Flag("allow_unconfined_code", "bool", False, "run generated code even where nothing can confine it"),
         Flag("log_csv", "path", None, "evaluation table; none = eval.csv in the run folder", nullable=True),
         Flag("log_samples_every", "int", 0, "batches between printed samples; 0 = off", low=0),
     ),
@@ -173,15 +216,30 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("save_dir", "path", "runs", "folder of all runs"),
         Flag("save_every", "int", 0, "batches between checkpoints; 0 = only at the end", low=0),
         Flag("resume", "path", None, "checkpoint to go on from, or auto = the newest of the run", nullable=True),
+        Flag("reset_progress", "bool", False, "take the weights of resume, and begin anew: step, optimizer, data"),
         Flag("checkpoint_limit", "int", 3, "checkpoints kept; 0 = all", low=0),
-        Flag("save_best_model", "bool", False, "also keep the checkpoint with the best solved rate"),
-        Flag("log_steps", "int", 20, "batches between progress lines", low=1),
+        Flag("save_best_model", "bool", False, "also keep the best checkpoint: solved rate, or validation loss"),
+        Flag("log_steps", "int", 20, "batches between logged lines", low=1),
         Flag("trackers", "list", "", "where else to log", choices=("tensorboard", "wandb", "trackio")),
         Flag("device", "str", "auto", "device", choices=("auto", "cpu", "cuda", "mps")),
         Flag("num_threads", "int", 0, "CPU threads; 0 = torch's choice", low=0),
     ),
 }
 GROUPS = tuple(_TABLE)
-INVOCATION = ("run_name", "resume", "eval_only", "dry_run")  # said of one call: no record of a run keeps them
+INVOCATION = ("run_name", "resume", "eval_only", "dry_run", "reset_progress")  # said of one call: no record of a run keeps them
 FLAGS: tuple[Flag, ...] = tuple(replace(flag, group=group) for group, flags in _TABLE.items() for flag in flags)
 FIND = {name: flag for flag in FLAGS for name in (flag.name, *flag.aliases)}
+
+# Where a system's defaults differ from the table's.
+ARCH_DEFAULTS: dict[str, dict[str, Any]] = {
+    "addon": {},
+    "hybrid": {
+        **{"d_h": 256, "n_heads": 8, "batch_size": 32, "lr": 3e-4, "max_steps": 10_000, "optimizer": "adamw"},
+        **{"warmup_steps": 500, "lr_min_ratio": 0.05, "eval_every": 1000, "ema": 0.0, "eval_batch_size": 64},
+    },
+}
+
+
+def default_of(flag: Flag, arch: str) -> Any:
+    """The flag's default for one system."""
+    return ARCH_DEFAULTS[arch].get(flag.name, flag.default)

@@ -18,6 +18,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 NORM_EPS = 1e-5
+IGNORE = -100  # labels that carry no loss
 HALT_BIAS = -5.0  # a bias near 0 halts every example at once and fails most runs (arXiv 2604.21999)
 
 
@@ -195,26 +196,26 @@ def first_call_with_gradient(horizon: str, calls: int) -> int:
 
 
 def recur(
-    step_low: Callable[[Tensor], Tensor],
-    step_high: Callable[[Tensor], Tensor],
+    step_low: Callable[[Tensor, Tensor], Tensor],
+    step_high: Callable[[Tensor, Tensor], Tensor],
     z_high: Tensor,
     z_low: Tensor,
-    x: Tensor,
     inner_T: int,
     cycles: int = 1,
     horizon: str = "one_step",
 ) -> tuple[Tensor, Tensor]:
-    """`cycles` times: `z_L = L(z_L + z_H + x)` inner_T times, then `z_H = H(z_H + z_L)` (HRM, eq. 1 to 4).
+    """`cycles` times: `z_L = step_low(z_L, z_H)` inner_T times, then `z_H = step_high(z_H, z_L)` (HRM, eq. 1 to 4).
 
-    Calls before the horizon run without gradient. Returns (z_high, z_low), shapes as given.
+    The steps know the input x: HRM's are `L(z_L + z_H + x)` and `H(z_H + z_L)`. Calls before the horizon run without
+    gradient. Returns (z_high, z_low), shapes as given.
     """
     first = first_call_with_gradient(horizon, cycles * inner_T)
     enabled = torch.is_grad_enabled()
     for call in range(cycles * inner_T):
         with torch.set_grad_enabled(enabled and call >= first):
-            z_low = step_low(z_low + z_high + x)
+            z_low = step_low(z_low, z_high)
             if (call + 1) % inner_T == 0:
-                z_high = step_high(z_high + z_low)
+                z_high = step_high(z_high, z_low)
     return z_high, z_low
 
 
@@ -276,11 +277,10 @@ class HRMCore(nn.Module):
         """One segment over x (B, S, d)."""
         z_low = self._initial(self.z_low_init, *x.shape[:2]) if self.reset_l else carry.z_low
         z_high, z_low = recur(
-            lambda z: self.l_block(z, context),
-            lambda z: self.h_block(z, context),
+            lambda low, high: self.l_block(low + high + x, context),
+            lambda high, low: self.h_block(high + low, context),
             carry.z_high,
             z_low,
-            x,
             self.inner_T,
             horizon=self.horizon,
         )
@@ -289,6 +289,11 @@ class HRMCore(nn.Module):
     def halt_logits(self, z_high: Tensor, mask: Tensor) -> Tensor:
         """(B,) logits of "this answer is right": the head reads the last readable column, for column 0 may be a pad."""
         return self.halt(last_state(z_high, mask)).squeeze(-1)
+
+
+def token_positions(attention_mask: Tensor) -> Tensor:
+    """(B, N) positions from the mask's cumulative sum, in training, caching and decoding alike."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def last_column(mask: Tensor) -> Tensor:
@@ -306,3 +311,15 @@ def mean_state(z: Tensor, mask: Tensor) -> Tensor:
     """(B, d): mean of z (B, S, d) over readable columns; zeros in a row without any."""
     weight = mask[..., None].to(z.dtype)
     return reduce(z * weight, "B S d -> B d", "sum") / reduce(weight, "B S one -> B one", "sum").clamp(min=1)
+
+
+def all_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) bool: every labelled token of the row is the argmax; False in a row without labels.
+
+    `logits` (N, V) are those of the labelled tokens in row-major order. Because each argmax is conditioned on a gold
+    prefix that equals the generated one as long as all is right, this is "greedy generation gives the gold answer".
+    """
+    labelled = labels != IGNORE
+    right = torch.zeros_like(labelled)
+    right[labelled] = logits.argmax(dim=-1) == labels[labelled]
+    return (right | ~labelled).all(dim=1) & labelled.any(dim=1)

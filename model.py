@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
-from backbone import HostStates, HRMAddonConfig, HRMBackbone, token_positions
-from batching import IGNORE, Batch
+from backbone import HostStates, HRMAddonConfig, HRMBackbone
+from batching import Batch
 from checkpointing import read_checkpoint
 from host import add_lora, freeze, host_logits, load_host, without_lora
-from hrm_blocks import Carry, last_state
+from hrm_blocks import IGNORE, Carry, all_correct, last_state, token_positions
 from injector import Slots, Thought
 
 ADDON_PREFIX = "model.addon."
@@ -276,18 +276,6 @@ class HRMController(PreTrainedModel, GenerationMixin):
         elif mask is not None:
             model_kwargs["prompt_mask"] = torch.cat([mask, mask.new_zeros(len(mask), 1)], dim=1)
         return model_kwargs
-
-
-def all_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) bool: every labelled token of the row is the argmax; False in a row without labels.
-
-    `logits` (N, V) are those of the labelled tokens in row-major order. Because each argmax is conditioned on a gold
-    prefix that equals the generated one as long as all is right, this is "greedy generation gives the gold answer".
-    """
-    labelled = labels != IGNORE
-    right = torch.zeros_like(labelled)
-    right[labelled] = logits.argmax(dim=-1) == labels[labelled]
-    return (right | ~labelled).all(dim=1) & labelled.any(dim=1)
 
 
 def prompt_before(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from flags import FIND, FLAGS, GROUPS, INVOCATION, METAVARS, Flag, names
+from flags import ARCHS, FIND, FLAGS, GROUPS, INVOCATION, METAVARS, Flag, default_of, names
 
 __all__ = ["FLAGS", "GROUPS", "INVOCATION", "Flag", "names"]  # handed on, beside what is defined here
 
@@ -63,8 +63,7 @@ def build_parser(collect: bool = False) -> argparse.ArgumentParser:
         description="Train a small HRM add-on on a frozen language model, and measure it against the bare model.")
     sections = {group: parser.add_argument_group(group) for group in GROUPS}
     for flag in FLAGS:
-        default = "none" if flag.default in (None, "") else str(flag.default)
-        told = f"{flag.help} (default {default}; {flag.legal})"
+        told = f"{flag.help} ({_defaults(flag)}; {flag.legal})"
         optional = flag.type == "bool" or collect
         sections[flag.group].add_argument(
             *(f"--{name}" for name in (flag.name, *flag.aliases)), dest=flag.name, default=argparse.SUPPRESS,
@@ -102,8 +101,9 @@ def collect(argv: list[str] | None = None, saved: dict[str, Any] | None = None) 
     path, file = typed.get("config"), {}
     if path and path.lower() != "none":
         file = _read_config(path, found)
-    opts = Options(**{flag.name: saved.get(flag.name, flag.default) for flag in FLAGS})
-    opts.explicit = {name for name, value in saved.items() if value != FIND[name].default}
+    arch = _arch(typed, file, saved)
+    opts = Options(**{flag.name: saved.get(flag.name, default_of(flag, arch)) for flag in FLAGS})
+    opts.explicit = {name for name, value in saved.items() if value != default_of(FIND[name], arch)}
     for one, other in (("task", "tasks"), ("tasks", "task")):
         if one in typed or one in file:  # naming tasks anew replaces those of the resumed run
             setattr(opts, other, None)
@@ -119,13 +119,27 @@ def collect(argv: list[str] | None = None, saved: dict[str, Any] | None = None) 
                 continue
             broken.discard(name)
             setattr(opts, name, value)
-            if source is typed or value != flag.default:
+            if source is typed or value != default_of(flag, arch):
                 opts.explicit.add(name)
     found += problems(opts, broken)
     for flag in FLAGS:
         if not flag.allows(getattr(opts, flag.name)):
-            setattr(opts, flag.name, flag.default)
+            setattr(opts, flag.name, default_of(flag, arch))
     return opts, found
+
+
+def _arch(*sources: dict[str, Any]) -> str:
+    """The system that the first source names, where it is one: other defaults depend on it."""
+    named = next((source["arch"] for source in sources if source.get("arch")), FIND["arch"].default)
+    return named if named in ARCHS else FIND["arch"].default
+
+
+def _defaults(flag: Flag) -> str:
+    """`default 64, hybrid 32`: the defaults of the systems that know the flag."""
+    shown = {arch: "none" if default_of(flag, arch) in (None, "") else str(default_of(flag, arch)) for arch in flag.archs}
+    first, *others = shown
+    told = "default " + shown[first] + "".join(f", {a} {shown[a]}" for a in others if shown[a] != shown[first])
+    return told if flag.archs == ARCHS else f"{' and '.join(flag.archs)} only; {told}"
 
 
 def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
@@ -137,6 +151,9 @@ def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozens
     found = [f"--{flag.name} {_illegal(flag, getattr(opts, flag.name))}" for flag in illegal]
     unsure = {flag.name for flag in illegal} | skip
     told = [tell(opts) for reads, tell in RULES if not unsure & set(reads.split())]
+    typed = getattr(opts, "explicit", set()) - unsure
+    told += [f"--{flag.name} does nothing with --arch {opts.arch}, only with {' and '.join(flag.archs)}: leave it out"
+             for flag in FLAGS if flag.name in typed and opts.arch in ARCHS and opts.arch not in flag.archs]
     return found + [line for line in told if line]
 
 
@@ -170,8 +187,8 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      "(`none` takes back the other)" if o.task is not None and o.tasks is not None else None),
     ("max_steps epochs max_minutes eval_only dry_run", lambda o: "training would never end: set --max_steps, --epochs "
      "or --max_minutes" if not (o.max_steps or o.epochs or o.max_minutes or o.eval_only or o.dry_run) else None),
-    ("epochs train_n", lambda o: f"--epochs {o.epochs} needs --train_n above 0: fresh items without end have no epochs"
-     if o.epochs > 0 and o.train_n == 0 else None),
+    ("epochs train_n arch", lambda o: f"--epochs {o.epochs} needs --train_n above 0: fresh items without end have no epochs"
+     if o.epochs > 0 and o.train_n == 0 and o.arch == "addon" else None),
     ("supervised_segments segments", lambda o: f"--supervised_segments {o.supervised_segments} is more than --segments "
      f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
     ("act_penalty use_act", lambda o: f"--act_penalty {o.act_penalty} does nothing without --use_act"
@@ -184,6 +201,15 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      if o.eval_only and o.dry_run else None),
     ("eval_only resume run_name", lambda o: "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"
      if o.eval_only and o.resume is None and o.run_name is None else None),
+    ("arch d_model n_heads", lambda o: f"--d_model {o.d_model} is not a multiple of {2 * o.n_heads}, twice --n_heads"
+     if o.arch == "hybrid" and o.d_model % (2 * o.n_heads) else None),
+    ("arch dataset dry_run", lambda o: "--arch hybrid needs --dataset: synthetic, or a folder of prepared triples (only "
+     "--dry_run works on random data)" if o.arch == "hybrid" and o.dataset is None and not o.dry_run else None),
+    ("deep_supervision ds_weight", lambda o: "--deep_supervision with --ds_weight 0 does nothing: raise the weight"
+     if o.deep_supervision and o.ds_weight == 0 else None),
+    ("reset_progress resume run_name eval_only", lambda o: "--reset_progress needs --resume CHECKPOINT, whose weights it "
+     "takes" if o.reset_progress and o.resume is None else "--reset_progress and --eval_only are both set: keep one"
+     if o.reset_progress and o.eval_only else None),
     # The default warmup gives way to a short run by itself; only a typed one is a contradiction.
     ("warmup_steps max_steps", lambda o: f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"
      if "warmup_steps" in getattr(o, "explicit", ()) and 0 < o.max_steps < o.warmup_steps else None),

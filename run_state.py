@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +25,28 @@ from checkpointing import (
     unpack_rng,
     write_checkpoint,
 )
-from model import ADAPTER, ADAPTER_CONFIG, adapter_document, check_fingerprint
-from training import Trainer
+from optimization import BaseTrainer
 
 STATE, CONFIG = "training_state", "config.resolved.yaml"
-DATA = ("task", "tasks", "task_config", "train_n", "seed")  # what a position in the training items depends on
+DATA = ("task", "tasks", "task_config", "train_n", "dataset", "seed")  # what a position in the training items depends on
 
 
 @dataclass
 class RunState:
     """Where a run is, beside its weights."""
 
-    step: int  # batches done
-    elapsed_s: float
-    best: float | None  # best solved rate so far, with --save_best_model
-    stream: dict[str, Any]  # position in the training items; empty: they begin anew
+    step: int = 0  # batches done
+    elapsed_s: float = 0.0
+    best: float | None = None  # best value so far of what --save_best_model compares
+    stream: dict[str, Any] = field(default_factory=dict)  # position in the training items; empty: they begin anew
+    extra: dict[str, Any] = field(default_factory=dict)  # what one system alone needs
 
 
 def save_run(
-    run: Path, opts: argparse.Namespace, trainer: Trainer, state: RunState, card: str, is_best: bool = False
+    run: Path, opts: argparse.Namespace, trainer: BaseTrainer, state: RunState, card: str, metric: str = "solved",
+    is_best: bool = False,
 ) -> Path:
-    """Writes a checkpoint of the whole run (add-on weights, never the LLM's) and rotates the older ones.
+    """Writes a checkpoint of the whole run and rotates the older ones. `metric` is what `state.best` measures.
 
     Raises:
         CheckpointError: it cannot be written; nothing half-written is left.
@@ -60,7 +61,7 @@ def save_run(
     if trainer.ema:
         tensors |= {f"ema/{name}": tensor for name, tensor in trainer.ema.average.items()}
     with trainer.evaluation_weights():
-        adapter = {name: tensor.detach().clone() for name, tensor in trainer.controller.addon_state().items()}
+        weights = {name: tensor.detach().clone() for name, tensor in trainer.weights().items()}
     document = {
         **dataclasses.asdict(state),
         "optimizers": optimizer_documents,
@@ -72,9 +73,9 @@ def save_run(
     settings = options.dump(options.Options(**vars(opts) | called))
     folder = write_checkpoint(
         step_folder(run, state.step),
-        {ADAPTER: adapter, STATE: tensors},
+        {trainer.stem: weights, STATE: tensors},
         {
-            ADAPTER_CONFIG: adapter_document(trainer.controller, opts),
+            **trainer.documents(),
             f"{STATE}.json": json.dumps(document),
             CONFIG: settings,
             "README.md": card,
@@ -82,12 +83,12 @@ def save_run(
     )
     atomic_write_text(run / CONFIG, settings)
     if is_best:
-        mark_best(run, folder, "solved", state.best)
+        mark_best(run, folder, metric, state.best)
     rotate(run, opts.checkpoint_limit, keep=[folder])
     return folder
 
 
-def load_run(folder: Path, opts: argparse.Namespace, trainer: Trainer) -> tuple[RunState, list[str]]:
+def load_run(folder: Path, opts: argparse.Namespace, trainer: BaseTrainer) -> tuple[RunState, list[str]]:
     """Restores a checkpoint into `trainer`: weights alone for --eval_only, the whole state otherwise.
 
     Returns the run's state and notes for the user.
@@ -95,18 +96,21 @@ def load_run(folder: Path, opts: argparse.Namespace, trainer: Trainer) -> tuple[
     Raises:
         ValueError: a broken checkpoint, another base model, another shape.
     """
-    saved = read_checkpoint(folder, [ADAPTER] if opts.eval_only else [ADAPTER, STATE])
-    check_fingerprint(trainer.controller.host, json.loads(saved.documents[ADAPTER_CONFIG]), folder)
-    trainer.controller.load_addon_state(saved.tensors[ADAPTER])
+    alone = opts.eval_only or opts.reset_progress
+    saved = read_checkpoint(folder, [trainer.stem] if alone else [trainer.stem, STATE])
+    trainer.load(saved, folder)
+    if opts.reset_progress:
+        trainer.restart_ema()
+        return RunState(), [f"weights of {folder}; step, optimizer and training items begin anew"]
     if opts.eval_only:
-        trainer.ema = None  # the adapter's weights are the averaged ones already
+        trainer.ema = None  # the saved weights are the averaged ones already
     before = options.read_resolved(saved.documents[CONFIG])
     notes = _notes(opts, before)
     if f"{STATE}.json" not in saved.documents:  # somebody passed on the weights alone
         named = STEP_NAME.fullmatch(folder.name)
-        return RunState(int(named[1]) if named else 0, 0.0, None, {}), notes
+        return RunState(int(named[1]) if named else 0), notes
     document = json.loads(saved.documents[f"{STATE}.json"])
-    state = RunState(**{field.name: document[field.name] for field in dataclasses.fields(RunState)})
+    state = RunState(**{part.name: document[part.name] for part in dataclasses.fields(RunState) if part.name in document})
     if opts.eval_only:
         return state, notes
     if any(getattr(opts, name) != before.get(name) for name in DATA):
@@ -116,7 +120,7 @@ def load_run(folder: Path, opts: argparse.Namespace, trainer: Trainer) -> tuple[
     return state, notes + unpack_rng(saved.tensors[STATE], document["rng"])
 
 
-def _restore_training(trainer: Trainer, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> None:
+def _restore_training(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> None:
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             raw = tensors[f"raw/{name}"]
@@ -132,6 +136,8 @@ def _restore_training(trainer: Trainer, tensors: dict[str, torch.Tensor], docume
 
 def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
     """What the user should know of going on from a run with the options `before`."""
+    if opts.arch != "addon":
+        return []
     other = any(getattr(opts, name) != before.get(name) for name in ("eval_seed", "task_config"))
     if other or opts.eval_n > before.get("eval_n", 0):
         reserved = f"{before.get('eval_n', 0)} evaluation items of each task"
@@ -139,7 +145,7 @@ def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
     return []
 
 
-def _restore_optimizers(trainer: Trainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]) -> None:
+def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]) -> None:
     if len(documents) != len(trainer.optimizers):
         kinds = " + ".join(document["class"] for document in documents)
         raise ValueError(f"the checkpoint was trained with {kinds}: resume with that --optimizer or start a new run")

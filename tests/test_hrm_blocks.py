@@ -191,8 +191,9 @@ def test_recurrence_equals_the_papers_equations(horizon, inner_T, cycles):
         if plain:
             states = papers_equations(core, x, context, start.z_high, start.z_low, horizon, cycles)
         else:
-            states = recur(lambda z: core.l_block(z, context), lambda z: core.h_block(z, context), start.z_high,
-                           start.z_low, x, inner_T, cycles, horizon)
+            states = recur(lambda low, high, x=x: core.l_block(low + high + x, context),
+                           lambda high, low: core.h_block(high + low, context), start.z_high, start.z_low, inner_T,
+                           cycles, horizon)
         parameters = [x, *core.l_block.parameters(), *core.h_block.parameters()]
         gradients = torch.autograd.grad(sum((z * weight).sum() for z in states), parameters)
         assert all(float(g.abs().max()) > 0 for g in gradients)
@@ -228,18 +229,18 @@ def test_gradient_flows_only_through_the_calls_that_the_horizon_names(horizon, i
     seen = []
 
     def step(letter):
-        def call(z):
+        def call(own, other):
             seen.append(letter.upper() if torch.is_grad_enabled() else letter)
-            return torch.tanh(z)
+            return torch.tanh(own + other + x)
 
         return call
 
     x = torch.randn(1, 2, 4, requires_grad=True)
-    z_high, z_low = recur(step("l"), step("h"), torch.ones(1, 2, 4), torch.ones(1, 2, 4), x, inner_T, cycles, horizon)
+    z_high, z_low = recur(step("l"), step("h"), torch.ones(1, 2, 4), torch.ones(1, 2, 4), inner_T, cycles, horizon)
     assert " ".join(seen) == expected and z_high.requires_grad and z_low.requires_grad
     seen.clear()
     with torch.no_grad():  # no horizon switches gradient on where the caller switched it off
-        recur(step("l"), step("h"), torch.ones(1, 2, 4), torch.ones(1, 2, 4), x, inner_T, cycles, horizon)
+        recur(step("l"), step("h"), torch.ones(1, 2, 4), torch.ones(1, 2, 4), inner_T, cycles, horizon)
     assert " ".join(seen) == expected.lower()
 
 
@@ -297,8 +298,8 @@ def test_order_states_and_gradients_equal_transformers_hrm_text(keep):
     arguments = dict(shared)
     z_high = oracle.embed_tokens(ids) * oracle.embedding_scale
     z_low = oracle.z_L_init.expand_as(z_high)
-    low, high = (lambda z: oracle.L_module(z, **arguments)), (lambda z: oracle.H_module(z, **arguments))
-    found, _ = recur(low, high, z_high, z_low, torch.zeros_like(z_high), 3, horizon=f"k:{keep}")
+    found, _ = recur(lambda low, high: oracle.L_module(low + high, **arguments),
+                     lambda high, low: oracle.H_module(high + low, **arguments), z_high, z_low, 3, horizon=f"k:{keep}")
     assert "".join(seen) == theirs == "lll"[: 3 - keep] + "LLL"[:keep] + "H"
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.autograd.grad((found * weight).sum(), parameters), expected_gradients)
