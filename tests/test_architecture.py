@@ -16,11 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports only from lower floors. A new root module gets its line here, with its floor.
 FLOORS = {
     "checkpointing": 0,
+    "documents": 0,
     "flags": 0,
     "host": 0,
     "hrm_blocks": 0,
+    "prepared_data": 0,
     "reasoning_gym_wrapper": 0,
     "run_logging": 0,
+    "script_tools": 0,
+    "text_encoder": 0,
     "batching": 1,
     "injector": 1,
     "options": 1,

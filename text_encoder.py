@@ -1,0 +1,83 @@
+"""The tokenizer of prepared data: train one, load one, find its special tokens, count the bytes its ids stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SPECIAL = {"pad": "<|pad|>", "bos": "<|bos|>", "eos": "<|eos|>"}
+# A foreign tokenizer's special tokens: the first of these that it has.
+KNOWN = {"pad": (SPECIAL["pad"], "<pad>", "[PAD]"), "bos": (SPECIAL["bos"], "<s>", "<bos>", "[BOS]", "[CLS]"),
+         "eos": (SPECIAL["eos"], "</s>", "<eos>", "<|endoftext|>", "[EOS]", "[SEP]")}
+LEAST_VOCABULARY = len(SPECIAL) + 256
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (round-trips any text), every digit a token of its own, with pad, bos and eos (ids 0, 1, 2)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(text: str, place: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's text, which neither cuts nor pads and reads `<|eos|>` in a text as text.
+
+    Raises:
+        ValueError: it is none; `place` says where it comes from.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
+        raise ValueError(f"{place} is no tokenizer.json: {' '.join(str(error).split())}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def special_ids(tokenizer: Tokenizer, place: str, asked: Mapping[str, str | None]) -> dict[str, int]:
+    """{"pad": id, "bos": id, "eos": id}: the tokens asked for by role, else those with a usual name.
+
+    Raises:
+        ValueError: one line for each that is not found.
+    """
+    ids, problems = {}, []
+    for role, usual in KNOWN.items():
+        names = (asked[role],) if asked.get(role) else usual
+        found = [number for name in names if (number := tokenizer.token_to_id(name)) is not None]
+        if found:
+            ids[role] = found[0]
+        else:
+            problems.append(f"{place} has no token {' or '.join(names)}: name its {role} token with --{role}_token")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return ids
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which counts where a vocabulary has holes."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def byte_counter(tokenizer: Tokenizer) -> Callable[[list[int]], int]:
+    """A function of ids: UTF-8 bytes of the text they stand for; exact for byte-level BPE, even amid a character."""
+    if (json.loads(tokenizer.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
+        return lambda ids: len(tokenizer.decode(ids, skip_special_tokens=False).encode())
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    lengths = [0] * vocabulary_size(tokenizer)
+    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+        lengths[number] = len(token.encode()) if token in added else len(token)  # one character for each byte
+    return lambda ids: sum(map(lengths.__getitem__, ids))
