@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from hrm_blocks import (
     HALT_BIAS,
@@ -85,7 +85,8 @@ class SelfAttention(nn.Module):
         self.qkv = linear(width, 3 * width)
         self.out = linear(width, width)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache=None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: DynamicCache | None = None,
+                layer: int = 0) -> Tensor:
         """`turn` cosine and sine (B, T, e) of the positions; `mask` bool, broadcastable to (B, 1, T, keys)."""
         q, k, v = rearrange(self.qkv(rms_norm(x)), "B T (three h e) -> three B h T e", three=3, h=self.heads)
         q, k = rotate(q, *turn), rotate(k, *turn)
@@ -209,7 +210,8 @@ class BankCore(nn.Module):
         """One cycle; `source` from `read`, `mask` from `key_mask`. Returns (z_high, z_low)."""
         if self.horizon != "full":
             z_high, z_low = z_high.detach(), z_low.detach()
-        turns = [SlotContext(rope(torch.arange(z.shape[1], device=z.device)[None], self.head_dim)) for z in (z_high, z_low)]
+        turns = [SlotContext(rope(torch.arange(z.shape[1], device=z.device)[None], self.head_dim))
+                 for z in (z_high, z_low)]
 
         def step_low(low: Tensor, high: Tensor) -> Tensor:
             heard = self.read_high(low, self.read_high.keys(high)) + self.read_input(low, source, mask)
@@ -256,7 +258,11 @@ class Bridge(nn.Module):
 
 
 class Gate(nn.Module):
-    """(B,) in (0, 1): how much of the memory an example lets in, from z_H's mean and the encoder's pooled state."""
+    """(B,) in (0, 1): how much of the memory an example lets in, from z_H's mean and the encoder's pooled state.
+
+    The features are divided by the root of their number: Adam moves every weight by the learning rate, and their sum
+    would otherwise shut the gate for good in the first ten steps, while the memory is still noise.
+    """
 
     def __init__(self, d: int, width: int):
         super().__init__()
@@ -265,7 +271,8 @@ class Gate(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, z_high: Tensor, pooled: Tensor) -> Tensor:
-        return self.score(torch.cat([z_high.mean(dim=1), pooled], dim=-1)).squeeze(-1).sigmoid()
+        features = torch.cat([z_high.mean(dim=1), pooled], dim=-1) * self.score.in_features**-0.5
+        return self.score(features).squeeze(-1).sigmoid()
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
@@ -326,12 +333,17 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Causal Transformer over embedded tokens (B, T, D), with or without memory. -> (B, T, D), normed."""
+    """Causal Transformer over embedded tokens (B, T, D), with or without memory. -> (B, T, D) for the output embedding.
+
+    A last projection stands before it: with tied tables the residual stream would otherwise begin by predicting the
+    very token that was read.
+    """
 
     def __init__(self, width: int, heads: int, layers: int):
         super().__init__()
         self.head_dim = width // heads
         self.layers = nn.ModuleList(DecoderLayer(width, heads) for _ in range(layers))
+        self.out = linear(width, width)
 
     def forward(self, x: Tensor, states: Tensor, states_mask: Tensor, memory: Memory | None = None,
                 mask: Tensor | None = None, cache: EncoderDecoderCache | None = None) -> Tensor:
@@ -341,13 +353,13 @@ class Decoder(nn.Module):
         causal = columns[None, :] <= columns[past:, None]  # (T, past + T)
         positions = columns[None, past:]
         if mask is not None and not bool(mask.all()):
-            causal = causal[None, None] & (mask.bool()[:, None, None, :] | torch.eye(
-                len(columns), dtype=torch.bool, device=x.device)[past:][None, None])  # a pad reads itself: softmax is finite
+            itself = torch.eye(len(columns), dtype=torch.bool, device=x.device)[past:]  # a pad's softmax stays finite
+            causal = causal & (mask.bool()[:, None, None, :] | itself)
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
         turn, keys = rope(positions, self.head_dim), key_mask(states_mask)
         for index, layer in enumerate(self.layers):
             x = layer(x, turn, causal, states, keys, memory, cache, index)
-        return rms_norm(x)
+        return self.out(rms_norm(x))
 
 
 def pooled_state(states: Tensor, mask: Tensor) -> Tensor:

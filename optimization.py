@@ -1,4 +1,4 @@
-"""What every training step shares: schedule, optimizers, EMA, mixed precision, and an update that refuses what is no number."""
+"""What every training step shares: schedule, optimizers, EMA, mixed precision, an update that refuses NaN."""
 
 from __future__ import annotations
 

@@ -257,7 +257,8 @@ class RunLoop:
                 self.step += 1
                 seen, read = seen + metrics["examples"], read + metrics.pop("tokens_read", 0)
                 seconds = time.monotonic() - clock
-                speed = {"examples_per_second": seen / seconds} | ({"tokens_per_second": read / seconds} if read else {})
+                speed = {"examples_per_second": seen / seconds}
+                speed |= {"tokens_per_second": read / seconds} if read else {}
                 shown = metrics.get("answer_loss", metrics["loss"])
                 progress.update(self.step, loss=shown, lr=lr, rate=(read or seen) / seconds)
                 self._after_step(metrics | speed, progress)

@@ -17,6 +17,7 @@ import torch
 import options
 from checkpointing import FOLDER, disk_check
 from host import load_config
+from hybrid_data import data_problems
 from reasoning_gym_wrapper import default_tasks, task_problems
 from run_logging import check_csv, check_trackers
 
@@ -53,15 +54,19 @@ def pick_precision(name: str, device: str) -> str:
 
 def run_folder(opts: argparse.Namespace, checkpoint: Path | None) -> Path | None:
     """The folder of the run that `checkpoint` lies in, else of the named one; None: a new one that is still to name."""
-    if checkpoint and checkpoint.parent.name == FOLDER:
+    if checkpoint and checkpoint.parent.name == FOLDER and not opts.reset_progress:
         return checkpoint.parent.parent
     return Path(opts.save_dir) / opts.run_name if opts.run_name else None
 
 
 def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """All problems that can be found without loading a model, one line each."""
-    found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, supervised=not opts.eval_only)
-    checks = [(_check_device, opts), (_check_host, opts), (check_trackers, options.names(opts.trackers))]
+    checks = [(_check_device, opts), (check_trackers, options.names(opts.trackers))]
+    if opts.arch == "hybrid":
+        found = data_problems(opts)
+    else:
+        found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, not opts.eval_only)
+        checks.append((_check_host, opts))
     if not opts.dry_run and os.environ.get("RANK", "0") == "0":  # ranks would take away each other's probe
         folder = run_folder(opts, checkpoint) or Path(opts.save_dir)
         csv = Path(opts.log_csv or folder / "eval.csv")

@@ -28,7 +28,8 @@ from checkpointing import (
 from optimization import BaseTrainer
 
 STATE, CONFIG = "training_state", "config.resolved.yaml"
-DATA = ("task", "tasks", "task_config", "train_n", "dataset", "seed")  # what a position in the training items depends on
+# What a position in the training items depends on.
+DATA = ("task", "tasks", "task_config", "train_n", "dataset", "seed")
 
 
 @dataclass
@@ -110,7 +111,8 @@ def load_run(folder: Path, opts: argparse.Namespace, trainer: BaseTrainer) -> tu
         named = STEP_NAME.fullmatch(folder.name)
         return RunState(int(named[1]) if named else 0), notes
     document = json.loads(saved.documents[f"{STATE}.json"])
-    state = RunState(**{part.name: document[part.name] for part in dataclasses.fields(RunState) if part.name in document})
+    known = {part.name for part in dataclasses.fields(RunState)}
+    state = RunState(**{name: value for name, value in document.items() if name in known})
     if opts.eval_only:
         return state, notes
     if any(getattr(opts, name) != before.get(name) for name in DATA):
@@ -145,7 +147,8 @@ def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
     return []
 
 
-def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]) -> None:
+def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]
+                        ) -> None:
     if len(documents) != len(trainer.optimizers):
         kinds = " + ".join(document["class"] for document in documents)
         raise ValueError(f"the checkpoint was trained with {kinds}: resume with that --optimizer or start a new run")

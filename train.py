@@ -1,4 +1,4 @@
-"""Train an HRM add-on on a frozen LLM, and measure it against the bare LLM: `python train.py --help`.
+"""Train an HRM, as an add-on on a frozen LLM or as a hybrid, and measure it: `python train.py --help`.
 
 Exit status: 0 done, 2 the user's mistake (one line a problem), 3 loss or gradient is not a number, 130 and 143 stopped
 by Ctrl-C or SIGTERM; while it trains, with everything saved.
@@ -13,11 +13,17 @@ from typing import Any
 
 import options
 
-# Flags that fix the add-on's shape: taken from the checkpoint on resume, refused when typed otherwise.
-SHAPE = (
-    *("d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem", "logit_bias_head"),
-    *("lora_layers", "lora_rank", "use_act"),
-)
+# Flags that fix a model's shape: taken from the checkpoint on resume, refused when typed otherwise.
+SHAPE = {
+    "addon": (
+        *("arch", "d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem"),
+        *("logit_bias_head", "lora_layers", "lora_rank", "use_act"),
+    ),
+    "hybrid": (
+        *("arch", "d_model", "n_heads", "encoder", "encoder_layers", "decoder_layers", "state_size", "tie_embeddings"),
+        *("d_h", "h_layers", "l_layers", "h_len", "l_len", "bridge", "prefix_len"),
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         opts, checkpoint, found = understand(argv)
         if found:
             return complain(found)
-        from run import Run  # transformers loads here, after the cheap checks
-
-        return Run(opts, checkpoint).go()
+        return run_of(opts.arch)(opts, checkpoint).go()
     except KeyboardInterrupt:
         return complain(["interrupted: what was saved before stays, --resume goes on from there"], 130)
     except (ValueError, OSError) as error:
@@ -37,15 +41,30 @@ def main(argv: list[str] | None = None) -> int:
         return complain([str(error)])
 
 
+def run_of(arch: str) -> type:
+    """The class of a system's runs. transformers loads here, after the cheap checks."""
+    if arch == "hybrid":
+        from hybrid_run import HybridRun
+
+        return HybridRun
+    from run import Run
+
+    return Run
+
+
 def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, list[str]]:
     """The options, the checkpoint this call goes on from, and all that is wrong with them, one line each."""
     saved, checkpoint, broken = {}, None, []
+    asked = options.peek(argv)
     try:
-        checkpoint = find_checkpoint(options.peek(argv))
-        saved = saved_options(checkpoint) if checkpoint else {}
+        if asked.reset_progress and asked.run_name and own_checkpoint(asked):
+            asked.resume, asked.reset_progress = None, False  # begun already: the run goes on by itself
+        checkpoint = find_checkpoint(asked)
+        saved = saved_options(checkpoint, asked.reset_progress) if checkpoint else {}
     except ValueError as error:
         broken = [str(error)]
     opts, found = options.collect(argv, saved)
+    opts.resume, opts.reset_progress = asked.resume, asked.reset_progress
     if broken:  # whatever else the run needs, it says in the checkpoint that cannot be read
         return opts, None, found + broken
     from run_setup import check
@@ -65,32 +84,47 @@ def find_checkpoint(opts: options.Options) -> Path | None:
     """The checkpoint this call goes on from: `--resume`, or by itself that of an existing `--run_name`."""
     if opts.resume is None and opts.run_name is None:
         return None
-    from checkpointing import FOLDER, newest_checkpoint, resolve_resume
+    from checkpointing import FOLDER, resolve_resume
 
     run = Path(opts.save_dir) / (opts.run_name or "")
     if opts.resume is None or (opts.resume == "auto" and opts.run_name):
-        found = newest_checkpoint(run) if run.is_dir() else None
+        found = own_checkpoint(opts)
         if found is None and (opts.eval_only or opts.resume):
             raise ValueError(f"run {opts.run_name} in {opts.save_dir} has no checkpoint: train it first, name another")
         return found
     found = resolve_resume(opts.resume, Path(opts.save_dir))
-    if opts.run_name and found.parent.name == FOLDER and found.parent.parent.resolve() != run.resolve():
+    anew = opts.reset_progress
+    if opts.run_name and not anew and found.parent.name == FOLDER and found.parent.parent.resolve() != run.resolve():
         raise ValueError(f"--resume {opts.resume} and --run_name {opts.run_name} are different runs: leave one out")
     return found
 
 
-def saved_options(checkpoint: Path) -> dict[str, Any]:
-    """The options that the checkpoint's run was started with. Raises ValueError on a broken or foreign checkpoint."""
+def own_checkpoint(opts: options.Options) -> Path | None:
+    """The newest checkpoint of the run that `--run_name` names."""
+    from checkpointing import newest_checkpoint
+
+    run = Path(opts.save_dir) / opts.run_name
+    return newest_checkpoint(run) if run.is_dir() else None
+
+
+def saved_options(checkpoint: Path, shape_only: bool = False) -> dict[str, Any]:
+    """The options that the checkpoint's run was started with, or only those that fix the shape of its weights.
+
+    Raises:
+        ValueError: a broken or foreign checkpoint.
+    """
     from checkpointing import read_checkpoint
 
     text = read_checkpoint(checkpoint, stems=[]).documents["config.resolved.yaml"]
     saved = options.read_resolved(text)
-    return {name: value for name, value in saved.items() if name not in options.INVOCATION}
+    kept = SHAPE[saved.get("arch", "addon")] if shape_only else set(saved) - set(options.INVOCATION)
+    return {name: value for name, value in saved.items() if name in kept}
 
 
 def other_shape(opts: options.Options, saved: dict[str, Any], checkpoint: Path) -> list[str]:
     """At most one line, naming every flag that contradicts the weights of the checkpoint."""
-    other = [name for name in SHAPE if getattr(opts, name) != saved.get(name, getattr(opts, name))]
+    shape = SHAPE[saved.get("arch", "addon")]
+    other = [name for name in shape if getattr(opts, name) != saved.get(name, getattr(opts, name))]
     told = ", ".join(f"--{name} {getattr(opts, name)} (checkpoint: {saved[name]})" for name in other)
     line = f"{checkpoint} was trained with another shape: {told}; leave these flags out or start a new run"
     return [line] if other else []
