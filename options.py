@@ -136,7 +136,8 @@ def _arch(*sources: dict[str, Any]) -> str:
 
 def _defaults(flag: Flag) -> str:
     """`default 64, hybrid 32`: the defaults of the systems that know the flag."""
-    shown = {arch: "none" if default_of(flag, arch) in (None, "") else str(default_of(flag, arch)) for arch in flag.archs}
+    values = {arch: default_of(flag, arch) for arch in flag.archs}
+    shown = {arch: "none" if value in (None, "") else str(value) for arch, value in values.items()}
     first, *others = shown
     told = "default " + shown[first] + "".join(f", {a} {shown[a]}" for a in others if shown[a] != shown[first])
     return told if flag.archs == ARCHS else f"{' and '.join(flag.archs)} only; {told}"
@@ -158,12 +159,14 @@ def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozens
 
 
 def dump(opts: argparse.Namespace) -> str:
-    """YAML text of every flag but `config`, grouped; `--config` on it gives equal options."""
+    """YAML text of every flag that the system knows but `config`, grouped; `--config` on it gives equal options."""
     import yaml
     parts = [f"# Every flag of {PROG}; `python {PROG} --config THIS_FILE` uses them, `--help` explains them."]
     for group in GROUPS:
-        leaves = {flag.name: getattr(opts, flag.name) for flag in FLAGS if flag.group == group and flag.in_file}
-        parts.append(yaml.safe_dump({group: leaves}, sort_keys=False, allow_unicode=True, width=10**9).rstrip())
+        leaves = {flag.name: getattr(opts, flag.name) for flag in FLAGS
+                  if flag.group == group and flag.in_file and opts.arch in flag.archs}
+        if leaves:
+            parts.append(yaml.safe_dump({group: leaves}, sort_keys=False, allow_unicode=True, width=10**9).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -187,8 +190,8 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      "(`none` takes back the other)" if o.task is not None and o.tasks is not None else None),
     ("max_steps epochs max_minutes eval_only dry_run", lambda o: "training would never end: set --max_steps, --epochs "
      "or --max_minutes" if not (o.max_steps or o.epochs or o.max_minutes or o.eval_only or o.dry_run) else None),
-    ("epochs train_n arch", lambda o: f"--epochs {o.epochs} needs --train_n above 0: fresh items without end have no epochs"
-     if o.epochs > 0 and o.train_n == 0 and o.arch == "addon" else None),
+    ("epochs train_n arch", lambda o: f"--epochs {o.epochs} needs --train_n above 0: fresh items without end have no "
+     "epochs" if o.epochs > 0 and o.train_n == 0 and o.arch == "addon" else None),
     ("supervised_segments segments", lambda o: f"--supervised_segments {o.supervised_segments} is more than --segments "
      f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
     ("act_penalty use_act", lambda o: f"--act_penalty {o.act_penalty} does nothing without --use_act"
@@ -203,12 +206,12 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      if o.eval_only and o.resume is None and o.run_name is None else None),
     ("arch d_model n_heads", lambda o: f"--d_model {o.d_model} is not a multiple of {2 * o.n_heads}, twice --n_heads"
      if o.arch == "hybrid" and o.d_model % (2 * o.n_heads) else None),
-    ("arch dataset dry_run", lambda o: "--arch hybrid needs --dataset: synthetic, or a folder of prepared triples (only "
-     "--dry_run works on random data)" if o.arch == "hybrid" and o.dataset is None and not o.dry_run else None),
+    ("arch dataset dry_run", lambda o: "--arch hybrid needs --dataset: synthetic, or a folder of prepared triples "
+     "(only --dry_run works on random data)" if o.arch == "hybrid" and o.dataset is None and not o.dry_run else None),
     ("deep_supervision ds_weight", lambda o: "--deep_supervision with --ds_weight 0 does nothing: raise the weight"
      if o.deep_supervision and o.ds_weight == 0 else None),
-    ("reset_progress resume run_name eval_only", lambda o: "--reset_progress needs --resume CHECKPOINT, whose weights it "
-     "takes" if o.reset_progress and o.resume is None else "--reset_progress and --eval_only are both set: keep one"
+    ("reset_progress resume run_name eval_only", lambda o: "--reset_progress needs --resume CHECKPOINT, whose weights "
+     "it takes" if o.reset_progress and o.resume is None else "--reset_progress and --eval_only are both set: keep one"
      if o.reset_progress and o.eval_only else None),
     # The default warmup gives way to a short run by itself; only a typed one is a contradiction.
     ("warmup_steps max_steps", lambda o: f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"

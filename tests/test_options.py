@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import options
+from flags import ARCH_DEFAULTS, ARCHS, FIND, default_of
 from options import FLAGS, GROUPS, Flag, as_dict, dump, names, parse, problems
 
 ROOT = Path(options.__file__).parent
@@ -22,6 +24,21 @@ PUBLISHED = """
 --task basic_arithmetic --resume PATH --eval_only --eval_n 1024 --eval_every 1000
 --model_name NAME --segments 3 --inner_T 3 --lr 2e-4 --batch_size 2 --max_steps 50
 --model_name NAME --segments 4 --inner_T 4 --use_act --batch_size 2 --lr 1e-4 --max_steps 1000
+--arch hybrid --dataset datasets/wiki_chunks/processed/ --batch_size 22 --steps 308212 --learning_rate 0.00025 \
+--warmup_steps 4000 --lr_scheduler cosine --lr_min_ratio 0.05 --grad_clip 5.0 --val_every 1500 \
+--run_name hrm-gated-pretrain --checkpoint_limit 5 --mixed_precision bf16 --eval_batch_size 22 --log_steps 1 \
+--dataset_workers 30 --save_best_model --optimizer adamw_8bit --max_seq_len 512 --max_val_samples 20000 \
+--eval_loss_patience 3 --patience_grace_steps 10000 --hrm_gate_warmup_steps 8000
+--arch hybrid --dataset datasets/hybrid_mix_stageB --batch_size 22 --steps 180000 --learning_rate 0.0002 \
+--warmup_steps 2000 --lr_scheduler cosine --lr_min_ratio 0.05 --grad_clip 5.0 --val_every 1500 --run_name hrm-stageB \
+--checkpoint_limit 5 --mixed_precision bf16 --eval_batch_size 22 --log_steps 1 --dataset_workers 30 --save_best_model \
+--optimizer adamw_8bit --max_seq_len 512 --max_val_samples 20000 --eval_loss_patience 3 --patience_grace_steps 5000 \
+--hrm_gate_warmup_steps 1000
+--arch hybrid --dataset datasets/hybrid_mix_stageC --batch_size 20 --steps 400000 --learning_rate 0.00018 \
+--warmup_steps 3000 --lr_scheduler cosine --lr_min_ratio 0.05 --grad_clip 5.0 --val_every 2000 --run_name hrm-stageC \
+--checkpoint_limit 8 --mixed_precision bf16 --eval_batch_size 20 --log_steps 1 --dataset_workers 40 --save_best_model \
+--optimizer adamw_8bit --max_seq_len 512 --max_val_samples 25000 --eval_loss_patience 4 --patience_grace_steps 8000 \
+--deep_supervision 1 --ds_weight 0.1 --use_halting 1 --halting_weight 0.01
 """.strip().splitlines()
 
 
@@ -68,13 +85,18 @@ def test_help_states_every_flag_with_default_and_legal_range(capsys, monkeypatch
     assert positions == sorted(positions)
     lines = told.splitlines()
     for flag in FLAGS:
-        default = "none" if flag.default in (None, "") else flag.default
         start = next(i for i, line in enumerate(lines) if line.startswith(f"  --{flag.name} "))
         text = " ".join(lines[start:start + 2])
-        assert f"(default {default}; {flag.legal})" in text
+        for arch in flag.archs:
+            default = default_of(flag, arch)
+            told_default = re.search(r"\((?:(\w+) only; )?default ([^,;]+)(?:, hybrid ([^,;]+))?; ", text)
+            shown = told_default[3] if arch == "hybrid" and told_default[3] else told_default[2]
+            assert shown == str("none" if default in (None, "") else default)
+            assert told_default[1] == (None if len(flag.archs) > 1 else arch)
+        assert f"; {flag.legal})" in text
         assert all(f" --{name} " in text for name in flag.aliases)
     assert told.count("  python train.py") == 3
-    assert "width of the HRM; a multiple of 2 x n_heads (default 128; an integer >= 8)" in told
+    assert "width of the HRM; a multiple of 2 x n_heads (default 128, hybrid 256; an integer >= 8)" in told
     assert "--lr X, --learning_rate X" in told and "--use_act [0|1]" in told and "--injector cab|grb" in told
 
 
@@ -101,7 +123,7 @@ def test_published_commands_parse_as_typed(line):
     opts = parse(words)
     for name, value in zip(words, words[1:], strict=False):
         if name.startswith("--") and not value.startswith("--"):
-            kept = getattr(opts, name[2:])
+            kept = getattr(opts, FIND[name[2:]].name)
             assert type(kept)(value) == kept
     assert opts.explicit == {word[2:] for word in words if word.startswith("--")}
 
@@ -146,7 +168,27 @@ def choices() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name,choice", choices())
 def test_every_choice_is_accepted(name, choice):
-    assert getattr(parse([f"--{name}", choice]), name) == choice
+    arch = choice if name == "arch" else FIND[name].archs[0]
+    data = ["--dataset", "synthetic"] if arch == "hybrid" else []
+    assert getattr(parse(["--arch", arch, *data, f"--{name}", choice]), name) == choice
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if len(flag.archs) == 1], ids=lambda flag: flag.name)
+def test_a_flag_of_another_system_is_refused(flag, capsys):
+    """A flag that would do nothing must not look as if it did."""
+    other = next(arch for arch in ARCHS if arch not in flag.archs)
+    data = ["--dataset", "synthetic"] if other == "hybrid" else []
+    text = {"dev_sets": "a=b"}.get(flag.name) or str(flag.default if flag.default is not None else 1)
+    told = refused(["--arch", other, *data, f"--{flag.name}={text}"], capsys)
+    assert f"--{flag.name} does nothing with --arch {other}, only with {flag.archs[0]}: leave it out" in told
+
+
+def test_each_system_has_its_own_defaults_and_a_checkpoints_arch_chooses_them():
+    typed = parse(["--arch", "hybrid", "--dataset", "synthetic"])
+    assert {name: getattr(typed, name) for name in ARCH_DEFAULTS["hybrid"]} == ARCH_DEFAULTS["hybrid"]
+    assert typed.explicit == {"arch", "dataset"}
+    resumed = parse(["--lr", "1"], saved={"arch": "hybrid", "dataset": "synthetic", "batch_size": 7})
+    assert (resumed.arch, resumed.d_h, resumed.batch_size, resumed.lr) == ("hybrid", 256, 7, 1.0)
 
 
 def test_all_problems_of_a_command_line_are_told_at_once(capsys):
@@ -353,7 +395,7 @@ def test_all_problems_of_a_yaml_file_are_told_with_those_of_the_command_line(con
         f"{path}: lr is given twice, under different nests or names",
         f"{path}: unknown key 3",
         f"{path}: config belongs on the command line only",
-        f"{path}: unknown key modl",
+        f"{path}: unknown key modl; did you mean d_model?",
         f"{path}: n_heads four is not legal: expected an integer >= 1",
         "--eval_n 0 is not legal: expected an integer >= 1",
         "--batch_size 0 is not legal: expected an integer >= 1",

@@ -18,19 +18,11 @@ from batching import IGNORE, Batch, PromptFormat, pad
 from host import HostError, host_logits
 from injector import Thought
 from model import build_model
+from optimization import MAX_SCALER_SKIPS, Ema, NonFiniteError, build_optimizers, learning_rate, seed_of_step
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
 from tiny_runs import TINY
-from training import (
-    MAX_SCALER_SKIPS,
-    Ema,
-    NonFiniteError,
-    Trainer,
-    build_optimizers,
-    learning_rate,
-    seed_of_step,
-    segments_of_step,
-)
+from training import Trainer, learns_by_muon, segments_of_step
 
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -280,7 +272,7 @@ def test_muon_moves_a_matrix_by_an_orthogonal_step_of_adamws_size():
     matrix = torch.nn.Parameter(torch.zeros(24, 16))
     opts = settings(optimizer="muon", weight_decay=0.0)
     parameters = {"model.addon.read.weight": matrix, "b": torch.nn.Parameter(torch.ones(2))}
-    _, (muon, names) = build_optimizers(opts, parameters)
+    _, (muon, names) = build_optimizers(opts, parameters, learns_by_muon)
     matrix.grad = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
     muon.step()
     values = torch.linalg.svdvals(matrix.detach()) / (opts.lr * 0.2 * math.sqrt(24))
@@ -297,7 +289,7 @@ def test_the_8_bit_optimizer_is_the_8_bit_one_and_steps(make, batches):
     ((optimizer, _),) = trainer.optimizers
     assert {state["state1"].dtype for state in optimizer.state.values()} >= {torch.uint8}
     assert all(not torch.equal(w, before[name]) and w.isfinite().all() for name, w in weights(trainer).items())
-    assert type(build_optimizers(settings(), trainer.parameters)[0][0]) is torch.optim.AdamW
+    assert type(build_optimizers(settings(), trainer.parameters, learns_by_muon)[0][0]) is torch.optim.AdamW
 
 
 # --- averaging
