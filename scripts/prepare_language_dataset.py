@@ -266,8 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{split}: {counts['samples']} triples of {counts['documents']} documents, {counts['encoder_tokens']} "
               f"encoder and {counts['decoder_tokens']} decoder tokens, {counts['decoder_bytes']} bytes to predict")
     cut, out = meta["truncated"], meta["left_out"]
-    print(f"cut to {options.max_seq_len} tokens: {cut['prompts']} prompts (the end kept), {cut['answers']} answers (the "
-          f"beginning kept); left out: {out['blank']} blank documents, {out['too_short']} texts of one token")
+    print(f"cut to {options.max_seq_len} tokens: {cut['prompts']} prompts (the end kept), {cut['answers']} answers "
+          f"(the beginning kept); left out: {out['blank']} blank documents, {out['too_short']} texts of one token")
     print(f"{options.dest}: vocabulary {meta['vocab_size']}, tokenizer {meta['tokenizer_sha256'][:12]}")
     return 0
 
