@@ -76,9 +76,9 @@ def check_split(folder: Path, split: str, meta: dict, val: set[bytes]) -> tuple[
     if len(index) != meta["splits"][split]["samples"]:
         problems.append(f"{path} holds {len(index)} lines, meta.json says {meta['splits'][split]['samples']}")
     good = max(len(index) - bad, 1)
-    return problems, (f"{split}: {len(index)} triples, encoder {totals['encoder']} tokens (mean "
-                      f"{totals['encoder'] / good:.1f}, longest {longest[0]}), decoder {totals['decoder']} tokens (mean "
-                      f"{totals['decoder'] / good:.1f}, longest {longest[1]}), {totals['ignored']} labels ignored"), shared
+    sides = (f"{side} {totals[side]} tokens (mean {totals[side] / good:.1f}, longest {most})"
+             for side, most in zip(("encoder", "decoder"), longest, strict=True))
+    return problems, f"{split}: {len(index)} triples, {', '.join(sides)}, {totals['ignored']} labels ignored", shared
 
 
 def main(argv: list[str] | None = None) -> int:
