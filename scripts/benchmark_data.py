@@ -146,7 +146,8 @@ def measure_merge(options: argparse.Namespace, prepared: Path, work: Path) -> No
     for _ in range(options.repeats):
         for action, took in ((lambda: cat(False), plain), (lambda: cat(True), synced),
                              (lambda: quietly(lambda: merge.main(list(map(str, command)))), merged)):
-            copy.unlink(missing_ok=True)
+            for old in (copy, *output.glob("*")):
+                old.unlink(missing_ok=True)
             os.sync()  # nobody pays for what another left to be written
             took.append(seconds(action))
     megabytes = sum(Path(file).stat().st_size for file in files) / 1e6

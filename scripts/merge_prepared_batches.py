@@ -19,7 +19,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +34,6 @@ from script_tools import ScriptParser, run_script, sha256, staged  # noqa: E402
 from text_encoder import byte_counter, load_tokenizer  # noqa: E402
 
 BLOCK = min(1024, os.sysconf("SC_IOV_MAX"))  # lines handed to the system in one write
-SYNC = 1 << 24  # bytes after which the disk is sent for them
 FORGET = 1 << 26  # bytes after which the mapped pages of the sources are given back
 
 
@@ -94,17 +92,14 @@ class Lines:
 
     def __init__(self, path: Path, expected: int, seed: list[int]):
         self.seed, self.drawn, self._order = seed, 0, (-1, np.zeros(0, np.uint32))
-        with open(path, "rb") as file:
-            ends = [np.zeros(1, np.int64)]
-            position, last = 0, b"\n"
-            while data := file.read(1 << 20):
-                ends.append(np.flatnonzero(np.frombuffer(data, np.uint8) == 10) + (position + 1))
-                position, last = position + len(data), data[-1:]
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if position else None
+        with open(path, "rb", buffering=1 << 18) as file:
+            self.starts = np.concatenate([[0], np.cumsum(np.fromiter(map(len, file), np.int64))])
+            size = int(self.starts[-1])
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
         self.view = memoryview(self.map or b"")
-        self.starts = np.concatenate(ends)
-        if last != b"\n" or len(self) != expected:
-            raise ValueError(f"{path} holds {len(self)} whole lines, its meta.json says {expected}: prepare it again")
+        if bytes(self.view[-1:]) not in (b"", b"\n") or len(self) != expected:
+            raise ValueError(f"{path} is torn: it holds {len(self)} lines, its meta.json says {expected}; prepare it "
+                             "again")
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -228,19 +223,14 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(blocks: Iterator[list[memoryview]], file: BinaryIO, label: str, total: int) -> Iterator[list[memoryview]]:
-    """Writes the blocks as they pass, straight from the mapped sources; the disk takes them up meanwhile."""
-    done = unsynced = 0
+    """Writes the blocks as they pass, straight from the mapped sources."""
+    done = 0
     file.flush()
-    with ThreadPoolExecutor(1) as pool, Progress(total, label, "triples") as progress:
-        syncing = pool.submit(int)
+    with Progress(total, label, "triples") as progress:
         for block in blocks:
-            size = sum(map(len, block))
-            if os.writev(file.fileno(), block) != size:
+            if os.writev(file.fileno(), block) != sum(map(len, block)):
                 raise OSError(errno.ENOSPC, "only a part could be written, the disk is full", file.name)
-            done, unsynced = done + len(block), unsynced + size
-            if unsynced >= SYNC and syncing.done():
-                syncing.result()
-                syncing, unsynced = pool.submit(os.fsync, file.fileno()), 0
+            done += len(block)
             progress.update(done)
             yield block
 
