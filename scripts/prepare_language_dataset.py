@@ -111,11 +111,11 @@ class SplitWriter:
         self.counts["encoder_tokens"] += len(context)
         self.counts["decoder_tokens"] += len(target) + ends
 
-    def text(self, ids: list[int], ends: bool) -> None:
-        """A plain text: contexts to the encoder, continuations to the decoder."""
+    def text(self, ids: list[int], ends: bool) -> bool:
+        """A plain text: contexts to the encoder, continuations to the decoder. Whether it is long enough for that."""
         if len(ids) < 2:
             self.too_short += 1
-            return
+            return False
         words = list(map(self._decimal, ids))
         first = None
         for context, start, end in windows(len(ids), self.limit, ends):
@@ -123,6 +123,7 @@ class SplitWriter:
             self._line(words[context:start], words[start:end], ends and end == len(ids))
         self.counts["decoder_bytes"] += self._bytes(ids[first:])
         self.counts["documents"] += ends
+        return True
 
     def answer(self, prompt: list[int], ids: list[int]) -> None:
         """A prompt to the encoder, its END if it is too long; an answer to the decoder, its BEGINNING if too long."""
@@ -167,12 +168,12 @@ def encoded(batches: Iterable[list[Document]], tokenizer) -> Iterator[tuple[list
 
 
 def write_splits(documents: Iterable[Document], tokenizer, train: SplitWriter, val: SplitWriter, batch_size: int,
-                 threshold: int, shown: Callable[[int], None]) -> tuple[int, int]:
+                 threshold: int, shown: Callable[[int], None]) -> tuple[int, int, int]:
     """Writes every document's triples, to val if its key is below `threshold`, else to train.
 
-    Returns the smallest key seen and the number of blank documents.
+    Returns the number of blank documents and the smallest and largest key of those written.
     """
-    smallest, blank, done = 1 << 64, 0, 0
+    blank, smallest, largest, done = 0, 1 << 64, -1, 0
     for batch, ids in encoded(batched(documents, batch_size), tokenizer):
         prompts = iter(ids[len(batch):])
         for document, text in zip(batch, ids, strict=False):  # the prompts' ids follow the texts'
@@ -180,15 +181,15 @@ def write_splits(documents: Iterable[Document], tokenizer, train: SplitWriter, v
             if not text or prompt == [] or not document.text.strip():
                 blank += 1
                 continue
-            smallest = min(smallest, document.key)
             writer = val if document.key < threshold else train
-            if prompt is None:
-                writer.text(text, document.ends)
-            else:
+            if prompt is not None:
                 writer.answer(prompt, text)
+            elif not writer.text(text, document.ends):
+                continue
+            smallest, largest = min(smallest, document.key), max(largest, document.key)
         done += len(batch)
         shown(done)
-    return smallest, blank
+    return blank, smallest, largest
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         tokenizer_file.flush()
         with Progress(None, "prepare", "documents") as progress:
 
-            def write(threshold: int) -> tuple[SplitWriter, SplitWriter, int, int]:
+            def write(threshold: int) -> tuple[SplitWriter, SplitWriter, int, int, int]:
                 for file in (train_file, val_file):
                     file.seek(0)
                     file.truncate()
@@ -233,14 +234,16 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
                 return train, val, *write_splits(read_documents(files), tokenizer, train, val,
                                                  options.tokenizer_batch_size, threshold, progress.update)
 
-            train, val, smallest, blank = write(threshold)
-            if options.val_ratio and not val.counts["samples"] and train.counts["documents"] > 1:
-                progress.say("no document fell to val by chance: the one with the smallest hash goes there")
-                train, val, _, blank = write(smallest + 1)
+            train, val, blank, smallest, largest = write(threshold)
+            wanted = min(max(threshold, smallest + 1), largest)
+            if options.val_ratio and smallest < largest and wanted != threshold:
+                empty = "val" if wanted > threshold else "train"
+                progress.say(f"no document fell to {empty} by chance: the one whose hash is nearest goes there")
+                train, val, blank, *_ = write(wanted)
         if not train.counts["samples"]:
             raise ValueError(f"--source {options.source} gives no training triple ({val.counts['documents']} documents "
                              f"fell to val, {blank} are blank, {train.too_short + val.too_short} have one token): add "
-                             "documents or lower --val_ratio")
+                             "documents")
         meta = {
             "format": "prepared-triples", "version": 1, "vocab_size": vocabulary_size(tokenizer),
             **{f"{role}_id": number for role, number in special.items()},
@@ -266,8 +269,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{split}: {counts['samples']} triples of {counts['documents']} documents, {counts['encoder_tokens']} "
               f"encoder and {counts['decoder_tokens']} decoder tokens, {counts['decoder_bytes']} bytes to predict")
     cut, out = meta["truncated"], meta["left_out"]
-    print(f"cut to {options.max_seq_len} tokens: {cut['prompts']} prompts (the end kept), {cut['answers']} answers (the "
-          f"beginning kept); left out: {out['blank']} blank documents, {out['too_short']} texts of one token")
+    print(f"cut to {options.max_seq_len} tokens: {cut['prompts']} prompts (the end kept), {cut['answers']} answers "
+          f"(the beginning kept); left out: {out['blank']} blank documents, {out['too_short']} texts of one token")
     print(f"{options.dest}: vocabulary {meta['vocab_size']}, tokenizer {meta['tokenizer_sha256'][:12]}")
     return 0
 
