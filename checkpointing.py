@@ -16,7 +16,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -324,19 +324,23 @@ def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
     return (folder, metric, value) if STEP_NAME.fullmatch(name) and folder.is_dir() else None
 
 
-def resolve_resume(text: str, save_dir: Path, flag: str = "--resume") -> Path:
+def resolve_resume(text: str, save_dir: Path, flag: str = "--resume",
+                   fits: Callable[[Path], bool] = lambda folder: True) -> Path:
     """The checkpoint folder meant by `--resume TEXT`: a checkpoint, a run, its `checkpoints` folder, or 'auto'.
 
     A run or `checkpoints` folder stands for its newest whole checkpoint, 'auto' for the one written last in any run
-    of `save_dir`. A name that is no path is looked up in `save_dir`. Raises CheckpointError.
+    of `save_dir`, among those that `fits` accepts. A name that is no path is looked up in `save_dir`. Raises CheckpointError.
     """
     save_dir = Path(save_dir)
     runs = [place.parent for place in sorted(save_dir.glob(f"*/{FOLDER}"))]
     if text == "auto":
         whole = [folder for run in runs if newest_checkpoint(run) for folder in _whole(run)]
-        if not whole:
-            raise CheckpointError(f"{flag} auto: no whole checkpoint in any run of {save_dir}; train one first")
-        return max(whole, key=lambda folder: ((folder / MANIFEST).stat().st_mtime_ns, folder.name))
+        newest_first = sorted(whole, key=lambda place: ((place / MANIFEST).stat().st_mtime_ns, place.name), reverse=True)
+        found = next(filter(fits, newest_first), None)
+        if found is None:
+            what = "none of the checkpoints is of that kind" if whole else "no whole checkpoint"
+            raise CheckpointError(f"{flag} auto: {what} in any run of {save_dir}; train one first")
+        return found
     places = [Path(os.path.abspath(p)) for p in (Path(text), save_dir / text) if text.strip()]
     place = next((p for p in places if p.exists()), None)
     if place is not None and ((place / MANIFEST).exists() or STEP_NAME.fullmatch(place.name)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PROG = "generate.py"
 COMMANDS = "an empty line or Ctrl-D ends"
@@ -22,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROG,
-        description="Answers prompts with a frozen LLM and its trained HRM add-on.",
+        description="Answers prompts with a trained checkpoint: a frozen LLM with its HRM add-on, or a hybrid.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -30,12 +29,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_dir", default="runs", help="folder of all runs")
     parser.add_argument("--prompt", action="append", default=[], help="a question; may be given several times")
     parser.add_argument("--interactive", action="store_true", help=f"read questions from the terminal; {COMMANDS}")
-    parser.add_argument("--compare", action="store_true", help="show the bare LLM beside LLM + HRM")
+    parser.add_argument("--compare", action="store_true", help="show the bare LLM, or the hybrid with its gate shut, too")
+    parser.add_argument("--dataset", help="take the newest checkpoint that was trained on this data set (hybrid)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer in tokens")
     parser.add_argument("--decode_temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
     parser.add_argument("--decode_top_p", type=float, default=1.0, help="nucleus sampling; 1 = off")
     parser.add_argument("--decode_top_k", type=int, default=0, help="sample among the k likeliest tokens; 0 = off")
-    parser.add_argument("--eval_segments", type=int, default=0, help="HRM segments; 0 = as trained")
+    parser.add_argument("--eval_segments", type=int, default=0, help="HRM segments or cycles; 0 = as trained")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
@@ -55,65 +55,29 @@ def problems(opts: argparse.Namespace) -> list[str]:
     return found + [f"--prompt {text!r} is empty: type a question" for text in opts.prompt if not text.strip()]
 
 
-class Answerer:
-    """A loaded checkpoint that answers questions in the format it was trained with."""
+def load(opts: argparse.Namespace) -> Any:
+    """The answerer of the checkpoint, see `answering.load_answerer`; torch and transformers load here."""
+    import transformers
 
-    def __init__(self, opts: argparse.Namespace):
-        import transformers
+    from answering import load_answerer
 
-        from batching import PromptFormat
-        from checkpointing import resolve_resume
-        from host import load_tokenizer
-        from model import load_adapter
-        from run_setup import pick_device
-
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        folder = resolve_resume(opts.checkpoint or "auto", Path(opts.save_dir), "--checkpoint")
-        self.opts, self.device = opts, pick_device(opts.device)
-        self.model, document = load_adapter(folder, self.device, opts.trust_remote_code)
-        if opts.eval_segments:
-            self.model.config.segments = opts.eval_segments
-        prompt = document["prompt"]
-        tokenizer = load_tokenizer(document["base_model_name_or_path"], opts.trust_remote_code)
-        self.format = PromptFormat(
-            tokenizer, prompt["prompt_style"], prompt["system_header"], prompt["sentinel"], prompt["max_seq_len"]
-        )
-        print(f"{folder}: {document['base_model_name_or_path']} + HRM on {self.device}", file=sys.stderr)
-
-    def check_length(self, question: str) -> None:
-        """Raises ValueError when prompt and answer could outgrow the LLM's positions."""
-        host = self.model.host.config.get_text_config()
-        tokens = len(self.format.prompts([question])[0]) + self.opts.max_new_tokens
-        if tokens > (getattr(host, "max_position_embeddings", None) or tokens):
-            raise ValueError(
-                f"prompt and answer may take {tokens} tokens, the LLM has {host.max_position_embeddings} positions: "
-                "shorten the prompt or lower --max_new_tokens"
-            )
-
-    def answers(self, question: str) -> list[tuple[str, str]]:
-        """(label, answer) of LLM + HRM, the bare LLM's first with --compare."""
-        from evaluation import Decoding, generate_texts
-
-        opts = self.opts
-        decoding = Decoding(
-            opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, opts.max_new_tokens, seed=opts.seed
-        )
-        found = []
-        if opts.compare:
-            with self.model.bare() as host:
-                found.append(("bare LLM", generate_texts(host, self.format, [question], decoding)[0]))
-        return [*found, ("LLM + HRM", generate_texts(self.model, self.format, [question], decoding)[0])]
-
-    def show(self, question: str) -> None:
-        found = self.answers(question)  # a question that is refused prints nothing
-        print(f"> {question}")
-        for label, text in found:
-            indented = text.replace("\n", "\n" + " " * 11)
-            print(f"{label:9s}  {indented}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    answerer = load_answerer(opts)
+    print(answerer.title, file=sys.stderr)
+    return answerer
 
 
-def interact(answerer: Answerer) -> None:
+def show(answerer: Any, question: str) -> None:
+    """Question and answers; a question that is refused prints nothing."""
+    found = answerer.answers(question)
+    print(f"> {question}")
+    for label, text in found:
+        indented = text.replace("\n", "\n" + " " * 11)
+        print(f"{label:9s}  {indented}")
+
+
+def interact(answerer: Any) -> None:
     """Question by question until an empty line or the end of input."""
     print(f"ask; {COMMANDS}", file=sys.stderr)
     while True:
@@ -126,7 +90,7 @@ def interact(answerer: Answerer) -> None:
             return
         try:
             answerer.check_length(question)
-            answerer.show(question)
+            show(answerer, question)
         except ValueError as error:  # one question too long does not end the talk
             print(f"{PROG}: error: {error}", file=sys.stderr)
 
@@ -137,11 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     found = problems(opts)
     if not found:
         try:
-            answerer = Answerer(opts)
+            answerer = load(opts)
             for question in opts.prompt:
                 answerer.check_length(question)
             for question in opts.prompt:
-                answerer.show(question)
+                show(answerer, question)
             if opts.interactive:
                 interact(answerer)
             return 0
