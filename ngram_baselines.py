@@ -147,15 +147,22 @@ def read_label_rows(path: Path) -> Iterator[list[int]]:
                 ) from error
 
 
-def baseline_perplexities(folder: Path, vocab_size: int) -> dict[str, float]:
-    """`unigram_bigram_baselines` of the prepared data in `folder`: train.jsonl and val.jsonl.
+def baseline_perplexities(folder: Path | str, vocab_size: int | None = None) -> dict[str, float]:
+    """`unigram_bigram_baselines` of the prepared data in `folder`: train.jsonl, val.jsonl and, where no `vocab_size`
+    is given, that of meta.json.
 
     Raises:
         ValueError: a file is missing or broken.
     """
-    paths = [Path(folder) / name for name in ("train.jsonl", "val.jsonl")]
+    names = ("train.jsonl", "val.jsonl", *(["meta.json"] if vocab_size is None else []))
+    paths = [Path(folder) / name for name in names]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(f"no file {', '.join(missing)}: give a folder with prepared train.jsonl and val.jsonl")
-    train, val = (read_label_rows(path) for path in paths)
+        raise ValueError(f"no file {', '.join(missing)}: give a folder with prepared data")
+    if vocab_size is None:
+        try:
+            vocab_size = int(json.loads(paths[2].read_text(encoding="utf-8"))["vocab_size"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{paths[2]} tells no vocab_size ({error}): prepare the data anew") from error
+    train, val = (read_label_rows(path) for path in paths[:2])
     return unigram_bigram_baselines(train, val, vocab_size)

@@ -52,6 +52,8 @@ class Question:
 
 def _text(row: dict[str, Any], key: str, empty: bool = False) -> str:
     value = row.get(key, "" if empty else None)
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n")
     if not isinstance(value, str) or not (value.strip() or empty):
         raise SuiteError(f"{key} must be {'' if empty else 'non-empty '}text")
     return value
@@ -61,7 +63,7 @@ def _texts(row: dict[str, Any], key: str, least: int) -> tuple[str, ...]:
     value = row.get(key)
     if not isinstance(value, list) or len(value) < least or not all(isinstance(entry, str) for entry in value):
         raise SuiteError(f"{key} must be a list of at least {least} texts")
-    return tuple(value)
+    return tuple(entry.replace("\r\n", "\n") for entry in value)
 
 
 def _synthetic(index: int, row: dict[str, Any]) -> Question:
@@ -79,30 +81,30 @@ def _gsm8k(index: int, row: dict[str, Any]) -> Question:
 
 
 def _mbpp(index: int, row: dict[str, Any]) -> Question:
+    """The prompt of the published form shows the first test, which tells the function's name (Austin et al. 2021)."""
     if "test_list" not in row:
         return Question(index, _text(row, "prompt"), tests=_texts(row, "tests", 1), setup=_text(row, "setup", True))
-    tests = _texts(row, "test_list", 1)
-    shown = "\n".join(tests)  # they alone tell the function's name
-    prompt = f"{_text(row, 'text')}\nThe code must pass these tests:\n{shown}"
-    return Question(index, prompt, tests=tests, setup=_text(row, "test_setup_code", True))
+    tests, setup = _texts(row, "test_list", 1), _text(row, "test_setup_code", True)
+    parts = [_text(row, "text").strip(), "The code must pass this test:", setup.strip(), tests[0].strip()]
+    return Question(index, "\n".join(filter(None, parts)), tests=tests, setup=setup)
 
 
 def _science_qa(index: int, row: dict[str, Any]) -> Question | None:
-    """None for a question about an image: no text answers it."""
+    """None for a published question about an image: no text answers it."""
     choices = _texts(row, "choices", 2)
     right = row.get("answer_index", row.get("answer"))
-    if not isinstance(right, int) or not 0 <= right < len(choices) <= len(LETTERS):
+    if type(right) is not int or not 0 <= right < len(choices) <= len(LETTERS):
         raise SuiteError(f"answer_index must be a choice's place, 0 to {len(choices) - 1}")
     if "prompt" in row:
         return Question(index, _text(row, "prompt"), choices=choices, answer_index=right,
                         rationale=_text(row, "rationale", True))
     if row.get("image"):
         return None
-    hint = _text(row, "hint", True).strip()
-    options = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-    parts = [_text(row, "question"), *([hint] if hint else []), *options, "Answer with the letter, then explain."]
-    return Question(index, "\n".join(parts), choices=choices, answer_index=right,
-                    rationale=_text(row, "solution", True))
+    options = [f"({letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    parts = [_text(row, "hint", True).strip(), _text(row, "question").strip(), *options]
+    told = [_text(row, key, True).strip() for key in ("lecture", "solution")]
+    return Question(index, "\n".join(filter(None, parts)), choices=choices, answer_index=right,
+                    rationale="\n".join(filter(None, told)))
 
 
 READERS: dict[str, tuple[Callable[[int, dict[str, Any]], Question | None], str]] = {

@@ -139,6 +139,11 @@ def test_a_folder_of_prepared_data_is_read(tmp_path):
     write("val.jsonl", [([1, 2], [2, 4])])
     train = [[1, 2, 3, 4], [1, 2]] * 10
     assert baseline_perplexities(tmp_path, V) == unigram_bigram_baselines(train, [[1, 2, 4]], V)
+    (tmp_path / "meta.json").write_text('{"vocab_size": 6}')
+    assert baseline_perplexities(tmp_path) == baseline_perplexities(str(tmp_path), 6)
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match="tells no vocab_size"):
+        baseline_perplexities(tmp_path)
     assert Counter(token for row in train for token in row[1:])[2] == 20
     for broken in ('{"labels": [1]}', '{"decoder_input_ids": [1, 2], "labels": [1]}', "{", "[1]"):
         (tmp_path / "val.jsonl").write_text('{"decoder_input_ids": [1], "labels": [2]}\n' + broken + "\n")
