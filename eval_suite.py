@@ -6,9 +6,7 @@ bootstrap for the others (over documents for language, over items for rationales
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,14 +168,11 @@ def _score_gsm8k(questions: Sequence[Question], texts: Sequence[str], settings: 
 
 def _score_mbpp(questions: Sequence[Question], texts: Sequence[str], settings: Settings) -> Scores:
     """An item is solved when its code passes all its tests."""
-    from code_runner import run_tests
+    from code_runner import CodeJob, run_many
 
-    def passed(question: Question, text: str) -> bool:
-        return bool(run_tests(strip_fences(text), list(question.tests), setup=question.setup,
-                              allow_unconfined=settings.allow_unconfined).passed)
-
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        right = list(pool.map(passed, questions, texts))
+    jobs = [CodeJob(strip_fences(text), question.tests, question.setup)
+            for text, question in zip(texts, questions, strict=True)]
+    right = [result.passed for result in run_many(jobs, allow_unconfined=settings.allow_unconfined)]
     return {"passed": proportion(right)}, [float(hit) for hit in right]
 
 
@@ -288,8 +283,9 @@ def check_code_runner(items: Sequence[SuiteItem], allow_unconfined: bool) -> Non
         return
     from code_runner import confinement
 
-    if confinement() is None:
-        raise SuiteError("mbpp runs generated code, and nothing on this machine can confine it: leave mbpp out of "
+    reason = confinement()
+    if reason is not None:
+        raise SuiteError(f"mbpp runs generated code, which cannot be confined here ({reason}): leave mbpp out of "
                          "--eval_suite, or accept the risk by allowing unconfined code")
 
 
