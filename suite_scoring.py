@@ -69,9 +69,15 @@ def strip_fences(text: str) -> str:
     return block[1] if block else text
 
 
+OPENING_LETTER = re.compile(
+    r"\s*(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[.):](?!\w)|([A-Z])(?=\s*(?:$|[\n,;]))|([B-HJ-Z])(?=\s)"
+    r"|([AI])(?=\s+(?:because|since|as)\b))"
+)
+
+
 def _letter(text: str, count: int) -> int | None:
-    """The option whose letter opens `text`: `(B)`, `B.`, `B)`, `B:`, `B` alone; not the article in `A force`."""
-    found = re.match(r"\s*(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[.):](?!\w)|([A-Z])(?=\s*(?:$|[\n,;])))", text)
+    """The option whose letter opens `text`: `(B)`, `B.`, `B)`, `B:`, `B`; not the article in `A force`."""
+    found = OPENING_LETTER.match(text)
     place = LETTERS.index(next(filter(None, found.groups())).upper()) if found else count
     return place if place < count else None
 
@@ -93,21 +99,33 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+(?:[./'-][^\W_]+)*", text.lower()))
 
 
+def _verbatim(text: str, choices: Sequence[str]) -> int | None:
+    """The longest option that `text` opens with to the letter: some differ in case or punctuation alone."""
+    found = [place for place, choice in enumerate(choices)
+             if text.startswith(choice.strip()) and not re.match(r"\w", text[len(choice.strip()) :])]
+    return max(found, key=lambda place: len(choices[place].strip()), default=None)
+
+
 def choose_option(text: str, choices: Sequence[str]) -> int | None:
     """The place of the option that a generated answer gives, or None where it gives none or is not clear.
 
-    Tried in this order: what stands after "answer is", "answer:" and the like (the last such place that names an
-    option); a letter at the start; a first line that is an option; the one option that the first line, then the
-    whole text, names; the one letter in brackets.
+    Tried in this order: a letter after "answer is", "answer:" and the like, then the words of an option there (the
+    last such place counts); a letter at the start; a text that opens with an option, or whose first line is one; the
+    one option that the first line, then the whole text, names; the one letter in brackets.
     """
-    for stated in reversed(list(STATED.finditer(text))):
-        rest = text[stated.end() :]
+    stated = [text[mark.end() :] for mark in reversed(list(STATED.finditer(text)))]
+    for rest in stated:
+        found = _letter(rest.replace("*", "").lstrip("_` \"'"), len(choices))
+        if found is not None:
+            return found
+    for rest in stated:
         line = re.split(r"[\n.;](?:\s|$)|\bbecause\b", rest.lstrip("*_` \"'"), maxsplit=1)[0]
-        found = _letter(rest.lstrip("*_` \"'").replace("*", ""), len(choices))
+        found = _verbatim(rest.lstrip(), choices)
         found = _named(line, choices, whole=True) if found is None else found
         if found is not None:
             return found
-    found = _letter(text.lstrip("*_` \"'").replace("*", ""), len(choices))
+    found = _letter(text.replace("*", "").lstrip("_` \"'"), len(choices))
+    found = _verbatim(text.strip(), choices) if found is None else found
     if found is not None:
         return found
     first = text.strip().partition("\n")[0]

@@ -349,7 +349,8 @@ def test_code_is_unfenced_and_run_against_all_its_tests(write, monkeypatch):
     (row,) = result.rows(0, 0.0)
     assert (row["metric"], row["value"], row["n"], row["bare"]) == ("passed", 0.5, 2, 0.0)
     assert [line["score"] for line in result.predictions(0)] == [1.0, 0.0]
-    assert (f"{MBPP[0]['code']}\n", tuple(MBPP[0]["tests"]), "import math", False) in runner.calls and len(runner.calls) == 4
+    assert (f"{MBPP[0]['code']}\n", tuple(MBPP[0]["tests"]), "import math", False) in runner.calls
+    assert len(runner.calls) == 4
 
 
 def test_code_that_nothing_confines_is_not_run_unless_allowed(write, monkeypatch):

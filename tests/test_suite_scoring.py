@@ -102,7 +102,8 @@ CHOICES = ("a solid", "a liquid", "a gas", "Both a solid and a liquid")
     ("The lecture of it.\nThe answer is (D).", 3), ("Both a solid and a liquid", 3), ("**B**", 1), ("(b)", 1),
     ("**Answer:** **C**", 2), ("Option B", 1), ("A force acts on it.", None), ("", None), ("(E)", None), ("Z", None),
     ("It may be a solid or a gas.", None), ("I think (B) it is", 1), ("The answer is clear: (C)", 2), ("a", None),
-    ("The correct answer is (B) a liquid. The wrong answer is obvious.", 1), ("B, since it flows", 1)])
+    ("The correct answer is (B) a liquid. The wrong answer is obvious.", 1), ("B, since it flows", 1),
+    ("The answer is B because it flows.", 1), ("The answer is A because it is hard.", 0), ("A lot of it flows", None)])
 def test_the_option_is_found(text, place):
     assert choose_option(text, CHOICES) == place
 
@@ -132,6 +133,14 @@ def test_options_of_numbers_and_signs():
     assert choose_option("1/4", ("1/4", "0/4", "4/4")) == 0
     assert choose_option("The answer is 4/4.", ("1/4", "0/4", "4/4")) == 2
     assert choose_option("it is -3 degrees", ("-3 degrees", "13 degrees")) == 0
+
+
+def test_options_that_differ_in_case_alone_and_letters_before_words():
+    choices = ("Dear ms. Allen,", "Dear Ms. Allen,")
+    assert [choose_option(choice, choices) for choice in choices] == [0, 1]
+    assert choose_option("The answer is Dear Ms. Allen,", choices) == 1
+    assert choose_option("Answer: B. BECAUSE: is it inside? The answer is yes.", ("yes", "no")) == 1
+    assert choose_option("nothing", ("no", "yes")) is None
 
 
 def test_the_rationale_is_what_is_said_beside_the_option():
