@@ -13,7 +13,8 @@ from batching import PromptFormat
 from evaluation import Decoding, generate_texts
 from host import load_host
 from text_model import CausalTextModel, adds_space
-from tiny_families import randomise
+from tiny_families import randomise, tiny_controller
+from tiny_families import tiny_host as random_host
 from tiny_runs import tiny_model
 
 PAIRS = [
@@ -65,6 +66,15 @@ def test_terms_equal_the_slow_truth(kind, batch_size, host, addon, tokenizer):
     sums = seen.log_likelihoods(PAIRS)
     assert sums == [(pytest.approx(float(terms.sum())), len(terms)) for terms in found]
     assert seen.segments_used == (2 if kind == "addon" else None)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_padding_changes_nothing_in_any_family(family, wrapped, tokenizer):
+    host = random_host(family, vocab_size=len(tokenizer), max_position_embeddings=128)
+    model = tiny_controller(host=host) if wrapped else host
+    for terms, pair in zip(CausalTextModel(model, tokenizer).token_log_probs(PAIRS), PAIRS, strict=True):
+        assert terms.tolist() == pytest.approx(slow_terms(model, tokenizer, *pair), abs=1e-4)
 
 
 def test_the_addon_at_scale_zero_and_its_bare_llm_are_the_bare_llm(host, addon, tokenizer, monkeypatch):
