@@ -238,11 +238,13 @@ def _generate(model, prompt_format, questions, budget, decoding, device, **extra
 
 
 @torch.no_grad()
-def generate_texts(model: Any, prompt_format: PromptFormat, questions: Sequence[str], decoding: Decoding) -> list[str]:
-    """Answers to bare questions, without a verifier."""
+def generate_texts(
+    model: Any, prompt_format: PromptFormat, questions: Sequence[str], decoding: Decoding, **extra: Any
+) -> list[str]:
+    """Answers to bare questions, without a verifier; `extra` goes to `generate`."""
     device = next(model.parameters()).device
     torch.manual_seed(decoding.seed)
-    ids = _generate(model, prompt_format, questions, decoding.max_new_tokens, decoding, device)
+    ids = _generate(model, prompt_format, questions, decoding.max_new_tokens, decoding, device, **extra)
     return [prompt_format.answer_text(row)[0] for row in ids]
 
 
