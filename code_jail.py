@@ -1,4 +1,4 @@
-"""Confines the current process for code nobody has read: Linux namespaces, no capabilities, a system call filter, limits.
+"""Confines the current process for code nobody has read: namespaces, no capabilities, a system call filter, limits.
 
 Imported only by the process that `code_runner` starts for one run (through `code_judge`), never by the program itself:
 what is done here cannot be undone. What is confined, and what is not, stands in `code_runner`.
@@ -150,7 +150,7 @@ def adopt_orphans() -> None:
 
 
 def drop_privileges(death_signal: int) -> None:
-    """No capability, none to be gained by a program file, no debugger on it, and `death_signal` when the parent dies."""
+    """No capability, none to be gained by a program file, no debugger, and `death_signal` when the parent dies."""
     header, nothing = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0), struct.pack("=6I", *[0] * 6)
     _syscall("capset", header, nothing)
     _prctl(PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")

@@ -63,7 +63,7 @@ class CodeRaised(Exception):
 
 
 class Channel:
-    """Framed pickles over two pipes. Unpickling finds no global, so what arrives is plain data, `REBUILT` or a `Remote`.
+    """Framed pickles over two pipes. Unpickling finds no global: what arrives is plain data, `REBUILT` or a `Remote`.
 
     `references` is the list the worker keeps its other objects in; None makes this the judge's end.
     """
@@ -185,7 +185,10 @@ class Remote:
         return self._judge_channel.ask("next", self)
 
     def __len__(self) -> int:
-        return self._judge_channel.ask("len", self)
+        try:
+            return self._judge_channel.ask("len", self)
+        except CodeRaised as error:  # list() asks for a length hint, and goes on without it only after a TypeError
+            raise TypeError(str(error)) from error
 
     def __str__(self) -> str:
         return self._judge_channel.ask("str", self)
@@ -317,7 +320,7 @@ class Judge:
         exec(compile(tree, "<setup>" if setup else "<test>", "exec", dont_inherit=True), scope)
 
     def _bind(self, tree: Any, scope: dict[str, Any]) -> None:
-        """Fetches the code's names. A builtin stays Python's own, unless the test can only mean the code's."""
+        """Fetches the code's names. A builtin stays Python's own, unless a test can only mean the code's."""
         names = list(loaded_names(tree))
         foreign = [name for name in names if name not in scope and not hasattr(builtins, name)]
         for name in foreign:
@@ -325,7 +328,7 @@ class Judge:
                 scope[name] = __import__(name)
             else:
                 self._fetch(name, scope)
-        if not foreign:
+        if not foreign and scope is not self.scope:
             own = [name for name in names if name not in scope]
             any(self._fetch(name, scope) for name in own)  # the first that the code defines is the function tested
 
@@ -391,8 +394,9 @@ def serve_verdict(verdict: int, confined: bool, memory_mb: int, cpu_seconds: int
         channel.ask("load", setup, code)
         judge.run(setup, judge.scope, setup=True)
         write_record(verdict, "loaded")
-        for test in tests:
-            write_record(verdict, *judge.judge(test))
+        for place, test in enumerate(tests, 1):
+            kind, note = judge.judge(test)
+            write_record(verdict, kind, note and f"test {place}: {note}")
     except WorkerGone:
         write_record(verdict, "gone", how_it_ended(os.waitpid(worker, 0)[1]))
     except CodeRaised as error:
@@ -414,7 +418,15 @@ def how_it_ended(status: int) -> str:
 def main(verdict: int, memory_mb: int, cpu_seconds: int, allow_unconfined: bool) -> None:
     """Confines, forks the judge, waits; SIGTERM ends everything. Never returns."""
     children: list[int] = []
-    signal.signal(signal.SIGTERM, lambda *_: [os.kill(child, signal.SIGKILL) for child in children])
+
+    def end(*_: object) -> None:
+        for child in children:
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended by itself a moment ago
+
+    signal.signal(signal.SIGTERM, end)
     code_jail.adopt_orphans()
     confined = True
     try:
