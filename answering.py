@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from batching import PromptFormat
 from checkpointing import read_checkpoint, resolve_resume
 from evaluation import Decoding, generate_texts
@@ -105,7 +107,9 @@ class HybridAnswerer:
         if opts.eval_segments:
             self.model.encoder.core.h_cycles = self.model.config.h_cycles = opts.eval_segments
         settings = read_resolved(saved.documents[RESOLVED])
-        self.text = HybridText(self.model, saved.documents[TOKENIZER_JSON], max_seq_len=settings.get("max_seq_len", 0))
+        tokenizer, longest = saved.documents[TOKENIZER_JSON], settings.get("max_seq_len", 0)
+        self.text = HybridText(self.model, tokenizer, max_seq_len=longest)
+        self.shut = HybridText(self.model, tokenizer, max_seq_len=longest, gate_scale=0.0)
         self.title = f"{folder}: hybrid trained on {settings.get('dataset')}, on {device}"
 
     def check_length(self, question: str) -> None:
@@ -117,12 +121,10 @@ class HybridAnswerer:
                              "shorten it")
 
     def answers(self, question: str) -> list[tuple[str, str]]:
-        import torch
-
-        arguments = sampling(self.opts).arguments()
-        found, scale = [], self.model.config.gate_scale
-        for label, gate in (("gate shut", 0.0), ("hybrid", scale))[not self.opts.compare :]:
-            self.model.config.gate_scale = gate
+        pairs = [("gate shut", self.shut), ("hybrid", self.text)]
+        found = []
+        for label, text in pairs if self.opts.compare else pairs[1:]:
             torch.manual_seed(self.opts.seed)
-            found.append((label, self.text.generate([question], self.opts.max_new_tokens, **arguments)[0]))
+            found.append((label, text.generate([question], self.opts.max_new_tokens,
+                                               **sampling(self.opts).arguments())[0]))
         return found

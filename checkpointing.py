@@ -329,14 +329,17 @@ def resolve_resume(text: str, save_dir: Path, flag: str = "--resume",
     """The checkpoint folder meant by `--resume TEXT`: a checkpoint, a run, its `checkpoints` folder, or 'auto'.
 
     A run or `checkpoints` folder stands for its newest whole checkpoint, 'auto' for the one written last in any run
-    of `save_dir`, among those that `fits` accepts. A name that is no path is looked up in `save_dir`. Raises CheckpointError.
+    of `save_dir`, among those that `fits` accepts. A name that is no path is looked up in `save_dir`.
+
+    Raises:
+        CheckpointError: nothing is found.
     """
     save_dir = Path(save_dir)
     runs = [place.parent for place in sorted(save_dir.glob(f"*/{FOLDER}"))]
     if text == "auto":
         whole = [folder for run in runs if newest_checkpoint(run) for folder in _whole(run)]
-        newest_first = sorted(whole, key=lambda place: ((place / MANIFEST).stat().st_mtime_ns, place.name), reverse=True)
-        found = next(filter(fits, newest_first), None)
+        whole.sort(key=lambda place: ((place / MANIFEST).stat().st_mtime_ns, place.name), reverse=True)
+        found = next(filter(fits, whole), None)
         if found is None:
             what = "none of the checkpoints is of that kind" if whole else "no whole checkpoint"
             raise CheckpointError(f"{flag} auto: {what} in any run of {save_dir}; train one first")

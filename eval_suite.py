@@ -286,7 +286,7 @@ def check_code_runner(items: Sequence[SuiteItem], allow_unconfined: bool) -> Non
     reason = confinement()
     if reason is not None:
         raise SuiteError(f"mbpp runs generated code, which cannot be confined here ({reason}): leave mbpp out of "
-                         "--eval_suite, or accept the risk by allowing unconfined code")
+                         "--eval_suite, or accept the risk with --allow_unconfined_code")
 
 
 def run_suite(

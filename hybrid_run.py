@@ -16,11 +16,13 @@ from checkpointing import step_folder
 from evaluation import question_hash, wilson
 from hrm_blocks import IGNORE
 from hybrid import HybridConfig, HybridModel
-from hybrid_data import HybridData, open_data, training_batches, validation_batches, workers_of
+from hybrid_data import SYNTHETIC, HybridData, open_data, training_batches, validation_batches, workers_of
 from hybrid_text import HybridText
 from hybrid_training import HybridTrainer
+from prepared_data import synthetic_questions
 from run_logging import Progress, draw_curve
 from run_loop import RunLoop
+from suite_data import SuiteItem
 
 VALIDATION = "validation"
 
@@ -143,6 +145,18 @@ class HybridRun(RunLoop):
         encoder = self.model.encoder
         return {"embeddings": encoder.embed, "encoder": encoder.backbone, "HRM core": encoder.core,
                 "bridge": encoder.bridge, "gate": encoder.gate, "decoder": self.model.decoder}
+
+    def text_models(self) -> tuple[HybridText, HybridText | None]:
+        """The hybrid, and the same weights with the gate shut."""
+        shut = HybridText(self.model, self.data.tokenizer_json, self.opts.eval_batch_size, self.opts.max_seq_len,
+                          self.trainer.autocast, gate_scale=0.0)
+        return self.text, None if self.model.config.gate_scale == 0 else shut
+
+    def suite_items(self, items: list[SuiteItem]) -> list[SuiteItem]:
+        """The synthetic sums are those that --dataset synthetic holds out."""
+        held = tuple(synthetic_questions(self.opts.eval_suite_n or self.opts.eval_n, 0, "val"))
+        return [SuiteItem(SYNTHETIC, pairs=held) if item.name == SYNTHETIC and not item.path else item
+                for item in items]
 
     def table(self, evaluation: HybridEvaluation) -> str:
         return evaluation.lines()

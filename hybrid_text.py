@@ -16,13 +16,18 @@ from prepared_data import Triple, pad_batch
 
 
 class HybridText:
-    """A hybrid with its tokenizer (text of a `tokenizers` file). Prompts longer than `max_seq_len` keep their end."""
+    """A hybrid with its tokenizer (text of a `tokenizers` file). Prompts longer than `max_seq_len` keep their end.
+
+    `gate_scale` replaces the model's own; 0 is the encoder-decoder without HRM. `segments_used` is the mean number of
+    cycles of the latest call.
+    """
 
     def __init__(self, model: HybridModel, tokenizer_json: str, batch_size: int = 32, max_seq_len: int = 0,
-                 autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
+                 autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+                 gate_scale: float | None = None):
         self.model, self.tokenizer = model, Tokenizer.from_str(tokenizer_json)
         self.batch_size, self.max_seq_len, self.autocast = batch_size, max_seq_len, autocast
-        self.segments_used: float | None = None
+        self.gate_scale, self.segments_used = gate_scale, None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special tokens."""
@@ -36,12 +41,14 @@ class HybridText:
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[torch.device]:
-        was_training = self.model.training
+        was_training, scale = self.model.training, self.model.config.gate_scale
         self.model.eval()
+        self.model.config.gate_scale = scale if self.gate_scale is None else self.gate_scale
         try:
             with torch.no_grad(), self.autocast():
                 yield self.model.device
         finally:
+            self.model.config.gate_scale = scale
             self.model.train(was_training)
 
     def _triple(self, context: list[int], target: list[int]) -> Triple:

@@ -18,6 +18,7 @@ from reasoning_gym_wrapper import EpochStream, Reserve, make_tasks, task_warning
 from run_logging import Progress, draw_curve, format_table
 from run_loop import RunLoop
 from run_setup import task_config, task_names
+from text_model import CausalTextModel
 from training import Trainer
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
@@ -105,6 +106,11 @@ class Run(RunLoop):
 
     def describe(self, batches: list[Batch]) -> list[dict[str, Any]]:
         return [{"task": e.task, "question": e.question, "target": e.target} for b in batches for e in b.examples]
+
+    def text_models(self) -> tuple[CausalTextModel, CausalTextModel]:
+        size, autocast = self.opts.eval_batch_size, self.trainer.autocast
+        return (CausalTextModel(self.model, self.format, size, autocast=autocast()),
+                CausalTextModel(self.model, self.format, size, bare=True))
 
     def table(self, evaluation: Evaluation) -> str:
         return format_table(evaluation.table())

@@ -19,10 +19,13 @@ from accelerate.utils import gather_object, set_seed
 
 import options
 from checkpointing import atomic_write_text
+from eval_suite import run_suite
 from optimization import BaseTrainer, NonFiniteError, learning_rate
 from run_logging import Progress, RunLog
 from run_setup import interruptible, peak_memory, pick_device, pick_precision, run_folder
 from run_state import RunState, load_run, save_run
+from suite_data import SuiteItem, parse_suite
+from text_model import TextModel
 
 NON_FINITE_EXIT = 3
 
@@ -113,6 +116,14 @@ class RunLoop:
         """The closing words."""
         raise NotImplementedError
 
+    def text_models(self) -> tuple[TextModel, TextModel | None]:
+        """(the model, what it is compared with) as --eval_suite sees them."""
+        raise NotImplementedError
+
+    def suite_items(self, items: list[SuiteItem]) -> list[SuiteItem]:
+        """The entries of the suite, changed where this system has been trained on what one would ask."""
+        return items
+
     def describe(self, batches: list[Any]) -> list[dict[str, Any]]:
         """The examples of batches, readable, for the record of a bad one."""
         raise NotImplementedError
@@ -188,6 +199,7 @@ class RunLoop:
         ) as self.log:
             if opts.eval_only:
                 self.finish(self.evaluated())
+                self._suite()
                 return 0
             if self.checkpoint and self.step:
                 self.log.truncate_after(self.step, evaluate=self._progress_share() >= 1)
@@ -200,7 +212,24 @@ class RunLoop:
             evaluation = self._evaluation
             self.save(evaluation)
             self.finish(evaluation)
+            self._suite()
         return 0
+
+    def _suite(self) -> None:
+        """`--eval_suite`: measured once, on the first rank, on the weights as they are."""
+        opts = self.opts
+        if not opts.eval_suite or not self.is_main:
+            return
+        with self.trainer.evaluation_weights(), Progress(None, "suite", "item") as progress:
+            model, bare = self.text_models()
+            found = run_suite(
+                model, self.suite_items(parse_suite(opts.eval_suite)), opts.eval_suite_n, opts.eval_seed, bare,
+                opts.allow_unconfined_code, lambda name, done, total: progress.update(done, entry=name, of=total),
+                opts.max_new_tokens,
+            )
+        self.log.eval_rows(found.rows(self.step, self.log.elapsed_s))
+        self.log.predictions(found.predictions(self.step))
+        print("\n".join(found.table()))
 
     def _dry_run(self) -> int:
         """One forward and backward on one real batch: loss, parameter counts, estimated time and memory of the run."""

@@ -16,10 +16,12 @@ import torch
 
 import options
 from checkpointing import FOLDER, disk_check
+from eval_suite import check_code_runner
 from host import load_config
 from hybrid_data import data_problems
 from reasoning_gym_wrapper import default_tasks, task_problems
 from run_logging import check_csv, check_trackers
+from suite_data import parse_suite, suite_problems
 
 
 def task_names(opts: argparse.Namespace) -> list[str]:
@@ -67,6 +69,8 @@ def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]
     else:
         found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, not opts.eval_only)
         checks.append((_check_host, opts))
+    if opts.eval_suite:
+        found += suite_problems(opts.eval_suite) or _code_problems(opts)
     if not opts.dry_run and os.environ.get("RANK", "0") == "0":  # ranks would take away each other's probe
         folder = run_folder(opts, checkpoint) or Path(opts.save_dir)
         csv = Path(opts.log_csv or folder / "eval.csv")
@@ -77,6 +81,15 @@ def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]
         except (ValueError, OSError) as error:
             found.append(str(error))
     return found
+
+
+def _code_problems(opts: argparse.Namespace) -> list[str]:
+    """At most one line: the suite would run generated code that nothing confines."""
+    try:
+        check_code_runner(parse_suite(opts.eval_suite), opts.allow_unconfined_code)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _check_device(opts: argparse.Namespace) -> None:

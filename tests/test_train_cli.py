@@ -11,6 +11,7 @@ import pytest
 
 import options
 import run
+import run_loop
 import train
 from batching import PromptFormat
 from tiny_runs import ROOT, TINY, arguments, error_lines, newest, only_run, records
@@ -236,7 +237,7 @@ def test_a_dry_run_of_a_broken_model_ends_as_training_would(call, monkeypatch, t
         call("--dry_run")
 
     def spoilt(self, step, loss):
-        raise run.NonFiniteError("batch 0: loss nan")
+        raise run_loop.NonFiniteError("batch 0: loss nan")
 
     monkeypatch.setattr(run.Trainer, "_update", spoilt)
     status, _, err = call("--dry_run")
@@ -246,7 +247,8 @@ def test_a_dry_run_of_a_broken_model_ends_as_training_would(call, monkeypatch, t
 UNUSABLE_HERE = {("device", "cuda"), ("device", "mps"), ("mixed_precision", "fp16"), ("trackers", "wandb"),
                  ("trackers", "trackio")}
 # Beside the choices: switches, and numbers that turn a part on.
-MORE = [*((flag.name, text) for flag in options.FLAGS for text in "01" if flag.type == "bool"),
+OURS = [flag for flag in options.FLAGS if "addon" in flag.archs]
+MORE = [*((flag.name, text) for flag in OURS for text in "01" if flag.type == "bool" and flag.name != "reset_progress"),
         *(("grad_horizon", text) for text in ("one_step", "full", "k:1", "k:3")),
         *(tuple(pair.split()) for pair in (
             "cab_mem 3", "lora_layers 1", "supervised_segments 0", "supervised_segments 2", "verifier_weight 0.5",
@@ -254,13 +256,14 @@ MORE = [*((flag.name, text) for flag in options.FLAGS for text in "01" if flag.t
             "ema 0", "ema 0.9", "decode_temperature 0.7", "decode_top_p 0.5", "decode_top_k 3", "max_new_tokens 0",
             "eval_every 1", "save_every 1", "checkpoint_limit 0", "log_samples_every 1", "epochs 1", "warmup_steps 0",
             "max_minutes 0.5", "segments 1", "inner_T 3", "h_layers 2", "l_layers 2", "sentinel ##", "train_n 5",
-            "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647"))]
+            "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647", "eval_suite synthetic"))]
 SAMPLED = ["--decode_temperature", "1"]
 WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
-        "decode_top_k": SAMPLED, "verifier_weight": ["--verifier_every", "1"],
+        "decode_top_k": SAMPLED, "eval_suite": ["--eval_suite_n", "3"],
+        "verifier_weight": ["--verifier_every", "1"],
         "supervised_segments": ["--segments", "2"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64
-CHOICES = [(flag.name, choice) for flag in options.FLAGS for choice in flag.choices or ()]
+CHOICES = [(flag.name, choice) for flag in OURS for choice in flag.choices or () if choice != "hybrid"]
 
 
 @pytest.mark.parametrize("name,value", CHOICES + MORE, ids=lambda text: str(text))
