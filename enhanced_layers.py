@@ -1,7 +1,7 @@
 """Layers of the planner/worker model: causal attention over key/value slots, token choice, thought and gate heads.
 
-Shapes: B batch, T tokens of this call, S keys (past and present), d width, h heads, e = d / h; after the gate has stopped
-some tokens, R rows still hold running ones, at most A of them in a row.
+Shapes: B batch, T tokens of this call, S keys (past and present), d width, h heads, e = d / h; after the gate has
+stopped some tokens, R rows still hold running ones, at most A of them in a row.
 """
 
 from __future__ import annotations

@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
-REASONING_TOKENS = ("<think>", "</think>", "<plan>", "</plan>", "<work>", "</work>", "<SOLUTION>", "</SOLUTION>", "<REASONING>", "</REASONING>")  # noqa: E501
+# fmt: off
+REASONING_TOKENS = (
+    "<think>", "</think>", "<plan>", "</plan>", "<work>", "</work>", "<SOLUTION>", "</SOLUTION>",
+    "<REASONING>", "</REASONING>",
+)
+# fmt: on
