@@ -33,11 +33,12 @@ def small(reasoner, seed: int = 0, **settings) -> EnhancedHRMForCausalLM:
 def stopping(reasoner, **settings) -> EnhancedHRMForCausalLM:
     """A model whose gate stops about half of the running tokens after each cycle, for reasons of their own."""
     model = small(reasoner, entropy_threshold=0.5, confidence_threshold=0.5, **settings)
-    outer = model.model.gate.outer
+    gate, row = model.model.gate, torch.randn(64, generator=torch.Generator().manual_seed(7))
+    states = model.model(random_ids(8, 12, seed=99), adaptive_cycles=False, every_state=True).worker_states
     with torch.no_grad():
-        row = torch.randn(outer.weight.shape[1], generator=torch.Generator().manual_seed(7))
-        outer.weight.copy_(torch.stack([row, -row]) * 5)
-        outer.bias.zero_()
+        middle = (F.silu(gate.inner(torch.cat(states))) @ row).median()
+        gate.outer.weight.copy_(torch.stack([row, -row]) * 5)
+        gate.outer.bias.copy_(torch.stack([-middle, middle]) * 5)
     return model
 
 
