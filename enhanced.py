@@ -258,7 +258,7 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
         share = len(target) / count if items is not None else 1.0  # of the auxiliary means, across accumulated calls
         token = summed / (count if items is not None else max(count, 1))
         thought = self.thought_head.losses(out.last_hidden_state, mask)
-        gate, early = self._gate_losses(out, chosen, target, scored)
+        gate, early = self._gate_losses(out, logits, labels, mask.bool(), scored)
         cycle = self._cycle_loss(out.worker_states, mask)
         config = self.config
         thought_loss = thought["next"] + config.variance_weight * thought["variance"]
@@ -288,22 +288,26 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
         return torch.stack(steps).mean() if steps and bool(readable.any()) else states[0].sum() * 0.0
 
     def _gate_losses(
-        self, out: EnhancedBackboneOutput, logits: Tensor, target: Tensor, scored: Tensor
+        self, out: EnhancedBackboneOutput, logits: Tensor, labels: Tensor, readable: Tensor, scored: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(gate's error, cross-entropy of early exits).
+        """(gate's error on readable tokens, cross-entropy of early exits on scored ones).
 
-        The gate learns from the logits at hand; while training also from one earlier cycle, drawn at random, on at most
-        `exit_sample` of its tokens, whose logits are trained too: a token that stops there is answered from there.
+        While training, at most `exit_sample` tokens are drawn, and the gate learns from the logits at hand and from
+        those of one earlier cycle, drawn at random, which are trained too: a token that stops there is answered there.
         """
-        gate, states = self.model.gate, out.worker_states
-        error = gate.loss(out.last_hidden_state[:, :-1][scored], logits)
-        if not self.training or len(states) < 2 or not len(target):
+        gate, states, places = self.model.gate, out.worker_states, readable.nonzero()
+        if self.training:
+            places = places[torch.randperm(len(places), device=places.device)[: self.config.exit_sample]]
+        rows, columns = places.unbind(dim=1)
+        error = gate.loss(out.last_hidden_state[rows, columns], logits[rows, columns])
+        if not self.training or len(states) < 2:
             return error, logits.sum() * 0.0
-        device = target.device
-        picked = torch.randperm(len(target), device=device)[: self.config.exit_sample]
-        state = states[int(torch.randint(len(states) - 1, ()))][:, :-1][scored][picked]
+        state = states[int(torch.randint(len(states) - 1, ()))][rows, columns]
         early = self.lm_head(state).float()
-        return (error + gate.loss(state, early)) / 2, F.cross_entropy(early, target[picked])
+        known = F.pad(scored, (0, 1))[rows, columns]
+        target = labels.roll(-1, dims=1)[rows, columns][known]
+        exits = F.cross_entropy(early[known], target, reduction="sum") / max(len(target), 1)
+        return (error + gate.loss(state, early)) / 2, exits
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers'; without a mask, one of ones as long as all tokens so far."""

@@ -42,7 +42,7 @@ class EnhancedHRMConfig(PreTrainedConfig):
         covariance_weight: float = 0.04,
         gate_weight: float = 0.1,
         exit_weight: float = 0.1,
-        exit_sample: int = 64,
+        exit_sample: int = 128,
         thought_ema: float = 0.99,
         rope_theta: float = 10_000.0,
         **kwargs: Any,
