@@ -210,7 +210,8 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
         """Logits of the next token, thoughts and, with labels (B, T; -100 is not scored), the loss.
 
         Position t is scored on the label at t + 1. `max_cycles` and `adaptive_cycles` override the config for this
-        call. `num_items_in_batch` is the number of scored tokens of the global batch, where it spans several calls.
+        call: a share of training steps with the gate on teaches the model to read tokens that stopped.
+        `num_items_in_batch` is the number of scored tokens of the global batch, where it spans several calls.
 
         Raises:
             ValueError: as the backbone; labels together with `logits_to_keep`.
