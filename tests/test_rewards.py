@@ -103,7 +103,8 @@ def test_any_code_scores_within_0_and_1(text):
     assert 0.0 <= score("code", tagged(text)) < 1.0
 
 
-PIECES = ("<think>", "</think>", "<SOLUTION>", "<", "a", "1", "1+", "1=", "1,111,", "1 ", ".1", "1 1/", "\\frac{", "</s>")
+PIECES = ("<think>", "</think>", "<SOLUTION>", "<", "a", "1", "1+", "1=", "1,111,", "1 ", ".1", "1 1/", "\\frac{",
+          "</s>")
 
 
 @pytest.mark.parametrize("piece", [*PIECES, "1 + 1 = 2 ", "$-", "\n"])

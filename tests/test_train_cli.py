@@ -256,7 +256,8 @@ MORE = [*((flag.name, text) for flag in OURS for text in "01" if flag.type == "b
             "ema 0", "ema 0.9", "decode_temperature 0.7", "decode_top_p 0.5", "decode_top_k 3", "max_new_tokens 0",
             "eval_every 1", "save_every 1", "checkpoint_limit 0", "log_samples_every 1", "epochs 1", "warmup_steps 0",
             "max_minutes 0.5", "segments 1", "inner_T 3", "h_layers 2", "l_layers 2", "sentinel ##", "train_n 5",
-            "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647", "eval_suite synthetic"))]
+            "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647",
+            "eval_suite synthetic"))]
 SAMPLED = ["--decode_temperature", "1"]
 WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
         "decode_top_k": SAMPLED, "eval_suite": ["--eval_suite_n", "3"],
