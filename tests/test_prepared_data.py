@@ -229,7 +229,7 @@ def test_every_epoch_holds_every_triple_once(length, size, bucket, world, seed):
     for _ in range(windows * bucket):
         shares = [prompts_of(next(rank)) for rank in ranks]
         assert [len(share) for share in shares] == [size] * world
-        seen += [prompt[0] for share in shares for prompt in share]
+        seen += [prompt[0] for row in zip(*shares, strict=True) for prompt in row]  # in the order of the draw
     # Bucketing moves triples within a window only, so whole windows hold what the epochs joined end to end hold.
     whole = len(seen) // length
     counts = [seen.count(i) for i in range(length)]
