@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from prepared_data import (
@@ -371,6 +371,7 @@ def test_memory_grows_by_less_than_50_mb_from_50_to_500_mb(tmp_path, triple):
 # --- the synthetic task -----------------------------------------------------------------------------------------------
 
 
+@example(text="12<|pad|> \u00e9")
 @given(text=st.text() | st.text("What is 0123456789+?\n<|pad|>"))
 def test_a_saved_simple_tokenizer_gives_the_same_ids_in_transformers(simple_pair, text):
     simple, fast = simple_pair
