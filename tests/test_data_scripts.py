@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import documents
@@ -171,6 +171,7 @@ def trained():
     return load_tokenizer(train_tokenizer(["the cat sat on 1234 mats ", "été 12"] * 5, 300).to_str(), "here")
 
 
+@example(text="a text may say <|eos|> or <|pad|>")
 @given(text=st.text() | st.text("the cat 0123<|eos|>\r\n"))
 def test_the_trained_tokenizer_round_trips_any_text_and_counts_its_bytes(trained, text):
     ids = trained.encode(text, add_special_tokens=False).ids
@@ -278,7 +279,8 @@ def test_no_document_stands_in_both_splits_however_often_it_comes(tmp_path, prep
     rows = [{"text": spellings[place % 3].format(number, seed)} for place, number in enumerate(numbers)]
     source = write_lines(tmp_path / "source" / "rows.jsonl", rows + [{"text": "one more"}, {"text": "and another"}])
     dest = tmp_path / "dest"
-    call(prepare, "--source", source, "--dest", dest, "--tokenizer", prepared / "tokenizer.json", "--val_ratio", 0.3)
+    call(prepare, "--source", source, "--dest", dest, "--tokenizer", prepared / "tokenizer.json", "--val_ratio", 0.3,
+         "--tokenizer_batch_size", 3)
     tokenizer, found = tokenizer_of(dest), {}
     for split in ("train", "val"):
         texts = [tokenizer.decode(row["encoder_ids"] + row["labels"]) for row in rows_of(dest, split)]
@@ -328,6 +330,7 @@ def test_quotas_add_up_and_are_each_share_rounded(weights, total):
 def test_quotas_round_up_the_largest_remainders():
     assert merge.quotas([Fraction(".9"), Fraction(".05"), Fraction(".05")], 101) == [91, 5, 5]
     assert merge.quotas([Fraction(1)] * 3, 5) == [2, 2, 1]
+    assert merge.quotas([Fraction(".9"), Fraction(".1")], 8) == [7, 1]
 
 
 def merged(folder: Path, sources: list[Path], weights: str, train: int, val: int, seed: int = 0) -> Path:
@@ -356,6 +359,14 @@ def test_merging_takes_exact_shares_and_repeats_in_whole_epochs(tmp_path, prepar
     assert all(set(ours) & set(lines[k * third: (k + 1) * third]) < set(lines[k * third: (k + 1) * third])
                for k in range(3))
     assert call(validate, folder) == 0
+
+
+def test_a_short_source_comes_again_in_another_order(tmp_path, qa):
+    ours = (qa / "train.jsonl").read_text().splitlines()
+    lines = (merged(tmp_path / "mix", [qa], "1", 3 * len(ours), 0) / "train.jsonl").read_text().splitlines()
+    epochs = [lines[start: start + len(ours)] for start in range(0, len(lines), len(ours))]
+    assert all(sorted(epoch) == sorted(ours) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != ours
 
 
 def test_merging_is_a_function_of_the_seed(tmp_path, prepared, qa):

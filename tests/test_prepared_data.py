@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from prepared_data import (
@@ -229,7 +229,7 @@ def test_every_epoch_holds_every_triple_once(length, size, bucket, world, seed):
     for _ in range(windows * bucket):
         shares = [prompts_of(next(rank)) for rank in ranks]
         assert [len(share) for share in shares] == [size] * world
-        seen += [prompt[0] for share in shares for prompt in share]
+        seen += [prompt[0] for row in zip(*shares, strict=True) for prompt in row]  # in the order of the draw
     # Bucketing moves triples within a window only, so whole windows hold what the epochs joined end to end hold.
     whole = len(seen) // length
     counts = [seen.count(i) for i in range(length)]
@@ -371,6 +371,7 @@ def test_memory_grows_by_less_than_50_mb_from_50_to_500_mb(tmp_path, triple):
 # --- the synthetic task -----------------------------------------------------------------------------------------------
 
 
+@example(text="12<|pad|> \u00e9")
 @given(text=st.text() | st.text("What is 0123456789+?\n<|pad|>"))
 def test_a_saved_simple_tokenizer_gives_the_same_ids_in_transformers(simple_pair, text):
     simple, fast = simple_pair
