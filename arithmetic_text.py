@@ -22,9 +22,9 @@ _WORDS = dict(
         (
             "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
             "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand "
-            "half twice double triple thrice quarter dozen percent"
+            "half twice double triple thrice quarter dozen percent hour minute week year"
         ).split(),
-        (*range(21), *range(30, 91, 10), 100, 1000, 2, 2, 2, 3, 3, 4, 12, 100),
+        (*range(21), *range(30, 91, 10), 100, 1000, 2, 2, 2, 3, 3, 4, 12, 100, 60, 60, 7, 12),
         strict=True,
     )
 )
@@ -88,12 +88,13 @@ def numbers(text: str) -> list[Number]:
 
 
 def mentioned(prompt: str) -> set[Fraction]:
-    """Sizes of the numbers a prompt mentions, in digits or in words (half and twice are 2, a dozen is 12)."""
+    """Sizes of the numbers a prompt mentions: in digits, in words (half and twice are 2, a dozen is 12), and those that
+    its units bring with them (100 with a percent sign, 60 with hours)."""
     found = set()
     for number in numbers(prompt):
-        found |= {abs(number.value), *[abs(number.value) / 100] * number.percent}
-    words = re.findall(r"[a-z]+", prompt[:LONGEST].lower())
-    found |= {Fraction(_WORDS[word]) for word in words if word in _WORDS}
+        found |= {abs(number.value), *[abs(number.value) / 100, Fraction(100)] * number.percent}
+    words = {word.removesuffix("s") for word in re.findall(r"[a-z]+", prompt[:LONGEST].lower())}
+    found |= {Fraction(_WORDS[word]) for word in words & set(_WORDS)}
     return found | {_value(match[0]) for match in _NUMBER.finditer(prompt[:LONGEST])}  # fractions' parts too
 
 

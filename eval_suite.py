@@ -113,10 +113,10 @@ class SuiteResult:
             for line in part.predictions
         ]
 
-    def table(self) -> list[str]:
-        """Lines for the terminal: each metric with its n and interval, beside the bare LLM's where it was asked."""
+    def table(self, compared_with: str = "bare LLM") -> list[str]:
+        """Lines for the terminal: each metric with its n and interval, beside that of what it is compared with."""
         compared = any(part.bare for part in self.parts)
-        cells = [("suite", "metric", "n", *(["bare LLM"] if compared else []), "model")]
+        cells = [("suite", "metric", "n", *([compared_with] if compared else []), "model")]
         for part in self.parts:
             for metric, found in part.estimates.items():
                 bare = [_shown(metric, part.bare.get(metric))] if compared else []

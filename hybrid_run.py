@@ -87,6 +87,7 @@ class HybridRun(RunLoop):
 
     metric = "negative_validation_loss"
     unit = "tok"
+    compared_with = "gate shut"
     handlers = (DistributedDataParallelKwargs(find_unused_parameters=True),)  # while the gate is shut HRM is idle
 
     # --- set up ---

@@ -213,9 +213,11 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
     ("reset_progress resume run_name eval_only", lambda o: "--reset_progress needs --resume CHECKPOINT, whose weights "
      "it takes" if o.reset_progress and o.resume is None else "--reset_progress and --eval_only are both set: keep one"
      if o.reset_progress and o.eval_only else None),
-    # The default warmup gives way to a short run by itself; only a typed one is a contradiction.
-    ("warmup_steps max_steps", lambda o: f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"
-     if "warmup_steps" in getattr(o, "explicit", ()) and 0 < o.max_steps < o.warmup_steps else None),
+    # The default warmup gives way to a short run by itself; only a typed one is a contradiction. The hybrid's published
+    # commands are tried with fewer steps: there half of the run warms up.
+    ("arch warmup_steps max_steps", lambda o: f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"
+     if o.arch == "addon" and "warmup_steps" in getattr(o, "explicit", ()) and 0 < o.max_steps < o.warmup_steps
+     else None),
 )
 
 

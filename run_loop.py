@@ -40,6 +40,7 @@ class RunLoop:
     """
 
     metric = "solved"  # what --save_best_model compares
+    compared_with = "bare LLM"  # the column beside the model's in the suite
     unit = "ex"
     handlers: tuple[Any, ...] = ()  # of accelerate
 
@@ -229,7 +230,7 @@ class RunLoop:
             )
         self.log.eval_rows(found.rows(self.step, self.log.elapsed_s))
         self.log.predictions(found.predictions(self.step))
-        print("\n".join(found.table()))
+        print("\n".join(found.table(self.compared_with)))
 
     def _dry_run(self) -> int:
         """One forward and backward on one real batch: loss, parameter counts, estimated time and memory of the run."""

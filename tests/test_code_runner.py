@@ -197,7 +197,7 @@ FORGERIES = {
             return int(tests[0].split('==')[1])
     """,
     "tests read from files": """
-        import os
+        import os, re
         def f(x):
             for fd in range(0, 64):
                 try:
@@ -205,8 +205,8 @@ FORGERIES = {
                     text = os.read(fd, 10**6).decode('latin1')
                 except OSError:
                     continue
-                if 'assert' in text:
-                    return int(text.split('assert f(%d) == ' % x)[1].split()[0])
+                if found := re.search(r'assert f[(]%d[)] == (-?[0-9]+)' % x, text):
+                    return int(found[1])
     """,
     "unpickled global": """
         import code_judge, pickle
@@ -390,6 +390,7 @@ def test_privileges_cannot_be_won_back():
     prepare = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)"
     calls = ["libc.unshare(0x10000000)", "libc.mount(b'none', b'/tmp', b'tmpfs', 0, None)", "libc.chroot(b'/tmp')"]
     calls += ["libc.ptrace(16, 1, 0, 0)", "libc.prctl(4, 1, 0, 0, 0)", "libc.setsid()", "libc.kill(1, 9)"]
+    calls += ["libc.sethostname(b'x', 1)"]  # not filtered: a capability of the namespace would allow it
     for call in calls:
         assert probe(f"({call}, ctypes.get_errno())", prepare).output == "(-1, 1)", call
     assert "Error" in probe("os.setuid(12345)", prepare).output

@@ -103,8 +103,7 @@ def test_any_code_scores_within_0_and_1(text):
     assert 0.0 <= score("code", tagged(text)) < 1.0
 
 
-PIECES = ("<think>", "</think>", "<SOLUTION>", "<", "a", "1", "1+", "1=", "1,111,", "1 ", ".1", "1 1/", "\\frac{",
-          "</s>")
+PIECES = ("<think>", "</think>", "<SOLUTION>", "<", "1", "1+", "1=", "1,111,", "1 ", ".1", "1 1/", "\\frac{", "</s>")
 
 
 @pytest.mark.parametrize("piece", [*PIECES, "1 + 1 = 2 ", "$-", "\n"])
@@ -354,6 +353,21 @@ def test_steps_count_only_in_the_thought_and_not_if_the_prompt_holds_them():
     assert chain_of_thought_reward([PROMPT], [f"{THOUGHT}<SOLUTION>{THOUGHT}</SOLUTION>"]) == [0.0]
     prompt = "Like 2 + 3 = 5: what is 2 * 3?"
     assert cot("2 + 3 = 5", prompt) == cot(prompt, prompt) == 0.0 and cot("2 * 3 = 6", prompt) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thought"),
+    [
+        ("half of 12", "12 / 2 = 6"),
+        ("three dozen", "3 * 12 = 36"),
+        ("20% of 50", "20 / 100 = 0.2, 0.2 * 50 = 10"),
+        ("12 dollars an hour for 50 minutes", "12 / 60 = 0.2, 0.2 * 50 = 10"),
+        ("1/4 of 12", "12 / 4 = 3"),
+        ("3.50 each for 1,200", "1200 * 3.5 = 4,200"),
+    ],
+)
+def test_a_prompt_mentions_numbers_in_words_and_units_too(prompt, thought):
+    assert cot(thought, prompt) == 1.0 and cot(thought, "nothing") == 0.0
 
 
 def test_numbers_of_a_chat_prompt_are_the_users():
