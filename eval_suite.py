@@ -26,7 +26,6 @@ from suite_data import (
 )
 from suite_scoring import (
     Estimate,
-    bootstrap,
     choose_option,
     corpus_bleu,
     exact,
@@ -39,15 +38,16 @@ from suite_scoring import (
 )
 from text_model import CausalTextModel, TextModel
 
-__all__ = ["CausalTextModel", "Estimate", "SuiteError", "SuiteItem", "SuiteResult", "TextModel", "bootstrap",
-           "parse_suite", "run_suite", "suite_problems"]
+__all__ = ["CausalTextModel", "Estimate", "SuiteError", "SuiteItem", "SuiteResult", "TextModel", "parse_suite",
+           "run_suite", "suite_problems"]
 
 BUDGETS = {"synthetic": 16, "gsm8k": 320, "mbpp": 384, "science_qa": 192}  # new tokens of an answer
 SYNTHETIC_N = 256  # built-in sums where no number is asked for
 BLOCK = 16  # windows of a resampled block where the language file is one document
 CHUNK = 64  # pairs between two reports of progress
+BARE = " (bare LLM)"
 PERCENT = ("accuracy", "exact", "final_number", "passed")
-Progress = Callable[[str, int, int], None]  # entry, done, of
+Progress = Callable[[str, int, int], None]  # entry (and whose turn it is), done, of
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,13 @@ class Windows:
 
 
 def _run_perplexity(model: TextModel, windows: Windows, bare: TextModel | None, settings: Settings,
-                    progress: Callable[[int], None]) -> Part:
-    ours = windows.measure(model, progress)
+                    progress: Progress) -> Part:
+    total = len(windows.pairs)
+    ours = windows.measure(model, lambda done: progress("perplexity", done, total))
     used = model.segments_used
-    theirs = windows.measure(bare, lambda done: None) if bare is not None else None
+    theirs = None
+    if bare is not None:
+        theirs = windows.measure(bare, lambda done: progress("perplexity" + BARE, done, total))
     numbers = list(dict.fromkeys(windows.documents))
     firsts = [windows.pairs[windows.documents.index(number)][0] for number in numbers]
     scores = [[nats / max(tokens, 1) for nats, tokens, _ in rows] for rows in (ours, theirs or [])]
@@ -263,15 +266,16 @@ def _run_perplexity(model: TextModel, windows: Windows, bare: TextModel | None, 
 
 
 def _run_questions(model: TextModel, name: str, questions: list[Question], bare: TextModel | None, settings: Settings,
-                   budget: int, progress: Callable[[int], None]) -> Part:
+                   budget: int, progress: Progress) -> Part:
     prompts = [question.prompt for question in questions]
-    texts = model.generate(prompts, budget, progress)
+    texts = model.generate(prompts, budget, lambda done: progress(name, done, len(prompts)))
     used = model.segments_used
     estimates, scores = SCORERS[name](questions, texts, settings)
     bare_estimates: dict[str, Estimate] = {}
     paired: Sequence[float | None] = [None] * len(questions)
     if bare is not None:
-        bare_estimates, paired = SCORERS[name](questions, bare.generate(prompts, budget), settings)
+        theirs = bare.generate(prompts, budget, lambda done: progress(name + BARE, done, len(prompts)))
+        bare_estimates, paired = SCORERS[name](questions, theirs, settings)
     lines = [Prediction(question.index, question.prompt, text, score, other)
              for question, text, score, other in zip(questions, texts, scores, paired, strict=True)]
     return Part(f"suite/{name}", estimates, bare_estimates, lines, used)
@@ -296,7 +300,7 @@ def run_suite(
     seed: int = 0,
     bare: TextModel | None = None,
     allow_unconfined: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = lambda entry, done, total: None,
     max_new_tokens: int = 0,
 ) -> SuiteResult:
     """Measures `model`, and `bare` on the same items, on every entry.
@@ -312,15 +316,9 @@ def run_suite(
     loaded = [Windows.read(item, n, seed) if item.name == "perplexity" else _questions(item, n, seed) for item in items]
     result = SuiteResult()
     for item, entry in zip(items, loaded, strict=True):
-        total = len(entry.pairs) if isinstance(entry, Windows) else len(entry)
-
-        def told(done: int, name: str = item.name, total: int = total) -> None:
-            if progress is not None:
-                progress(name, done, total)
-
         if isinstance(entry, Windows):
-            result.parts.append(_run_perplexity(model, entry, bare, settings, told))
+            result.parts.append(_run_perplexity(model, entry, bare, settings, progress))
         else:
             budget = max_new_tokens or BUDGETS[item.name]
-            result.parts.append(_run_questions(model, item.name, entry, bare, settings, budget, told))
+            result.parts.append(_run_questions(model, item.name, entry, bare, settings, budget, progress))
     return result

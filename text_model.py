@@ -44,14 +44,15 @@ class CausalTextModel:
     """Any Hugging Face causal LM, `HRMController` included, as a `TextModel`.
 
     Prompts of `generate` are rendered by the prompt format; texts of `log_likelihoods` are taken as they are, and HRM
-    reads the context. `bare` asks an `HRMController` for its bare LLM, in its own dtype; `autocast` covers other calls.
+    reads the context. `bare` asks an `HRMController` for its bare LLM, in its own dtype; `autocast` makes the context
+    of every other call.
 
     Raises:
         ValueError: as PromptFormat, where a tokenizer is given in its place.
     """
 
     def __init__(self, model: Any, prompt_format: Any, batch_size: int = 16, bare: bool = False,
-                 autocast: Any = None) -> None:
+                 autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
         given = isinstance(prompt_format, PromptFormat)
         self.format: PromptFormat = prompt_format if given else PromptFormat(prompt_format)
         self.model, self.batch_size, self.bare, self.autocast = model, batch_size, bare, autocast
@@ -67,7 +68,7 @@ class CausalTextModel:
         was_training = self.model.training
         self.model.eval()
         asked = self.model.bare() if self.bare else contextlib.nullcontext(self.model)
-        autocast = contextlib.nullcontext() if self.bare or self.autocast is None else self.autocast
+        autocast = contextlib.nullcontext() if self.bare else self.autocast()
         try:
             with asked as model, autocast, torch.no_grad():
                 yield model, next(model.parameters()).device

@@ -242,7 +242,9 @@ def test_every_metric_has_its_n_interval_and_bare_value(write):
         row = rows["suite/science_qa", metric]
         assert row["n"] == 2 and row["ci_low"] <= row["value"] <= row["ci_high"] and row["value"] > row["bare"] == 0
     assert len(rows) == 6 and all(set(row) == set(EVAL_HEADER) for row in rows.values())
-    assert ours.asked == bare.asked and told == [("gsm8k", 3, 3), ("science_qa", 2, 2), ("synthetic", 2, 2)]
+    assert ours.asked == bare.asked
+    assert told == [(name + whose, n, n) for name, n in (("gsm8k", 3), ("science_qa", 2), ("synthetic", 2))
+                    for whose in ("", " (bare LLM)")]
     lines = result.predictions(7)
     assert lines[0] == {"step": 7, "id": "suite/gsm8k/00000", "task": "suite/gsm8k", "score": 1.0, "bare_score": 1.0,
                         "prompt_hash": question_hash(GSM8K[0]["prompt"]), "prediction": said[GSM8K[0]["prompt"]]}

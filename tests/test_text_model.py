@@ -227,6 +227,20 @@ def test_answers_are_the_greedy_ones_in_order(kind, host, addon, tokenizer):
     assert seen.segments_used == (2 if kind == "addon" else None)
 
 
+def test_autocast_covers_the_addon_and_not_its_bare_llm(addon, tokenizer):
+    def seen(part: torch.nn.Module, **settings) -> bool:
+        found: list[bool] = []
+        hook = part.register_forward_pre_hook(lambda *_: found.append(torch.is_autocast_enabled("cpu")))
+        asked = CausalTextModel(addon, tokenizer, autocast=lambda: torch.autocast("cpu", torch.bfloat16), **settings)
+        asked.log_likelihoods(PAIRS[:1])
+        asked.generate(["12"], 1)
+        hook.remove()
+        (value,) = set(found)
+        return value
+
+    assert seen(addon.model.addon.read) and not seen(addon.host, bare=True)
+
+
 def test_a_prompt_that_leaves_less_room_gets_a_shorter_answer(host, tokenizer, monkeypatch):
     prompts = ["12", "1234567890", "1" * 50]
     whole = CausalTextModel(host, tokenizer).generate(prompts, 8)
