@@ -85,6 +85,8 @@ class HybridEncoderOutput(ModelOutput):
     memory: Tensor | None = None  # (B, m, D); None while the gate is shut
     gate: Tensor | None = None  # (B,) scaled gate
     cycles_used: Tensor | None = None  # (B,) int64
+    halt_sum: Tensor | None = None  # (B,) halting probabilities summed over the cycles used
+    z_norm: Tensor | None = None  # (B,) norm of the mean of z_H's slots
 
 
 @dataclass
@@ -151,20 +153,22 @@ class HybridEncoder(nn.Module):
             done.append(Cycle(z_high, self.core.halt_logits(z_high)))
         return done
 
-    def think(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(z_H, cycles used) of evaluation: an example leaves the batch once its summed halting probability passes
-        the threshold, and costs nothing from then on."""
+    def think(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(z_H, cycles used, summed halting probability) of evaluation: an example leaves the batch once that sum
+        passes the threshold, and costs nothing from then on."""
         config = self.config
         keys, (key, value) = key_mask(mask), self.core.read(states)
         z_high, z_low = self.core.start(len(states))
         final = z_high.new_zeros(z_high.shape, dtype=states.dtype)
         used = torch.zeros(len(states), dtype=torch.int64, device=states.device)
         total = torch.zeros(len(states), device=states.device)
+        sums = total.clone()
         here = torch.arange(len(states), device=states.device)
         for count in range(1, config.h_cycles + 1):
             z_high, z_low = self.core.cycle(z_high, z_low, (key, value), keys)
             final[here], used[here] = z_high.to(final.dtype), count
             total = total + self.core.halt_logits(z_high).float().sigmoid()
+            sums[here] = total
             on = total < config.halt_threshold
             if not config.use_halting or count == config.h_cycles:
                 continue
@@ -173,7 +177,7 @@ class HybridEncoder(nn.Module):
             if not bool(on.all()):
                 here, total, z_high, z_low = here[on], total[on], z_high[on], z_low[on]
                 key, value, keys = key[on], value[on], None if keys is None else keys[on]
-        return final, used
+        return final, used, sums
 
     def memory(self, z_high: Tensor, pooled: Tensor, scale: float) -> Memory:
         """What the decoder may read of z_H (B, H, d): memory tokens and the scaled gate."""
@@ -186,11 +190,11 @@ class HybridEncoder(nn.Module):
             return HybridEncoderOutput(states, cycles_used=torch.zeros(len(states), dtype=torch.int64,
                                                                        device=states.device))
         if torch.is_grad_enabled() and self.training:
-            last, used = self.cycles(states, mask)[-1].z_high, None
+            last, used, sums = self.cycles(states, mask)[-1].z_high, None, None
         else:
-            last, used = self.think(states, mask)
+            last, used, sums = self.think(states, mask)
         memory = self.memory(last, pooled_state(states, mask), self.config.gate_scale)
-        return HybridEncoderOutput(states, memory.tokens, memory.gate, used)
+        return HybridEncoderOutput(states, memory.tokens, memory.gate, used, sums, slot_mean_norm(last))
 
 
 class HybridModel(PreTrainedModel, GenerationMixin):
@@ -301,7 +305,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
             correct.insert(0, right)
         gate = memories[-1].gate.detach()
         metrics = {"token_loss": final.detach(), "teacher_forced_exact": correct[-1].sum() / examples, "gate": gate,
-                   "z_norm": cycles[-1].z_high.detach().float().mean(dim=1).norm(dim=-1).mean()}
+                   "z_norm": slot_mean_norm(cycles[-1].z_high.detach()).mean()}
         if weights.deep_supervision and earlier:
             supervised = sum(earlier)
             loss = (final + weights.deep_supervision * supervised) / (1 + weights.deep_supervision * len(earlier))
@@ -327,6 +331,11 @@ class HybridModel(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(out[labelled]).float()  # (labelled tokens, V): pads cost no softmax
         loss = F.cross_entropy(logits, labels[labelled], reduction="sum") / tokens
         return loss, all_correct(logits.detach(), labels)
+
+
+def slot_mean_norm(z_high: Tensor) -> Tensor:
+    """(B,) norm of the mean of z_H's slots (B, H, d). Each slot has the norm sqrt(d): as much means that all agree."""
+    return z_high.float().mean(dim=1).norm(dim=-1)
 
 
 def is_hrm_parameter(name: str) -> bool:

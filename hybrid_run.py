@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Part:
     tokens: int
     samples: int
     cycles: float | None  # mean HRM cycles; None with the gate shut
-    teacher_forced_exact: float
+    diagnostics: dict[str, float] = field(default_factory=dict)  # of HRM, over the samples; empty with the gate shut
 
     @property
     def perplexity(self) -> float:
@@ -60,6 +60,8 @@ class HybridEvaluation:
             shared = {"step": step, "task": name, "n": part.tokens, "segments_used": part.cycles}
             rows += [{**shared, "metric": "loss", "value": part.loss},
                      {**shared, "metric": "perplexity", "value": part.perplexity}]
+            rows += [{**shared, "n": part.samples, "metric": name, "value": value}
+                     for name, value in part.diagnostics.items()]
         if self.answers:
             low, high = wilson(self.solved, len(self.answers))
             rows.append({"step": step, "task": "synthetic", "metric": "solved", "n": len(self.answers), "ci_low": low,
@@ -159,6 +161,14 @@ class HybridRun(RunLoop):
         return [SuiteItem(SYNTHETIC, pairs=held) if item.name == SYNTHETIC and not item.path else item
                 for item in items]
 
+    def shown(self, metrics: dict[str, float]) -> dict[str, str]:
+        """Gate window and halting sum beside the loss."""
+        if "halt_sum_mean" not in metrics:
+            return {"gate": "shut"}
+        low, high = metrics["gate_min"], metrics["gate_max"]
+        return {"gate": f"{metrics['gate_mean']:.2f} [{low:.2f}, {high:.2f}]",
+                "halt": f"{metrics['halt_sum_mean']:.2f}"}
+
     def table(self, evaluation: HybridEvaluation) -> str:
         return evaluation.lines()
 
@@ -209,7 +219,7 @@ class HybridRun(RunLoop):
         return evaluation
 
     def _part(self, part: Any) -> Part:
-        opts, sums = self.opts, torch.zeros(5, dtype=torch.float64)
+        opts, sums, rows = self.opts, [0.0, 0.0], []
         batches = validation_batches(part, opts.eval_batch_size, self.data.pad_id, opts.max_val_samples, self.rank,
                                      self.world)
         for batch in batches:
@@ -218,18 +228,25 @@ class HybridRun(RunLoop):
                 encoded = self.model.encoder(batch["encoder_ids"], batch["encoder_mask"])
                 out = self.model(attention_mask=batch["encoder_mask"], encoder_outputs=encoded,
                                  decoder_input_ids=batch["decoder_input_ids"])
-            labels, logits = batch["labels"], out.logits.float()
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
-                                                       reduction="sum")
-            right = ((logits.argmax(dim=-1) == labels) | (labels == IGNORE)).all(dim=1)
-            sums += torch.tensor([float(losses), int((labels != IGNORE).sum()), len(labels), int(right.sum()),
-                                  float(encoded.cycles_used.sum())], dtype=torch.float64)
+            labels = batch["labels"]
+            losses = torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), labels.flatten(),
+                                                       ignore_index=IGNORE, reduction="sum")
+            sums = [sums[0] + float(losses), sums[1] + int((labels != IGNORE).sum())]
+            found = (encoded.cycles_used, encoded.gate, encoded.halt_sum, encoded.z_norm)
+            rows += zip(*([0.0] * len(labels) if value is None else value.float().tolist() for value in found),
+                        strict=True)
         if self.world > 1:
-            sums = torch.tensor(gather_object([sums.tolist()]), dtype=torch.float64).sum(dim=0)
-        loss, tokens, samples, right, cycles = sums.tolist()
-        shut = self.model.config.gate_scale == 0
-        return Part(loss / max(tokens, 1), int(tokens), int(samples), None if shut else cycles / samples,
-                    right / samples)
+            shares = gather_object([(sums, rows)])
+            sums, rows = [sum(share[0][i] for share in shares) for i in (0, 1)], [r for s in shares for r in s[1]]
+        cycles, gate, halt, norm = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
+        loss = sums[0] / max(sums[1], 1)
+        if self.model.config.gate_scale == 0:
+            return Part(loss, int(sums[1]), len(rows), None)
+        return Part(loss, int(sums[1]), len(rows), float(cycles.mean()), {
+            "gate_mean": float(gate.mean()), "gate_min": float(gate.min()), "gate_max": float(gate.max()),
+            "halt_sum_mean": float(halt.mean()), "halt_sum_std": float(halt.std(correction=0)),
+            "z_norm": float(norm.mean()),
+        })
 
     def _answers(self) -> list[tuple[str, str, str]]:
         if not self.data.questions:

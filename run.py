@@ -109,7 +109,7 @@ class Run(RunLoop):
 
     def text_models(self) -> tuple[CausalTextModel, CausalTextModel]:
         size, autocast = self.opts.eval_batch_size, self.trainer.autocast
-        return (CausalTextModel(self.model, self.format, size, autocast=autocast()),
+        return (CausalTextModel(self.model, self.format, size, autocast=autocast),
                 CausalTextModel(self.model, self.format, size, bare=True))
 
     def table(self, evaluation: Evaluation) -> str:

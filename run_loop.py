@@ -141,6 +141,10 @@ class RunLoop:
         """Prompt, target and prediction of a few evaluation items, others each time."""
         raise NotImplementedError
 
+    def shown(self, metrics: dict[str, float]) -> dict[str, str]:
+        """Further fields of the progress line."""
+        return {}
+
     def after_evaluation(self, evaluation: Any) -> None:
         """Called on every evaluation while training, before anything is saved."""
 
@@ -290,7 +294,7 @@ class RunLoop:
                 speed = {"examples_per_second": seen / seconds}
                 speed |= {"tokens_per_second": read / seconds} if read else {}
                 shown = metrics.get("answer_loss", metrics["loss"])
-                progress.update(self.step, loss=shown, lr=lr, rate=(read or seen) / seconds)
+                progress.update(self.step, loss=shown, lr=lr, **self.shown(metrics), rate=(read or seen) / seconds)
                 self._after_step(metrics | speed, progress)
                 if self._anyone(stop.signal is not None):
                     self.save()
