@@ -223,8 +223,9 @@ class BankCore(nn.Module):
         return recur(step_low, step_high, z_high, z_low, self.l_steps, horizon=self.horizon)
 
     def halt_logits(self, z_high: Tensor) -> Tensor:
-        """(B,) from the mean of the slow bank."""
-        return self.halt(z_high.mean(dim=1)).squeeze(-1)
+        """(B,) from the mean of the slow bank, which the head only reads: optimizers that normalise gradients would let
+        its small loss reshape the whole bank wherever the gate is nearly shut."""
+        return self.halt(z_high.detach().mean(dim=1)).squeeze(-1)
 
 
 class SlotContext:

@@ -19,8 +19,7 @@ from optimization import BaseTrainer, build_optimizers
 
 CONFIG_JSON, TOKENIZER_JSON = "config.json", "tokenizer.json"
 # Tables, heads, gates and queries take AdamW; hidden matrices may take Muon.
-NOT_FOR_MUON = ("embed.weight", "lm_head.weight", "halt.weight", "score.weight", "queries", "_slots",
-                "from_memory.out.weight")
+NOT_FOR_MUON = ("embed.weight", "lm_head.weight", "halt.weight", "score.weight", "queries", "_slots")
 BATCH = ("encoder_ids", "decoder_input_ids", "labels", "encoder_mask")
 
 
