@@ -38,7 +38,7 @@ from text_encoder import (  # noqa: E402
 )
 
 HEAD = 32  # tokens at the start of a text that only the encoder reads; a quarter of a text shorter than four times that
-BATCH_CHARS = 1 << 22  # a batch of documents ends here at the latest, so that memory stays flat for long ones
+BATCH_CHARS = 1 << 20  # a batch of documents ends here at the latest, so that memory stays flat for long ones
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -111,11 +111,11 @@ class SplitWriter:
         self.counts["encoder_tokens"] += len(context)
         self.counts["decoder_tokens"] += len(target) + ends
 
-    def text(self, ids: list[int], ends: bool) -> bool:
-        """A plain text: contexts to the encoder, continuations to the decoder. Whether it is long enough for that."""
+    def text(self, ids: list[int], ends: bool) -> None:
+        """A plain text: contexts to the encoder, continuations to the decoder."""
         if len(ids) < 2:
             self.too_short += 1
-            return False
+            return
         words = list(map(self._decimal, ids))
         first = None
         for context, start, end in windows(len(ids), self.limit, ends):
@@ -123,7 +123,6 @@ class SplitWriter:
             self._line(words[context:start], words[start:end], ends and end == len(ids))
         self.counts["decoder_bytes"] += self._bytes(ids[first:])
         self.counts["documents"] += ends
-        return True
 
     def answer(self, prompt: list[int], ids: list[int]) -> None:
         """A prompt to the encoder, its END if it is too long; an answer to the decoder, its BEGINNING if too long."""
@@ -168,12 +167,12 @@ def encoded(batches: Iterable[list[Document]], tokenizer) -> Iterator[tuple[list
 
 
 def write_splits(documents: Iterable[Document], tokenizer, train: SplitWriter, val: SplitWriter, batch_size: int,
-                 threshold: int, shown: Callable[[int], None]) -> tuple[int, int, int]:
+                 threshold: int, shown: Callable[[int], None]) -> int:
     """Writes every document's triples, to val if its key is below `threshold`, else to train.
 
-    Returns the number of blank documents and the smallest and largest key of those written.
+    Returns the number of blank documents.
     """
-    blank, smallest, largest, done = 0, 1 << 64, -1, 0
+    blank = done = 0
     for batch, ids in encoded(batched(documents, batch_size), tokenizer):
         prompts = iter(ids[len(batch):])
         for document, text in zip(batch, ids, strict=False):  # the prompts' ids follow the texts'
@@ -182,17 +181,30 @@ def write_splits(documents: Iterable[Document], tokenizer, train: SplitWriter, v
                 blank += 1
                 continue
             writer = val if document.key < threshold else train
-            if prompt is not None:
+            if prompt is None:
+                writer.text(text, document.ends)
+            else:
                 writer.answer(prompt, text)
-            elif not writer.text(text, document.ends):
-                continue
-            smallest, largest = min(smallest, document.key), max(largest, document.key)
         done += len(batch)
         shown(done)
-    return blank, smallest, largest
+    return blank
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
+
+
+def val_threshold(files: list[Path], ratio: float) -> int:
+    """The key below which a document goes to val: `ratio` of all keys, moved to the nearest document's where one split
+    of a small source would stay empty by chance."""
+    threshold, smallest, largest = int(ratio * (1 << 64)), 1 << 64, -1
+    if not threshold:
+        return 0
+    for document in read_documents(files):
+        if document.text.strip() and document.prompt != "":
+            smallest, largest = min(smallest, document.key), max(largest, document.key)
+        if smallest < threshold <= largest:
+            return threshold  # of any larger source only the beginning is read here
+    return min(max(threshold, smallest + 1), largest) if smallest < largest else threshold
 
 
 def tokenizer_text(files: list[Path], options: argparse.Namespace, threshold: int) -> str:
@@ -215,7 +227,7 @@ def tokenizer_text(files: list[Path], options: argparse.Namespace, threshold: in
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Writes the prepared folder; its meta.json as a dict. Raises ValueError, OSError."""
     files = source_files(options.source)
-    threshold = int(options.val_ratio * (1 << 64))
+    threshold = val_threshold(files, options.val_ratio)
     names = ["train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"]
     with staged(options.dest, names) as (train_file, val_file, tokenizer_file, meta_file):
         text, place = tokenizer_text(files, options, threshold), f"--tokenizer {options.tokenizer}"
@@ -223,23 +235,10 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         special = special_ids(tokenizer, place, {role: getattr(options, f"{role}_token") for role in SPECIAL})
         tokenizer_file.write(text.encode())
         tokenizer_file.flush()
+        train, val = (SplitWriter(file, tokenizer, special, options.max_seq_len) for file in (train_file, val_file))
         with Progress(None, "prepare", "documents") as progress:
-
-            def write(threshold: int) -> tuple[SplitWriter, SplitWriter, int, int, int]:
-                for file in (train_file, val_file):
-                    file.seek(0)
-                    file.truncate()
-                train, val = (SplitWriter(file, tokenizer, special, options.max_seq_len)
-                              for file in (train_file, val_file))
-                return train, val, *write_splits(read_documents(files), tokenizer, train, val,
-                                                 options.tokenizer_batch_size, threshold, progress.update)
-
-            train, val, blank, smallest, largest = write(threshold)
-            wanted = min(max(threshold, smallest + 1), largest)
-            if options.val_ratio and smallest < largest and wanted != threshold:
-                empty = "val" if wanted > threshold else "train"
-                progress.say(f"no document fell to {empty} by chance: the one whose hash is nearest goes there")
-                train, val, blank, *_ = write(wanted)
+            blank = write_splits(read_documents(files), tokenizer, train, val, options.tokenizer_batch_size, threshold,
+                                 progress.update)
         if not train.counts["samples"]:
             raise ValueError(f"--source {options.source} gives no training triple ({val.counts['documents']} documents "
                              f"fell to val, {blank} are blank, {train.too_short + val.too_short} have one token): add "
