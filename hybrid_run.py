@@ -135,7 +135,11 @@ class HybridRun(RunLoop):
         return self.batches.state_dict()
 
     def set_position(self, position: dict[str, Any]) -> None:
-        self.batches.load_state_dict(position)
+        """Goes on in the data, or begins them anew where batches of another shape are asked for."""
+        try:
+            self.batches.load_state_dict(position)
+        except ValueError as error:
+            self.say(f"the training data begin anew: {error}")
 
     def data_size(self) -> int:
         return len(self.data.train)
@@ -179,9 +183,11 @@ class HybridRun(RunLoop):
         return True
 
     def is_done(self) -> bool:
-        if self.total_steps is None or self.step < self.total_steps:
+        early = self.ended_early()
+        if not early and (self.total_steps is None or self.step < self.total_steps):
             return False
-        self.say(f"{self.folder} has done its {self.step} steps: nothing to do; raise --steps to go on")
+        more = f"{early}; --eval_loss_patience 0 goes on" if early else "raise --steps to go on"
+        self.say(f"{self.folder} has done its {self.step} steps: nothing to do; {more}")
         return True
 
     # --- patience ---
