@@ -216,8 +216,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("decode_temperature", "float", 0.0, "sampling temperature; 0 = greedy", low=0, archs=ADDON),
         Flag("decode_top_p", "float", 1.0, "nucleus sampling; 1 = off", low=0, high=1, exclusive_low=True, archs=ADDON),
         Flag("decode_top_k", "int", 0, "sample among the k likeliest tokens; 0 = off", low=0, archs=ADDON),
-        Flag("max_new_tokens", "int", 0, "longest answer; 0 = longest evaluation target and a margin", low=0,
-             archs=ADDON),
+        Flag("max_new_tokens", "int", 0, "longest answer; 0 = longest evaluation target and a margin", low=0),
         Flag("eval_suite", "str", None, "measured after training and with eval_only: perplexity=FILE, gsm8k=FILE, "
              "mbpp=FILE, science_qa=FILE, synthetic", nullable=True),
         Flag("eval_suite_n", "int", 0, "most items of each entry of the suite; 0 = all", low=0),

@@ -142,7 +142,7 @@ def test_ctrl_c_ends_quietly(ask, monkeypatch):
     def interrupted(*rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate.Answerer, "show", interrupted)
+    monkeypatch.setattr(generate, "show", interrupted)
     status, _, err = ask("--prompt", QUESTION)
     assert status == 130 and "Traceback" not in err
 
