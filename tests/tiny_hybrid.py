@@ -1,0 +1,64 @@
+"""A tiny hybrid on token ids, its batches, and what a shut gate leaves of it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from hybrid import HybridConfig, HybridModel
+from prepared_data import Triple, pad_batch
+
+VOCABULARY = 40
+SHAPE = {
+    "vocab_size": VOCABULARY, "d_model": 16, "n_heads": 2, "encoder": "transformer", "encoder_layers": 1,
+    "decoder_layers": 2, "state_size": 4, "d_h": 16, "h_len": 2, "l_len": 3, "h_cycles": 2, "l_steps": 2,
+    "prefix_len": 3, "halt_threshold": 0.99,
+}
+
+
+def tiny(awake: bool = True, **changes) -> HybridModel:
+    """The same model each time, in evaluation mode; `awake`: what starts at zero is random, as after training."""
+    torch.manual_seed(0)
+    model = HybridModel(HybridConfig(**SHAPE | changes))
+    if awake:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.5)
+            model.encoder.core.halt.bias.fill_(-1.0)
+    return model.eval()
+
+
+def bare(model: HybridModel) -> HybridModel:
+    """The encoder-decoder without HRM: not shut but gone, so that whoever reaches for it raises."""
+    model = copy.deepcopy(model)
+    for name in ("core", "bridge", "gate"):
+        delattr(model.encoder, name)
+    for layer in model.decoder.layers:
+        del layer.from_memory
+    return model
+
+
+def triples(count: int = 4, seed: int = 1, longest: int = 9) -> list[Triple]:
+    """Random triples of several lengths, of the form that prepared data has."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def row(least: int, most: int) -> list[int]:
+        length = int(torch.randint(least, most + 1, (1,), generator=draw))
+        return torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
+
+    found = []
+    for _ in range(count):
+        said = [*row(1, 5), 2]
+        found.append(Triple(row(3, longest), [1, *said[:-1]], said))
+    return found
+
+
+def batch_of(rows: list[Triple]) -> dict[str, torch.Tensor]:
+    return pad_batch(rows, 0)
+
+
+def logits_of(model: HybridModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch["encoder_ids"], batch["encoder_mask"], batch["decoder_input_ids"]).logits
