@@ -65,15 +65,15 @@ def records(run: Path) -> dict[str, list]:
         rows = [{key: value for key, value in row.items() if key != "elapsed_s"} for row in csv.DictReader(file)]
     lines = {name: [json.loads(line) for line in (run / name).read_text().splitlines()]
              for name in ("metrics.jsonl", "predictions.jsonl")}
-    timed = ("elapsed_s", "examples_per_second")
+    timed = ("elapsed_s", "examples_per_second", "tokens_per_second")
     steps = [{key: value for key, value in line.items() if key not in timed} for line in lines["metrics.jsonl"]]
     return {"eval": rows, "metrics": steps, "predictions": lines["predictions.jsonl"]}
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, stem: str = "adapter_model") -> None:
     """Bit for bit: weights, optimizer, averages, random state, position in the data, figures and answers."""
     assert newest(one).name == newest(other).name
-    for stem in ("adapter_model", "training_state"):
+    for stem in (stem, "training_state"):
         ours, theirs = tensors(newest(one), stem), tensors(newest(other), stem)
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
