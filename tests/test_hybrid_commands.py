@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tiny_runs import ROOT, command
+from tiny_runs import ROOT, command, newest, only_run, tensors
 
 TRAIN = ("--steps 2 --batch_size 2 --eval_batch_size 2 --eval_n 4 --d_model 16 --d_h 16 --n_heads 2 --encoder_layers 1 "
          "--decoder_layers 1 --state_size 4 --num_threads 1 --mixed_precision none").split()
@@ -85,3 +89,28 @@ def test_the_readmes_hybrid_chapter_runs_from_raw_files_to_the_suite(sources):
     rows = (sources / "runs" / "hrm-stageC" / "eval.csv").read_text()
     assert all(f"suite/{name}," in rows for name in ("perplexity", "gsm8k", "synthetic"))
     assert "gate_mean" in rows and "gate_mean" not in (sources / "runs" / stages[0] / "eval.csv").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_hybrid_as_one_with_twice_the_batch(tmp_path):
+    """Through the gate's opening: while it is shut HRM takes part in no backward."""
+    shared = ("--arch hybrid --dataset synthetic --hrm_gate_warmup_steps 2 --deep_supervision --use_halting "
+              "--grad_accum_steps 2 --optimizer adamw --val_every 3 --steps 6 --log_steps 1").split()
+    tiny = [*TRAIN[4:], "--steps", "6", "--device", "cpu"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    two = subprocess.run([*launch, *shared, *tiny, "--batch_size", "4", "--save_dir", str(tmp_path / "two")], cwd=ROOT,
+                         capture_output=True, text=True, env=environment, timeout=600)
+    assert two.returncode == 0, two.stderr[-2000:]
+    one = command(*shared, *tiny, "--batch_size", "8", "--save_dir", str(tmp_path / "one"))
+    _, err = one.communicate(timeout=600)
+    assert one.returncode == 0, err
+    folders = [only_run(tmp_path / name) for name in ("two", "one")]
+    ours, theirs = (tensors(newest(folder), "model") for folder in folders)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
+    rows = [(folder / "eval.csv").read_text().splitlines() for folder in folders]
+    assert len(rows[0]) == len(rows[1]) > 8
+    for line, other in zip(*([row.split(",") for row in part[1:]] for part in rows), strict=True):
+        assert line[:3] + line[4:5] == other[:3] + other[4:5]
+        assert float(line[3]) == pytest.approx(float(other[3]), rel=1e-3, abs=1e-5)
