@@ -124,9 +124,14 @@ def training_batches(data: HybridData, opts: argparse.Namespace, rank: int, worl
 
 def validation_batches(part: PreparedData | Sequence[Triple], size: int, pad_id: int, most: int, rank: int = 0,
                        world: int = 1) -> Iterator[dict[str, Tensor]]:
-    """The whole split in order (its first `most` samples, 0: all), in batches; each rank its share of the rows."""
+    """The whole split in order (its first `most` samples, 0: all), in batches; each rank its share of the rows.
+
+    A bad line that is skipped leaves its place empty: in training another takes it, here that would count twice.
+    """
     end = min(most or len(part), len(part))
     for start in range(0, end, size * world):
         rows = range(start + rank, min(start + size * world, end), world)
-        if rows:
-            yield pad_batch([part[index] for index in rows], pad_id)
+        triples = [part.line(index) if isinstance(part, PreparedData) else part[index] for index in rows]
+        triples = [triple for triple in triples if triple is not None]
+        if triples:
+            yield pad_batch(triples, pad_id)

@@ -186,6 +186,8 @@ class HybridRun(RunLoop):
         early = self.ended_early()
         if not early and (self.total_steps is None or self.step < self.total_steps):
             return False
+        if self.extra.get("evaluated") != self.step:  # stopped before the closing evaluation: that is still to be done
+            return False
         more = f"{early}; --eval_loss_patience 0 goes on" if early else "raise --steps to go on"
         self.say(f"{self.folder} has done its {self.step} steps: nothing to do; {more}")
         return True
@@ -196,7 +198,7 @@ class HybridRun(RunLoop):
         """Counts consecutive rises of the validation loss, once the grace steps are over."""
         loss, before = evaluation.parts[VALIDATION].loss, self.extra.get("validation_loss")
         counts = self.step > self.opts.patience_grace_steps and before is not None and loss > before
-        self.extra = {"validation_loss": loss, "rises": self.extra.get("rises", 0) + 1 if counts else 0}
+        self.extra |= {"validation_loss": loss, "rises": self.extra.get("rises", 0) + 1 if counts else 0}
 
     def ended_early(self) -> str | None:
         rises, patience = self.extra.get("rises", 0), self.opts.eval_loss_patience
@@ -216,6 +218,7 @@ class HybridRun(RunLoop):
             parts = {name: self._part(part) for name, part in sets.items()}
             evaluation = HybridEvaluation(parts, self._answers())
         self.model.train(was_training)
+        self.extra["evaluated"] = self.step
         self.log.eval_rows(evaluation.rows(self.step))
         self.log.predictions([
             {"step": self.step, "id": f"synthetic/{i:05d}", "task": "synthetic", "prompt_hash": question_hash(prompt),
@@ -244,6 +247,8 @@ class HybridRun(RunLoop):
         if self.world > 1:
             shares = gather_object([(sums, rows)])
             sums, rows = [sum(share[0][i] for share in shares) for i in (0, 1)], [r for s in shares for r in s[1]]
+        if not rows:
+            raise ValueError(f"{part.path} has no good line: see them with scripts/validate_dataset.py")
         cycles, gate, halt, norm = torch.tensor(rows, dtype=torch.float64).unbind(dim=1)
         loss = sums[0] / max(sums[1], 1)
         if self.model.config.gate_scale == 0:

@@ -203,7 +203,7 @@ class PreparedData:
             raise IndexError(f"item {number} of {len(self)} items")
         for step in range(len(self)):
             place = (number + step) % len(self)
-            triple = self._read(place)
+            triple = self.line(place)
             if triple is not None:
                 return triple
         raise ValueError(f"{self.path} has no good line; see them with: python scripts/validate_dataset.py "
@@ -211,10 +211,11 @@ class PreparedData:
 
     def __iter__(self) -> Iterator[Triple]:
         """The good triples in file order, each once."""
-        triples = (self._read(place) for place in range(len(self)))
+        triples = (self.line(place) for place in range(len(self)))
         return (triple for triple in triples if triple is not None)
 
-    def _read(self, place: int) -> Triple | None:
+    def line(self, place: int) -> Triple | None:
+        """The triple of line `place` itself; None where it is bad and bad lines are skipped."""
         try:
             triple = parse_line(self._index[place], self.meta["vocab_size"])
         except ValueError as error:

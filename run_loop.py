@@ -239,7 +239,8 @@ class RunLoop:
     def _dry_run(self) -> int:
         """One forward and backward on one real batch: loss, parameter counts, estimated time and memory of the run."""
         times = []
-        for step in range(3):  # the first call pays for warming up
+        first = self.opts.hrm_gate_warmup_steps  # before it, a hybrid's batch costs less
+        for step in range(first, first + 3):  # the first call pays for warming up
             batches = self.next_batches()
             started = time.perf_counter()
             try:

@@ -115,7 +115,7 @@ def load_run(folder: Path, opts: argparse.Namespace, trainer: BaseTrainer) -> tu
     state = RunState(**{name: value for name, value in document.items() if name in known})
     if opts.eval_only:
         return state, notes
-    if any(getattr(opts, name) != before.get(name) for name in DATA):
+    if any(getattr(opts, name) != value for name, value in before.items() if name in DATA):
         state.stream = {}
         notes.append("the training items are not those of the checkpoint: they begin anew")
     _restore_training(trainer, saved.tensors[STATE], document)

@@ -45,6 +45,7 @@ WAYS = {
 }
 SIX = "--max_steps 6 --save_every 2 --eval_every 3 --checkpoint_limit 0".split()
 STEM = "model"
+DIAGNOSTICS = ("gate_mean", "gate_min", "gate_max", "halt_sum_mean", "halt_sum_std", "z_norm")  # of each validation
 
 
 class Killed(BaseException):
@@ -90,7 +91,7 @@ def killed_at(monkeypatch, step: int):
 
 def losses_are(monkeypatch, losses: dict[int, float]) -> None:
     """Makes the validation of each step find this loss."""
-    monkeypatch.setattr(HybridRun, "_part", lambda self, part: Part(losses[self.step], 10, 4, 2.0, 0.0))
+    monkeypatch.setattr(HybridRun, "_part", lambda self, part: Part(losses[self.step], 10, 4, 2.0))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -245,7 +246,7 @@ def test_a_run_leaves_losses_answers_diagnostics_and_a_checkpoint_that_transform
     found = records(run)
     assert [(row["step"], row["task"], row["metric"]) for row in found["eval"]] == [
         (step, task, metric) for step in ("2", "4") for task, metric in (
-            ("validation", "loss"), ("validation", "perplexity"), ("synthetic", "solved"))]
+            *(("validation", metric) for metric in ("loss", "perplexity", *DIAGNOSTICS)), ("synthetic", "solved"))]
     assert [(line["step"], line["id"]) for line in found["predictions"]] == [
         (step, f"synthetic/{index:05d}") for step in (2, 4) for index in range(6)]
     lines = metrics(run)
@@ -264,23 +265,30 @@ def test_a_run_leaves_losses_answers_diagnostics_and_a_checkpoint_that_transform
     # the table, from the checkpoint alone and example by example
     model = AutoModelForSeq2SeqLM.from_pretrained(newest(run))
     assert type(model) is HybridModel and model.config.gate_scale == 1.0 and model.config.use_halting
-    tokenizer, losses, cycles, solved = Tokenizer.from_file(str(newest(run) / "tokenizer.json")), [], [], 0
+    tokenizer, losses, seen, solved = Tokenizer.from_file(str(newest(run) / "tokenizer.json")), [], [], 0
     with torch.no_grad():
         for row in build_synthetic_dataset(6, 0, "val", SimpleTokenizer()):
             encoded = model.encoder(torch.tensor([row.encoder_ids]))
             logits = model(encoder_outputs=encoded, decoder_input_ids=torch.tensor([row.decoder_input_ids])).logits[0]
             losses += [-logits[i].log_softmax(dim=-1)[label].item() for i, label in enumerate(row.labels)]
-            cycles.append(encoded.cycles_used.item())
+            bank, used = model.encoder.think(encoded.last_hidden_state, torch.ones(1, len(row.encoder_ids)))[:2]
+            assert used == encoded.cycles_used
+            seen.append((used.item(), encoded.gate.item(), bank.mean(dim=1).norm().item()))
         for line, (prompt, gold) in zip(found["predictions"][-6:], synthetic_questions(6, 0, "val"), strict=True):
             ids = tokenizer.encode(prompt, add_special_tokens=False).ids
             answer = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0]
             assert tokenizer.decode(answer.tolist(), skip_special_tokens=True) == line["prediction"]
             solved += line["prediction"] == gold
-    loss, perplexity, rate = found["eval"][-3:]
+    loss, perplexity, *diagnostics, rate = found["eval"][-9:]
     assert math.isclose(float(loss["value"]), sum(losses) / len(losses), rel_tol=1e-4)
     assert math.isclose(float(perplexity["value"]), math.exp(sum(losses) / len(losses)), rel_tol=1e-4)
     assert (int(loss["n"]), float(rate["value"])) == (len(losses), solved / 6)
+    cycles, gates, norms = ([row[i] for row in seen] for i in range(3))
     assert float(loss["segments_used"]) == sum(cycles) / 6
+    values = {row["metric"]: float(row["value"]) for row in diagnostics}
+    for name, value in (("gate_mean", sum(gates) / 6), ("gate_min", min(gates)), ("gate_max", max(gates)),
+                        ("z_norm", sum(norms) / 6)):
+        assert math.isclose(values[name], value, rel_tol=1e-4), name
     assert f"evaluation: {run / 'eval.csv'}" in out and f"checkpoint: {newest(run)}" in out
     assert "hybrid" in (newest(run) / "README.md").read_text()
 
@@ -304,14 +312,9 @@ def test_samples_are_shown_while_it_trains(call):
             *synthetic_questions(6, 0, "val")[2:4], *synthetic_questions(6, 0, "val")[4:6]], strict=True)]
 
 
-def test_a_run_with_nothing_to_train_on_says_so_in_one_line(call, tmp_path):
-    for flags in ((), ("--dry_run", "0")):
-        status = train.main([*RUN, "--save_dir", str(tmp_path / "runs"), *flags])
-        assert status == 2 and not (tmp_path / "runs").exists()
-
-
-def test_without_a_dataset_it_exits_2_with_one_line(tmp_path, capsys):
-    assert train.main([*RUN, "--save_dir", str(tmp_path / "runs"), "--dry_run", "0"]) == 2
+@pytest.mark.parametrize("flags", [(), ("--dry_run", "0")])
+def test_without_a_dataset_it_exits_2_with_one_line(tmp_path, capsys, flags):
+    assert train.main([*RUN, "--save_dir", str(tmp_path / "runs"), *flags]) == 2
     (line,) = error_lines(capsys.readouterr().err)
     assert line.startswith("--arch hybrid needs --dataset") and not (tmp_path / "runs").exists()
 
@@ -488,7 +491,8 @@ def test_evaluation_only_adds_its_rows_and_changes_nothing_else(done, tmp_path, 
     after = contents(run)
     assert {name for name in after if after[name] != before.get(name)} <= {"eval.csv", "predictions.jsonl"}
     added = records(run)["eval"][len(rows):]
-    assert [(row["step"], row["metric"]) for row in added] == [("3", "loss"), ("3", "perplexity"), ("3", "solved")]
+    assert [row["metric"] for row in added] == ["loss", "perplexity", *DIAGNOSTICS, "solved"]
+    assert {row["step"] for row in added} == {"3"}
     assert {row["segments_used"] for row in added} == {"1"} and {row["segments_used"] for row in rows} == {"2"}
 
 
@@ -519,9 +523,9 @@ def test_prepared_folders_are_trained_and_dev_sets_scored_by_name(call, tmp_path
     run = tmp_path / "runs" / "mine"
     rows = records(run)["eval"]
     assert [(row["task"], row["metric"]) for row in rows] == [
-        (name, metric) for name in ("validation", "math", "again") for metric in ("loss", "perplexity")]
+        (name, metric) for name in ("validation", "math", "again") for metric in ("loss", "perplexity", *DIAGNOSTICS)]
     model = HybridModel.from_pretrained(newest(run))
-    for name, folder, row in (("math", folders["more"], rows[2]), ("again", folders["data"], rows[4])):
+    for name, folder, row in (("math", folders["more"], rows[8]), ("again", folders["data"], rows[16])):
         terms = []
         with torch.no_grad():
             for triple in rows_of(folder, "val"):
@@ -530,7 +534,7 @@ def test_prepared_folders_are_trained_and_dev_sets_scored_by_name(call, tmp_path
                 terms += [-logits[i].log_softmax(dim=-1)[label].item() for i, label in enumerate(triple.labels)]
         assert int(row["n"]) == len(terms) and math.isclose(float(row["value"]), sum(terms) / len(terms), rel_tol=1e-4)
         assert re.search(rf"^{name} ", out, re.MULTILINE)
-    assert rows[0]["value"] == rows[4]["value"] and "next: " not in out
+    assert rows[0]["value"] == rows[16]["value"] and "next: " not in out
     assert (newest(run) / "tokenizer.json").read_text() == (folders["data"] / "tokenizer.json").read_text()
 
 
@@ -553,14 +557,9 @@ def test_epochs_and_accumulation_count_the_samples(call, tmp_path, folders, monk
     read = []
     monkeypatch.setattr(HybridTrainer, "step", lambda self, batches, step, lr, plain=HybridTrainer.step: (
         read.append(batches), plain(self, batches, step, lr))[1])
-    assert call("--run_name", "mine", "--dataset", str(folders["data"]), "--epochs", "2", "--batch_size", "3",
-                "--grad_accum_steps", "2")[0] == 2  # --max_steps 3 is typed too, and both hold
-    argv = [word for pair in zip(RUN[::2], RUN[1::2], strict=True) if pair[0] != "--max_steps" for word in pair]
-    assert argv
-    read.clear()
-    status = train.main([*argv, "--save_dir", str(tmp_path / "two"), "--dataset", str(folders["data"]), "--epochs", "2",
-                         "--batch_size", "3", "--grad_accum_steps", "2", "--run_name", "mine"])
-    assert status == 0 and len(read) == 4 and [len(batches) for batches in read] == [2] * 4
+    status, _, err = call("--dataset", str(folders["data"]), "--epochs", "2", "--batch_size", "3", "--grad_accum_steps",
+                          "2", "--max_steps", "0")
+    assert status == 0 and "; 4 steps of 3 examples" in err and len(read) == 4 and [len(batches) for batches in read] == [2] * 4
     seen = [tuple(ids[mask.bool()].tolist()) for batches in read for batch in batches
             for ids, mask in zip(batch["encoder_ids"], batch["encoder_mask"], strict=True)]
     held = [tuple(row.encoder_ids) for row in rows_of(folders["data"], "train")]
@@ -588,6 +587,9 @@ def test_a_bad_line_ends_the_run_or_is_passed_over(call, tmp_path):
     assert status == 2 and "train.jsonl line 3: not JSON" in error_lines(err.splitlines()[-1])[0]
     status, _, err = call("--dataset", str(bad), "--on_bad_line", "skip", "--run_name", "mine")
     assert status == 0, err
+    (bad / "val.jsonl").write_text("{}\n{}\n")
+    status, _, err = call("--dataset", str(bad), "--on_bad_line", "skip")
+    assert status == 2 and "val.jsonl has no good line" in error_lines(err.splitlines()[-1])[0]
 
 
 def test_a_bad_validation_line_is_passed_over_and_no_other_counts_twice(call, tmp_path):

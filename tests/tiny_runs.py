@@ -63,7 +63,7 @@ def records(run: Path) -> dict[str, list]:
     """What a run recorded, without the columns that hold wall-clock time."""
     with open(run / "eval.csv", newline="") as file:
         rows = [{key: value for key, value in row.items() if key != "elapsed_s"} for row in csv.DictReader(file)]
-    lines = {name: [json.loads(line) for line in (run / name).read_text().splitlines()]
+    lines = {name: [json.loads(line) for line in (run / name).read_text().splitlines()] if (run / name).exists() else []
              for name in ("metrics.jsonl", "predictions.jsonl")}
     timed = ("elapsed_s", "examples_per_second", "tokens_per_second")
     steps = [{key: value for key, value in line.items() if key not in timed} for line in lines["metrics.jsonl"]]
