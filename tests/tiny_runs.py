@@ -73,8 +73,8 @@ def records(run: Path) -> dict[str, list]:
 def assert_same_run(one: Path, other: Path, stem: str = "adapter_model") -> None:
     """Bit for bit: weights, optimizer, averages, random state, position in the data, figures and answers."""
     assert newest(one).name == newest(other).name
-    for stem in (stem, "training_state"):
-        ours, theirs = tensors(newest(one), stem), tensors(newest(other), stem)
+    for part in (stem, "training_state"):
+        ours, theirs = tensors(newest(one), part), tensors(newest(other), part)
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     states = [json.loads((newest(run) / "training_state.json").read_text()) for run in (one, other)]
