@@ -73,8 +73,13 @@ def records(run: Path) -> dict[str, list]:
 def assert_same_run(one: Path, other: Path, stem: str = "adapter_model") -> None:
     """Bit for bit: weights, optimizer, averages, random state, position in the data, figures and answers."""
     assert newest(one).name == newest(other).name
+<<<<<<< HEAD
     for name in (stem, "training_state"):
         ours, theirs = tensors(newest(one), name), tensors(newest(other), name)
+=======
+    for part in (stem, "training_state"):
+        ours, theirs = tensors(newest(one), part), tensors(newest(other), part)
+>>>>>>> hytests
         assert ours.keys() == theirs.keys()
         assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
     states = [json.loads((newest(run) / "training_state.json").read_text()) for run in (one, other)]
