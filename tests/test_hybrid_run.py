@@ -31,18 +31,6 @@ from tiny_runs import assert_same_run, error_lines, newest, only_run, records, t
 # Every choice of every flag of the hybrid stands in one of these; see the test of it below.
 WAYS = {
     "adamw, gate warming up": "--dataset synthetic --encoder mamba2 --bridge prefix --grad_horizon full --optimizer "
-<<<<<<< HEAD
-    "adamw --lr_scheduler cosine --hrm_gate_warmup_steps 3 --hrm_gate_ramp_steps 3 --hrm_gate_scale 0.5 --state_size 8 "
-    "--prefix_len 3 --h_len 3 --l_len 4 --patience_grace_steps 2 --inner_T 1 --h_layers 2 --encoder_layers 2",
-    "muon, halting": "--dataset synthetic --encoder transformer --bridge cross_attn --grad_horizon one_step "
-                     "--optimizer "
-    "muon --lr_scheduler linear --use_halting 1 --deep_supervision 1 --ds_weight 0.3 --tie_embeddings 0 --ema 0.9 "
-    "--bucket_batches 2 --dataset_workers 1 --h_cycles 3 --halting_weight 0.2 --halting_target 2 --halt_threshold 0.3 "
-    "--l_layers 2 --decoder_layers 2 --hrm_gate_warmup_steps 1",
-    "8 bit, prepared": "--dataset {data} --dev_sets more={more} --encoder mamba2 --bridge cross_attn "
-                       "--grad_horizon k:1 "
-    "--optimizer adamw_8bit --lr_scheduler constant --grad_accum_steps 2 --d_model 32 --d_h 32 --on_bad_line skip "
-=======
     "adamw --lr_scheduler cosine --hrm_gate_warmup_steps 3 --hrm_gate_ramp_steps 3 --hrm_gate_scale 0.5 "
     "--state_size 8 --prefix_len 3 --h_len 3 --l_len 4 --patience_grace_steps 2 --inner_T 1 --h_layers 2 "
     "--encoder_layers 2",
@@ -52,7 +40,6 @@ WAYS = {
     "--halt_threshold 0.3 --l_layers 2 --decoder_layers 2 --hrm_gate_warmup_steps 1",
     "8 bit, prepared": "--dataset {data} --dev_sets more={more} --encoder mamba2 --bridge cross_attn --grad_horizon "
     "k:1 --optimizer adamw_8bit --lr_scheduler constant --grad_accum_steps 2 --d_model 32 --d_h 32 --on_bad_line skip "
->>>>>>> hytests
     "--max_val_samples 3 --eval_loss_patience 0 --use_halting 0 --deep_supervision 0 --hrm_gate_warmup_steps 1",
     "bf16": "--dataset {data} --mixed_precision bf16 --on_bad_line error --optimizer muon --tie_embeddings 1 "
     "--hrm_gate_ramp_steps 8 --use_halting 1 --save_best_model",
@@ -334,13 +321,7 @@ def test_without_a_dataset_it_exits_2_with_one_line(tmp_path, capsys, flags):
     assert line.startswith("--arch hybrid needs --dataset") and not (tmp_path / "runs").exists()
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("flags", [
-    (), ("--dataset", "synthetic", "--hrm_gate_warmup_steps", "50", "--use_halting", "1"),
-])
-=======
 @pytest.mark.parametrize("flags", [(), ("--dataset", "synthetic", "--hrm_gate_warmup_steps", "50")])
->>>>>>> hytests
 def test_a_dry_run_measures_prints_and_writes_nothing(call, tmp_path, monkeypatch, flags):
     taken = []
     monkeypatch.setattr(HybridTrainer, "step", lambda self, batches, step, lr, plain=HybridTrainer.step: (
@@ -428,16 +409,9 @@ def test_reset_progress_takes_the_weights_and_nothing_else(call, tmp_path, monke
                           "batch": batches[0], "average": {n: t.clone() for n, t in self.ema.average.items()}})
         return plain(self, batches, step, lr)
 
-<<<<<<< HEAD
-    stage = ("--resume", str(first), "--reset_progress", "1", "--run_name", "B", "--dataset", "synthetic",
-             "--seed", "5",
-             "--use_halting", "1", "--deep_supervision", "1", "--h_cycles", "3", "--ema", "0.9", "--max_steps", "3",
-             "--save_every", "1", "--checkpoint_limit", "0", "--hrm_gate_warmup_steps", "1")
-=======
     stage = ("--resume", str(first), "--reset_progress", "1", "--run_name", "B", "--dataset", "synthetic", "--seed",
              "5", "--use_halting", "1", "--deep_supervision", "1", "--h_cycles", "3", "--ema", "0.9", "--max_steps",
              "3", "--save_every", "1", "--checkpoint_limit", "0", "--hrm_gate_warmup_steps", "1")
->>>>>>> hytests
     with monkeypatch.context() as patch:
         patch.setattr(HybridTrainer, "step", watch)
         status, _, err = call(*stage)
@@ -587,12 +561,7 @@ def test_epochs_and_accumulation_count_the_samples(call, tmp_path, folders, monk
         read.append(batches), plain(self, batches, step, lr))[1])
     status, _, err = call("--dataset", str(folders["data"]), "--epochs", "2", "--batch_size", "3", "--grad_accum_steps",
                           "2", "--max_steps", "0")
-<<<<<<< HEAD
-    assert status == 0 and "; 4 steps of 3 examples" in err
-    assert [len(batches) for batches in read] == [2] * 4
-=======
     assert status == 0 and "; 4 steps of 3 examples" in err and [len(batches) for batches in read] == [2] * 4
->>>>>>> hytests
     seen = [tuple(ids[mask.bool()].tolist()) for batches in read for batch in batches
             for ids, mask in zip(batch["encoder_ids"], batch["encoder_mask"], strict=True)]
     held = [tuple(row.encoder_ids) for row in rows_of(folders["data"], "train")]

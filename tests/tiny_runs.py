@@ -73,15 +73,10 @@ def records(run: Path) -> dict[str, list]:
 def assert_same_run(one: Path, other: Path, stem: str = "adapter_model") -> None:
     """Bit for bit: weights, optimizer, averages, random state, position in the data, figures and answers."""
     assert newest(one).name == newest(other).name
-<<<<<<< HEAD
-    for name in (stem, "training_state"):
-        ours, theirs = tensors(newest(one), name), tensors(newest(other), name)
-=======
     for part in (stem, "training_state"):
         ours, theirs = tensors(newest(one), part), tensors(newest(other), part)
->>>>>>> hytests
         assert ours.keys() == theirs.keys()
-        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     states = [json.loads((newest(run) / "training_state.json").read_text()) for run in (one, other)]
     assert states[0] | {"elapsed_s": 0} == states[1] | {"elapsed_s": 0}
     assert records(one) == records(other)
