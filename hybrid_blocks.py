@@ -175,11 +175,12 @@ class Cycle:
 class BankCore(nn.Module):
     """HRM (arXiv 2506.21734, section 2) whose states are banks of tokens, whatever the length of the input.
 
-    A cycle is `l_steps` times `z_L = L(z_L + read(z_H) + read(encoder) + s_L)`, then `z_H = H(z_H + read(z_L) + s_H)`,
-    where `read` is cross-attention and s are learned slot embeddings: HRM's x tells its positions apart in each call,
-    and without its like all slots of a bank soon hold the same vector. Each cycle is a segment: with a horizon other
-    than `full` its state is handed on detached. Initial states are fixed vectors, one per slot (truncated normal,
-    deviation 1), saved and not trained.
+    A cycle is `l_steps` times `z_L = L(z_L + x + read_high(z_L + s_L))` with `x = read_input(z_L + s_L)`, then
+    `z_H = H(z_H + read_low(z_H + s_H))`, where each read is cross-attention, normed, so that what is heard weighs as
+    much as what is held: an attention over a hundred tokens is nearly their mean and would drown. s are learned slot
+    embeddings: they make the slots ask for different things, and stay out of what is said, which would otherwise soon
+    be the same for every input. Each cycle is a segment: with a horizon other than `full` its state is handed on
+    detached. Initial states are fixed vectors, one per slot (truncated normal, deviation 1), saved and not trained.
     """
 
     def __init__(self, d: int, heads: int, width: int, h_len: int, l_len: int, h_layers: int, l_layers: int,
@@ -214,11 +215,13 @@ class BankCore(nn.Module):
                  for z in (z_high, z_low)]
 
         def step_low(low: Tensor, high: Tensor) -> Tensor:
-            heard = self.read_high(low, self.read_high.keys(high)) + self.read_input(low, source, mask)
-            return self.l_block(low + heard + self.low_slots, turns[1])
+            asking = low + self.low_slots
+            x = rms_norm(self.read_input(asking, source, mask))
+            return self.l_block(low + x + rms_norm(self.read_high(asking, self.read_high.keys(high))), turns[1])
 
         def step_high(high: Tensor, low: Tensor) -> Tensor:
-            return self.h_block(high + self.read_low(high, self.read_low.keys(low)) + self.high_slots, turns[0])
+            heard = self.read_low(high + self.high_slots, self.read_low.keys(low))
+            return self.h_block(high + rms_norm(heard), turns[0])
 
         return recur(step_low, step_high, z_high, z_low, self.l_steps, horizon=self.horizon)
 
