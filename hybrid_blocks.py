@@ -30,6 +30,7 @@ from hrm_blocks import (
 
 MAMBA_CHUNK = {"cpu": 32}  # pure torch works in chunks whose cost grows with their square; kernels like 256
 MAMBA_HEAD = 32
+SLOT_DEVIATION = 0.5  # of slot embeddings, beside states of deviation 1
 
 
 def zero_linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -175,12 +176,13 @@ class Cycle:
 class BankCore(nn.Module):
     """HRM (arXiv 2506.21734, section 2) whose states are banks of tokens, whatever the length of the input.
 
-    A cycle is `l_steps` times `z_L = L(z_L + x + read_high(z_L + s_L))` with `x = read_input(z_L + s_L)`, then
-    `z_H = H(z_H + read_low(z_H + s_H))`, where each read is cross-attention, normed, so that what is heard weighs as
-    much as what is held: an attention over a hundred tokens is nearly their mean and would drown. s are learned slot
-    embeddings: they make the slots ask for different things, and stay out of what is said, which would otherwise soon
-    be the same for every input. Each cycle is a segment: with a horizon other than `full` its state is handed on
-    detached. Initial states are fixed vectors, one per slot (truncated normal, deviation 1), saved and not trained.
+    A cycle is `l_steps` times `l = z_L + s_L; z_L = L(l + x(l) + read_high(l))` with `x = read_input`, then
+    `h = z_H + s_H; z_H = H(h + read_low(h))`. Each read is cross-attention with a norm behind it, so that what is heard
+    weighs as much as what is held: attention over a hundred tokens is nearly their mean, and z_H would soon be the same
+    for every input. s are learned slot embeddings: HRM's x tells its positions apart in each call, and without its like
+    all slots of a bank come to hold one vector. Each cycle is a segment: with a horizon other than `full` its state is
+    handed on detached. Initial states are fixed vectors, one per slot (truncated normal, deviation 1), saved and not
+    trained.
     """
 
     def __init__(self, d: int, heads: int, width: int, h_len: int, l_len: int, h_layers: int, l_layers: int,
@@ -196,7 +198,8 @@ class BankCore(nn.Module):
         nn.init.constant_(self.halt.bias, HALT_BIAS)
         for name, slots in (("z_high_init", h_len), ("z_low_init", l_len)):
             self.register_buffer(name, nn.init.trunc_normal_(torch.empty(slots, d), std=1.0, a=-2.0, b=2.0))
-        self.high_slots, self.low_slots = nn.Parameter(torch.randn(h_len, d)), nn.Parameter(torch.randn(l_len, d))
+        self.high_slots = nn.Parameter(SLOT_DEVIATION * torch.randn(h_len, d))
+        self.low_slots = nn.Parameter(SLOT_DEVIATION * torch.randn(l_len, d))
 
     def start(self, batch: int) -> tuple[Tensor, Tensor]:
         """(z_high, z_low) before the first cycle, (B, H, d) and (B, L, d)."""
@@ -215,13 +218,13 @@ class BankCore(nn.Module):
                  for z in (z_high, z_low)]
 
         def step_low(low: Tensor, high: Tensor) -> Tensor:
-            asking = low + self.low_slots
-            x = rms_norm(self.read_input(asking, source, mask))
-            return self.l_block(low + x + rms_norm(self.read_high(asking, self.read_high.keys(high))), turns[1])
+            low = low + self.low_slots
+            x = rms_norm(self.read_input(low, source, mask))
+            return self.l_block(low + x + rms_norm(self.read_high(low, self.read_high.keys(high))), turns[1])
 
         def step_high(high: Tensor, low: Tensor) -> Tensor:
-            heard = self.read_low(high + self.high_slots, self.read_low.keys(low))
-            return self.h_block(high + rms_norm(heard), turns[0])
+            high = high + self.high_slots
+            return self.h_block(high + rms_norm(self.read_low(high, self.read_low.keys(low))), turns[0])
 
         return recur(step_low, step_high, z_high, z_low, self.l_steps, horizon=self.horizon)
 

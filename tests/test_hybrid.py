@@ -509,12 +509,13 @@ def plain_cycle(core: BankCore, high: torch.Tensor, low: torch.Tensor, states: t
                 first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One cycle of one example as the docstring of BankCore says; L calls before `first` carry no gradient."""
     for call in range(l_steps):
-        total = low + plain_cross(core.read_high, low, high) + plain_cross(core.read_input, low, states)
-        low = plain_block(core.l_block, total + core.low_slots)
+        low = low + core.low_slots
+        heard = [plain_norm(plain_cross(*asked)) for asked in ((core.read_input, low, states), (core.read_high, low, high))]
+        low = plain_block(core.l_block, low + heard[0] + heard[1])
         if call < first:
             low = low.detach()
-    high = plain_block(core.h_block, high + plain_cross(core.read_low, high, low) + core.high_slots)
-    return high, low
+    high = high + core.high_slots
+    return plain_block(core.h_block, high + plain_norm(plain_cross(core.read_low, high, low))), low
 
 
 @pytest.mark.parametrize("horizon,first", [("one_step", 2), ("k:1", 2), ("k:2", 1), ("k:9", 0), ("full", 0)])
@@ -564,6 +565,14 @@ def test_padding_of_the_encoder_is_hidden_from_hrm():
     states[0, 3:] += 100
     after = model.encoder.cycles(states, mask)[-1].z_high
     torch.testing.assert_close(after, before, **CLOSE)
+
+
+def test_what_hrm_hands_over_depends_on_the_input():
+    """Of two prompts as different as random states are, the memories differ as much as the slots within one."""
+    model = tiny(h_len=4, l_len=4, d_h=32, h_cycles=4)
+    states = torch.randn(8, 100, 16)  # attention over many tokens is nearly their mean: this must not drown
+    last = model.encoder.cycles(states, torch.ones(8, 100))[-1].z_high
+    assert last.std(dim=0).mean() > 0.25 * last.std(dim=1).mean()
 
 
 def test_cycles_and_slots_stay_apart():
