@@ -206,6 +206,8 @@ def test_where_the_padding_stands_and_what_it_holds_makes_no_difference(kind):
         pooled = pooled_state(states, mask)
         for index, state in enumerate(alone):
             torch.testing.assert_close(states[index][mask[index].bool()], state, **CLOSE)
+            single = read(encoder, x[index : index + 1], mask[index : index + 1])[0]  # Mamba2 masks no batch of one
+            torch.testing.assert_close(single[mask[index].bool()], state, **CLOSE)
             torch.testing.assert_close(pooled[index], state.mean(dim=0), **CLOSE)
 
 
