@@ -107,8 +107,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tiny_host, tmp_path, fl
     assert "2 processes, 8 examples a batch" in two.stderr and two.stdout.count("Wilson") == 1
     folders = [only_run(tmp_path / name) for name in ("two", "one")]
     ours, theirs = (tensors(newest(folder), "adapter_model") for folder in folders)
+    near = 1e-4 if "muon" in flags else 1e-5  # Muon orthogonalises in bf16: the order of a sum shows
     for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=near, msg=name)
     found, expected = (records(folder) for folder in folders)
     assert found["eval"] == expected["eval"] and len(found["eval"]) == 8  # one table, whole, of all items
     assert found["predictions"] == expected["predictions"]
