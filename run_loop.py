@@ -342,7 +342,8 @@ class RunLoop:
         return evaluation
 
     def _is_best(self, evaluation: Any) -> bool:
-        return self.opts.save_best_model and (self.best is None or self.value(evaluation) > self.best)
+        value = self.value(evaluation)
+        return self.opts.save_best_model and math.isfinite(value) and (self.best is None or value > self.best)
 
     # --- checkpoints ---
 

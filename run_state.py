@@ -155,4 +155,8 @@ def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], 
     for index, (optimizer, names) in enumerate(trainer.optimizers):
         prefix = f"{index}/"
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        groups = optimizer.param_groups
+        asked = [{key: group[key] for key in ("weight_decay", "betas") if key in group} for group in groups]
         unpack_optimizer(optimizer, names, own, documents[index])
+        for group, values in zip(groups, asked, strict=True):
+            group.update(values)  # the run's options, those typed on resume among them

@@ -197,18 +197,21 @@ def test_where_the_padding_stands_and_what_it_holds_makes_no_difference(kind):
     rows = [torch.randn(length, 16) for length in lengths]
     alone = [read(encoder, row[None], torch.ones(1, len(row), dtype=torch.int64))[0] for row in rows]
     assert all(state.shape == row.shape for state, row in zip(alone, rows, strict=True))
-    for side in ("right", "left", "both"):
+    for side in ("right", "left", "both", "between"):
         x, mask = 100 * torch.randn(3, 12, 16), torch.zeros(3, 12, dtype=torch.int64)
         for index, row in enumerate(rows):
-            start = {"right": 0, "left": 12 - len(row), "both": 2}[side]
-            x[index, start : start + len(row)], mask[index, start : start + len(row)] = row, 1
+            start = {"right": 0, "left": 12 - len(row), "both": 2, "between": 0}[side]
+            places = torch.arange(start, start + len(row))
+            if side == "between":
+                places = torch.randperm(12)[: len(row)].sort().values
+            x[index, places], mask[index, places] = row, 1
         states = read(encoder, x, mask)
         pooled = pooled_state(states, mask)
         for index, state in enumerate(alone):
             torch.testing.assert_close(states[index][mask[index].bool()], state, **CLOSE)
-            single = read(encoder, x[index : index + 1], mask[index : index + 1])[0]  # Mamba2 masks no batch of one
-            torch.testing.assert_close(single[mask[index].bool()], state, **CLOSE)
             torch.testing.assert_close(pooled[index], state.mean(dim=0), **CLOSE)
+            single = read(encoder, x[index : index + 1], mask[index : index + 1])[0]  # a batch of one is masked too
+            torch.testing.assert_close(single[mask[index].bool()], state, **CLOSE)
 
 
 @pytest.mark.parametrize("kind,causal", [("mamba2", True), ("transformer", False)])
@@ -579,7 +582,7 @@ def test_what_hrm_hands_over_depends_on_the_input():
 
 def test_cycles_and_slots_stay_apart():
     """Sixteen cycles later the slots of a bank still hold vectors of their own, and so do the cycles."""
-    model = tiny(h_len=4, l_len=4, d_h=32, h_cycles=16)
+    model = tiny(awake=False, h_len=4, l_len=4, d_h=32, h_cycles=16)
     banks = torch.stack([cycle.z_high for cycle in model.encoder.cycles(torch.randn(3, 6, 16), torch.ones(3, 6))])
     alike = F.cosine_similarity(banks[:, :, :, None], banks[:, :, None], dim=-1)  # (C, B, H, H)
     off = alike[-1][:, ~torch.eye(4, dtype=torch.bool)]

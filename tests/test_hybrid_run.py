@@ -219,6 +219,16 @@ def test_a_named_run_resumes_by_itself_and_is_left_alone_once_its_steps_are_done
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
+def test_a_weight_decay_typed_on_resume_holds_for_all_weights(call, tmp_path):
+    assert call("--run_name", "mine", "--weight_decay", "0.1")[0] == 0
+    assert call("--run_name", "mine", "--weight_decay", "0.7", "--beta1", "0.8", "--max_steps", "4")[0] == 0
+    (optimizer,) = state(tmp_path / "runs" / "mine")["optimizers"]
+    assert {group["weight_decay"] for group in optimizer["groups"]} == {0.7, 0.0}  # 0: vectors
+    assert {group["weight_decay"] for group in optimizer["groups"] if group.get("apart")} == {0.7}
+    assert [group["weight_decay"] for group in optimizer["groups"]].count(0.7) == 2
+    assert {tuple(group["betas"]) for group in optimizer["groups"]} == {(0.8, 0.95)}
+
+
 def test_resume_by_path_inherits_the_options_of_the_run(call, tmp_path, capsys):
     assert call("--run_name", "whole", *SIX, "--use_halting", "1")[0] == 0
     cut = tmp_path / "runs" / "cut"
@@ -385,6 +395,13 @@ def test_the_lowest_loss_is_the_best_and_outlives_the_limit_with_the_newest(call
     best = json.loads((run / "best.json").read_text())
     assert best == {"checkpoint": "step-00000002", "metric": "negative_validation_loss", "value": -3.0}
     assert checkpoints(run) == [2, 5, 6]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best_and_ends_nothing(call, tmp_path, monkeypatch):
+    losses_are(monkeypatch, {1: math.nan, 2: 4.0, 3: math.nan})
+    run = tmp_path / "runs" / "mine"
+    assert call("--run_name", "mine", "--eval_every", "1", "--save_best_model")[0] == 0
+    assert json.loads((run / "best.json").read_text())["checkpoint"] == "step-00000002"
 
 
 def test_only_the_newest_stay_and_the_final_one_is_among_them(call, tmp_path):
