@@ -197,7 +197,8 @@ class HybridRun(RunLoop):
     def after_evaluation(self, evaluation: HybridEvaluation) -> None:
         """Counts consecutive rises of the validation loss, once the grace steps are over."""
         loss, before = evaluation.parts[VALIDATION].loss, self.extra.get("validation_loss")
-        counts = self.step > self.opts.patience_grace_steps and before is not None and (loss > before or math.isnan(loss))
+        rose = before is not None and (loss > before or math.isnan(loss))
+        counts = rose and self.step > self.opts.patience_grace_steps
         self.extra |= {"validation_loss": loss, "rises": self.extra.get("rises", 0) + 1 if counts else 0}
 
     def ended_early(self) -> str | None:
