@@ -32,6 +32,7 @@ class HRMAddonConfig(PreTrainedConfig):
         d_h: int = 128,
         h_layers: int = 1,
         l_layers: int = 1,
+        share_hl: bool = False,
         n_heads: int = 4,
         segments: int = 4,
         inner_T: int = 2,
@@ -61,6 +62,7 @@ class HRMAddonConfig(PreTrainedConfig):
         self.base_config = base_config = copy.deepcopy(base_config)
         self.base_model_name = base_model_name
         self.d_h, self.h_layers, self.l_layers, self.n_heads = d_h, h_layers, l_layers, n_heads
+        self.share_hl = share_hl
         self.segments, self.inner_T, self.reset_l, self.grad_horizon = segments, inner_T, reset_l, grad_horizon
         self.hrm_input, self.hrm_read, self.init_state = hrm_input, hrm_read, init_state
         self.injector, self.cab_mem, self.cab_gate_init = injector, cab_mem, cab_gate_init
@@ -116,6 +118,7 @@ class HRMAddon(nn.Module):
             horizon=config.grad_horizon,
             reset_l=config.reset_l,
             init_state=config.init_state,
+            share=config.share_hl,
         )
         gate = config.cab_gate_init if config.injector == "cab" else config.grb_gate_init
         self.injector = INJECTORS[config.injector](width, config.d_h, config.n_heads, gate, config.cab_mem)

@@ -90,6 +90,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("d_h", "int", 128, "width of the HRM; a multiple of 2 x n_heads", low=8),
         Flag("h_layers", "int", 1, "layers of the slow block H", low=1, high=64),
         Flag("l_layers", "int", 1, "layers of the fast block L", low=1, high=64),
+        Flag("share_hl", "bool", False, "one block is both H and L, as in TRM; needs h_layers = l_layers", archs=ADDON),
         Flag("n_heads", "int", 4, "attention heads of the HRM", low=1),
         Flag("segments", "int", 1, "recurrence segments in training", low=1, high=256, archs=ADDON),
         Flag("inner_T", "int", 2, "L steps before each H step", low=1, high=64, aliases=("l_steps",)),

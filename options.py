@@ -194,6 +194,8 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      "epochs" if o.epochs > 0 and o.train_n == 0 and o.arch == "addon" else None),
     ("supervised_segments segments", lambda o: f"--supervised_segments {o.supervised_segments} is more than --segments "
      f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
+    ("share_hl h_layers l_layers", lambda o: f"--share_hl makes one block of H and L: --h_layers {o.h_layers} and "
+     f"--l_layers {o.l_layers} must be equal" if o.share_hl and o.h_layers != o.l_layers else None),
     ("act_penalty use_act", lambda o: f"--act_penalty {o.act_penalty} does nothing without --use_act"
      if o.act_penalty > 0 and not o.use_act else None),
     ("halt_max_segments use_act", lambda o: f"--halt_max_segments {o.halt_max_segments} does nothing without --use_act"
@@ -266,6 +268,12 @@ def _read_config(path: str, found: list[str]) -> dict[str, Any]:
         else:
             values[flag.name] = value
     return values
+
+
+def load_yaml(path: str) -> tuple[Any, list[str]]:
+    """(tree, keys written twice in one mapping, one line each) of a YAML file. Raises OSError, ValueError."""
+    found: list[str] = []
+    return _load_strict(path, found), found
 
 
 def _load_strict(path: str, found: list[str]) -> Any:
