@@ -158,6 +158,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
              nullable=True, form="small, default, a file or a JSON object", archs=ADDON),
         Flag("train_n", "int", 0, "training items; 0 = fresh items without end", low=0, archs=ADDON),
         Flag("eval_n", "int", 256, "evaluation items of each task", low=1),
+        Flag("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are never "
+             "trained on, beside questions", archs=ADDON),
         Flag("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code", archs=ADDON),
         Flag("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True,
              archs=ADDON),

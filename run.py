@@ -41,7 +41,7 @@ class Run(RunLoop):
             opts.max_seq_len,
         )
         self.tasks = make_tasks(task_names(opts), task_config(opts))
-        self.reserve = Reserve(self.tasks, opts.eval_n, opts.eval_seed)
+        self.reserve = Reserve(self.tasks, opts.eval_n, opts.eval_seed, by_group=opts.group_split)
         self.eval_examples = self.format.fitting(self.reserve.examples, opts.overlong, "evaluation")
         self.budget = answer_budget(self.format, self.eval_examples, opts.max_new_tokens)  # the same on every rank
         self.batches: TrainBatches | None = None
