@@ -112,6 +112,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("lora_layers", "int", 0, "besides HRM, LoRA on this many top layers of the LLM", low=0, archs=ADDON),
         Flag("lora_rank", "int", 8, "rank of that LoRA", low=1, archs=ADDON),
         Flag("use_act", "bool", False, "learn to halt, and halt examples at evaluation", archs=ADDON),
+        Flag("halt_detach", "bool", False, "the halting head only reads z_H, its loss leaves z_H alone; needs use_act",
+             archs=ADDON),
         Flag("act_penalty", "float", 0.0, "weight of the sum of 1 - p_halt; needs use_act", low=0, archs=ADDON),
         Flag("halt_max_segments", "int", 0, "most segments at evaluation with use_act; 0 = segments", low=0,
              archs=ADDON),
@@ -161,6 +163,10 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are never "
              "trained on, beside questions", archs=ADDON),
         Flag("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code", archs=ADDON),
+        Flag("curriculum", "bool", False, "raise each task through Reasoning Gym's levels of difficulty", archs=ADDON),
+        Flag("curriculum_threshold", "float", 0.8, "held-out solved rate at which a task goes up a level", low=0,
+             high=1, exclusive_low=True, archs=ADDON),
+        Flag("curriculum_levels", "int", 0, "highest level; 0 = the task's last", low=0, archs=ADDON),
         Flag("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True,
              archs=ADDON),
         Flag("system_header", "str", None, "text put before every prompt", nullable=True, pattern=".*", form="text",
@@ -214,6 +220,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
              aliases=("val_every",)),
         Flag("eval_batch_size", "int", 128, "examples per evaluation batch", low=1),
         Flag("eval_segments", "int", 0, "segments at evaluation; 0 = as trained", low=0, archs=ADDON),
+        Flag("eval_readout", "str", "last", "the segment that answers: the last, or of all segments the one with the "
+             "highest halting score; needs use_act", choices=("last", "best_halt"), archs=ADDON),
         Flag("eval_injector_scale", "float", 1.0, "factor on the injection at evaluation; 0 = bare LLM", low=0,
              archs=ADDON),
         Flag("decode_temperature", "float", 0.0, "sampling temperature; 0 = greedy", low=0, archs=ADDON),
