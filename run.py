@@ -105,8 +105,8 @@ class Run(RunLoop):
         self._saved_levels()  # of a run that goes on without its position in the data, or only evaluates
 
     def after_evaluation(self, evaluation: Evaluation) -> None:
-        limit = (self.opts.halt_max_segments if self.opts.use_act else 0) or self.model.config.segments
         if self.opts.use_act and self.opts.eval_readout == "last":
+            limit = self.opts.halt_max_segments or self.model.config.segments
             alarm = evaluation_collapse([a.segments for a in evaluation.answers], limit, evaluation.solved_rate())
             if alarm:
                 self.say(f"WARNING: step {self.step}: {alarm}")
