@@ -31,7 +31,8 @@ from script_tools import staged
 
 KEYS = ("arms", "tasks", "seeds", "common", "baseline", "minutes", "calibration_steps")
 # What the runner sets itself, or what would make runs of one grid incomparable.
-OWN = {*options.INVOCATION, "config", "task", "tasks", "seed", "save_dir", "log_csv", "num_threads"}
+OWN = {"run_name", "resume", "eval_only", "dry_run", "reset_progress", "config", "task", "tasks", "seed", "save_dir",
+       "log_csv", "num_threads"}
 LENGTH = {"max_steps", "epochs", "max_minutes"}  # with `minutes` the runner sets the length, too
 NAME = re.compile(r"[A-Za-z0-9][\w.=+-]*")
 COLUMNS = (
