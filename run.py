@@ -220,6 +220,7 @@ class Run(RunLoop):
         evaluation = Evaluation(self._gathered(mine, part.answers), self.bare)
         levels = self.curriculum.rows(self.step, self.log.elapsed_s) if self.curriculum else []
         self._level_evaluated = sum(row["value"] for row in levels) / max(len(levels), 1)
+        self._levels_told = self.curriculum.told() if self.curriculum else ""
         self.log.eval_rows(evaluation.rows(self.step, self.log.elapsed_s) + levels)
         self.log.predictions(evaluation.predictions(self.step))
         return evaluation
@@ -250,7 +251,7 @@ class Run(RunLoop):
         cut = sum(not a.finished for a in evaluation.answers)
         raised = sum(a.raised for a in evaluation.answers)
         notes = ["solved = generated answer scored exactly 1.0 by the task's verifier, Wilson 95 % interval"]
-        notes += [f"curriculum level: {self.curriculum.told()}"] if self.curriculum else []
+        notes += [f"curriculum level: {self._levels_told}"] if self.curriculum else []
         notes += [f"{cut} answers were cut at the token limit"] if cut else []
         notes += [f"the scorer raised on {raised} answers, counted as wrong"] if raised else []
         print("; ".join(notes))
