@@ -137,12 +137,19 @@ class Runner:
         self.output, self.jobs, self.threads, self.stop = output, jobs, threads, stop
         output.mkdir(parents=True, exist_ok=True)
         (output / "logs").mkdir(exist_ok=True)
-        self._lock = open(output / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        self._lock = open(output / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise GridError(f"another ablation, or a run it left, is at work in {output}: wait for it or take another "
                             "--output") from error
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
 
     def start(self, job: Job, runs: Path, log: str) -> Child:
         command = [sys.executable, str(ROOT / "train.py"), f"--save_dir={runs}", f"--run_name={job.name}",
@@ -390,14 +397,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         print("\n".join(" ".join(["train.py", *ablation.arguments(job.flags)]) for job in jobs))
         return 0
-    with stoppable() as stop:
-        runner = Runner(args.output.resolve(), args.jobs, args.threads, stop)
+    output = args.output.resolve()
+    with stoppable() as stop, Runner(output, args.jobs, args.threads, stop) as runner:
         if grid.minutes:
             jobs = calibrated(grid, jobs, runner)
         failed = train_all(grid, jobs, runner)
-    results = write_results(grid, jobs, runner.output / "runs")
-    draw(results, runner.output / "results.png")
-    print((runner.output / "summary.md").read_text())
+        results = write_results(grid, jobs, output / "runs")
+        draw(results, output / "results.png")
+    print((output / "summary.md").read_text())
     return 130 if stop.asked else 1 if failed else 0
 
 

@@ -258,8 +258,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_host, tmp_path):
     reached = int(checkpoint.name.removeprefix("step-"))
     (job,) = ablation.jobs_of(read_grid(path))
     ended = Job(job.arm, job.task, job.seed, job.flags | {"max_steps": reached + 1})
-    with script.stoppable() as stop:
-        assert script.train_all(read_grid(path), [ended], script.Runner(output, 1, 1, stop)) == 0
+    with script.stoppable() as stop, script.Runner(output, 1, 1, stop) as runner:
+        assert script.train_all(read_grid(path), [ended], runner) == 0
     assert f"from step {reached}" in (output / "logs" / "cab--toy_add--seed0.log").read_text()
     (row,) = table(output)
     assert (row["status"], row["steps"]) == ("finished", str(reached + 1))

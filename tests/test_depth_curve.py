@@ -141,15 +141,17 @@ def thinker(tiny_host, **changes):
 def test_best_halt_answers_from_the_segment_of_the_highest_halting_score(tiny_host):
     model, features, context = thinker(tiny_host, eval_readout="best_halt")
     with torch.no_grad():
-        z, used = model.model.think(features, context)
-        carry, states, scores = None, [], []
+        carry, states = None, []
         for _ in range(4):
             carry = model.model.advance(features, context, carry)
             states.append(carry.z_high)
-            last = carry.z_high[torch.arange(3), last_column(context.mask)]
-            scores.append(model.model.addon.core.halt(last).squeeze(-1))
-    best = torch.stack(scores).argmax(dim=0)
-    assert len(set(best.tolist())) > 1, "the case must have something to choose"
+        read = torch.stack([z[torch.arange(3), last_column(context.mask)] for z in states])
+        # A head for which the first example is best at the start and the second at the end.
+        head, fallen = model.model.addon.core.halt, read[0] - read[3]
+        head.weight.copy_((fallen[0] - fallen[1])[None])
+        z, used = model.model.think(features, context)
+        best = head(read).squeeze(-1).argmax(dim=0)
+    assert best[0] != best[1], "the case must have something to choose"
     torch.testing.assert_close(z, torch.stack([states[k][i] for i, k in enumerate(best.tolist())]))
     assert used.tolist() == [4, 4, 4]
 
