@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import random
 import sys
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_the_alarm_looks_at_a_hundred_batches_at_a_time():
 def test_segments_used_at_evaluation_tell_a_collapse(used, limit, solved, told):
     found = evaluation_collapse(used, limit, solved)
     assert (found is None) if told is None else told in found
+
+
+def test_a_run_tells_its_alarms(tiny_host, tmp_path, monkeypatch, capsys):
+    """A new head (bias -5) halts nobody; that is a collapse as soon as anything counts as right."""
+    monkeypatch.setattr(halting, "EVERY", 2)
+    monkeypatch.setattr(halting, "SETTLED", -1.0)
+    more = ("--use_act", "--max_steps=2", "--eval_every=1", "--segments=2", "--supervised_segments=1")
+    assert train.main(arguments(tiny_host, tmp_path, *more)) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING: step")]
+    assert sum("step 2: halting has collapsed to nothing: mean probability 0.007" in line for line in told) == 1
+    assert [line[:16] for line in told if "no example halted before segment 2 at evaluation" in line] == [
+        "WARNING: step 1:", "WARNING: step 2:"]
+    lines = (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    assert all(0 <= json.loads(line)["halt_deviation"] < 0.02 for line in lines)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
