@@ -32,6 +32,7 @@ class HRMAddonConfig(PreTrainedConfig):
         d_h: int = 128,
         h_layers: int = 1,
         l_layers: int = 1,
+        share_hl: bool = False,
         n_heads: int = 4,
         segments: int = 4,
         inner_T: int = 2,
@@ -48,7 +49,9 @@ class HRMAddonConfig(PreTrainedConfig):
         lora_layers: int = 0,
         lora_rank: int = 8,
         use_act: bool = False,
+        halt_detach: bool = False,
         halt_max_segments: int = 0,
+        eval_readout: str = "last",
         verifier_head: bool = False,
         train_injector_scale: float = 1.0,
         eval_injector_scale: float = 1.0,
@@ -61,12 +64,14 @@ class HRMAddonConfig(PreTrainedConfig):
         self.base_config = base_config = copy.deepcopy(base_config)
         self.base_model_name = base_model_name
         self.d_h, self.h_layers, self.l_layers, self.n_heads = d_h, h_layers, l_layers, n_heads
+        self.share_hl = share_hl
         self.segments, self.inner_T, self.reset_l, self.grad_horizon = segments, inner_T, reset_l, grad_horizon
         self.hrm_input, self.hrm_read, self.init_state = hrm_input, hrm_read, init_state
         self.injector, self.cab_mem, self.cab_gate_init = injector, cab_mem, cab_gate_init
         self.grb_gate_init, self.logit_bias_head = grb_gate_init, logit_bias_head
         self.lora_layers, self.lora_rank = lora_layers, lora_rank
         self.use_act, self.halt_max_segments, self.verifier_head = use_act, halt_max_segments, verifier_head
+        self.halt_detach, self.eval_readout = halt_detach, eval_readout
         self.train_injector_scale, self.eval_injector_scale = train_injector_scale, eval_injector_scale
         if base_config is not None:
             text = base_config.get_text_config()
@@ -116,6 +121,7 @@ class HRMAddon(nn.Module):
             horizon=config.grad_horizon,
             reset_l=config.reset_l,
             init_state=config.init_state,
+            share=config.share_hl,
         )
         gate = config.cab_gate_init if config.injector == "cab" else config.grb_gate_init
         self.injector = INJECTORS[config.injector](width, config.d_h, config.n_heads, gate, config.cab_mem)
@@ -206,6 +212,8 @@ class HRMBackbone(PreTrainedModel):
         With `use_act` an example whose halting head says "right" (logit > 0) leaves the batch and costs nothing more.
         """
         limit = (self.config.halt_max_segments if self.config.use_act else 0) or self.config.segments
+        if self.config.use_act and self.config.eval_readout == "best_halt":
+            return self._think_all(features, context, limit)
         core, x = self.addon.core, self.addon.inputs(features)
         carry = core.initial_carry(context.mask)
         z_high, used = torch.empty_like(x), torch.zeros_like(carry.steps)
@@ -223,6 +231,18 @@ class HRMBackbone(PreTrainedModel):
             if not len(active):
                 break
         return z_high, used
+
+    def _think_all(self, features: Tensor, context: Context, limit: int) -> tuple[Tensor, Tensor]:
+        """As `think`, all segments; each example answers from the (first) one of the highest halting score."""
+        core, x = self.addon.core, self.addon.inputs(features)
+        carry = core(x, context, core.initial_carry(context.mask))
+        z_high, score = carry.z_high, core.halt_logits(carry.z_high, context.mask)
+        for _ in range(limit - 1):
+            carry = core(x, context, carry.detach())
+            logits = core.halt_logits(carry.z_high, context.mask)
+            z_high = torch.where((logits > score)[:, None, None], carry.z_high, z_high)
+            score = torch.maximum(score, logits)
+        return z_high.to(x.dtype), carry.steps
 
     def inject(self, slots: Slots, thought: Thought) -> tuple[Tensor, Tensor | None]:
         """(hidden states with z_H's bias (B, T, D), logit bias (B, T, V) or None); scale 0 skips the branch."""

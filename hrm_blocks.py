@@ -224,7 +224,8 @@ class HRMCore(nn.Module):
 
     Initial states are fixed vectors (truncated normal, deviation 1), persistent buffers, saved but not trained; with
     `init_state="random"` every example of a training batch starts from fresh normal vectors of deviation 1, which
-    teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones.
+    teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones. With `share` one block makes
+    both steps, as in the Tiny Recursive Model (arXiv 2510.04871): only L's input holds x, which tells the two apart.
     """
 
     def __init__(
@@ -237,15 +238,19 @@ class HRMCore(nn.Module):
         horizon: str = "full",
         reset_l: bool = False,
         init_state: str = "fixed",
+        share: bool = False,
     ):
         super().__init__()
+        if share and h_layers != l_layers:
+            raise ValueError(f"a shared block has one depth: h_layers {h_layers} and l_layers {l_layers} must be equal")
         if d % heads or d // heads % 2:
             raise ValueError(f"HRM width {d} must be an even multiple of its {heads} heads: RoPE turns pairs of a head")
         first_call_with_gradient(horizon, inner_T)
         self.d, self.heads, self.inner_T = d, heads, inner_T
         self.horizon, self.reset_l, self.init_state = horizon, reset_l, init_state
         self.h_block = HBlock(d, heads, h_layers)
-        self.l_block = LBlock(d, heads, l_layers)
+        # One name per tensor: a second name for the shared block would be saved and averaged twice.
+        self.l_block = None if share else LBlock(d, heads, l_layers)
         self.halt = nn.Linear(d, 1)
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, HALT_BIAS)
@@ -276,8 +281,9 @@ class HRMCore(nn.Module):
     def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
         """One segment over x (B, S, d)."""
         z_low = self._initial(self.z_low_init, *x.shape[:2]) if self.reset_l else carry.z_low
+        l_block = self.h_block if self.l_block is None else self.l_block
         z_high, z_low = recur(
-            lambda low, high: self.l_block(low + high + x, context),
+            lambda low, high: l_block(low + high + x, context),
             lambda high, low: self.h_block(high + low, context),
             carry.z_high,
             z_low,

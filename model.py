@@ -173,7 +173,8 @@ class HRMController(PreTrainedModel, GenerationMixin):
         loss = F.cross_entropy(logits, target, reduction="sum") / (denominator or max(len(target), 1))
         metrics = {"correct": all_correct(logits, labels)}
         if self.config.use_act:
-            metrics["halt_logits"] = self.model.addon.core.halt_logits(carry.z_high, states.context.mask)
+            read = carry.z_high.detach() if self.config.halt_detach else carry.z_high
+            metrics["halt_logits"] = self.model.addon.core.halt_logits(read, states.context.mask)
         if self.model.addon.verifier is not None:
             state = last_state(carry.z_high, states.context.mask)
             metrics["verdict_logits"] = self.model.addon.verifier(state).squeeze(-1)

@@ -192,10 +192,20 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      "or --max_minutes" if not (o.max_steps or o.epochs or o.max_minutes or o.eval_only or o.dry_run) else None),
     ("epochs train_n arch", lambda o: f"--epochs {o.epochs} needs --train_n above 0: fresh items without end have no "
      "epochs" if o.epochs > 0 and o.train_n == 0 and o.arch == "addon" else None),
+    ("curriculum train_n", lambda o: f"--curriculum needs fresh items: --train_n {o.train_n} is a fixed set, choose 0"
+     if o.curriculum and o.train_n else None),
+    ("curriculum eval_every eval_only dry_run", lambda o: "--curriculum raises levels by evaluations: set --eval_every "
+     "above 0" if o.curriculum and not (o.eval_every or o.eval_only or o.dry_run) else None),
     ("supervised_segments segments", lambda o: f"--supervised_segments {o.supervised_segments} is more than --segments "
      f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
+    ("share_hl h_layers l_layers", lambda o: f"--share_hl makes one block of H and L: --h_layers {o.h_layers} and "
+     f"--l_layers {o.l_layers} must be equal" if o.share_hl and o.h_layers != o.l_layers else None),
     ("act_penalty use_act", lambda o: f"--act_penalty {o.act_penalty} does nothing without --use_act"
      if o.act_penalty > 0 and not o.use_act else None),
+    ("halt_detach use_act", lambda o: "--halt_detach does nothing without --use_act"
+     if o.halt_detach and not o.use_act else None),
+    ("eval_readout use_act", lambda o: f"--eval_readout {o.eval_readout} needs a halting head: add --use_act"
+     if o.eval_readout != "last" and not o.use_act else None),
     ("halt_max_segments use_act", lambda o: f"--halt_max_segments {o.halt_max_segments} does nothing without --use_act"
      if o.halt_max_segments > 0 and not o.use_act else None),
     ("train_injector_scale lora_layers eval_only", lambda o: "--train_injector_scale 0 leaves nothing to train"
@@ -266,6 +276,12 @@ def _read_config(path: str, found: list[str]) -> dict[str, Any]:
         else:
             values[flag.name] = value
     return values
+
+
+def load_yaml(path: str) -> tuple[Any, list[str]]:
+    """(tree, keys written twice in one mapping, one line each) of a YAML file. Raises OSError, ValueError."""
+    found: list[str] = []
+    return _load_strict(path, found), found
 
 
 def _load_strict(path: str, found: list[str]) -> Any:

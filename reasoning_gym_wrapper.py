@@ -3,7 +3,8 @@
 Evaluation items are drawn and deduplicated first; every source of training text rejects their questions (`TrainStream`,
 and `scripts/pretrain_host.py` for the embedded LLM). Items of one data set are drawn with `Random(seed + index)`, so
 neighbouring seeds share almost all of their items: training and evaluation seeds stay at least `SEED_GAP` apart, and
-because small tasks collide all the same, questions are compared as normalised text as well.
+because small tasks collide all the same, questions are compared as normalised text as well. Where a task has few
+solutions (`GROUPS`), items are split by solution too: a fixed share of the solutions is for evaluation alone.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ GLOBAL_RANDOM = frozenset({"list_functions"})  # draws from Python's global gene
 HASH_DEPENDENT = frozenset(
     {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
 )
+
+# What items of a task have in common though their questions differ: there are only 288 solved 4x4 grids, so without a
+# split by grid a model may know every answer by heart.
+GROUPS: dict[str, Callable[[dict[str, Any]], str]] = {"mini_sudoku": lambda entry: " ".join(entry["answer"].split())}
+GROUP_SHARE = 5  # one group in so many is for evaluation
 
 
 class TaskError(ValueError):
@@ -75,6 +82,11 @@ class Example:
     def item(self) -> dict[str, Any]:
         """The entry with `item["metadata"]["task"]`; a copy, as calendar_arithmetic's verifier reads its own `task`."""
         return {**self.entry, "metadata": {**self.entry["metadata"], "task": self.task}}
+
+    @property
+    def group(self) -> str | None:
+        """What this item shares with others of its task beside the question, see `GROUPS`; None for most tasks."""
+        return GROUPS[self.task](self.entry) if self.task in GROUPS else None
 
     def verify(self, answer: str) -> Verdict:
         """Scores generated text with the task's own verifier; a scorer that raises counts as score 0."""
@@ -312,16 +324,26 @@ def make_tasks(names: Sequence[str], config_text: str) -> list[Task]:
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
+def for_evaluation(task: str, group: str) -> bool:
+    """Whether items of this group are evaluated; the others are trained on. A function of task and group alone."""
+    digest = hashlib.sha256(f"{task}/{group}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % GROUP_SHARE == 0
+
+
 class Reserve:
     """The evaluation items, drawn and deduplicated before anything else, and the set of their questions.
 
     The first n items of a larger reserve are those of a smaller one, so `--eval_n 256` reads a part of `--eval_n 1024`.
+    With `by_group`, items of a task with groups are drawn from the groups for evaluation, and training is kept off
+    those groups whatever n is: the split does not depend on which items were drawn.
 
     Raises:
         TaskError: a task has fewer than `n` distinct questions at this difficulty.
     """
 
-    def __init__(self, tasks: Sequence[Task], n: int, seed: int = EVAL_SEED, must_fill: bool = True):
+    def __init__(self, tasks: Sequence[Task], n: int, seed: int = EVAL_SEED, must_fill: bool = True,
+                 by_group: bool = True):
+        self.by_group = by_group
         self.examples: list[Example] = []
         self.questions: set[str] = set()
         for task in tasks:
@@ -338,7 +360,7 @@ class Reserve:
         drawn, seen, rejected = [], set(), 0  # deduplicated per task: n must not change what another task keeps
         for _, example in task.items(seed):
             question = normalise(example.question)
-            if question in seen:
+            if question in seen or (self.by_group and not self._may_evaluate(example)):
                 rejected += 1
             else:
                 seen.add(question)
@@ -348,8 +370,17 @@ class Reserve:
                 return drawn
         raise AssertionError("Task.items is endless")
 
+    @staticmethod
+    def _may_evaluate(example: Example) -> bool:
+        return example.group is None or for_evaluation(example.task, example.group)
+
     def __contains__(self, question: str) -> bool:
         return normalise(question) in self.questions
+
+    def rejects(self, example: Example) -> bool:
+        """Whether this item must not be trained on: its question is evaluated, or its group is."""
+        held_out = self.by_group and example.group is not None and for_evaluation(example.task, example.group)
+        return held_out or example.question in self
 
 
 class TrainStream:
@@ -381,7 +412,7 @@ class TrainStream:
             self._next[turn] = index + 1
             if example.target is None:
                 raise TaskError(f"task {example.task} has an item without a gold answer: it cannot be trained on")
-            if example.question not in self.reserve:
+            if not self.reserve.rejects(example):
                 self._turn = (turn + 1) % len(self.tasks)
                 return example
         raise TaskError(

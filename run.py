@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from accelerate.utils import gather_object
 
 from batching import Batch, PromptFormat, TrainBatches
 from checkpointing import step_folder
-from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate
+from curriculum import Curriculum
+from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate, solved_rate
+from halting import HaltingAlarm, evaluation_collapse
 from host import load_tokenizer
 from model import build_model
-from reasoning_gym_wrapper import EpochStream, Reserve, make_tasks, task_warnings, training_examples
+from reasoning_gym_wrapper import EpochStream, Example, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, draw_curve, format_table
 from run_loop import RunLoop
 from run_setup import task_config, task_names
@@ -31,6 +34,7 @@ class Run(RunLoop):
         opts = self.opts
         opts.task_config = task_config(opts)  # going on with other tasks keeps the difficulty
         self.bare: list[Answer] | None = None
+        self.halting_alarm = HaltingAlarm()
         for warning in task_warnings(task_names(opts)):
             self.say(f"WARNING: {warning}")
         self.format = PromptFormat(
@@ -41,9 +45,15 @@ class Run(RunLoop):
             opts.max_seq_len,
         )
         self.tasks = make_tasks(task_names(opts), task_config(opts))
-        self.reserve = Reserve(self.tasks, opts.eval_n, opts.eval_seed)
-        self.eval_examples = self.format.fitting(self.reserve.examples, opts.overlong, "evaluation")
-        self.budget = answer_budget(self.format, self.eval_examples, opts.max_new_tokens)  # the same on every rank
+        self.curriculum = self._curriculum() if opts.curriculum else None
+        if self.curriculum:
+            self.tasks, self.reserve = self.curriculum.tasks(), self.curriculum.reserve
+            self.eval_examples = self.curriculum.examples()
+        else:
+            self.reserve = Reserve(self.tasks, opts.eval_n, opts.eval_seed, by_group=opts.group_split)
+            self.eval_examples = self.format.fitting(self.reserve.examples, opts.overlong, "evaluation")
+        # The same on every rank and at every level.
+        self.budget = answer_budget(self.format, self._all_held_out(), opts.max_new_tokens)
         self.batches: TrainBatches | None = None
         if opts.eval_only:
             return
@@ -53,9 +63,64 @@ class Run(RunLoop):
         else:
             probe = training_examples(self.tasks, self.reserve, opts.seed, 0)
             self.format.fitting([next(probe) for _ in range(PROBE)], opts.overlong, "training")
-        self.batches = TrainBatches(
-            stream, self.format, opts.batch_size, opts.bucket_batches, opts.seed, opts.overlong, self.rank, self.world
+        self.batches = self._batches(stream)
+
+    def _batches(self, stream: Any) -> TrainBatches:
+        opts = self.opts
+        overlong = "drop" if self.curriculum else opts.overlong  # a level's rare long item must not end the run
+        return TrainBatches(
+            stream, self.format, opts.batch_size, opts.bucket_batches, opts.seed, overlong, self.rank, self.world
         )
+
+    # --- curriculum ---
+
+    def _curriculum(self) -> Curriculum:
+        opts = self.opts
+        self.metric = "mean level + solved"  # a higher level counts more than a better rate below it
+        return Curriculum(self.tasks, opts.curriculum_threshold, opts.eval_n, opts.eval_seed, opts.group_split,
+                          opts.curriculum_levels,
+                          lambda examples: self.format.fitting(examples, opts.overlong, "evaluation"))
+
+    def _all_held_out(self) -> list[Example]:
+        return self.reserve.examples if self.curriculum else self.eval_examples
+
+    def _to_levels(self) -> None:
+        """Evaluation items and training stream of the curriculum's levels; the stream goes on at its position."""
+        self.tasks, self.eval_examples, self.bare = self.curriculum.tasks(), self.curriculum.examples(), None
+        if self.batches:
+            stream = training_examples(self.tasks, self.reserve, self.opts.seed, 0)
+            stream.load_state_dict(self.batches.stream.state_dict())
+            self.batches = self._batches(stream)
+
+    def _saved_levels(self) -> None:
+        """Goes to the levels of the checkpoint, unless the run stands there already."""
+        before = dict(self.curriculum.levels) if self.curriculum else None
+        if before and "curriculum" in self.extra:
+            self.curriculum.restore(self.extra["curriculum"])
+            if self.curriculum.levels != before:
+                self._to_levels()
+
+    def _restore(self, folder: Path) -> None:
+        super()._restore(folder)
+        self._saved_levels()  # of a run that goes on without its position in the data, or only evaluates
+
+    def after_evaluation(self, evaluation: Evaluation) -> None:
+        if self.opts.use_act and self.opts.eval_readout == "last":
+            limit = self.opts.halt_max_segments or self.model.config.segments
+            alarm = evaluation_collapse([a.segments for a in evaluation.answers], limit, evaluation.solved_rate())
+            if alarm:
+                self.say(f"WARNING: step {self.step}: {alarm}")
+        if self.curriculum and self._progress_share() < 1:
+            rates = {name: solved_rate(evaluation.of(name)) for name in self.curriculum.levels}
+            if self.curriculum.update(rates):
+                self.say(f"step {self.step}: curriculum goes up to level {self.curriculum.told()}")
+                self._to_levels()
+        if self.curriculum:
+            self.extra["curriculum"] = dict(self.curriculum.levels)
+
+    def alarms(self, metrics: dict[str, float]) -> list[str]:
+        alarm = self.halting_alarm.update(self.step, metrics)
+        return [alarm] if alarm else []
 
     def build_trainer(self) -> Trainer:
         self.model = build_model(self.opts, str(self.device))
@@ -66,7 +131,7 @@ class Run(RunLoop):
     def _check_positions(self) -> None:
         """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""
         positions = getattr(self.model.host.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(map(len, self.format.prompts([example.question for example in self.eval_examples])))
+        longest = max(map(len, self.format.prompts([example.question for example in self._all_held_out()])))
         if positions and longest + self.budget > positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and an answer of {self.budget} pass the {positions} positions of "
@@ -93,6 +158,7 @@ class Run(RunLoop):
         return self.batches.state_dict()
 
     def set_position(self, position: dict[str, Any]) -> None:
+        self._saved_levels()
         self.batches.load_state_dict(position)
 
     def data_size(self) -> int:
@@ -116,6 +182,8 @@ class Run(RunLoop):
         return format_table(evaluation.table())
 
     def value(self, evaluation: Evaluation) -> float:
+        if self.curriculum:
+            return self._level_evaluated + evaluation.solved_rate()
         return evaluation.solved_rate()
 
     def _verdicts(self, batch: Batch) -> torch.Tensor:
@@ -150,7 +218,10 @@ class Run(RunLoop):
             part = evaluate(self.model, self.format, examples, decoding, own_bare, self.trainer.autocast())
         self.bare = self._gathered(mine, part.bare)
         evaluation = Evaluation(self._gathered(mine, part.answers), self.bare)
-        self.log.eval_rows(evaluation.rows(self.step, self.log.elapsed_s))
+        levels = self.curriculum.rows(self.step, self.log.elapsed_s) if self.curriculum else []
+        self._level_evaluated = sum(row["value"] for row in levels) / max(len(levels), 1)
+        self._levels_told = self.curriculum.told() if self.curriculum else ""
+        self.log.eval_rows(evaluation.rows(self.step, self.log.elapsed_s) + levels)
         self.log.predictions(evaluation.predictions(self.step))
         return evaluation
 
@@ -180,6 +251,7 @@ class Run(RunLoop):
         cut = sum(not a.finished for a in evaluation.answers)
         raised = sum(a.raised for a in evaluation.answers)
         notes = ["solved = generated answer scored exactly 1.0 by the task's verifier, Wilson 95 % interval"]
+        notes += [f"curriculum level: {self._levels_told}"] if self.curriculum else []
         notes += [f"{cut} answers were cut at the token limit"] if cut else []
         notes += [f"the scorer raised on {raised} answers, counted as wrong"] if raised else []
         print("; ".join(notes))

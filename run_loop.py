@@ -145,6 +145,10 @@ class RunLoop:
         """Further fields of the progress line."""
         return {}
 
+    def alarms(self, metrics: dict[str, float]) -> list[str]:
+        """What the user should know of the last batch at once, one line each."""
+        return []
+
     def after_evaluation(self, evaluation: Any) -> None:
         """Called on every evaluation while training, before anything is saved."""
 
@@ -315,6 +319,8 @@ class RunLoop:
         opts, step = self.opts, self.step
         if step % opts.log_steps == 0 or step == self.total_steps:
             self.log.log(step, **metrics)
+        for alarm in self.alarms(metrics):
+            progress.say(f"WARNING: step {step}: {alarm}")
         if opts.log_samples_every and step % opts.log_samples_every == 0:
             self.show_samples(progress)
         evaluation = None

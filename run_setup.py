@@ -16,6 +16,7 @@ import torch
 
 import options
 from checkpointing import FOLDER, disk_check
+from curriculum import curriculum_problems
 from eval_suite import check_code_runner
 from host import load_config
 from hybrid_data import data_problems
@@ -68,6 +69,7 @@ def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]
         found = data_problems(opts)
     else:
         found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, not opts.eval_only)
+        found += curriculum_problems(task_names(opts)) if opts.curriculum and not found else []
         checks.append((_check_host, opts))
     if opts.eval_suite:
         found += suite_problems(opts.eval_suite) or _code_problems(opts)

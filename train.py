@@ -17,7 +17,7 @@ import options
 SHAPE = {
     "addon": (
         *("arch", "d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem"),
-        *("logit_bias_head", "lora_layers", "lora_rank", "use_act"),
+        *("logit_bias_head", "lora_layers", "lora_rank", "use_act", "share_hl"),
     ),
     "hybrid": (
         *("arch", "d_model", "n_heads", "encoder", "encoder_layers", "decoder_layers", "state_size", "tie_embeddings"),

@@ -92,6 +92,9 @@ class Trainer(BaseTrainer):
                 states = self._encode(batches)  # the last backward spent the graph, the last step moved the weights
             metrics, carries = self._supervise(batches, states, carries, verdicts, tokens, examples)
             metrics["grad_norm"] = self._update(step, metrics["loss"])
+        if "halt_square" in metrics:
+            variance = metrics.pop("halt_square") - metrics["halt_probability"] ** 2
+            metrics["halt_deviation"] = max(variance, 0.0) ** 0.5  # among the batch's examples
         return {**metrics, "lr": lr, "segments": count, "tokens": tokens, "examples": examples}
 
     def _encode(self, batches: Sequence[Batch]) -> list[Any]:
@@ -144,7 +147,9 @@ class Trainer(BaseTrainer):
             halting = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / examples
             penalty = (1 - logits.sigmoid()).sum() / examples
             loss = loss + halting + self.opts.act_penalty * penalty
-            parts |= {"halt_loss": halting.detach(), "halt_probability": logits.detach().sigmoid().sum() / examples}
+            chance = logits.detach().sigmoid()
+            parts |= {"halt_loss": halting.detach(), "halt_probability": chance.sum() / examples,
+                      "halt_square": chance.square().sum() / examples}
         if "verdict_logits" in metrics:
             logits = metrics["verdict_logits"].float()
             loss = loss + 0.0 * logits.sum()  # every parameter takes part in every backward, as DDP expects

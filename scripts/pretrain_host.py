@@ -107,7 +107,7 @@ def _task_documents(name: str, per_task: int, seed: int) -> list[tuple[str, str]
     for attempt in range(per_task * 50):
         example = next(streams[attempt % len(streams)])
         # The same question can come from either difficulty, so both reserves are asked.
-        if not any(example.question in reserve for reserve in reserves):
+        if not any(reserve.rejects(example) for reserve in reserves):
             documents.append((example.question, example.target))
         if len(documents) == per_task:
             return documents

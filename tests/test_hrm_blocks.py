@@ -178,6 +178,25 @@ def papers_equations(core: HRMCore, x, context, z_high, z_low, horizon: str, cyc
     return z_high, z_low
 
 
+def test_a_shared_block_makes_both_steps_and_is_stored_once():
+    core, twin = core_of(l_layers=1, share=True), core_of(l_layers=1)
+    assert {name.split(".")[0] for name in core.state_dict()} == {"h_block", "halt", "z_high_init", "z_low_init"}
+    twin.load_state_dict(core.state_dict(), strict=False)
+    twin.l_block.load_state_dict(core.h_block.state_dict())  # two blocks of equal weights are the slow truth
+    mask = padding(5, 3)
+    context, x = core.context(mask, place(mask)), torch.randn(2, 5, WIDTH)
+    found, expected = (c(x, context, c.initial_carry(mask)) for c in (core, twin))
+    assert torch.equal(found.z_high, expected.z_high) and torch.equal(found.z_low, expected.z_low)
+    weight = torch.randn(2, 5, WIDTH)
+    (found.z_high * weight).sum().backward()
+    (expected.z_high * weight).sum().backward()
+    ours = core.h_block.layers[0].mlp.down.weight.grad
+    both = [block.layers[0].mlp.down.weight.grad for block in (twin.h_block, twin.l_block)]
+    torch.testing.assert_close(ours, both[0] + both[1])
+    with pytest.raises(ValueError, match="h_layers 1 and l_layers 2 must be equal"):
+        core_of(share=True)
+
+
 @pytest.mark.parametrize("cycles", [1, 2])
 @pytest.mark.parametrize("inner_T", [1, 3])
 @pytest.mark.parametrize("horizon", HORIZONS)

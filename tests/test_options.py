@@ -169,7 +169,7 @@ def choices() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name,choice", choices())
 def test_every_choice_is_accepted(name, choice):
     arch = choice if name == "arch" else FIND[name].archs[0]
-    data = ["--dataset", "synthetic"] if arch == "hybrid" else []
+    data = ["--dataset", "synthetic"] if arch == "hybrid" else ["--use_act"] if choice == "best_halt" else []
     assert getattr(parse(["--arch", arch, *data, f"--{name}", choice]), name) == choice
 
 

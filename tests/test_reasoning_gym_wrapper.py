@@ -69,6 +69,36 @@ def test_no_evaluation_question_is_ever_trained_on(published, train_n):
     assert any(example.question in reserve for example in free)
 
 
+def grid_of(example: Example) -> str:
+    """The solved grid as the verifier knows it, read apart from the code under test."""
+    return str(example.entry["metadata"]["solution"])
+
+
+@pytest.mark.parametrize("train_n", [0, 600], ids=["endless", "fixed"])
+def test_no_solved_grid_of_the_evaluation_is_ever_trained_on(train_n):
+    sudoku = Task("mini_sudoku")
+    reserve = Reserve([sudoku], 128)
+    stream = rg.training_examples([sudoku], reserve, 0, train_n)
+    trained = {grid_of(example) for example in take(stream, 600)}
+    evaluated = {grid_of(example) for example in reserve.examples}
+    assert len(evaluated) > 30 and len(trained) > 150 and not trained & evaluated
+    # The rule bites: by question alone, the same draws train on most of the grids that are evaluated.
+    loose = Reserve([sudoku], 128, by_group=False)
+    free = {grid_of(example) for example in take(rg.training_examples([sudoku], loose, 0, train_n), 600)}
+    assert len(free & {grid_of(example) for example in loose.examples}) > 50
+
+
+def test_the_split_by_grid_does_not_depend_on_how_many_are_evaluated():
+    sudoku = Task("mini_sudoku")
+    few, many = Reserve([sudoku], 4), Reserve([sudoku], 40)
+    assert text_of(few.examples) == text_of(many.examples[:4])
+    items = [example for _, example in itertools.islice(sudoku.items(5), 300)]
+    assert [few.rejects(e) for e in items] == [many.rejects(e) for e in items]
+    share = len({grid_of(e) for e in items if few.rejects(e)}) / len({grid_of(e) for e in items})
+    assert 0.1 < share < 0.3
+    assert Task("toy_add").items(0).__next__()[1].group is None
+
+
 def test_questions_are_compared_as_normalised_text():
     assert rg.normalise("  What IS\n\t1 + 2? ") == rg.normalise("what is 1 + 2?") == "what is 1 + 2?"
     reserve = Reserve([toy(max_value=1)], 1)
