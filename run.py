@@ -1,4 +1,4 @@
-"""A run of the add-on: Reasoning Gym tasks, a frozen LLM with HRM, evaluation by generated answers."""
+"""A run of the add-on: Reasoning Gym tasks, a frozen LLM with an adapter, evaluation by generated answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from baselines import build_controller
 from batching import Batch, PromptFormat, TrainBatches
 from checkpointing import step_folder
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate
 from host import load_tokenizer
-from model import build_model
 from reasoning_gym_wrapper import EpochStream, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, draw_curve, format_table
 from run_loop import RunLoop
@@ -58,15 +58,17 @@ class Run(RunLoop):
         )
 
     def build_trainer(self) -> Trainer:
-        self.model = build_model(self.opts, str(self.device))
+        self.model = build_controller(self.opts, str(self.device))
         self._check_positions()
-        self.model.config.segments = self.opts.eval_segments or self.opts.segments  # training draws its own number
+        if self.model.recurrent:
+            self.model.config.segments = self.opts.eval_segments or self.opts.segments  # training draws its own number
         return Trainer(self.opts, self.model, self.accelerator, self.precision, self._verdicts)
 
     def _check_positions(self) -> None:
         """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""
         positions = getattr(self.model.host.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, self.format.prompts([example.question for example in self.eval_examples])))
+        longest += self.model.virtual_tokens
         if positions and longest + self.budget > positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and an answer of {self.budget} pass the {positions} positions of "
@@ -81,9 +83,9 @@ class Run(RunLoop):
     def introduce(self) -> str:
         count = sum(p.numel() for p in self.model.addon_parameters().values())
         host = sum(p.numel() for p in self.model.host.parameters())
+        adapter = f"{self.model.title} ({count / 1e6:.2f} M trainable)"
         return (
-            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + HRM ({count / 1e6:.2f} M trainable) on "
-            f"{self.device}, {self.precision} autocast; {', '.join(t.name for t in self.tasks)}"
+            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + {adapter} on {self.device}, {self.precision} autocast; {', '.join(t.name for t in self.tasks)}"
         )
 
     def next_batches(self) -> list[Batch]:
@@ -99,10 +101,15 @@ class Run(RunLoop):
         return len(self.batches.stream.examples)
 
     def mean_segments(self) -> float:
+        if not self.model.recurrent:
+            return 1
         return (1 + self.opts.segments) / 2 if self.opts.segments_sampling == "uniform" else self.opts.segments
 
     def parts(self) -> dict[str, Any]:
-        return dict(self.model.model.addon.named_children())
+        return self.model.parts()
+
+    def ended_early(self) -> str | None:
+        return "the bare LLM has nothing to train" if self.opts.adapter == "none" else None
 
     def describe(self, batches: list[Batch]) -> list[dict[str, Any]]:
         return [{"task": e.task, "question": e.question, "target": e.target} for b in batches for e in b.examples]
@@ -113,7 +120,8 @@ class Run(RunLoop):
                 CausalTextModel(self.model, self.format, size, bare=True))
 
     def table(self, evaluation: Evaluation) -> str:
-        return format_table(evaluation.table())
+        label = f"LLM + {self.model.title}"
+        return format_table([{**row, "label": label} for row in evaluation.table()])
 
     def value(self, evaluation: Evaluation) -> float:
         return evaluation.solved_rate()
@@ -176,7 +184,7 @@ class Run(RunLoop):
         """The closing words: table, files, next command."""
         if not self.is_main:
             return
-        print(format_table(evaluation.table()))
+        print(self.table(evaluation))
         cut = sum(not a.finished for a in evaluation.answers)
         raised = sum(a.raised for a in evaluation.answers)
         notes = ["solved = generated answer scored exactly 1.0 by the task's verifier, Wilson 95 % interval"]
@@ -195,9 +203,9 @@ class Run(RunLoop):
         """The checkpoint's README.md."""
         names = ", ".join(task.name for task in self.tasks)
         lines = [
-            "---\nlibrary_name: peft\ntags: [hrm]\n---\n",
-            f"# HRM add-on for {self.opts.model_name}\n",
+            f"---\nlibrary_name: peft\ntags: [{self.opts.adapter}]\n---\n",
+            f"# {self.model.title} for {self.opts.model_name}\n",
             f"Step {self.step}; tasks {names} at `{task_config(self.opts)}` difficulty.",
-            "Weights of the add-on alone; load with `model.load_adapter` or `generate.py --checkpoint`.\n",
+            "Weights of the adapter alone; load with `baselines.load_controller` or `generate.py --checkpoint`.\n",
         ]
-        return "\n".join(lines) + (f"\n```\n{format_table(evaluation.table())}\n```\n" if evaluation else "")
+        return "\n".join(lines) + (f"\n```\n{self.table(evaluation)}\n```\n" if evaluation else "")
