@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from baselines import build_controller
 from batching import Batch, PromptFormat, TrainBatches
 from checkpointing import step_folder
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate
+from hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
 from host import load_tokenizer
 from reasoning_gym_wrapper import EpochStream, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, draw_curve, format_table
@@ -45,11 +47,15 @@ class Run(RunLoop):
         self.eval_examples = self.format.fitting(self.reserve.examples, opts.overlong, "evaluation")
         self.budget = answer_budget(self.format, self.eval_examples, opts.max_new_tokens)  # the same on every rank
         self.batches: TrainBatches | None = None
+        self.plan: CachePlan | None = None
         if opts.eval_only:
             return
         stream = training_examples(self.tasks, self.reserve, opts.seed, opts.train_n)
         if isinstance(stream, EpochStream):
             stream.examples = self.format.fitting(stream.examples, opts.overlong, "training")
+            if opts.cache_hidden == "ram":
+                self.plan = plan_cache(opts, self.format, stream.examples, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+                self.say(f"--cache_hidden ram: {self.plan.told()}, at most --cache_max_gb {opts.cache_max_gb:g}")
         else:
             probe = training_examples(self.tasks, self.reserve, opts.seed, 0)
             self.format.fitting([next(probe) for _ in range(PROBE)], opts.overlong, "training")
@@ -62,7 +68,11 @@ class Run(RunLoop):
         self._check_positions()
         if self.model.recurrent:
             self.model.config.segments = self.opts.eval_segments or self.opts.segments  # training draws its own number
-        return Trainer(self.opts, self.model, self.accelerator, self.precision, self._verdicts)
+        trainer = Trainer(self.opts, self.model, self.accelerator, self.precision, self._verdicts)
+        if self.plan:
+            key = cache_key(self.model, self.format, self.opts)
+            trainer.encode = HiddenCache(key, self.plan, self.format, self.say).encoder(self.model, key)
+        return trainer
 
     def _check_positions(self) -> None:
         """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""
@@ -82,10 +92,11 @@ class Run(RunLoop):
 
     def introduce(self) -> str:
         count = sum(p.numel() for p in self.model.addon_parameters().values())
-        host = sum(p.numel() for p in self.model.host.parameters())
+        host = sum(p.numel() for p in self.model.host.parameters() if not p.requires_grad)
         adapter = f"{self.model.title} ({count / 1e6:.2f} M trainable)"
         return (
-            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + {adapter} on {self.device}, {self.precision} autocast; {', '.join(t.name for t in self.tasks)}"
+            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + {adapter} on {self.device}, "
+            f"{self.precision} autocast; {', '.join(t.name for t in self.tasks)}"
         )
 
     def next_batches(self) -> list[Batch]:
