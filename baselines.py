@@ -117,7 +117,7 @@ class BaselineController(PreTrainedModel, GenerationMixin):
     @property
     def title(self) -> str:
         named = {"lora": f"LoRA rank {self.config.lora_rank}", "prompt": f"{self.virtual_tokens} virtual tokens"}
-        return named.get(self.config.adapter, "nothing")
+        return named.get(self.config.adapter, "no adapter")
 
     def parts(self) -> dict[str, nn.Module]:
         """Name -> module of what trains, for counting."""

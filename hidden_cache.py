@@ -26,7 +26,6 @@ from torch import Tensor
 
 from backbone import HostStates
 from batching import Batch, PromptFormat
-from host import load_config
 from hrm_blocks import token_positions
 from model import HRMController
 from reasoning_gym_wrapper import Example
@@ -74,10 +73,10 @@ class CachePlan:
                              "are free; lower --train_n, or leave the cache off")
 
 
-def plan_cache(opts: argparse.Namespace, prompt_format: PromptFormat, examples: Sequence[Example],
+def plan_cache(opts: argparse.Namespace, config: Any, prompt_format: PromptFormat, examples: Sequence[Example],
                processes: int = 1) -> CachePlan:
-    """The plan of a run's cache. Raises ValueError as `CachePlan.check`, HostError as `load_config`."""
-    text = load_config(opts.model_name, opts.trust_remote_code).get_text_config()
+    """The plan of a run's cache; `config` is that of its LLM. Raises ValueError as `CachePlan.check`."""
+    text = config.get_text_config()
     parts = 1 + (text.num_hidden_layers + 1 if opts.hrm_read == "all" else 0)
     prompts = prompt_format.prompts([example.question for example in examples])
     targets = prompt_format.targets([example.target or "" for example in examples])

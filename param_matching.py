@@ -54,7 +54,7 @@ def trainable(module: torch.nn.Module) -> int:
 
 
 def meta_host(opts: argparse.Namespace) -> Any:
-    """The LLM of the options without its weights."""
+    """The LLM of the options without its weights. Raises HostError as `host.load_config`."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(opts.model_name, opts.trust_remote_code)
@@ -63,9 +63,11 @@ def meta_host(opts: argparse.Namespace) -> Any:
     return host.requires_grad_(False)
 
 
-def lora_parameters(opts: argparse.Namespace, layers: int | None = None) -> int:
-    """Parameters of LoRA of rank 1 on the top `layers` layers, all when None; rank r has r times as many."""
-    host = meta_host(opts)
+def lora_parameters(host: Any, layers: int | None = None) -> int:
+    """Parameters of LoRA of rank 1 on the top `layers` layers, all when None, which `host` (on meta) has afterwards.
+
+    Rank r has r times as many.
+    """
     add_lora(host, len(decoder_layers(host)[1]) if layers is None else layers, 1)
     return trainable(host)
 
@@ -85,7 +87,7 @@ def addon_parameters(opts: argparse.Namespace, host: Any, d_h: int) -> int:
 def size_of(opts: argparse.Namespace) -> Size:
     """How the adapter of the options is sized. Raises HostError as `host.load_config`."""
     if opts.adapter == "lora":
-        each = lora_parameters(opts)
+        each = lora_parameters(meta_host(opts))
         return Size("lora_rank", 1, 1, lambda rank: rank * each)
     if opts.adapter == "prompt":
         host = meta_host(opts)
@@ -96,7 +98,7 @@ def size_of(opts: argparse.Namespace) -> Size:
         return Size("virtual_tokens", 1, 1, lambda tokens: tokens * width, room, told)
     host, beside, step = meta_host(opts), 0, 2 * opts.n_heads
     if opts.lora_layers:
-        beside = opts.lora_rank * lora_parameters(opts, opts.lora_layers)
+        beside = opts.lora_rank * lora_parameters(meta_host(opts), opts.lora_layers)
     known: dict[int, int] = {}
 
     def count(d_h: int) -> int:

@@ -15,7 +15,7 @@ from batching import Batch, PromptFormat, TrainBatches
 from checkpointing import step_folder
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate
 from hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
-from host import load_tokenizer
+from host import load_config, load_tokenizer
 from reasoning_gym_wrapper import EpochStream, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, draw_curve, format_table
 from run_loop import RunLoop
@@ -54,7 +54,9 @@ class Run(RunLoop):
         if isinstance(stream, EpochStream):
             stream.examples = self.format.fitting(stream.examples, opts.overlong, "training")
             if opts.cache_hidden == "ram":
-                self.plan = plan_cache(opts, self.format, stream.examples, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+                config = load_config(opts.model_name, opts.trust_remote_code)
+                processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                self.plan = plan_cache(opts, config, self.format, stream.examples, processes)
                 self.say(f"--cache_hidden ram: {self.plan.told()}, at most --cache_max_gb {opts.cache_max_gb:g}")
         else:
             probe = training_examples(self.tasks, self.reserve, opts.seed, 0)

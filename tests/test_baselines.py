@@ -279,10 +279,10 @@ def test_generate_py_answers_as_evaluation_did(call, tmp_path, capsys, adapter):
     assert generate.main([*argv, "--prompt", "What is 64 + 76?"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert last["id"] == "toy_add/00000"
-    title = {"lora": "LoRA rank 2", "prompt": "3 virtual tokens", "mlp": "single pass", "none": "nothing"}[adapter]
+    title = {"lora": "LoRA rank 2", "prompt": "3 virtual tokens", "mlp": "single pass", "none": "no adapter"}[adapter]
     assert lines[1].startswith("bare LLM") and lines[2] == f"LLM + {title}  {last['prediction']}".rstrip()
     if adapter == "none":
-        assert lines[1].split()[2:] == lines[2].split()[3:]
+        assert lines[1].removeprefix("bare LLM").strip() == lines[2].removeprefix("LLM + no adapter").strip()
 
 
 def test_a_checkpoint_of_another_adapter_is_one_line(call, tmp_path):
@@ -324,13 +324,13 @@ def test_a_checkpoint_loads_as_it_was(call, tmp_path, adapter, tokenizer):
 @pytest.mark.parametrize("more", ["", "--lora_layers 1", "--use_act", "--injector grb --logit_bias_head --h_layers 2",
                                   "--hrm_read all --cab_mem 2 --n_heads 2"])
 def test_hrm_is_sized_to_what_a_built_model_really_has(tiny_host, more):
-    opts = opts_for(tiny_host, "hrm", "--match_params", "60000", *more.split())
+    opts = opts_for(tiny_host, "hrm", "--match_params", "2000000", *more.split())
     told = match(opts)
     found = sum(p.numel() for p in build_controller(opts, "cpu").addon_parameters().values())
-    assert abs(found - 60000) <= 3000 and f"--d_h {opts.d_h} gives {found:,} trainable parameters" in told
+    assert abs(found - 2_000_000) <= 100_000 and f"--d_h {opts.d_h} gives {found:,} trainable parameters" in told
 
 
-@pytest.mark.parametrize("adapter,wanted", [("lora", 7000), ("prompt", 1000), ("mlp", 40000)])
+@pytest.mark.parametrize("adapter,wanted", [("lora", 20000), ("prompt", 1000), ("mlp", 2_000_000)])
 def test_each_baseline_is_sized_to_what_a_built_model_really_has(tiny_host, adapter, wanted):
     opts = options.parse([*PLAIN, "--adapter", adapter])
     vars(opts).update(model_name=str(tiny_host), match_params=wanted, max_seq_len=128)
@@ -357,15 +357,15 @@ def test_a_size_and_its_flag_are_not_both_set(call):
 
 
 def test_a_matched_run_records_its_size_and_goes_on_with_or_without_the_flag(call, tmp_path):
-    flags = ["--run_name", "mine", "--adapter", "lora", "--match_params", "9000"]
+    flags = ["--run_name", "mine", "--adapter", "lora", "--match_params", "11000"]
     status, _, err = call(*flags)
-    assert status == 0 and "--lora_rank 7 gives 8,960 trainable parameters (-0.4 %)" in err
+    assert status == 0 and "--lora_rank 10 gives 10,880 trainable parameters (-1.1 %)" in err
     saved = options.read_resolved((tmp_path / "runs" / "mine" / "config.resolved.yaml").read_text())
-    assert saved["lora_rank"] == 7 and saved["match_params"] == 0
+    assert saved["lora_rank"] == 10 and saved["match_params"] == 0
     for again in (flags, flags[:2]):
         assert call(*again, "--max_steps", "5")[0] == 0
     status, _, err = call(*flags[:4], "--match_params", "20000")
-    assert status == 2 and "--lora_rank 16 (checkpoint: 7)" in err
+    assert status == 2 and "--lora_rank 18 (checkpoint: 10)" in err
 
 
 def test_nearest_finds_both_sides_by_halving():
