@@ -26,7 +26,7 @@ from param_matching import Size, match
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import FAMILIES, PAD, SCALED, left_padded, random_ids, randomise
 from tiny_families import tiny_host as tiny_llm
-from tiny_runs import assert_same_run, error_lines, newest, records, tensors
+from tiny_runs import assert_same_run, error_lines, newest, tensors
 from training import Trainer
 
 ADAPTERS = ("lora", "prompt", "mlp", "none")
@@ -274,7 +274,8 @@ def test_a_run_resumed_equals_an_uninterrupted_one_and_keeps_the_adapter_alone(c
 def test_generate_py_answers_as_evaluation_did(call, tmp_path, capsys, adapter):
     flags = ["--adapter", adapter, *SMALL.get(adapter, []), "--lr", "0.05", "--warmup_steps", "0", "--ema", "0"]
     assert call("--run_name", "mine", *flags)[0] == 0
-    last = records(tmp_path / "runs" / "mine")["predictions"][-4]
+    lines = (tmp_path / "runs" / "mine" / "predictions.jsonl").read_text().splitlines()
+    last = json.loads(lines[-4])
     argv = ["--save_dir", str(tmp_path / "runs"), "--device", "cpu", "--max_new_tokens", "4", "--compare"]
     assert generate.main([*argv, "--prompt", "What is 64 + 76?"]) == 0
     lines = capsys.readouterr().out.splitlines()
