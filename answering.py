@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from baselines import load_controller
 from batching import PromptFormat
 from checkpointing import read_checkpoint, resolve_resume
 from evaluation import Decoding, generate_texts
@@ -16,7 +17,7 @@ from host import load_tokenizer
 from hybrid import HybridConfig, HybridModel
 from hybrid_text import HybridText
 from hybrid_training import CONFIG_JSON, TOKENIZER_JSON, HybridTrainer
-from model import ADAPTER_CONFIG, load_adapter
+from model import ADAPTER_CONFIG
 from options import read_resolved
 from run_setup import pick_device
 
@@ -68,19 +69,19 @@ class AddonAnswerer:
 
     def __init__(self, opts: argparse.Namespace, folder: Path, device: str):
         self.opts = opts
-        self.model, document = load_adapter(folder, device, opts.trust_remote_code)
-        if opts.eval_segments:
+        self.model, document = load_controller(folder, device, opts.trust_remote_code)
+        if opts.eval_segments and self.model.recurrent:
             self.model.config.segments = opts.eval_segments
         prompt = document["prompt"]
         tokenizer = load_tokenizer(document["base_model_name_or_path"], opts.trust_remote_code)
         self.format = PromptFormat(
             tokenizer, prompt["prompt_style"], prompt["system_header"], prompt["sentinel"], prompt["max_seq_len"]
         )
-        self.title = f"{folder}: {document['base_model_name_or_path']} + HRM on {device}"
+        self.title = f"{folder}: {document['base_model_name_or_path']} + {self.model.title} on {device}"
 
     def check_length(self, question: str) -> None:
         host = self.model.host.config.get_text_config()
-        tokens = len(self.format.prompts([question])[0]) + self.opts.max_new_tokens
+        tokens = len(self.format.prompts([question])[0]) + self.opts.max_new_tokens + self.model.virtual_tokens
         if tokens > (getattr(host, "max_position_embeddings", None) or tokens):
             raise ValueError(
                 f"prompt and answer may take {tokens} tokens, the LLM has {host.max_position_embeddings} positions: "
@@ -92,7 +93,7 @@ class AddonAnswerer:
         if self.opts.compare:
             with self.model.bare() as host:
                 found.append(("bare LLM", generate_texts(host, self.format, [question], decoding)[0]))
-        return [*found, ("LLM + HRM", generate_texts(self.model, self.format, [question], decoding)[0])]
+        return [*found, (f"LLM + {self.model.title}", generate_texts(self.model, self.format, [question], decoding)[0])]
 
 
 class HybridAnswerer:

@@ -17,6 +17,9 @@ from transformers.utils import ModelOutput
 
 from hrm_blocks import Carry, Context, HRMCore, last_column, last_state, linear, rms_norm, token_positions
 from injector import INJECTORS, Slots, Thought, VocabularyBias
+from single_pass import SinglePassCore
+
+CORES = {"hrm": HRMCore, "mlp": SinglePassCore}  # by `adapter`
 
 
 class HRMAddonConfig(PreTrainedConfig):
@@ -55,6 +58,7 @@ class HRMAddonConfig(PreTrainedConfig):
         verifier_head: bool = False,
         train_injector_scale: float = 1.0,
         eval_injector_scale: float = 1.0,
+        adapter: str = "hrm",
         **kwargs: Any,
     ):
         if isinstance(base_config, dict):
@@ -65,7 +69,8 @@ class HRMAddonConfig(PreTrainedConfig):
         self.base_model_name = base_model_name
         self.d_h, self.h_layers, self.l_layers, self.n_heads = d_h, h_layers, l_layers, n_heads
         self.share_hl = share_hl
-        self.segments, self.inner_T, self.reset_l, self.grad_horizon = segments, inner_T, reset_l, grad_horizon
+        self.adapter, self.segments = adapter, segments if adapter == "hrm" else 1
+        self.inner_T, self.reset_l, self.grad_horizon = inner_T, reset_l, grad_horizon
         self.hrm_input, self.hrm_read, self.init_state = hrm_input, hrm_read, init_state
         self.injector, self.cab_mem, self.cab_gate_init = injector, cab_mem, cab_gate_init
         self.grb_gate_init, self.logit_bias_head = grb_gate_init, logit_bias_head
@@ -112,7 +117,7 @@ class HRMAddon(nn.Module):
         super().__init__()
         parts = {"last": 1, "embed+last": 2, "all": host_layers + 1}[config.hrm_read]
         self.read = linear(parts * width, config.d_h)
-        self.core = HRMCore(
+        self.core = CORES[config.adapter](
             config.d_h,
             config.n_heads,
             config.h_layers,

@@ -13,6 +13,7 @@ from typing import Any
 
 ARCHS = ("addon", "hybrid")
 ADDON, HYBRID = (("addon",), ("hybrid",))
+ADAPTERS = ("hrm", "lora", "prompt", "mlp", "none")
 METAVARS = {"int": "N", "float": "X", "bool": "0|1", "str": "TEXT", "path": "PATH", "list": "A,B", "json": "TEXT"}
 
 
@@ -87,6 +88,10 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
              archs=ADDON),
         Flag("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit"), archs=ADDON),
         Flag("trust_remote_code", "bool", False, "run Python code that comes with the hub model", archs=ADDON),
+        Flag("adapter", "str", "hrm", "what trains beside the frozen LLM: HRM, LoRA, virtual tokens, HRM's blocks in a "
+             "single pass, or nothing", choices=ADAPTERS, archs=ADDON),
+        Flag("match_params", "int", 0, "size the adapter (d_h, lora_rank or virtual_tokens) to this many trainable "
+             "parameters, within 5 %; 0 = off", low=0, archs=ADDON),
         Flag("d_h", "int", 128, "width of the HRM; a multiple of 2 x n_heads", low=8),
         Flag("h_layers", "int", 1, "layers of the slow block H", low=1, high=64),
         Flag("l_layers", "int", 1, "layers of the fast block L", low=1, high=64),
@@ -110,7 +115,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("grb_gate_init", "float", 0.0, "initial gate of grb, a logit", archs=ADDON),
         Flag("logit_bias_head", "bool", False, "add a gated bias over the vocabulary, computed from z_H", archs=ADDON),
         Flag("lora_layers", "int", 0, "besides HRM, LoRA on this many top layers of the LLM", low=0, archs=ADDON),
-        Flag("lora_rank", "int", 8, "rank of that LoRA", low=1, archs=ADDON),
+        Flag("lora_rank", "int", 8, "rank of that LoRA, or of adapter lora", low=1, archs=ADDON),
+        Flag("virtual_tokens", "int", 20, "learned embeddings of adapter prompt", low=1, archs=ADDON),
         Flag("use_act", "bool", False, "learn to halt, and halt examples at evaluation", archs=ADDON),
         Flag("halt_detach", "bool", False, "the halting head only reads z_H, its loss leaves z_H alone; needs use_act",
              archs=ADDON),
@@ -162,6 +168,10 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("eval_n", "int", 256, "evaluation items of each task", low=1),
         Flag("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are never "
              "trained on, beside questions", archs=ADDON),
+        Flag("cache_hidden", "str", "off", "keep what the frozen LLM says of each of the train_n items",
+             choices=("off", "ram"), archs=ADDON),
+        Flag("cache_max_gb", "float", 4.0, "largest such cache in GB; a larger one is refused", low=0,
+             exclusive_low=True, archs=ADDON),
         Flag("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code", archs=ADDON),
         Flag("curriculum", "bool", False, "raise each task through Reasoning Gym's levels of difficulty", archs=ADDON),
         Flag("curriculum_threshold", "float", 0.8, "held-out solved rate at which a task goes up a level", low=0,
@@ -253,7 +263,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
 }
 GROUPS = tuple(_TABLE)
 # Said of one call: no record of a run keeps them.
-INVOCATION = ("run_name", "resume", "eval_only", "dry_run", "reset_progress")
+INVOCATION = ("run_name", "resume", "eval_only", "dry_run", "reset_progress", "match_params")
 FLAGS: tuple[Flag, ...] = tuple(replace(flag, group=group) for group, flags in _TABLE.items() for flag in flags)
 FIND = {name: flag for flag in FLAGS for name in (flag.name, *flag.aliases)}
 
@@ -270,3 +280,17 @@ ARCH_DEFAULTS: dict[str, dict[str, Any]] = {
 def default_of(flag: Flag, arch: str) -> Any:
     """The flag's default for one system."""
     return ARCH_DEFAULTS[arch].get(flag.name, flag.default)
+
+
+# Which adapters know a flag of the add-on; those not named here serve all.
+ADAPTER_FLAGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("segments", "inner_T", "reset_l", "grad_horizon", "init_state", "use_act", "act_penalty", "halt_max_segments",
+         "segments_sampling", "supervised_segments", "eval_segments"), ("hrm",)),
+    **dict.fromkeys(
+        ("d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem", "cab_gate_init",
+         "grb_gate_init", "logit_bias_head", "lora_layers", "verifier_weight", "verifier_every", "train_injector_scale",
+         "eval_injector_scale"), ("hrm", "mlp")),
+    "lora_rank": ("hrm", "mlp", "lora"),
+    "virtual_tokens": ("prompt",),
+}

@@ -61,6 +61,7 @@ class HRMController(PreTrainedModel, GenerationMixin):
 
     config_class = HRMAddonConfig
     base_model_prefix = "model"
+    virtual_tokens = 0  # positions that the adapter takes before the prompt
     _supports_sdpa = True
     _supports_flash_attn = True
     _supported_generation_modes = ["greedy_search", "sample", "beam_search", "beam_sample"]  # others guess
@@ -128,12 +129,27 @@ class HRMController(PreTrainedModel, GenerationMixin):
 
     def load_addon_state(self, state: dict[str, Tensor]) -> None:
         """Restores `addon_state`. Raises ValueError naming the first difference in names or shapes."""
-        own = self.addon_state()
-        for name in sorted(own.keys() | state.keys()):
-            ours, theirs = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
-            if ours != theirs:
-                raise ValueError(f"checkpoint does not fit this model: {name} is {theirs} there, expected {ours}")
+        check_fit(self.addon_state(), state)
         self.load_state_dict(state, strict=False)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether there are segments to draw, supervise and count."""
+        return self.config.adapter == "hrm"
+
+    @property
+    def title(self) -> str:
+        return "HRM" if self.recurrent else "single pass"
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Name -> module of what trains, for counting."""
+        lora = {"lora": self.host} if self.config.lora_layers else {}
+        return dict(self.model.addon.named_children()) | lora
+
+    def shape(self) -> dict[str, Any]:
+        """What of an adapter document says how to build this add-on anew."""
+        names = [name for name in inspect.signature(HRMAddonConfig).parameters if name not in NOT_SHAPE]
+        return {"peft_type": "HRM", "hrm": {name: getattr(self.config, name) for name in names}}
 
     # --- training ---
 
@@ -143,15 +159,20 @@ class HRMController(PreTrainedModel, GenerationMixin):
         Without gradient, unless LoRA layers train. Columns S - 1 to S + T - 2 predict the T target tokens.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.lora_layers > 0):
-            length = batch.prompt_ids.shape[1]
             ids, mask = batch.input_ids[:, :-1], batch.attention_mask[:, :-1]
             positions = token_positions(mask)
             last, read, _ = self.model.run_host(ids, mask, positions)
-            features, context = self.model.prompt_features(
-                [part[:, :length] for part in read], batch.prompt_mask.bool(), positions[:, :length]
-            )
-            embedded = self.host.get_input_embeddings()(ids[:, length - 1 :])
-            return HostStates(features, context, Slots(last[:, length - 1 :], embedded, positions[:, length - 1 :]))
+            return self.host_states(batch, last, read)
+
+    def host_states(self, batch: Batch, last: Tensor, read: list[Tensor]) -> HostStates:
+        """What `encode` makes of the LLM's last hidden states and of what HRM reads, (B, S + T - 1, D) each."""
+        length = batch.prompt_ids.shape[1]
+        positions = token_positions(batch.attention_mask[:, :-1])
+        features, context = self.model.prompt_features(
+            [part[:, :length] for part in read], batch.prompt_mask.bool(), positions[:, :length]
+        )
+        embedded = self.host.get_input_embeddings()(batch.input_ids[:, length - 1 : -1])
+        return HostStates(features, context, Slots(last[:, length - 1 :], embedded, positions[:, length - 1 :]))
 
     def segment(
         self, states: HostStates, labels: Tensor, carry: Carry | None, denominator: float | None
@@ -279,6 +300,14 @@ class HRMController(PreTrainedModel, GenerationMixin):
         return model_kwargs
 
 
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raises ValueError naming the first difference in names or shapes of a model's own tensors and those to load."""
+    for name in sorted(own.keys() | state.keys()):
+        ours, theirs = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
+        if ours != theirs:
+            raise ValueError(f"checkpoint does not fit this model: {name} is {theirs} there, expected {ours}")
+
+
 def prompt_before(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """(B, N) bool: attended and before the row's first label; a row without labels is prompt throughout."""
     unlabelled = (labels != IGNORE).cumsum(dim=1) == 0
@@ -305,22 +334,31 @@ def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def adapter_document(controller: HRMController, opts: argparse.Namespace) -> str:
-    """JSON text that lets `load_adapter` rebuild the add-on: base model, its fingerprint, shape, prompt format."""
-    config = controller.config
-    names = [name for name in inspect.signature(HRMAddonConfig).parameters if name not in NOT_SHAPE]
+def adapter_document(controller: Any, opts: argparse.Namespace) -> str:
+    """JSON text that lets an adapter be rebuilt: base model, its fingerprint, shape, prompt format."""
     document = {
-        "peft_type": "HRM",
+        **controller.shape(),
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model_name,
+        "base_model_name_or_path": controller.config.base_model_name,
         "base_fingerprint": host_fingerprint(controller.host),
-        "hrm": {name: getattr(config, name) for name in names},
         "prompt": {name: getattr(opts, name) for name in PROMPT_FIELDS},
     }
     return json.dumps(document, indent=2)
 
 
 NOT_SHAPE = ("base_config", "base_model_name", "kwargs")
+
+
+def adapter_of(document: dict[str, Any]) -> str:
+    """The `--adapter` that an adapter document describes."""
+    return next(document[key].get("adapter", "hrm") for key in ("hrm", "baseline") if key in document)
+
+
+def check_adapter(controller: Any, document: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError when the checkpoint holds another kind of adapter."""
+    found, ours = adapter_of(document), controller.config.adapter
+    if found != ours:
+        raise ValueError(f"{folder} holds an adapter of kind {found}, not {ours}: pass --adapter {found}")
 
 
 def check_fingerprint(host: PreTrainedModel, document: dict[str, Any], folder: Path) -> None:
@@ -346,9 +384,11 @@ def load_adapter(
     """The controller of a checkpoint with its weights for inference, in evaluation mode, and its adapter document.
 
     Raises:
-        ValueError: a broken checkpoint, or a base model that is missing or another one.
+        ValueError: a broken checkpoint, one of a baseline, or a base model that is missing or another one.
     """
     document, tensors = read_adapter(folder)
+    if "hrm" not in document:
+        raise ValueError(f"{folder} holds a {adapter_of(document)} baseline: load it with baselines.load_controller")
     controller = HRMController.from_base(
         document["base_model_name_or_path"], device=device, trust_remote_code=trust_remote_code, **document["hrm"]
     )
@@ -358,7 +398,7 @@ def load_adapter(
 
 
 def build_model(opts: argparse.Namespace, device: str) -> HRMController:
-    """The model that the options describe: the only place that maps options to classes. Raises HostError."""
+    """The HRM, or with `--adapter mlp` its single pass, that the options describe. Raises HostError."""
     names = [name for name in inspect.signature(HRMAddonConfig).parameters if hasattr(opts, name)]
     settings = {name: getattr(opts, name) for name in names} | {"verifier_head": opts.verifier_weight > 0}
     return HRMController.from_base(opts.model_name, opts.load_in, opts.trust_remote_code, device, **settings)

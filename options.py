@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from flags import ARCHS, FIND, FLAGS, GROUPS, INVOCATION, METAVARS, Flag, default_of, names
+from flags import ADAPTER_FLAGS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, METAVARS, Flag, default_of, names
 
 __all__ = ["FLAGS", "GROUPS", "INVOCATION", "Flag", "names"]  # handed on, beside what is defined here
 
@@ -155,6 +155,10 @@ def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozens
     typed = getattr(opts, "explicit", set()) - unsure
     told += [f"--{flag.name} does nothing with --arch {opts.arch}, only with {' and '.join(flag.archs)}: leave it out"
              for flag in FLAGS if flag.name in typed and opts.arch in ARCHS and opts.arch not in flag.archs]
+    told += [f"--{flag.name} does nothing with --adapter {opts.adapter}, only with {' and '.join(known)}: leave it out"
+             for flag in FLAGS if flag.name in typed and opts.arch == "addon"
+             and opts.adapter not in (known := ADAPTER_FLAGS.get(flag.name, (opts.adapter,)))
+             and getattr(opts, flag.name) != default_of(flag, opts.arch)]
     return found + [line for line in told if line]
 
 
@@ -214,6 +218,15 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      if o.eval_only and o.dry_run else None),
     ("eval_only resume run_name", lambda o: "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"
      if o.eval_only and o.resume is None and o.run_name is None else None),
+    ("adapter dry_run match_params", lambda o: f"{'--dry_run' if o.dry_run else '--match_params'} makes no sense with "
+     "--adapter none: nothing trains" if o.adapter == "none" and (o.dry_run or o.match_params) else None),
+    ("adapter cache_hidden", lambda o: f"--cache_hidden {o.cache_hidden} cannot serve --adapter {o.adapter}, which "
+     "takes part in the LLM's forward pass: leave it out" if o.cache_hidden != "off" and o.adapter not in ("hrm", "mlp")
+     else None),
+    ("cache_hidden lora_layers", lambda o: f"--cache_hidden {o.cache_hidden} and --lora_layers {o.lora_layers}: LoRA "
+     "changes what the LLM says at every step; leave one out" if o.cache_hidden != "off" and o.lora_layers else None),
+    ("cache_hidden train_n", lambda o: f"--cache_hidden {o.cache_hidden} needs --train_n above 0: fresh items without "
+     "end are never seen twice" if o.cache_hidden != "off" and o.train_n == 0 else None),
     ("arch d_model n_heads", lambda o: f"--d_model {o.d_model} is not a multiple of {2 * o.n_heads}, twice --n_heads"
      if o.arch == "hybrid" and o.d_model % (2 * o.n_heads) else None),
     ("arch dataset dry_run", lambda o: "--arch hybrid needs --dataset: synthetic, or a folder of prepared triples "

@@ -1,7 +1,8 @@
-"""A run of the add-on: Reasoning Gym tasks, a frozen LLM with HRM, evaluation by generated answers."""
+"""A run of the add-on: Reasoning Gym tasks, a frozen LLM with an adapter, evaluation by generated answers."""
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from baselines import build_controller
 from batching import Batch, PromptFormat, TrainBatches
 from checkpointing import step_folder
 from curriculum import Curriculum
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate, solved_rate
 from halting import HaltingAlarm, evaluation_collapse
-from host import load_tokenizer
-from model import build_model
+from hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
+from host import load_config, load_tokenizer
 from reasoning_gym_wrapper import EpochStream, Example, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, draw_curve, format_table
 from run_loop import RunLoop
@@ -55,11 +57,17 @@ class Run(RunLoop):
         # The same on every rank and at every level.
         self.budget = answer_budget(self.format, self._all_held_out(), opts.max_new_tokens)
         self.batches: TrainBatches | None = None
+        self.plan: CachePlan | None = None
         if opts.eval_only:
             return
         stream = training_examples(self.tasks, self.reserve, opts.seed, opts.train_n)
         if isinstance(stream, EpochStream):
             stream.examples = self.format.fitting(stream.examples, opts.overlong, "training")
+            if opts.cache_hidden == "ram":
+                config = load_config(opts.model_name, opts.trust_remote_code)
+                processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                self.plan = plan_cache(opts, config, self.format, stream.examples, processes)
+                self.say(f"--cache_hidden ram: {self.plan.told()}, at most --cache_max_gb {opts.cache_max_gb:g}")
         else:
             probe = training_examples(self.tasks, self.reserve, opts.seed, 0)
             self.format.fitting([next(probe) for _ in range(PROBE)], opts.overlong, "training")
@@ -123,15 +131,21 @@ class Run(RunLoop):
         return [alarm] if alarm else []
 
     def build_trainer(self) -> Trainer:
-        self.model = build_model(self.opts, str(self.device))
+        self.model = build_controller(self.opts, str(self.device))
         self._check_positions()
-        self.model.config.segments = self.opts.eval_segments or self.opts.segments  # training draws its own number
-        return Trainer(self.opts, self.model, self.accelerator, self.precision, self._verdicts)
+        if self.model.recurrent:
+            self.model.config.segments = self.opts.eval_segments or self.opts.segments  # training draws its own number
+        trainer = Trainer(self.opts, self.model, self.accelerator, self.precision, self._verdicts)
+        if self.plan:
+            key = cache_key(self.model, self.format, self.opts)
+            trainer.encode = HiddenCache(key, self.plan, self.format, self.say).encoder(self.model, key)
+        return trainer
 
     def _check_positions(self) -> None:
         """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""
         positions = getattr(self.model.host.config.get_text_config(), "max_position_embeddings", None)
         longest = max(map(len, self.format.prompts([example.question for example in self._all_held_out()])))
+        longest += self.model.virtual_tokens
         if positions and longest + self.budget > positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and an answer of {self.budget} pass the {positions} positions of "
@@ -145,10 +159,11 @@ class Run(RunLoop):
 
     def introduce(self) -> str:
         count = sum(p.numel() for p in self.model.addon_parameters().values())
-        host = sum(p.numel() for p in self.model.host.parameters())
+        host = sum(p.numel() for p in self.model.host.parameters() if not p.requires_grad)
+        adapter = f"{self.model.title} ({count / 1e6:.2f} M trainable)"
         return (
-            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + HRM ({count / 1e6:.2f} M trainable) on "
-            f"{self.device}, {self.precision} autocast; {', '.join(t.name for t in self.tasks)}"
+            f"{self.opts.model_name} ({host / 1e6:.1f} M frozen) + {adapter} on {self.device}, "
+            f"{self.precision} autocast; {', '.join(t.name for t in self.tasks)}"
         )
 
     def next_batches(self) -> list[Batch]:
@@ -165,10 +180,15 @@ class Run(RunLoop):
         return len(self.batches.stream.examples)
 
     def mean_segments(self) -> float:
+        if not self.model.recurrent:
+            return 1
         return (1 + self.opts.segments) / 2 if self.opts.segments_sampling == "uniform" else self.opts.segments
 
     def parts(self) -> dict[str, Any]:
-        return dict(self.model.model.addon.named_children())
+        return self.model.parts()
+
+    def ended_early(self) -> str | None:
+        return "the bare LLM has nothing to train" if self.opts.adapter == "none" else None
 
     def describe(self, batches: list[Batch]) -> list[dict[str, Any]]:
         return [{"task": e.task, "question": e.question, "target": e.target} for b in batches for e in b.examples]
@@ -179,7 +199,8 @@ class Run(RunLoop):
                 CausalTextModel(self.model, self.format, size, bare=True))
 
     def table(self, evaluation: Evaluation) -> str:
-        return format_table(evaluation.table())
+        label = f"LLM + {self.model.title}"
+        return format_table([{**row, "label": label} for row in evaluation.table()])
 
     def value(self, evaluation: Evaluation) -> float:
         if self.curriculum:
@@ -247,7 +268,7 @@ class Run(RunLoop):
         """The closing words: table, files, next command."""
         if not self.is_main:
             return
-        print(format_table(evaluation.table()))
+        print(self.table(evaluation))
         cut = sum(not a.finished for a in evaluation.answers)
         raised = sum(a.raised for a in evaluation.answers)
         notes = ["solved = generated answer scored exactly 1.0 by the task's verifier, Wilson 95 % interval"]
@@ -267,9 +288,9 @@ class Run(RunLoop):
         """The checkpoint's README.md."""
         names = ", ".join(task.name for task in self.tasks)
         lines = [
-            "---\nlibrary_name: peft\ntags: [hrm]\n---\n",
-            f"# HRM add-on for {self.opts.model_name}\n",
+            f"---\nlibrary_name: peft\ntags: [{self.opts.adapter}]\n---\n",
+            f"# {self.model.title} for {self.opts.model_name}\n",
             f"Step {self.step}; tasks {names} at `{task_config(self.opts)}` difficulty.",
-            "Weights of the add-on alone; load with `model.load_adapter` or `generate.py --checkpoint`.\n",
+            "Weights of the adapter alone; load with `baselines.load_controller` or `generate.py --checkpoint`.\n",
         ]
-        return "\n".join(lines) + (f"\n```\n{format_table(evaluation.table())}\n```\n" if evaluation else "")
+        return "\n".join(lines) + (f"\n```\n{self.table(evaluation)}\n```\n" if evaluation else "")

@@ -106,6 +106,12 @@ def _check_host(opts: argparse.Namespace) -> None:
             f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
         )
     positions = getattr(config, "max_position_embeddings", None) or opts.max_seq_len
+    virtual = opts.virtual_tokens if opts.adapter == "prompt" else 0
+    if opts.max_seq_len + virtual > positions and virtual:
+        raise ValueError(
+            f"--max_seq_len {opts.max_seq_len} and --virtual_tokens {virtual} are more than the {positions} positions "
+            f"of {opts.model_name}: lower one"
+        )
     if opts.max_seq_len > positions:
         raise ValueError(
             f"--max_seq_len {opts.max_seq_len} is more than the {positions} positions of {opts.model_name}: lower it"

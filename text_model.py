@@ -59,6 +59,7 @@ class CausalTextModel:
         self.segments_used: float | None = None
         text = model.config.get_text_config()
         self.positions: float = getattr(text, "max_position_embeddings", None) or math.inf
+        self.positions -= 0 if bare else getattr(model, "virtual_tokens", 0)
         self.vocab_size = text.vocab_size
         self._dummy_space = adds_space(self.format.tokenizer)
 

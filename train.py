@@ -17,7 +17,7 @@ import options
 SHAPE = {
     "addon": (
         *("arch", "d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem"),
-        *("logit_bias_head", "lora_layers", "lora_rank", "use_act", "share_hl"),
+        *("logit_bias_head", "lora_layers", "lora_rank", "use_act", "share_hl", "adapter", "virtual_tokens"),
     ),
     "hybrid": (
         *("arch", "d_model", "n_heads", "encoder", "encoder_layers", "decoder_layers", "state_size", "tie_embeddings"),
@@ -61,6 +61,11 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
             asked.resume, asked.reset_progress = None, False  # begun already: the run goes on by itself
         checkpoint = find_checkpoint(asked)
         saved = saved_options(checkpoint, asked.reset_progress) if checkpoint else {}
+        addon = saved.get("arch", "addon") == "addon"
+        if checkpoint and addon and "adapter" in asked.explicit and saved.get("adapter", "hrm") != asked.adapter:
+            trained, saved = saved.get("adapter", "hrm"), {}  # its flags would only start further complaints
+            raise ValueError(f"{checkpoint} holds --adapter {trained}, not {asked.adapter}: leave the flag out or start"
+                             " a new run")
     except ValueError as error:
         broken = [str(error)]
     opts, found = options.collect(argv, saved)
@@ -69,8 +74,27 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
         return opts, None, found + broken
     from run_setup import check
 
+    found += matched(opts, asked) if opts.match_params and not found else []
     shape = other_shape(opts, saved, checkpoint) if checkpoint else []
     return opts, checkpoint, found + shape + check(opts, checkpoint)
+
+
+def matched(opts: options.Options, asked: options.Options) -> list[str]:
+    """Sizes the adapter by --match_params, and says how. At most one problem; `asked` holds what this call set."""
+    from param_matching import match
+
+    sizes = {"d_h", "lora_rank", "virtual_tokens"}
+    unmatched = {"lora_rank"} if opts.lora_layers else set()
+    typed = sorted((sizes - unmatched) & asked.explicit)
+    if typed:
+        return [f"--match_params {opts.match_params} and --{typed[0]} are both set: keep one"]
+    try:
+        told = match(opts)
+    except ValueError as error:
+        return [str(error)]
+    if os.environ.get("RANK", "0") == "0":
+        print(told, file=sys.stderr)
+    return []
 
 
 def complain(problems: list[str], status: int = 2) -> int:

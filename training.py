@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from batching import IGNORE, Batch
 from checkpointing import Checkpoint
 from host import HostError
-from model import ADAPTER, ADAPTER_CONFIG, ADDON_PREFIX, HRMController, adapter_document, check_fingerprint
+from model import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADDON_PREFIX,
+    HRMController,
+    adapter_document,
+    check_adapter,
+    check_fingerprint,
+)
 from optimization import BaseTrainer, build_optimizers
 
 
@@ -34,10 +42,10 @@ def segments_of_step(opts: argparse.Namespace, step: int) -> int:
 
 
 def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
-    """Hidden matrices take Muon; projections that start at zero, heads, LoRA and memory tokens take AdamW."""
+    """HRM's hidden matrices take Muon; projections that start at zero, heads, LoRA and learned tokens take AdamW."""
     inner = name.removeprefix(ADDON_PREFIX)
     zero_or_head = ("injector.out.", "vocabulary_bias.out.", "core.halt.", "verifier.", "injector.memory")
-    return parameter.ndim == 2 and "lora_" not in name and not (inner + ".").startswith(zero_or_head)
+    return parameter.ndim == 2 and inner != name and not (inner + ".").startswith(zero_or_head)
 
 
 class Trainer(BaseTrainer):
@@ -52,11 +60,12 @@ class Trainer(BaseTrainer):
     def __init__(self, opts: argparse.Namespace, controller: HRMController, accelerator: Any, precision: str,
                  answer_verdicts: Any = None):
         parameters = controller.addon_parameters()
-        if not parameters:
+        if not parameters and opts.adapter != "none":
             raise HostError("nothing to train: the add-on has no trainable parameter")
         optimizers = build_optimizers(opts, parameters, learns_by_muon)
         super().__init__(opts, controller, accelerator, precision, parameters, optimizers)
         self.controller, self.answer_verdicts = controller, answer_verdicts
+        self.encode = controller.encode  # what a batch becomes before its segments; a cache may stand in
         self.wrapped = accelerator.prepare_model(controller) if accelerator.num_processes > 1 else controller
 
     def weights(self) -> dict[str, Tensor]:
@@ -68,7 +77,9 @@ class Trainer(BaseTrainer):
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another base model or another shape."""
-        check_fingerprint(self.controller.host, json.loads(saved.documents[ADAPTER_CONFIG]), folder)
+        document = json.loads(saved.documents[ADAPTER_CONFIG])
+        check_fingerprint(self.controller.host, document, folder)
+        check_adapter(self.controller, document, folder)
         self.controller.load_addon_state(saved.tensors[ADAPTER])
 
     def step(self, batches: Sequence[Batch], step: int, lr: float) -> dict[str, float]:
@@ -82,7 +93,7 @@ class Trainer(BaseTrainer):
         verdicts = self._verdicts(batches, step)
         self.wrapped.train()
         tokens, examples = self._global_counts(batches)
-        count = segments_of_step(opts, step)
+        count = segments_of_step(opts, step) if self.controller.recurrent else 1
         supervised = min(opts.supervised_segments or count, count)
         states, carries = self._encode(batches), [None] * len(batches)
         for _ in range(count - supervised):
@@ -99,7 +110,7 @@ class Trainer(BaseTrainer):
 
     def _encode(self, batches: Sequence[Batch]) -> list[Any]:
         with self.autocast():
-            return [self.controller.encode(batch) for batch in batches]
+            return [self.encode(batch) for batch in batches]
 
     @torch.no_grad()
     def _advance(self, states: list[Any], carries: list[Any]) -> list[Any]:
@@ -127,7 +138,7 @@ class Trainer(BaseTrainer):
                 out = self.wrapped(states=state, labels=batch.labels, carry=carry, denominator=tokens / world)
                 loss, parts = self._total_loss(out, verdicts[index], examples / world)
                 self.scaler.scale(loss).backward()
-            following.append(out.carry.detach())
+            following.append(out.carry and out.carry.detach())
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value) / world
         if world > 1:

@@ -170,6 +170,7 @@ def choices() -> list[tuple[str, str]]:
 def test_every_choice_is_accepted(name, choice):
     arch = choice if name == "arch" else FIND[name].archs[0]
     data = ["--dataset", "synthetic"] if arch == "hybrid" else ["--use_act"] if choice == "best_halt" else []
+    data += ["--train_n", "8"] if name == "cache_hidden" else []
     assert getattr(parse(["--arch", arch, *data, f"--{name}", choice]), name) == choice
 
 
@@ -240,6 +241,17 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
     ("--act_penalty 0.1", "--act_penalty 0.1 does nothing without --use_act"),
     ("--halt_max_segments 2", "--halt_max_segments 2 does nothing without --use_act"),
     ("--eval_only", "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"),
+    ("--adapter lora --d_h 64", "--d_h does nothing with --adapter lora, only with hrm and mlp: "
+                                "leave it out"),
+    ("--adapter mlp --segments 3", "--segments does nothing with --adapter mlp, only with hrm: leave it out"),
+    ("--virtual_tokens 3", "--virtual_tokens does nothing with --adapter hrm, only with prompt: leave it out"),
+    ("--adapter none --dry_run", "--dry_run makes no sense with --adapter none: nothing trains"),
+    ("--adapter none --match_params 5", "--match_params makes no sense with --adapter none: nothing trains"),
+    ("--cache_hidden ram", "--cache_hidden ram needs --train_n above 0: fresh items without end are never seen twice"),
+    ("--cache_hidden ram --train_n 9 --lora_layers 1", "--cache_hidden ram and --lora_layers 1: LoRA changes what the "
+                                                       "LLM says at every step; leave one out"),
+    ("--cache_hidden ram --train_n 9 --adapter lora", "--cache_hidden ram cannot serve --adapter lora, which takes "
+                                                      "part in the LLM's forward pass: leave it out"),
     ("--max_steps 10 --warmup_steps 50", "--warmup_steps 50 is more than --max_steps 10"),
 ])
 def test_each_bad_command_line_has_its_one_line(typed, problem, capsys):
@@ -252,7 +264,8 @@ def test_each_bad_command_line_has_its_one_line(typed, problem, capsys):
     "--halt_max_segments 2 --use_act", "--system_header=", "--run_name v1.2_lr-3",
     "--seed 1000000000", "--seed 2147483647 --eval_seed 4294967295", "--train_injector_scale 0 --lora_layers 1",
     "--train_injector_scale 0 --eval_only --run_name a", "--trackers=", "--resume auto", "--supervised_segments 0",
-    "--task_config runs/tasks.yaml",
+    "--task_config runs/tasks.yaml", "--adapter lora --segments 1 --lora_rank 2", "--adapter mlp --cache_hidden ram "
+    "--train_n 9", "--adapter prompt --virtual_tokens 3",
 ])
 def test_legal_combinations_pass(typed):
     parse(typed.split())

@@ -257,11 +257,14 @@ MORE = [*((flag.name, text) for flag in OURS for text in "01" if flag.type == "b
             "eval_every 1", "save_every 1", "checkpoint_limit 0", "log_samples_every 1", "epochs 1", "warmup_steps 0",
             "max_minutes 0.5", "segments 1", "inner_T 3", "h_layers 2", "l_layers 2", "sentinel ##", "train_n 5",
             "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647",
-            "eval_suite synthetic"))]
+            "eval_suite synthetic", "virtual_tokens 3"))]
+# What only HRM knows, as it is by default, so that the other adapters may be asked for.
+DEFAULTS = "--d_h 128 --n_heads 4 --segments 1 --inner_T 2".split()
 SAMPLED = ["--decode_temperature", "1"]
 WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
         "decode_top_k": SAMPLED, "eval_suite": ["--eval_suite_n", "3"],
         "verifier_weight": ["--verifier_every", "1"],
+        "adapter": DEFAULTS, "virtual_tokens": [*DEFAULTS, "--adapter", "prompt"], "cache_hidden": ["--train_n", "6"],
         "supervised_segments": ["--segments", "2"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64
 CHOICES = [(flag.name, choice) for flag in OURS for choice in flag.choices or () if choice != "hybrid"]
