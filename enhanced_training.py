@@ -108,8 +108,9 @@ class EnhancedTrainer(BaseTrainer):
         """Raises ValueError for another shape or another tokenizer."""
         stored = json.loads(saved.documents[CONFIG_JSON])
         if stored.get("vocab_size") != self.model.config.vocab_size:
-            raise ValueError(f"{folder} has {stored.get('vocab_size')} tokens, --tokenizer {self.model.config.vocab_size}: "
-                             f"pass --tokenizer {folder}")
+            here = self.model.config.vocab_size
+            raise ValueError(f"{folder} has {stored.get('vocab_size')} tokens, --tokenizer {here}: pass --tokenizer "
+                             f"{folder}")
         load_weights(self.model, saved.tensors[self.stem], folder)
 
     def begin(self, step: int, lr: float) -> None:
@@ -137,7 +138,7 @@ class EnhancedTrainer(BaseTrainer):
                 with self.autocast():
                     out = self.wrapped(batch, tokens / world)  # gradients are averaged over ranks
                 self.scaler.scale(out.loss).backward()
-            sums["loss"] = sums.get("loss", 0.0) + float(out.loss) / world
+            sums["loss"] = sums.get("loss", 0.0) + float(out.loss.detach()) / world
             for name, value in out.metrics.items():  # token losses are shares already, the rest are means
                 share = 1.0 if name == "loss_token" else 1.0 / len(batches)
                 sums[name] = sums.get(name, 0.0) + float(value) * share / world

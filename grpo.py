@@ -13,6 +13,7 @@ import functools
 import math
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,9 @@ def newest_state(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def train_stage(model: Any, prompt_format: PromptFormat, problems: Sequence[Problem], run: StageRun) -> tuple[bool, int]:
+def train_stage(
+    model: Any, prompt_format: PromptFormat, problems: Sequence[Problem], run: StageRun
+) -> tuple[bool, int]:
     """Trains `model` in place on `problems`, going on where an interrupted call stopped.
 
     Returns (whether the stage is finished, its optimizer steps so far). Parameters that do not require gradient stay
@@ -236,7 +239,8 @@ def train_stage(model: Any, prompt_format: PromptFormat, problems: Sequence[Prob
         NonFiniteError: before an optimizer step that would have spoilt the weights.
     """
     transformers.logging.set_verbosity_error()
-    with rollout_mode(model):
+    with rollout_mode(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL still says gradient_checkpointing where transformers has renamed it
         if run.stage.value(run.opts, "beta") > 0:  # TRL reads the reference model from the folder this names
             reference = run.folder / "reference"
             if not (reference / "config.json").exists():

@@ -178,7 +178,8 @@ def _tests(name: str, code: str, kind: str) -> tuple[str, ...]:
     """Assertions that hold for the reference `code`, which comes from FUNCTIONS alone."""
     scope: dict[str, Any] = {}
     exec(code, scope)  # noqa: S102 - our own table's text, never a model's
-    calls = {"two": _INTS, "one": [(a,) for a, _ in _INTS], "list": [(v,) for v in _LISTS], "text": [(v,) for v in _TEXTS]}
+    calls = {"two": _INTS, "one": [(a,) for a, _ in _INTS], "list": [(v,) for v in _LISTS],
+             "text": [(v,) for v in _TEXTS]}
     return tuple(f"assert {name}({', '.join(map(repr, call))}) == {scope[name](*call)!r}" for call in calls[kind])
 
 

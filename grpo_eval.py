@@ -89,8 +89,9 @@ class Measured:
         low, high = wilson(sum(self.solved), len(self.solved))
         before = f" (before {100 * start['solved']:.1f} %)" if start else ""
         rewards = ", ".join(f"{name} {_mean(values):.2f}" for name, values in self.rewards.items())
-        return (f"{self.stage}: solved {100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]{before} of "
-                f"{len(self.problems)}, format {100 * self.format_rate:.1f} %, {_mean(self.lengths):.1f} tokens; {rewards}")
+        solved = f"solved {100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]{before} of {len(self.problems)}"
+        return (f"{self.stage}: {solved}, format {100 * self.format_rate:.1f} %, {_mean(self.lengths):.1f} tokens; "
+                f"{rewards}")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""The stages of GRPO as YAML gives them: what each is trained on, what it is rewarded for, and what is wrong with it."""
+"""The stages of GRPO as YAML gives them: what each is trained on, its rewards, and what is wrong with it."""
 
 from __future__ import annotations
 

@@ -183,8 +183,9 @@ def read_resolved(text: str) -> dict[str, Any]:
 # Cross checks: the flags each reads (so that a flag already told as wrong stays out), and what to say, or None.
 RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
     # One condition for two needs: heads of whole width (d_h / n_heads), and of even width (RoPE turns pairs).
-    ("d_h n_heads arch", lambda o: f"--d_h {o.d_h} is not divisible by {'' if o.d_h % o.n_heads else 'twice '}--n_heads "
-     f"{o.n_heads}: choose a multiple of {2 * o.n_heads}, such as {-(-o.d_h // (2 * o.n_heads)) * 2 * o.n_heads}"
+    ("d_h n_heads arch", lambda o: f"--d_h {o.d_h} is not divisible by {'' if o.d_h % o.n_heads else 'twice '}"
+     f"--n_heads {o.n_heads}: choose a multiple of {2 * o.n_heads}, such as "
+     f"{-(-o.d_h // (2 * o.n_heads)) * 2 * o.n_heads}"
      if o.arch != "enhanced" and o.d_h % (2 * o.n_heads) else None),
     ("task tasks", lambda o: f"--task {_show(o.task)} and --tasks {_show(o.tasks)} are both set: keep one "
      "(`none` takes back the other)" if o.task is not None and o.tasks is not None else None),
