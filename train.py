@@ -79,6 +79,10 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
     opts.resume, opts.reset_progress = asked.resume, asked.reset_progress
     if broken:  # whatever else the run needs, it says in the checkpoint that cannot be read
         return opts, None, found + broken
+    if checkpoint and saved.get("arch", "addon") != opts.arch:  # whatever else is typed belongs to another system
+        arch = saved.get("arch", "addon")
+        return opts, None, [f"{checkpoint} is a checkpoint of --arch {arch}, not of --arch {opts.arch}: leave --arch "
+                            "out or name another checkpoint"]
     from run_setup import check
 
     shape = other_shape(opts, saved, checkpoint) if checkpoint else []
