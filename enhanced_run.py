@@ -18,7 +18,7 @@ from checkpointing import step_folder
 from enhanced import create_hrm_model_and_tokenizer
 from enhanced_tokenizer import reasoning_tokenizer
 from enhanced_training import EnhancedTrainer, token_batch
-from grpo_data import Problem, stream
+from grpo_data import FileSource, Problem, stream
 from grpo_eval import Measured, measure
 from grpo_stages import Stage, hold_out, rewards_of, stages_of
 from reasoning_gym_wrapper import train_seed
@@ -30,36 +30,42 @@ PROBE = 64  # training examples whose prompts are measured against --max_seq_len
 
 
 class WorkedExamples:
-    """Endless well-formed examples of all stages, each stage by its share `warm`, levels alike; none of them reserved.
+    """Endless batches of well-formed examples, none of them reserved.
 
-    Which example is drawn next depends on the seed and on how many were drawn, so a position is a number.
+    A batch is of one stage (their prompts differ in length, and padding costs), drawn by the stages' shares `warm`, and
+    of all its levels. What comes next depends on the seed and on how many batches were drawn: a position is a number.
     """
 
     def __init__(self, stages: list[Stage], reserved: set[str], seed: int):
-        self.stages = [stage for stage in stages if stage.warm]
+        self.stages = [stage for stage in stages if stage.warm and any(map(_has_answers, stage.levels))]
         self.reserved, self.seed, self.drawn = reserved, seed, 0
         self._begin()
 
     def _begin(self) -> None:
-        self._streams = [[stream(level, train_seed(self.seed), self.reserved) for level in stage.levels]
-                         for stage in self.stages]
+        self._streams = [
+            [stream(level, train_seed(self.seed), self.reserved) for level in stage.levels if _has_answers(level)]
+            for stage in self.stages
+        ]
 
-    def __iter__(self) -> WorkedExamples:
-        return self
-
-    def __next__(self) -> Problem:
+    def take(self, count: int) -> list[Problem]:
+        """The next batch, of `count` problems."""
         draw = random.Random(f"{self.seed}/{self.drawn}")
         (index,) = draw.choices(range(len(self.stages)), [stage.warm for stage in self.stages])
         self.drawn += 1
-        problem = next(draw.choice(self._streams[index]))
-        return problem if problem.answer else next(self)  # a prepared file may hold tests alone
+        sources = [draw.choice(self._streams[index]) for _ in range(count)]
+        return [next(problem for problem in source if problem.answer) for source in sources]
 
-    def skip_to(self, drawn: int) -> None:
-        """Draws again what a resumed run has had."""
+    def skip_to(self, drawn: int, count: int) -> None:
+        """Draws again the `drawn` batches of `count` problems that a resumed run has had."""
         self.drawn = 0
         self._begin()
         while self.drawn < drawn:
-            next(self)
+            self.take(count)
+
+
+def _has_answers(level: Any) -> bool:
+    """False for a prepared file of tests alone."""
+    return not isinstance(level, FileSource) or any(problem.answer for problem in level.rows)
 
 
 @dataclass
@@ -77,6 +83,8 @@ class StageEvaluation:
 
 class EnhancedRun(RunLoop):
     """The run of `--arch enhanced`, supervised: see `RunLoop`."""
+
+    in_stages = True  # of a GRPO run, whose suite waits for the last stage
 
     def build_data(self) -> None:
         opts = self.opts
@@ -127,7 +135,7 @@ class EnhancedRun(RunLoop):
     def next_batches(self) -> list[dict[str, torch.Tensor]]:
         batches = []
         for _ in range(self.opts.grad_accum_steps):
-            drawn = [next(self.examples) for _ in range(self.opts.batch_size * self.world)]
+            drawn = self.examples.take(self.opts.batch_size * self.world)
             mine = drawn[self.rank :: self.world]
             batch = token_batch(self.format, [p.question for p in mine], [p.worked() for p in mine])
             batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
@@ -137,7 +145,7 @@ class EnhancedRun(RunLoop):
         return {"drawn": self.examples.drawn}
 
     def set_position(self, position: dict[str, Any]) -> None:
-        self.examples.skip_to(position["drawn"])
+        self.examples.skip_to(position["drawn"], self.opts.batch_size * self.world)
 
     def data_size(self) -> int:
         return sum(stage.size for stage in self.stages if stage.warm)
@@ -154,6 +162,10 @@ class EnhancedRun(RunLoop):
 
     def text_models(self) -> tuple[CausalTextModel, None]:
         return CausalTextModel(self.model, self.format, self.opts.eval_batch_size, autocast=self.trainer.autocast), None
+
+    def _suite(self) -> None:
+        if self.opts.objective != "grpo" or self.opts.eval_only or not self.in_stages:
+            super()._suite()
 
     # --- evaluation ---
 

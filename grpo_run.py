@@ -72,11 +72,16 @@ class GrpoRun:
                 return status
         folder = self.loop.folder
         self.checkpoint = newest_checkpoint(folder) if not self.addon else self.checkpoint
-        self.progress = progress or Progress(self.loop.step, elapsed_s=self.loop.elapsed)
+        if progress is None:
+            seconds = self.loop.log.elapsed_s if getattr(self.loop, "log", None) else self.loop.elapsed
+            progress = Progress(self.loop.step, elapsed_s=seconds)
+        self.progress = progress
         self.model, self.format = self.loop.model, self.loop.format
         if getattr(self.loop.trainer, "ema", None):
             self._take_average()
-        self.loop.trainer = None  # optimizer and average of the supervised run
+        self.loop.trainer.ema, self.loop.trainer.optimizers = None, []  # the supervised run is over
+        if self.addon and "max_completion_length" not in self.opts.explicit:
+            self.opts.max_completion_length = self.loop.budget
         return self._stages(folder)
 
     def _take_average(self) -> None:
@@ -98,7 +103,6 @@ class GrpoRun:
         main = self.loop.is_main
         with RunLog(folder, csv, options.names(self.opts.trackers), document, main, self.progress.elapsed_s) as log:
             self.log, self.folder = log, folder
-            log.truncate_after(self.progress.step)
             with interruptible() as stop:
                 for index, stage in enumerate(stages):
                     if stage.name in self.progress.done:
@@ -107,7 +111,9 @@ class GrpoRun:
                     status = self._stage(stage, held, index, stop)
                     if status:
                         return status
-        self._finish(stages, held)
+            self._finish(stages, held)
+            self.loop.log, self.loop.step, self.loop.in_stages = log, self.progress.step, False
+            self.loop._suite()
         return 0
 
     def _stage(self, stage: Stage, held: Held, index: int, stop: Any) -> int:
@@ -119,11 +125,10 @@ class GrpoRun:
         problems = training(stage.levels, int(stage.size), train_seed(opts.seed + SEED_OF_STAGE + index), held.reserved)
         self._open_stage(place, base)
         resumed = newest_state(place)
+        self.log.truncate_after(base + (int(resumed.name.split("-")[1]) if resumed else 0))
         before = self._start_of(stage, held, functions, place)
         self.loop.say(f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
                       + (f", going on from {resumed.name}" if resumed else ""))
-        if resumed:
-            self.log.truncate_after(base + int(resumed.name.split("-")[1]))
         run = StageRun(
             stage, opts, place, functions, weights,
             log=lambda step, numbers: self._log(stage.name, base + step, numbers),
@@ -136,8 +141,8 @@ class GrpoRun:
             self.loop.say(f"{options.PROG}: {error}: stopped before the step; the newest state is in {place}")
             return NON_FINITE_EXIT
         if not finished:
-            self.loop.say(f"stopped in stage {stage.name} at its step {steps}, saved; go on with: python train.py "
-                          f"--objective grpo --arch {opts.arch} --resume {self.folder}")
+            again = "the same command" if self.addon else f"python train.py --resume {self.folder}"
+            self.loop.say(f"stopped in stage {stage.name} at its step {steps}, saved; go on with: {again}")
             return 128 + (stop.signal or signal.SIGTERM)
         self.progress.step = base + steps
         after = self._measure(stage, held, functions)
@@ -145,7 +150,7 @@ class GrpoRun:
         self._save(after)
         if self.loop.is_main:
             forget(place)
-        print(f"after {after.line(before)}", flush=True)
+            print(f"after {after.line(before)}", flush=True)
         return 0
 
     def _open_stage(self, place: Path, base: int) -> None:
@@ -168,7 +173,7 @@ class GrpoRun:
                     self.log.eval_rows(start.rows(self.progress.step))
                     self.log.predictions(start.predictions(self.progress.step))
                 atomic_write_text(path, json.dumps(start.means()))
-                print(f"before {start.line()}", flush=True)
+                self.loop.say(f"before {start.line()}")
             self.progress.start[stage.name] = json.loads(path.read_text())
         return self.progress.start[stage.name]
 
@@ -213,6 +218,7 @@ class GrpoRun:
             weights = {ADAPTER: self.model.addon_state()}
             documents["adapter_config.json"] = adapter_document(self.model, self.opts)
         else:
+            self.model.config.adaptive_cycles = False  # GRPO moves the states that the gate had learnt to judge
             weights = {"model": model_weights(self.model)}
             documents |= model_documents(self.model, self.format.tokenizer)
         folder = write_checkpoint(step_folder(self.folder, self.progress.step), weights, documents)

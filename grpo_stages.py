@@ -117,7 +117,7 @@ def _stage(
     found += _reward_problems(merged["rewards"], opts)
     settings = {key: merged[key] for key in OVERRIDES if key in merged}
     if not found:
-        found = _batch_problems(settings, opts)
+        found = _batch_problems(settings, opts, merged["size"])
     if found:
         return None, found
     parts = {key: merged[key] for key in ("epochs", "size", "rewards", "eval_n", "warm")}
@@ -153,12 +153,13 @@ def _reward_problems(weights: Any, opts: argparse.Namespace) -> list[str]:
     return []
 
 
-def _batch_problems(settings: Mapping[str, Any], opts: argparse.Namespace) -> list[str]:
+def _batch_problems(settings: Mapping[str, Any], opts: argparse.Namespace, questions: int) -> list[str]:
     size, accum, group = (
         settings.get(name, getattr(opts, name)) for name in ("grpo_batch_size", "grpo_accum_steps", "num_generations")
     )
     if size * accum % group == 0:
-        return []
+        needed = size * accum // group
+        return [f"size {questions} is less than the {needed} questions of one step"] if questions < needed else []
     return [f"grpo_batch_size {size} x grpo_accum_steps {accum} = {size * accum} completions a step are not divisible "
             f"by num_generations {group}: change one"]
 

@@ -450,3 +450,26 @@ def test_a_split_completion_is_what_the_answerer_shows():
     text = "<think>1 + 1 = 2</think><SOLUTION>2</SOLUTION>"
     assert (split_completion(text).thought, split_completion(text).solution) == ("1 + 1 = 2", "2")
     assert set(PUBLISHED) == {"format", "math", "reasoning", "code", "chain_of_thought"}
+
+
+@pytest.mark.slow
+def test_a_stopped_command_goes_on_inside_its_stage_and_ends(tmp_path, tiny_host):
+    import signal
+    import time
+
+    from tiny_runs import command
+
+    many = json.dumps({"format": {"size": 40, "epochs": 1, "levels": [SUMS]}})
+    words = [*TINY, "--tokenizer", str(tiny_host), "--stages", many, "--save_dir", str(tmp_path), "--run_name", "r"]
+    process = command(*words)
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 143 and "stopped in stage format" in told, told
+    again = command(*words)
+    _, told = again.communicate(timeout=600)
+    assert again.returncode == 0 and "going on from checkpoint-" in told, told
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 43))  # 2 of the warm start, 40 of the stage, none twice and none missing
