@@ -59,8 +59,6 @@ class GrpoRun:
     def go(self) -> int:
         """Runs what is left to do. Returns the exit status."""
         progress = read_progress(self.checkpoint) if self.checkpoint else None
-        if self.addon and not self.checkpoint:
-            raise ValueError("--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce")
         opts = self.opts
         if progress is not None or self.addon:  # weights alone: what trained them before is over
             opts = options.Options(**vars(opts) | {"eval_only": True})

@@ -218,8 +218,6 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      f"--grpo_accum_steps {o.grpo_accum_steps} = {o.grpo_batch_size * o.grpo_accum_steps} completions a step are not "
      f"divisible by --num_generations {o.num_generations}: change one" if o.objective == "grpo"
      and o.grpo_batch_size * o.grpo_accum_steps % o.num_generations else None),
-    ("objective arch resume run_name", lambda o: "--arch addon --objective grpo needs --resume CHECKPOINT, one trained "
-     "with --objective ce" if o.objective == "grpo" and o.arch == "addon" and not (o.resume or o.run_name) else None),
     ("objective logit_bias_head", lambda o: "--objective grpo does not see the bias of --logit_bias_head: start from a "
      "checkpoint without it" if o.objective == "grpo" and o.logit_bias_head else None),
     ("objective sentinel", lambda o: "--objective grpo cannot stop at --sentinel: start from a checkpoint without it"

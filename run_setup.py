@@ -73,6 +73,8 @@ def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]
     else:
         found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, not opts.eval_only)
         checks.append((_check_host, opts))
+        if opts.objective == "grpo" and checkpoint is None:
+            found.append("--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce")
         if opts.objective == "grpo" and not found:
             found += stages_of(opts, make_tasks(task_names(opts), task_config(opts)))[1]
     if opts.eval_suite:
