@@ -35,6 +35,7 @@ from rewards import repetition, text_of
 __all__ = ["StageRun", "StageTrainer", "end_of_prompt", "grpo_config", "newest_state", "rollout_mode", "train_stage"]
 
 WARMUP_STEPS = 5
+ALIKE = 1e-6  # total rewards nearer to each other than this are equal
 PATIENCE = 5  # logged steps without a difference inside any group before that is said
 NOTHING_LEARNT = (
     "WARNING: stage {stage}, step {step}: for {count} logged steps the {group} completions of every question were "
@@ -133,7 +134,11 @@ class StageTrainer(GRPOTrainer):
         texts = [text_of(completion) for completion in completions]
         self._metrics[mode]["completions/repetition"].append(sum(map(repetition, texts)) / max(len(texts), 1))
         self._metrics[mode]["cycles_used"].append(float(self.cycles))
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, self.num_generations)
+        alike = total.amax(dim=1) - total.amin(dim=1) < ALIKE
+        self._metrics[mode]["groups_alike"].append(alike.float().mean().item())
+        return rewards
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the folder holds states to resume from, the checkpoint proper has its own card."""
@@ -218,6 +223,8 @@ def metrics_of(logs: dict[str, Any], beta: float) -> dict[str, float]:
             _, reward, kind = name.split("/")
             name = f"reward_{reward}" + ("" if kind == "mean" else f"_{kind}")
         numbers[RENAMED.get(name, name.replace("/", "_"))] = value
+    if "groups_alike" in numbers:  # TRL takes a rounding error (of 0.2, say) for a difference
+        numbers["frac_reward_zero_std"] = numbers.pop("groups_alike")
     if "loss" in numbers and "policy_loss" not in numbers:
         numbers["policy_loss"] = numbers["loss"] - beta * numbers.get("kl", 0.0)
     return numbers

@@ -348,7 +348,7 @@ def test_groups_rewarded_alike_are_told_in_plain_words(reasoner, tmp_path, capsy
     monkeypatch.setattr(grpo, "PATIENCE", 2)
     model = tiny(reasoner)
     before = weights_of(model)
-    everything = Everything(tmp_path, stage(), settings(), [lambda completions, **rest: [0.5] * len(completions)])
+    everything = Everything(tmp_path, stage(), settings(), [lambda completions, **rest: [0.2] * len(completions)])
     grpo.train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run)
     assert "nothing is learnt" in capsys.readouterr().err
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
