@@ -12,6 +12,8 @@ import torch
 from baselines import load_controller
 from batching import PromptFormat
 from checkpointing import read_checkpoint, resolve_resume
+from enhanced import EnhancedHRMForCausalLM
+from enhanced_config import CycleMeter, EnhancedHRMConfig
 from evaluation import Decoding, generate_texts
 from host import load_tokenizer
 from hybrid import HybridConfig, HybridModel
@@ -19,6 +21,7 @@ from hybrid_text import HybridText
 from hybrid_training import CONFIG_JSON, TOKENIZER_JSON, HybridTrainer
 from model import ADAPTER_CONFIG
 from options import read_resolved
+from reasoning_format import split_completion
 from run_setup import pick_device
 
 RESOLVED = "config.resolved.yaml"
@@ -61,7 +64,10 @@ def load_answerer(opts: argparse.Namespace) -> Answerer:
                          f"{opts.dataset}: leave one of them out")
     documents = read_checkpoint(folder, stems=[]).documents
     device = pick_device(opts.device)
-    return AddonAnswerer(opts, folder, device) if ADAPTER_CONFIG in documents else HybridAnswerer(opts, folder, device)
+    if ADAPTER_CONFIG in documents:
+        return AddonAnswerer(opts, folder, device)
+    kind = json.loads(documents[CONFIG_JSON]).get("model_type")
+    return (EnhancedAnswerer if kind == EnhancedHRMConfig.model_type else HybridAnswerer)(opts, folder, device)
 
 
 class AddonAnswerer:
@@ -94,6 +100,36 @@ class AddonAnswerer:
             with self.model.bare() as host:
                 found.append(("bare LLM", generate_texts(host, self.format, [question], decoding)[0]))
         return [*found, (f"LLM + {self.model.title}", generate_texts(self.model, self.format, [question], decoding)[0])]
+
+
+class EnhancedAnswerer:
+    """A trained planner/worker LM: the solution, with `--compare` also the thought before it and the cycles spent."""
+
+    def __init__(self, opts: argparse.Namespace, folder: Path, device: str):
+        self.opts = opts
+        self.model = EnhancedHRMForCausalLM.from_pretrained(folder).to(device).eval()
+        settings = read_resolved(read_checkpoint(folder, stems=[]).documents[RESOLVED])
+        self.format = PromptFormat(load_tokenizer(str(folder)), max_seq_len=settings.get("max_seq_len", 0))
+        self.cycles = {"max_cycles": opts.eval_segments} if opts.eval_segments else {}
+        self.title = f"{folder}: planner/worker LM on {device}"
+
+    def check_length(self, question: str) -> None:
+        tokens, most = len(self.format.prompts([question])[0]), self.format.max_seq_len
+        if most and tokens > most:
+            raise ValueError(f"the prompt has {tokens} tokens, the model was trained with at most {most}: shorten it")
+
+    def answers(self, question: str) -> list[tuple[str, str]]:
+        meter = CycleMeter()
+        with self.model.all_cycles():  # as it was trained and measured
+            text = generate_texts(self.model, self.format, [question], sampling(self.opts), cycles_log=meter,
+                                  **self.cycles)[0]
+        parsed = split_completion(text)
+        solution = parsed.solution if parsed.well_formed else text
+        if not self.opts.compare:
+            return [("solution" if parsed.well_formed else "text", solution)]
+        thought = parsed.thought or "(none)"
+        return [("thought", thought), ("solution", parsed.solution or f"(none, not well-formed: {text})"),
+                ("cycles", f"{meter.mean:.1f} a token")]
 
 
 class HybridAnswerer:

@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-ARCHS = ("addon", "hybrid")
-ADDON, HYBRID = (("addon",), ("hybrid",))
+ARCHS = ("addon", "hybrid", "enhanced")
+ADDON, HYBRID, ENHANCED = (("addon",), ("hybrid",), ("enhanced",))
+HRM, OWN, REASONERS = ("addon", "hybrid"), ("hybrid", "enhanced"), ("addon", "enhanced")
 ADAPTERS = ("hrm", "lora", "prompt", "mlp", "none")
 METAVARS = {"int": "N", "float": "X", "bool": "0|1", "str": "TEXT", "path": "PATH", "list": "A,B", "json": "TEXT"}
 
@@ -83,7 +84,10 @@ class Flag:
 
 _TABLE: dict[str, tuple[Flag, ...]] = {
     "model": (
-        Flag("arch", "str", "addon", "system to train: frozen LLM + HRM, or encoder-decoder", choices=ARCHS),
+        Flag("arch", "str", "addon", "system to train: frozen LLM + HRM, encoder-decoder, or planner/worker LM",
+             choices=ARCHS),
+        Flag("objective", "str", "ce", "ce = cross-entropy on answers; grpo = then rewards on own answers, in stages",
+             choices=("ce", "grpo"), archs=REASONERS),
         Flag("model_name", "path", "assets/tiny_host", "frozen LLM: a local folder or a Hugging Face hub name",
              archs=ADDON),
         Flag("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit"), archs=ADDON),
@@ -92,16 +96,17 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
              "single pass, or nothing", choices=ADAPTERS, archs=ADDON),
         Flag("match_params", "int", 0, "size the adapter (d_h, lora_rank or virtual_tokens) to this many trainable "
              "parameters, within 5 %; 0 = off", low=0, archs=ADDON),
-        Flag("d_h", "int", 128, "width of the HRM; a multiple of 2 x n_heads", low=8),
-        Flag("h_layers", "int", 1, "layers of the slow block H", low=1, high=64),
-        Flag("l_layers", "int", 1, "layers of the fast block L", low=1, high=64),
+        Flag("d_h", "int", 128, "width of the HRM; a multiple of 2 x n_heads", low=8, archs=HRM),
+        Flag("h_layers", "int", 1, "layers of the slow block H", low=1, high=64, archs=HRM),
+        Flag("l_layers", "int", 1, "layers of the fast block L", low=1, high=64, archs=HRM),
         Flag("share_hl", "bool", False, "one block is both H and L, as in TRM; needs h_layers = l_layers", archs=ADDON),
-        Flag("n_heads", "int", 4, "attention heads of the HRM", low=1),
+        Flag("n_heads", "int", 4, "attention heads", low=1),
         Flag("segments", "int", 1, "recurrence segments in training", low=1, high=256, archs=ADDON),
-        Flag("inner_T", "int", 2, "L steps before each H step", low=1, high=64, aliases=("l_steps",)),
+        Flag("inner_T", "int", 2, "L steps before each H step", low=1, high=64, aliases=("l_steps",),
+             archs=HRM),
         Flag("reset_l", "bool", False, "start z_L anew at each segment", archs=ADDON),
         Flag("grad_horizon", "str", "full", "calls with gradient: the last of L and H, all, or the last N inner",
-             pattern="one_step|full|k:[1-9][0-9]*", form="one_step, full or k:N with N >= 1"),
+             pattern="one_step|full|k:[1-9][0-9]*", form="one_step, full or k:N with N >= 1", archs=HRM),
         Flag("hrm_input", "str", "tokens", "all prompt tokens, or mean and last", choices=("tokens", "pooled"),
              archs=ADDON),
         Flag("hrm_read", "str", "embed+last", "LLM states that HRM reads", choices=("embed+last", "last", "all"),
@@ -125,7 +130,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
              archs=ADDON),
     ),
     "hybrid": (
-        Flag("d_model", "int", 256, "width of encoder and decoder; a multiple of 2 x n_heads", low=8, archs=HYBRID),
+        Flag("d_model", "int", 256, "width of encoder and decoder, or of planner and worker; a multiple of "
+             "2 x n_heads", low=8, archs=OWN),
         Flag("encoder", "str", "mamba2", "reads the prompt", choices=("mamba2", "transformer"), archs=HYBRID),
         Flag("encoder_layers", "int", 4, "layers of the encoder", low=1, high=128, archs=HYBRID),
         Flag("decoder_layers", "int", 4, "layers of the decoder", low=1, high=128, archs=HYBRID),
@@ -149,6 +155,33 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("halting_target", "float", 1.0, "aim of the sum of halting probabilities", low=0, archs=HYBRID),
         Flag("halt_threshold", "float", 0.99, "summed halting probability at which an example stops", low=0,
              exclusive_low=True, archs=HYBRID),
+    ),
+    "enhanced": (
+        Flag("tokenizer", "path", None, "tokenizer, given the reasoning tags: a folder or a hub name; none = the "
+             "embedded one", nullable=True, archs=ENHANCED),
+        Flag("n_planner_layers", "int", 4, "layers of the planner", low=1, high=64, archs=ENHANCED),
+        Flag("n_worker_layers", "int", 6, "layers of the worker", low=1, high=64, archs=ENHANCED),
+        Flag("max_cycles", "int", 4, "planner-then-worker cycles", low=1, high=64, archs=ENHANCED),
+        Flag("thought_dim", "int", 256, "width of the thought head", low=1, archs=ENHANCED),
+        Flag("adamw_lr_ratio", "float", 0.2, "learning rate of what AdamW trains beside muon, as a share of lr", low=0,
+             exclusive_low=True, archs=ENHANCED),
+    ),
+    "grpo": (
+        Flag("stages", "json", None, "what each stage of GRPO trains on and is rewarded for; none = the published five "
+             "(addon: one, on the checkpoint's tasks)", nullable=True, pattern=r"\s*\{.*", form="a JSON object",
+             archs=REASONERS),
+        Flag("grpo_lr", "float", 5e-5, "learning rate of GRPO", low=0, exclusive_low=True, archs=REASONERS),
+        Flag("grpo_batch_size", "int", 4, "completions per micro-batch", low=1, archs=REASONERS),
+        Flag("grpo_accum_steps", "int", 2, "micro-batches per step", low=1, archs=REASONERS),
+        Flag("num_generations", "int", 8, "completions of each question, which are compared", low=2, archs=REASONERS),
+        Flag("max_completion_length", "int", 256, "longest completion in tokens", low=1, archs=REASONERS),
+        Flag("temperature", "float", 1.0, "sampling temperature of completions", low=0, exclusive_low=True,
+             archs=REASONERS),
+        Flag("loss_type", "str", "dapo", "how token losses are averaged",
+             choices=("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo"), archs=REASONERS),
+        Flag("beta", "float", 0.0, "weight of the KL divergence from the stage's start", low=0, archs=REASONERS),
+        Flag("grpo_save_every", "int", 50, "steps of a stage between the states an interrupted one goes on from",
+             low=1, archs=REASONERS),
     ),
     "data": (
         Flag("dataset", "path", None, "synthetic (two-digit addition) or a folder of prepared triples", nullable=True,
@@ -270,6 +303,10 @@ FIND = {name: flag for flag in FLAGS for name in (flag.name, *flag.aliases)}
 # Where a system's defaults differ from the table's.
 ARCH_DEFAULTS: dict[str, dict[str, Any]] = {
     "addon": {},
+    "enhanced": {
+        **{"batch_size": 64, "lr": 5e-3, "max_steps": 2000, "warmup_steps": 50, "ema": 0.0, "eval_every": 0},
+        **{"max_seq_len": 1024},
+    },
     "hybrid": {
         **{"d_h": 256, "n_heads": 8, "batch_size": 32, "lr": 3e-4, "max_steps": 10_000, "optimizer": "adamw"},
         **{"warmup_steps": 500, "lr_min_ratio": 0.05, "eval_every": 1000, "ema": 0.0, "eval_batch_size": 64},

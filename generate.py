@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROG,
-        description="Answers prompts with a trained checkpoint: a frozen LLM with its HRM add-on, or a hybrid.",
+        description="Answers prompts with a trained checkpoint: a frozen LLM with its HRM add-on, a hybrid, or a"
+        " planner/worker LM.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -29,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_dir", default="runs", help="folder of all runs")
     parser.add_argument("--prompt", action="append", default=[], help="a question; may be given several times")
     parser.add_argument("--interactive", action="store_true", help=f"read questions from the terminal; {COMMANDS}")
-    parser.add_argument("--compare", action="store_true", help="show the bare LLM (hybrid: gate shut), too")
+    parser.add_argument("--compare", action="store_true", help="show the bare LLM (hybrid: gate shut; "
+                        "enhanced: the thought before the solution), too")
     parser.add_argument("--dataset", help="take the newest checkpoint that was trained on this data set (hybrid)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer in tokens")
     parser.add_argument("--decode_temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")

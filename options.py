@@ -187,9 +187,10 @@ def read_resolved(text: str) -> dict[str, Any]:
 # Cross checks: the flags each reads (so that a flag already told as wrong stays out), and what to say, or None.
 RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
     # One condition for two needs: heads of whole width (d_h / n_heads), and of even width (RoPE turns pairs).
-    ("d_h n_heads", lambda o: f"--d_h {o.d_h} is not divisible by {'' if o.d_h % o.n_heads else 'twice '}--n_heads "
-     f"{o.n_heads}: choose a multiple of {2 * o.n_heads}, such as {-(-o.d_h // (2 * o.n_heads)) * 2 * o.n_heads}"
-     if o.d_h % (2 * o.n_heads) else None),
+    ("d_h n_heads arch", lambda o: f"--d_h {o.d_h} is not divisible by {'' if o.d_h % o.n_heads else 'twice '}"
+     f"--n_heads {o.n_heads}: choose a multiple of {2 * o.n_heads}, such as "
+     f"{-(-o.d_h // (2 * o.n_heads)) * 2 * o.n_heads}"
+     if o.arch != "enhanced" and o.d_h % (2 * o.n_heads) else None),
     ("task tasks", lambda o: f"--task {_show(o.task)} and --tasks {_show(o.tasks)} are both set: keep one "
      "(`none` takes back the other)" if o.task is not None and o.tasks is not None else None),
     ("max_steps epochs max_minutes eval_only dry_run", lambda o: "training would never end: set --max_steps, --epochs "
@@ -228,7 +229,7 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
     ("cache_hidden train_n", lambda o: f"--cache_hidden {o.cache_hidden} needs --train_n above 0: fresh items without "
      "end are never seen twice" if o.cache_hidden != "off" and o.train_n == 0 else None),
     ("arch d_model n_heads", lambda o: f"--d_model {o.d_model} is not a multiple of {2 * o.n_heads}, twice --n_heads"
-     if o.arch == "hybrid" and o.d_model % (2 * o.n_heads) else None),
+     if o.arch in ("hybrid", "enhanced") and o.d_model % (2 * o.n_heads) else None),
     ("arch dataset dry_run", lambda o: "--arch hybrid needs --dataset: synthetic, or a folder of prepared triples "
      "(only --dry_run works on random data)" if o.arch == "hybrid" and o.dataset is None and not o.dry_run else None),
     ("deep_supervision ds_weight", lambda o: "--deep_supervision with --ds_weight 0 does nothing: raise the weight"
@@ -236,6 +237,14 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
     ("reset_progress resume run_name eval_only", lambda o: "--reset_progress needs --resume CHECKPOINT, whose weights "
      "it takes" if o.reset_progress and o.resume is None else "--reset_progress and --eval_only are both set: keep one"
      if o.reset_progress and o.eval_only else None),
+    ("objective grpo_batch_size grpo_accum_steps num_generations", lambda o: f"--grpo_batch_size {o.grpo_batch_size} x "
+     f"--grpo_accum_steps {o.grpo_accum_steps} = {o.grpo_batch_size * o.grpo_accum_steps} completions a step are not "
+     f"divisible by --num_generations {o.num_generations}: change one" if o.objective == "grpo"
+     and o.grpo_batch_size * o.grpo_accum_steps % o.num_generations else None),
+    ("objective logit_bias_head", lambda o: "--objective grpo does not see the bias of --logit_bias_head: start from a "
+     "checkpoint without it" if o.objective == "grpo" and o.logit_bias_head else None),
+    ("objective sentinel", lambda o: "--objective grpo cannot stop at --sentinel: start from a checkpoint without it"
+     if o.objective == "grpo" and o.sentinel else None),
     # The default warmup gives way to a short run by itself; only a typed one is a contradiction. The hybrid's published
     # commands are tried with fewer steps: there half of the run warms up.
     ("arch warmup_steps max_steps", lambda o: f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"

@@ -17,10 +17,12 @@ import torch
 import options
 from checkpointing import FOLDER, disk_check
 from curriculum import curriculum_problems
+from enhanced_tokenizer import reasoning_tokenizer
 from eval_suite import check_code_runner
+from grpo_stages import stages_of
 from host import load_config
 from hybrid_data import data_problems
-from reasoning_gym_wrapper import default_tasks, task_problems
+from reasoning_gym_wrapper import default_tasks, make_tasks, task_problems
 from run_logging import check_csv, check_trackers
 from suite_data import parse_suite, suite_problems
 
@@ -67,10 +69,16 @@ def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]
     checks = [(_check_device, opts), (check_trackers, options.names(opts.trackers))]
     if opts.arch == "hybrid":
         found = data_problems(opts)
+    elif opts.arch == "enhanced":
+        found = stages_of(opts)[1] + _tokenizer_problems(opts)
     else:
         found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, not opts.eval_only)
         found += curriculum_problems(task_names(opts)) if opts.curriculum and not found else []
         checks.append((_check_host, opts))
+        if opts.objective == "grpo" and checkpoint is None:
+            found.append("--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce")
+        if opts.objective == "grpo" and not found:
+            found += stages_of(opts, make_tasks(task_names(opts), task_config(opts)))[1]
     if opts.eval_suite:
         found += suite_problems(opts.eval_suite) or _code_problems(opts)
     if not opts.dry_run and os.environ.get("RANK", "0") == "0":  # ranks would take away each other's probe
@@ -83,6 +91,15 @@ def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]
         except (ValueError, OSError) as error:
             found.append(str(error))
     return found
+
+
+def _tokenizer_problems(opts: argparse.Namespace) -> list[str]:
+    """At most one line: a tokenizer that cannot hold the reasoning tags."""
+    try:
+        reasoning_tokenizer(opts.tokenizer)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _code_problems(opts: argparse.Namespace) -> list[str]:

@@ -19,6 +19,10 @@ SHAPE = {
         *("arch", "d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem"),
         *("logit_bias_head", "lora_layers", "lora_rank", "use_act", "share_hl", "adapter", "virtual_tokens"),
     ),
+    "enhanced": (
+        *("arch", "d_model", "n_heads", "n_planner_layers", "n_worker_layers", "max_cycles", "thought_dim"),
+        "tokenizer",
+    ),
     "hybrid": (
         *("arch", "d_model", "n_heads", "encoder", "encoder_layers", "decoder_layers", "state_size", "tie_embeddings"),
         *("d_h", "h_layers", "l_layers", "h_len", "l_len", "bridge", "prefix_len"),
@@ -32,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         opts, checkpoint, found = understand(argv)
         if found:
             return complain(found)
-        return run_of(opts.arch)(opts, checkpoint).go()
+        return run_of(opts)(opts, checkpoint).go()
     except KeyboardInterrupt:
         return complain(["interrupted: what was saved before stays, --resume goes on from there"], 130)
     except (ValueError, OSError) as error:
@@ -41,9 +45,17 @@ def main(argv: list[str] | None = None) -> int:
         return complain([str(error)])
 
 
-def run_of(arch: str) -> type:
+def run_of(opts: options.Options) -> type:
     """The class of a system's runs. transformers loads here, after the cheap checks."""
-    if arch == "hybrid":
+    if opts.objective == "grpo" and not (opts.eval_only or opts.dry_run):
+        from grpo_run import GrpoRun
+
+        return GrpoRun
+    if opts.arch == "enhanced":
+        from enhanced_run import EnhancedRun
+
+        return EnhancedRun
+    if opts.arch == "hybrid":
         from hybrid_run import HybridRun
 
         return HybridRun
@@ -72,6 +84,10 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
     opts.resume, opts.reset_progress = asked.resume, asked.reset_progress
     if broken:  # whatever else the run needs, it says in the checkpoint that cannot be read
         return opts, None, found + broken
+    if checkpoint and saved.get("arch", "addon") != opts.arch:  # whatever else is typed belongs to another system
+        arch = saved.get("arch", "addon")
+        return opts, None, [f"{checkpoint} is a checkpoint of --arch {arch}, not of --arch {opts.arch}: leave --arch "
+                            "out or name another checkpoint"]
     from run_setup import check
 
     found += matched(opts, asked) if opts.match_params and not found else []

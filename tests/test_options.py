@@ -89,14 +89,15 @@ def test_help_states_every_flag_with_default_and_legal_range(capsys, monkeypatch
         text = " ".join(lines[start:start + 2])
         for arch in flag.archs:
             default = default_of(flag, arch)
-            told_default = re.search(r"\((?:(\w+) only; )?default ([^,;]+)(?:, hybrid ([^,;]+))?; ", text)
-            shown = told_default[3] if arch == "hybrid" and told_default[3] else told_default[2]
-            assert shown == str("none" if default in (None, "") else default)
-            assert told_default[1] == (None if len(flag.archs) > 1 else arch)
+            told_default = re.search(r"\((?:([\w ]+) only; )?default ([^,;]+)((?:, \w+ [^,;]+)*); ", text)
+            own = re.search(rf", {arch} ([^,;]+)", told_default[3])
+            assert (own[1] if own else told_default[2]) == str("none" if default in (None, "") else default)
+            assert told_default[1] == (None if flag.archs == ARCHS else " and ".join(flag.archs))
         assert f"; {flag.legal})" in text
         assert all(f" --{name} " in text for name in flag.aliases)
     assert told.count("  python train.py") == 3
-    assert "width of the HRM; a multiple of 2 x n_heads (default 128, hybrid 256; an integer >= 8)" in told
+    width = "width of the HRM; a multiple of 2 x n_heads"
+    assert f"{width} (addon and hybrid only; default 128, hybrid 256; an integer >= 8)" in told
     assert "--lr X, --learning_rate X" in told and "--use_act [0|1]" in told and "--injector cab|grb" in told
 
 
@@ -514,7 +515,8 @@ def test_dump_groups_all_leaves_and_leaves_the_config_out():
     text = dump(parse(["--d_h", "64"]))
     assert text.startswith("# ")
     tree = yaml.safe_load(text)
-    assert list(tree) == [group for group in GROUPS if group != "hybrid"] and tree["model"]["d_h"] == 64
+    assert list(tree) == [group for group in GROUPS if group not in ("hybrid", "enhanced")]
+    assert tree["model"]["d_h"] == 64
     known = [flag.name for flag in FLAGS if "addon" in flag.archs]
     assert [name for group in tree.values() for name in group] == [name for name in known if name != "config"]
 

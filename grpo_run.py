@@ -1,0 +1,254 @@
+"""A GRPO run: the warm start, then stage after stage, each skipped when finished and gone on with when interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import options
+from checkpointing import atomic_write_text, newest_checkpoint, read_checkpoint, rotate, step_folder, write_checkpoint
+from enhanced_run import EnhancedRun
+from enhanced_training import model_documents, model_weights
+from grpo_data import training
+from grpo_eval import Measured, measure
+from grpo_stages import Held, Stage, hold_out, rewards_of, stages_of
+from model import ADAPTER, adapter_document
+from optimization import NonFiniteError
+from reasoning_gym_wrapper import train_seed
+from run import Run
+from run_logging import RunLog, draw_curve
+from run_loop import NON_FINITE_EXIT, RunLoop
+from run_setup import interruptible
+from run_state import CONFIG
+
+PROGRESS = "grpo.json"  # in a checkpoint: which stages lie behind it
+STAGES, SAMPLES = "stages", "samples"  # folders in the run
+SEED_OF_STAGE = 7  # apart from the warm start's items: each stage draws from a seed of its own
+
+
+@dataclass
+class Progress:
+    """How far a run has come: optimizer steps in all, and the value of every metric at the end of each stage."""
+
+    step: int
+    done: dict[str, dict[str, float]] = field(default_factory=dict)
+    start: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, where the stage began
+    elapsed_s: float = 0.0
+
+
+class GrpoRun:
+    """A run of `--objective grpo`, new or going on from `checkpoint`.
+
+    Raises:
+        ValueError: the user's mistakes.
+    """
+
+    def __init__(self, opts: argparse.Namespace, checkpoint: Path | None):
+        self.opts, self.checkpoint = opts, checkpoint
+        self.addon = opts.arch == "addon"
+        self.loop: RunLoop | None = None
+
+    def go(self) -> int:
+        """Runs what is left to do. Returns the exit status."""
+        progress = read_progress(self.checkpoint) if self.checkpoint else None
+        opts = self.opts
+        if progress is not None or self.addon:  # weights alone: what trained them before is over
+            opts = options.Options(**vars(opts) | {"eval_only": True})
+            opts.explicit = self.opts.explicit
+        self.loop = (Run if self.addon else EnhancedRun)(opts, self.checkpoint)
+        if progress is None and not self.addon:
+            status = self.loop.go()
+            if status or opts.dry_run:
+                return status
+        folder = self.loop.folder
+        self.checkpoint = newest_checkpoint(folder) if not self.addon else self.checkpoint
+        if progress is None:
+            seconds = self.loop.log.elapsed_s if getattr(self.loop, "log", None) else self.loop.elapsed
+            progress = Progress(self.loop.step, elapsed_s=seconds)
+        self.progress = progress
+        self.model, self.format = self.loop.model, self.loop.format
+        if getattr(self.loop.trainer, "ema", None):
+            self._take_average()
+        self.loop.trainer.ema, self.loop.trainer.optimizers = None, []  # the supervised run is over
+        if self.addon and "max_completion_length" not in self.opts.explicit:
+            self.opts.max_completion_length = self.loop.budget
+        return self._stages(folder)
+
+    def _take_average(self) -> None:
+        """The averaged weights are those that were evaluated and saved."""
+        with self.loop.trainer.ema.applied():
+            averaged = {name: p.detach().clone() for name, p in self.loop.trainer.parameters.items()}
+        for name, parameter in self.loop.trainer.parameters.items():
+            parameter.data.copy_(averaged[name])
+
+    # --- stages ---
+
+    def _stages(self, folder: Path) -> int:
+        stages, problems = stages_of(self.opts, self.loop.tasks if self.addon else ())
+        if problems:
+            raise ValueError("; ".join(problems))
+        held = hold_out(stages, self.opts.eval_seed)
+        csv = Path(self.opts.log_csv) if self.opts.log_csv else None
+        document = options.as_dict(self.opts)
+        main = self.loop.is_main
+        with RunLog(folder, csv, options.names(self.opts.trackers), document, main, self.progress.elapsed_s) as log:
+            self.log, self.folder = log, folder
+            with interruptible() as stop:
+                for index, stage in enumerate(stages):
+                    if stage.name in self.progress.done:
+                        self.loop.say(f"stage {stage.name} is finished, skipped")
+                        continue
+                    status = self._stage(stage, held, index, stop)
+                    if status:
+                        return status
+            self._finish(stages, held)
+            self.loop.log, self.loop.step, self.loop.in_stages = log, self.progress.step, False
+            self.loop._suite()
+        return 0
+
+    def _stage(self, stage: Stage, held: Held, index: int, stop: Any) -> int:
+        """Runs one stage to its end. Returns 0, or the exit status of an early but orderly end."""
+        from grpo import StageRun, forget, newest_state, train_stage  # 7 s, and only where it is needed
+
+        opts, base, place = self.opts, self.progress.step, self.folder / STAGES / stage.name
+        functions, weights = rewards_of(stage, opts, tags=not self.addon)
+        problems = training(stage.levels, int(stage.size), train_seed(opts.seed + SEED_OF_STAGE + index), held.reserved)
+        self._open_stage(place, base)
+        resumed = newest_state(place)
+        self.log.truncate_after(base + (int(resumed.name.split("-")[1]) if resumed else 0))
+        before = self._start_of(stage, held, functions, place)
+        self.loop.say(f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
+                      + (f", going on from {resumed.name}" if resumed else ""))
+        run = StageRun(
+            stage, opts, place, functions, weights,
+            log=lambda step, numbers: self._log(stage.name, base + step, numbers),
+            stopped=lambda: stop.signal is not None,
+            precision=self.loop.precision, device=self.loop.device.type, tags=not self.addon,
+        )
+        try:
+            finished, steps = train_stage(self.model, self.format, problems, run)
+        except NonFiniteError as error:
+            self.loop.say(f"{options.PROG}: {error}: stopped before the step; the newest state is in {place}")
+            return NON_FINITE_EXIT
+        if not finished:
+            again = "the same command" if self.addon else f"python train.py --resume {self.folder}"
+            self.loop.say(f"stopped in stage {stage.name} at its step {steps}, saved; go on with: {again}")
+            return 128 + (stop.signal or signal.SIGTERM)
+        self.progress.step = base + steps
+        after = self._measure(stage, held, functions)
+        self._record(stage, after, before)
+        self._save(after)
+        if self.loop.is_main:
+            forget(place)
+            print(f"after {after.line(before)}", flush=True)
+        return 0
+
+    def _open_stage(self, place: Path, base: int) -> None:
+        """Makes the stage's folder; states of a run that began this stage from another step are removed."""
+        from grpo import forget
+
+        mark = place / "begun_at.json"
+        if place.exists() and (not mark.exists() or json.loads(mark.read_text()) != base):
+            forget(place)
+        place.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(mark, json.dumps(base))
+
+    def _start_of(self, stage: Stage, held: Held, functions: Any, place: Path) -> dict[str, float]:
+        """The stage's held-out metrics before its first step; measured once, and written down unless known already."""
+        if stage.name not in self.progress.start:
+            path = place / "start.json"
+            if not path.exists():
+                start = self._measure(stage, held, functions)
+                if self._first_measurement(stage):
+                    self.log.eval_rows(start.rows(self.progress.step))
+                    self.log.predictions(start.predictions(self.progress.step))
+                atomic_write_text(path, json.dumps(start.means()))
+                self.loop.say(f"before {start.line()}")
+            self.progress.start[stage.name] = json.loads(path.read_text())
+        return self.progress.start[stage.name]
+
+    def _first_measurement(self, stage: Stage) -> bool:
+        """False where the warm start has just written the very same rows."""
+        return self.addon or bool(self.progress.done)
+
+    def _log(self, stage: str, step: int, numbers: dict[str, float]) -> None:
+        self.log.log(step, stage=stage, **numbers)
+        shown = {name: numbers[name] for name in ("reward", "frac_reward_zero_std", "entropy") if name in numbers}
+        told = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+        self.loop.say(f"stage {stage} step {step}  {told}  {numbers.get('mean_length', 0):.0f} tokens  "
+                      f"{numbers.get('step_time', 0):.1f} s a step")
+
+    def _measure(self, stage: Stage, held: Held, functions: Any) -> Measured:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.loop.precision)
+        autocast = torch.autocast(self.loop.device.type, dtype=dtype) if dtype else None
+        return measure(self.model, self.format, stage.name, held.problems[stage.name], functions,
+                       stage.value(self.opts, "max_completion_length"), not self.addon, self.opts.eval_batch_size,
+                       autocast)
+
+    def _record(self, stage: Stage, after: Measured, before: dict[str, float]) -> None:
+        """CSV, predictions and sample completions of a finished stage."""
+        self.progress.done[stage.name] = after.means()
+        self.log.eval_rows(after.rows(self.progress.step, before))
+        self.log.predictions(after.predictions(self.progress.step))
+        if self.loop.is_main:
+            place = self.folder / SAMPLES
+            place.mkdir(exist_ok=True)
+            lines = [json.dumps(sample, ensure_ascii=False) for sample in after.samples()]
+            atomic_write_text(place / f"{stage.name}.jsonl", "\n".join(lines) + "\n")
+
+    def _save(self, after: Measured) -> None:
+        """The checkpoint at the end of a stage."""
+        if not self.loop.is_main:
+            return
+        self.progress.elapsed_s = self.log.elapsed_s
+        called = {flag.name: flag.default for flag in options.FLAGS if flag.name in options.INVOCATION}
+        settings = options.dump(options.Options(**vars(self.opts) | called))
+        documents = {PROGRESS: json.dumps(asdict(self.progress)), CONFIG: settings, "README.md": self._card(after)}
+        if self.addon:
+            weights = {ADAPTER: self.model.addon_state()}
+            documents["adapter_config.json"] = adapter_document(self.model, self.opts)
+        else:
+            self.model.config.adaptive_cycles = False  # GRPO moves the states that the gate had learnt to judge
+            weights = {"model": model_weights(self.model)}
+            documents |= model_documents(self.model, self.format.tokenizer)
+        folder = write_checkpoint(step_folder(self.folder, self.progress.step), weights, documents)
+        atomic_write_text(self.folder / CONFIG, settings)
+        rotate(self.folder, self.opts.checkpoint_limit, keep=[folder])
+        self.checkpoint = folder
+
+    def _card(self, after: Measured) -> str:
+        title = f"# HRM add-on for {self.opts.model_name}" if self.addon else "# Planner/worker LM"
+        library = "peft" if self.addon else "transformers"
+        stages = ", ".join(self.progress.done)
+        return (f"---\nlibrary_name: {library}\ntags: [hrm, grpo]\n---\n\n{title}\n\nStep {self.progress.step}; GRPO "
+                f"stages done: {stages}.\n\n```\n{after.line(self.progress.start.get(after.stage))}\n```\n")
+
+    def _finish(self, stages: list[Stage], held: Held) -> None:
+        """The closing words: before and after of each stage, files, next command."""
+        if not self.loop.is_main:
+            return
+        print(f"{'stage':18s}  solved before -> after   format before -> after")
+        for name, after in self.progress.done.items():
+            start = self.progress.start.get(name, {})
+            rates = [(start.get(metric, float("nan")), after[metric]) for metric in ("solved", "format_rate")]
+            print(f"{name:18s}  " + "   ".join(f"{100 * a:6.1f} % -> {100 * b:6.1f} %" for a, b in rates))
+        curve = draw_curve(self.folder, self.log.csv_path)
+        print(f"evaluation: {self.log.csv_path}\nsamples:    {self.folder / SAMPLES}\ncheckpoint: {self.checkpoint}"
+              + (f"\ncurve:      {curve}" if curve else ""))
+        question = shlex.quote(" ".join(held.problems[stages[-1].name][0].question.split()))
+        print(f"next:       python generate.py --checkpoint {shlex.quote(str(self.checkpoint))} --compare --prompt "
+              f"{question}", file=sys.stdout)
+
+
+def read_progress(checkpoint: Path) -> Progress | None:
+    """How far the run of a checkpoint had come in its stages; None: it has not begun them."""
+    documents = read_checkpoint(checkpoint, stems=[]).documents
+    return Progress(**json.loads(documents[PROGRESS])) if PROGRESS in documents else None
