@@ -236,7 +236,7 @@ def read_record(run: Path) -> dict[str, Any] | None:
 
 
 def write_record(run: Path, flags: Mapping[str, Any], status: str) -> None:
-    """Notes a run's flags and whether it is `started`, `finished` or `failed`."""
+    """Notes a run's flags and whether it is `waiting`, `interrupted`, `failed` or `finished`."""
     with staged(run, [RECORD]) as (file,):
         file.write(json.dumps({"flags": flags, "status": status}, indent=1).encode())
 

@@ -304,11 +304,11 @@ def speed_key(trial: Job, runner: Runner) -> str:
 
 
 def finished(jobs: Sequence[Job], runs: Path) -> set[str]:
-    """Names of the runs that are done. Raises GridError, for all at once, where a run was made with other flags."""
+    """Names of the runs that are done. Raises GridError, for all at once, where a run has begun with other flags."""
     done, other = set(), []
     for job in jobs:
         record = ablation.read_record(runs / job.name)
-        if record is None:
+        if record is None or not (runs / job.name / "eval.csv").exists():  # nothing of it is there yet
             continue
         if record["flags"] != json.loads(json.dumps(job.flags)):
             before = record["flags"]
@@ -378,7 +378,9 @@ def train_all(grid: Grid, jobs: Sequence[Job], runner: Runner) -> int:
                 ablation.write_record(child.folder, child.job.flags, "finished")
                 board.done += 1
                 board.say(f"{child.job.name} finished")
-            elif not runner.stop.asked:
+            elif runner.stop.asked:
+                ablation.write_record(child.folder, child.job.flags, "interrupted")
+            else:
                 failed += 1
                 ablation.write_record(child.folder, child.job.flags, "failed")
                 board.say(f"{child.job.name} failed with exit status {status}: {last_words(child.log)} (see "

@@ -197,6 +197,14 @@ def test_a_second_call_skips_finished_runs_and_refuses_other_flags(finished, cap
         script.main([str(other), "--output", str(output), "--threads", "1", "--seeds", "0"])
 
 
+def test_a_run_that_never_began_may_take_other_flags(finished):
+    """Its arm could not be loaded: the user corrects the grid and calls again."""
+    path, output, _ = finished
+    jobs = [job for job in ablation.jobs_of(read_grid(path)) if job.name == "bad--toy_add--seed0"]
+    corrected = [Job(job.arm, job.task, job.seed, job.flags | {"model_name": "elsewhere"}) for job in jobs]
+    assert script.finished(corrected, output / "runs") == set()
+
+
 def fake_run(runs: Path, name: str, task: str, scores: list[float]) -> None:
     (runs / name).mkdir(parents=True)
     lines = [{"step": step, "id": f"{task}/{i:05d}", "task": task, "prompt_hash": f"h{i}", "score": s if step else 0.0}
@@ -244,7 +252,7 @@ def test_ctrl_c_ends_the_runs_in_order(tiny_host, tmp_path):
     assert status == 130 and "1 runs end after their batch" in told and "Traceback" not in told
     (checkpoint,) = output.glob("runs/cab--*/checkpoints/step-*")
     assert int(checkpoint.name.removeprefix("step-")) > 0
-    assert [row["status"] for row in table(output)] == ["waiting", "waiting"]
+    assert [row["status"] for row in table(output)] == ["interrupted", "waiting"]
     assert not list(output.glob("runs/grb--*/checkpoints")), "the next run must not begin"
     assert script.finished(ablation.jobs_of(read_grid(path)), output / "runs") == set()
 
@@ -258,6 +266,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_host, tmp_path):
     reached = int(checkpoint.name.removeprefix("step-"))
     (job,) = ablation.jobs_of(read_grid(path))
     ended = Job(job.arm, job.task, job.seed, job.flags | {"max_steps": reached + 1})
+    ablation.write_record(output / "runs" / job.name, ended.flags, "waiting")
     with script.stoppable() as stop, script.Runner(output, 1, 1, stop) as runner:
         assert script.train_all(read_grid(path), [ended], runner) == 0
     assert f"from step {reached}" in (output / "logs" / "cab--toy_add--seed0.log").read_text()

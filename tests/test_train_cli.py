@@ -266,6 +266,8 @@ WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "deco
         "verifier_weight": ["--verifier_every", "1"],
         "adapter": DEFAULTS, "virtual_tokens": [*DEFAULTS, "--adapter", "prompt"], "cache_hidden": ["--train_n", "6"],
         "supervised_segments": ["--segments", "2"],
+        "eval_readout": ["--use_act"], "halt_detach": ["--use_act"],
+        "curriculum": ["--task", "gcd", "--curriculum_levels", "1"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64
 CHOICES = [(flag.name, choice) for flag in OURS for choice in flag.choices or () if choice != "hybrid"]
 
