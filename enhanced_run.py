@@ -171,19 +171,25 @@ class EnhancedRun(RunLoop):
 
     def evaluate(self) -> StageEvaluation:
         """Generates on every stage's held-out questions; writes CSV and predictions. One rank does it all."""
-        parts = []
         with self.trainer.evaluation_weights():
-            for stage in self.stages:
-                functions, _ = rewards_of(stage, self.opts)
-                parts.append(measure(
-                    self.model, self.format, stage.name, self.held.problems[stage.name], functions,
-                    stage.value(self.opts, "max_completion_length"), True, self.opts.eval_batch_size,
-                    self.trainer.autocast(),
-                ))
-        for part in parts:
-            self.log.eval_rows(part.rows(self.step))
-            self.log.predictions(part.predictions(self.step))
-        return StageEvaluation(parts)
+            return StageEvaluation([self._measured(stage) for stage in self.stages])
+
+    def _measured(self, stage: Stage) -> Measured:
+        """One stage's held-out questions, measured and written down."""
+        functions, _ = rewards_of(stage, self.opts)
+        part = measure(
+            self.model, self.format, stage.name, self.held.problems[stage.name], functions,
+            stage.value(self.opts, "max_completion_length"), True, self.opts.eval_batch_size, self.trainer.autocast(),
+        )
+        self.log.eval_rows(part.rows(self.step))
+        self.log.predictions(part.predictions(self.step))
+        return part
+
+    def _train(self) -> int:
+        """As every run; a GRPO run's first rows are those of the random model, which writes no format yet."""
+        if self.step == 0 and self.opts.objective == "grpo":
+            self.say(f"untrained {self._measured(self.stages[0]).line()}")
+        return super()._train()
 
     def table(self, evaluation: StageEvaluation) -> str:
         return "\n".join(part.line() for part in evaluation.parts)

@@ -432,6 +432,7 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
     rows = (run / "eval.csv").read_text()
     for metric in ("solved", "format_rate", "mean_length", "reward_math"):
         assert f"6,math,{metric}," in rows
+    assert "0,format,format_rate,0," in rows  # before anything was learnt
     assert json.loads((run / "samples" / "math.jsonl").read_text().splitlines()[0])["rewards"]
     assert not list(run.glob("stages/*/checkpoint-*"))
     assert train.main(words) == 0
