@@ -497,7 +497,8 @@ def test_another_tokenizer_is_refused(done, tmp_path, capsys, reset):
 
 def test_another_system_is_refused(done, tmp_path, capsys, tiny_host):
     assert train.main(["--resume", str(done), "--arch", "addon", "--model_name", str(tiny_host)]) == 2
-    assert any("--arch addon (checkpoint: hybrid)" in line for line in error_lines(capsys.readouterr().err))
+    told = error_lines(capsys.readouterr().err)
+    assert len(told) == 1 and "is a checkpoint of --arch hybrid, not of --arch addon" in told[0]
 
 
 def test_evaluation_only_adds_its_rows_and_changes_nothing_else(done, tmp_path, capsys):

@@ -259,7 +259,7 @@ MORE = [*((flag.name, text) for flag in OURS for text in "01" if flag.type == "b
             "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647",
             "eval_suite synthetic", "virtual_tokens 3"))]
 # What only HRM knows, as it is by default, so that the other adapters may be asked for.
-DEFAULTS = "--d_h 128 --n_heads 4 --segments 1 --inner_T 2".split()
+DEFAULTS = "--d_h 128 --n_heads 4 --segments 1 --inner_T 2 --max_seq_len 400".split()  # room for virtual tokens
 SAMPLED = ["--decode_temperature", "1"]
 WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
         "decode_top_k": SAMPLED, "eval_suite": ["--eval_suite_n", "3"],
@@ -269,7 +269,8 @@ WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "deco
         "eval_readout": ["--use_act"], "halt_detach": ["--use_act"],
         "curriculum": ["--task", "gcd", "--curriculum_levels", "1"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64
-CHOICES = [(flag.name, choice) for flag in OURS for choice in flag.choices or () if choice != "hybrid"]
+CHOICES = [(flag.name, choice) for flag in OURS for choice in flag.choices or ()
+           if choice not in ("hybrid", "enhanced", "grpo")]  # runs of other systems have tests of their own
 
 
 @pytest.mark.parametrize("name,value", CHOICES + MORE, ids=lambda text: str(text))
