@@ -257,8 +257,8 @@ def test_two_processes_each_hold_all_of_it(tiny_host, tmp_path):
     losses = {}
     for name, more in (("with", []), ("without", ["--cache_hidden", "off"])):
         argv = arguments(tiny_host, tmp_path / "runs", "--run_name", name, *CACHED, *more, "--batch_size", "2")
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-                               "29617", str(script), *argv], capture_output=True, text=True, cwd=ROOT, timeout=300)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                               "2", str(script), *argv], capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines]
