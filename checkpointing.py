@@ -328,8 +328,9 @@ def resolve_resume(text: str, save_dir: Path, flag: str = "--resume",
                    fits: Callable[[Path], bool] = lambda folder: True) -> Path:
     """The checkpoint folder meant by `--resume TEXT`: a checkpoint, a run, its `checkpoints` folder, or 'auto'.
 
-    A run or `checkpoints` folder stands for its newest whole checkpoint, 'auto' for the one written last in any run
-    of `save_dir`, among those that `fits` accepts. A name that is no path is looked up in `save_dir`.
+    A run or `checkpoints` folder stands for its newest whole checkpoint, `RUN@best` for its marked best, 'auto' for the
+    one written last in any run of `save_dir`, among those that `fits` accepts. A name that is no path is looked up in
+    `save_dir`.
 
     Raises:
         CheckpointError: nothing is found.
@@ -344,7 +345,8 @@ def resolve_resume(text: str, save_dir: Path, flag: str = "--resume",
             what = "none of the checkpoints is of that kind" if whole else "no whole checkpoint"
             raise CheckpointError(f"{flag} auto: {what} in any run of {save_dir}; train one first")
         return found
-    places = [Path(os.path.abspath(p)) for p in (Path(text), save_dir / text) if text.strip()]
+    name, wants_best = text.removesuffix("@best"), text.endswith("@best")
+    places = [Path(os.path.abspath(p)) for p in (Path(name), save_dir / name) if name.strip()]
     place = next((p for p in places if p.exists()), None)
     if place is not None and ((place / MANIFEST).exists() or STEP_NAME.fullmatch(place.name)):
         _read_manifest(place)
@@ -355,7 +357,10 @@ def resolve_resume(text: str, save_dir: Path, flag: str = "--resume",
         known = [str(known) for run in runs for known in (run, *checkpoint_folders(run))]
         near = difflib.get_close_matches(str(save_dir / text), known, cutoff=0.3) or known[:3] or ["none here"]
         raise CheckpointError(f"{flag} {text!r} {what}; give a checkpoint, a run or 'auto'; near: {', '.join(near)}")
-    newest = newest_checkpoint(run)
+    best = best_checkpoint(run) if wants_best else None
+    if wants_best and (best is None or _defect(best[0])):
+        raise CheckpointError(f"{flag} {text!r}: no best checkpoint is marked in {run}; train with --save_best_model")
+    newest = best[0] if best else newest_checkpoint(run)
     if newest is None:
         broken = [f"{folder.name}: {_defect(folder)}" for folder in checkpoint_folders(run)] or ["none was written"]
         raise CheckpointError(f"{flag} {text!r} holds no whole checkpoint ({broken[-1]}); give another")

@@ -279,8 +279,9 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
         Deep supervision: the loss of every earlier cycle's z_H, divided by the total weight. Halting: squared distance
         of the summed halting probabilities from the target, and BCE of each cycle's probability with "all labelled
-        tokens are right", both times the weight and the detached mean gate: were it not detached, shutting the gate
-        would pay. `tokens` and `examples` are those of the whole batch when this is a part of it (default: its own).
+        tokens are right", both times the weight and the detached mean gate of the examples at hand (a micro-batch's
+        own): were it not detached, shutting the gate would pay. `tokens` and `examples` are those of the whole batch
+        when this is a part of it (default: its own).
         """
         labels, mask = batch["labels"], batch["encoder_mask"]
         tokens = tokens or max(int((labels != IGNORE).sum()), 1)

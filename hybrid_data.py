@@ -60,6 +60,8 @@ def data_problems(opts: argparse.Namespace) -> list[str]:
             found.append(f"{folder} has no tokenizer.json: prepare the folder again")
         except ValueError as error:
             found.append(str(error))
+    found += [f"--dev_sets {name}=... would hide the run's own {name} rows: choose another name"
+              for name in dev_sets(opts.dev_sets) if name in ("validation", SYNTHETIC)]
     if opts.dev_sets and opts.dataset == SYNTHETIC:
         found.append("--dev_sets cannot join --dataset synthetic, whose tokenizer knows single characters")
     if len(seals) > 1:

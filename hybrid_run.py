@@ -6,6 +6,7 @@ import argparse
 import math
 import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,6 +113,11 @@ class HybridRun(RunLoop):
             self.text = HybridText(self.model, self.data.tokenizer_json, self.opts.eval_batch_size,
                                    self.opts.max_seq_len, trainer.autocast)
         return trainer
+
+    def _restore(self, folder: Path) -> None:
+        super()._restore(folder)
+        if self.opts.eval_only:  # --hrm_gate_scale 0 shuts the gate of a trained model
+            self.model.config.gate_scale = min(self.model.config.gate_scale, self.opts.hrm_gate_scale)
 
     # --- what the loop asks ---
 

@@ -112,6 +112,7 @@ class HybridTrainer(BaseTrainer):
         sums, spreads = self._losses(batches, tokens, examples)
         norm = self._update(step, sums["loss"])
         return {**sums, **spreads, "grad_norm": norm, "lr": lr, "gate_scale": scale, "segments": 1,
+                "cycles_used": self.model.config.h_cycles if scale else 0,
                 "tokens": tokens, "examples": examples, "tokens_read": read}
 
     def _global_counts(self, batches: Sequence[dict[str, Tensor]]) -> list[int]:

@@ -107,6 +107,7 @@ def collect(argv: list[str] | None = None, saved: dict[str, Any] | None = None) 
     for one, other in (("task", "tasks"), ("tasks", "task")):
         if one in typed or one in file:  # naming tasks anew replaces those of the resumed run
             setattr(opts, other, None)
+    opts.typed = {FIND[name].name for name in typed}
     broken: set[str] = set()
     for source, read, where in ((file, _from_yaml, f"{path}: "), (typed, _from_text, "--")):
         for name, raw in source.items():

@@ -175,7 +175,9 @@ class RunLoop:
         """Batches of the whole run; None: only time limits it. Typed epochs or minutes replace the default steps."""
         opts = self.opts
         steps = opts.max_steps
-        if (opts.epochs or opts.max_minutes) and "max_steps" not in opts.explicit:
+        typed = getattr(opts, "typed", set())  # on the command line, which wins over a file's steps
+        replaced = {"epochs", "max_minutes"} & typed and "max_steps" not in typed
+        if (opts.epochs or opts.max_minutes) and (replaced or "max_steps" not in opts.explicit):
             steps = opts.max_steps = 0
         if opts.epochs and not opts.eval_only:
             per_step = opts.batch_size * opts.grad_accum_steps * self.world
@@ -283,11 +285,18 @@ class RunLoop:
         """The loop. Returns 0 when done, or the exit status of an early but orderly end."""
         opts = self.opts
         warmup = min(opts.warmup_steps, (self.total_steps or opts.warmup_steps * 2) // 2)
+        if warmup < opts.warmup_steps and "warmup_steps" in opts.explicit:
+            self.say(f"WARNING: --warmup_steps {opts.warmup_steps} is cut to {warmup}, half of the run")
         progress = Progress(self.total_steps, "step", self.unit, start=self.step, enabled=self.is_main)
         with interruptible() as stop, progress:
             clock, seen, read = time.monotonic(), 0, 0
             while self._progress_share() < 1 and not self.ended_early():
-                batches = self.next_batches()
+                try:
+                    batches = self.next_batches()
+                except ValueError:  # a bad line: what was trained is kept
+                    if self.step:
+                        self.save()
+                    raise
                 lr = learning_rate(opts, self.step, self._progress_share(), warmup)
                 try:
                     metrics = self.trainer.step(batches, self.step, lr)

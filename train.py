@@ -30,6 +30,10 @@ SHAPE = {
 }
 
 
+# Kept with the weights by --reset_progress, though another number may be typed.
+COUNTS = ("segments", "h_cycles", "inner_T", "grad_horizon")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     try:
@@ -157,7 +161,8 @@ def saved_options(checkpoint: Path, shape_only: bool = False) -> dict[str, Any]:
 
     text = read_checkpoint(checkpoint, stems=[]).documents["config.resolved.yaml"]
     saved = options.read_resolved(text)
-    kept = SHAPE[saved.get("arch", "addon")] if shape_only else set(saved) - set(options.INVOCATION)
+    shape = (*SHAPE[saved.get("arch", "addon")], *COUNTS)
+    kept = shape if shape_only else set(saved) - set(options.INVOCATION)
     return {name: value for name, value in saved.items() if name in kept}
 
 

@@ -212,7 +212,12 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
             blocks = mixed(sources, counts, [options.seed, number])
             for block in write(blocks, file, split, total):
                 if split == "val":  # small, and what bits per byte are taken of; train is not parsed, for speed
-                    measure(block, meta["vocab_size"], count_bytes, meta["eos_id"], totals)
+                    try:
+                        measure(block, meta["vocab_size"], count_bytes, meta["eos_id"], totals)
+                    except ValueError as error:
+                        names = " ".join(map(str, options.sources))
+                        raise ValueError(f"a val line of a source is bad ({error}): find it with "
+                                         f"scripts/validate_dataset.py, each of {names}") from error
             meta["splits"][split] = {"samples": total, **(totals if split == "val" else {})}
             for entry, source, count in zip(meta["sources"], sources, counts, strict=True):
                 epochs = round(count / len(source), 4) if count else 0.0

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
+import checkpointing
 import hybrid_data
 import hybrid_run
 import options
@@ -643,3 +644,33 @@ def test_two_runs_of_one_command_are_equal_and_of_another_seed_are_not(call, tmp
         assert call("--run_name", name, "--seed", seed, "--max_steps", "2")[0] == 0
     assert_same_run(tmp_path / "runs" / "a", tmp_path / "runs" / "b", STEM)
     assert metrics(tmp_path / "runs" / "a")[0]["loss"] != metrics(tmp_path / "runs" / "c")[0]["loss"]
+
+
+def test_a_trained_gate_can_be_shut_at_evaluation(done, tmp_path, capsys):
+    run = tmp_path / "runs" / "done"
+    shutil.copytree(done, run)
+    tables = []
+    for flags in ([], ["--hrm_gate_scale", "0"]):
+        assert train.main(["--resume", str(run), "--eval_only", *flags]) == 0
+        tables.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation")))
+    assert tables[0] != tables[1] and tables[1].split()[-1] == "-"
+
+
+def test_a_dev_set_must_not_hide_the_validation_split(tmp_path, capsys):
+    write_prepared(tmp_path / "data")
+    argv = ["--arch", "hybrid", "--dataset", str(tmp_path / "data"), "--dev_sets", f"validation={tmp_path / 'data'}"]
+    assert train.main([*argv, "--save_dir", str(tmp_path / "runs")]) == 2
+    assert error_lines(capsys.readouterr().err) == [
+        "--dev_sets validation=... would hide the run's own validation rows: choose another name"]
+
+
+def test_the_next_stage_can_take_the_best_checkpoint(done, tmp_path, capsys):
+    run = tmp_path / "runs" / "A"
+    shutil.copytree(done, run)
+    stage = ["--arch", "hybrid", "--resume", f"{run}@best", "--reset_progress", "--run_name", "B", "--save_dir", str(tmp_path / "runs"),
+             "--dataset", "synthetic", "--eval_n", "4", "--steps", "1", "--num_threads", "1"]
+    (run / "best.json").unlink(missing_ok=True)
+    assert train.main(stage) == 2
+    assert "no best checkpoint is marked" in error_lines(capsys.readouterr().err)[0]
+    checkpointing.mark_best(run, newest(run), "negative_validation_loss", -1.0)
+    assert train.main(stage) == 0
