@@ -667,7 +667,8 @@ def test_a_dev_set_must_not_hide_the_validation_split(tmp_path, capsys):
 def test_the_next_stage_can_take_the_best_checkpoint(done, tmp_path, capsys):
     run = tmp_path / "runs" / "A"
     shutil.copytree(done, run)
-    stage = ["--arch", "hybrid", "--resume", f"{run}@best", "--reset_progress", "--run_name", "B", "--save_dir", str(tmp_path / "runs"),
+    stage = ["--arch", "hybrid", "--resume", f"{run}@best", "--reset_progress", "--run_name", "B",
+             "--save_dir", str(tmp_path / "runs"),
              "--dataset", "synthetic", "--eval_n", "4", "--steps", "1", "--num_threads", "1"]
     (run / "best.json").unlink(missing_ok=True)
     assert train.main(stage) == 2
