@@ -47,13 +47,14 @@ class WorkedExamples:
             for stage in self.stages
         ]
 
-    def take(self, count: int) -> list[Problem]:
-        """The next batch, of `count` problems."""
+    def take(self, count: int) -> list[tuple[Problem, str]]:
+        """The next batch: `count` problems, each with its example."""
         draw = random.Random(f"{self.seed}/{self.drawn}")
         (index,) = draw.choices(range(len(self.stages)), [stage.warm for stage in self.stages])
         self.drawn += 1
         sources = [draw.choice(self._streams[index]) for _ in range(count)]
-        return [next(problem for problem in source if problem.answer) for source in sources]
+        problems = [next(problem for problem in source if problem.answer) for source in sources]
+        return [(problem, problem.worked(draw.random() < self.stages[index].guess)) for problem in problems]
 
     def skip_to(self, drawn: int, count: int) -> None:
         """Draws again the `drawn` batches of `count` problems that a resumed run has had."""
@@ -137,7 +138,7 @@ class EnhancedRun(RunLoop):
         for _ in range(self.opts.grad_accum_steps):
             drawn = self.examples.take(self.opts.batch_size * self.world)
             mine = drawn[self.rank :: self.world]
-            batch = token_batch(self.format, [p.question for p in mine], [p.worked() for p in mine])
+            batch = token_batch(self.format, [p.question for p, _ in mine], [text for _, text in mine])
             batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
         return batches
 

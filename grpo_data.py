@@ -47,9 +47,10 @@ class Problem:
             "setup": self.setup,
         }
 
-    def worked(self) -> str:
-        """A well-formed completion that is right."""
-        return f"{THINK}{self.thought or self.answer}{END_THINK}{SOLUTION}{self.answer}{END_SOLUTION}"
+    def worked(self, guessed: bool = False) -> str:
+        """A well-formed completion that is right; `guessed`: without the steps that lead there."""
+        thought = guess(self.answer) if guessed else self.thought or self.answer
+        return f"{THINK}{thought}{END_THINK}{SOLUTION}{self.answer}{END_SOLUTION}"
 
 
 class Source(Protocol):
@@ -77,7 +78,12 @@ def thought_of(question: str, answer: str) -> str:
     """The steps of a sum or product, left to right, one line each; for anything else the answer in a sentence."""
     found = _SUM.findall(question)
     steps = sum_steps(found[-1]) if found else None
-    return "\n".join(steps) if steps and steps[-1].endswith(f"= {answer}") else f"So it is {answer}"
+    return "\n".join(steps) if steps and steps[-1].endswith(f"= {answer}") else guess(answer)
+
+
+def guess(answer: str) -> str:
+    """The thought of an answer that is not derived."""
+    return f"So it is {answer}"
 
 
 def sum_steps(expression: str) -> list[str] | None:

@@ -47,7 +47,11 @@ OVERRIDES = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `levels` are sources from easy to hard; `warm` its share of the warm start's examples."""
+    """One stage. `levels` are sources from easy to hard; `warm` its share of the warm start's examples.
+
+    `guess` is the share of these examples that give the answer without its steps: GRPO then has to find out that
+    writing steps pays.
+    """
 
     name: str
     epochs: float
@@ -56,6 +60,7 @@ class Stage:
     rewards: Mapping[str, float]
     eval_n: int
     warm: float
+    guess: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def value(self, opts: argparse.Namespace, name: str) -> Any:
@@ -68,7 +73,7 @@ class Stage:
         return tuple(task for level in self.levels if isinstance(level, TaskSource) for task in level.tasks)
 
 
-KEYS = ("epochs", "size", "levels", "rewards", "eval_n", "warm", *OVERRIDES)
+KEYS = ("epochs", "size", "levels", "rewards", "eval_n", "warm", "guess", *OVERRIDES)
 
 
 def stages_of(opts: argparse.Namespace, own: Sequence[Task] = ()) -> tuple[list[Stage], list[str]]:
@@ -102,7 +107,7 @@ def _stage(
 ) -> tuple[Stage | None, list[str]]:
     if given is not None and not isinstance(given, dict):
         return None, [f"expected settings such as epochs and size, got {given!r}"]
-    merged = {"eval_n": opts.eval_n, "warm": 1.0, **published, **(given or {})}
+    merged = {"eval_n": opts.eval_n, "warm": 1.0, "guess": 0.0, **published, **(given or {})}
     found = [f"unknown setting {key!r}: choose from {', '.join(KEYS)}" for key in merged if key not in KEYS]
     found += [
         f"{key} must be {told}, got {merged[key]!r}"
@@ -120,7 +125,7 @@ def _stage(
         found = _batch_problems(settings, opts, merged["size"])
     if found:
         return None, found
-    parts = {key: merged[key] for key in ("epochs", "size", "rewards", "eval_n", "warm")}
+    parts = {key: merged[key] for key in ("epochs", "size", "rewards", "eval_n", "warm", "guess")}
     return Stage(name, levels=levels, settings=settings, **parts), []
 
 
@@ -129,6 +134,7 @@ _LIMITS = {
     "size": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
     "eval_n": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
     "warm": (lambda v: v >= 0, "0 or more"),
+    "guess": (lambda v: 0 <= v <= 1, "in 0..1"),
     "grpo_lr": (lambda v: v > 0, "above 0"),
     "grpo_batch_size": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
     "grpo_accum_steps": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),

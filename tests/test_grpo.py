@@ -80,6 +80,21 @@ def test_a_worked_example_is_well_formed_and_gets_every_reward(source):
     assert judge(drawn, texts, functions) == {name: [1.0] * len(drawn) for name in wanted}
 
 
+def test_a_share_of_the_warm_start_s_examples_guesses():
+    from enhanced_run import WorkedExamples
+
+    made = {}
+    for share in (0.0, 0.5, 1.0):
+        examples = WorkedExamples([stage(guess=share)], set(), 0)
+        made[share] = [text for _ in range(4) for _, text in examples.take(50)]
+        guessed = sum("So it is" in text for text in made[share]) / 200
+        assert abs(guessed - share) < 0.12 and (share == 0.5 or guessed == share)
+        assert all(format_score(text) == 1.0 for text in made[share])
+        again = WorkedExamples([stage(guess=share)], set(), 0)
+        again.skip_to(3, 50)
+        assert [text for _, text in again.take(50)] == made[share][150:]
+
+
 def test_the_tests_of_every_tiny_function_hold_for_its_reference_and_not_for_another():
     drawn = [problem for _, problem in zip(range(60), CodeSource().problems(0), strict=False)]
     for problem in drawn:
@@ -216,10 +231,11 @@ def tiny(reasoner, seed: int = 0):
         return create_hrm_model_and_tokenizer(32, 2, 2, 1, 1, 8, tokenizer=reasoner)[0]
 
 
-def taught(reasoner, problems: list[Problem], steps: int = 60):
-    """A model that knows these worked examples by heart."""
+def taught(reasoner, problems: list[Problem], steps: int = 60, guessed: tuple[bool, ...] = (False,)):
+    """A model that knows these worked examples by heart, each in every one of the ways `guessed`."""
     model, prompt_format = tiny(reasoner), PromptFormat(reasoner)
-    batch = token_batch(prompt_format, [p.question for p in problems], [p.worked() for p in problems])
+    questions, answers = zip(*((p.question, p.worked(way)) for p in problems for way in guessed), strict=True)
+    batch = token_batch(prompt_format, questions, answers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         model(**batch).loss.backward()
@@ -311,6 +327,22 @@ def test_a_stage_moves_the_weights_and_logs_every_metric(reasoner, tmp_path):
         assert name in everything.lines[0][1], name
     assert everything.lines[0][1]["cycles_used"] == 2.0
     assert "forward" not in vars(model) and model.config.adaptive_cycles == adaptive
+
+
+def test_what_is_rewarded_becomes_likelier(reasoner, tmp_path):
+    """Taught to guess and to write steps in equal parts, and rewarded for steps, it writes steps."""
+    from grpo import train_stage
+
+    def steps(prompts, completions, completion_ids=None, **columns):
+        return [float("=" in completion[0]["content"]) for completion in completions]
+
+    problems = problems_of(4)
+    model, prompt_format = taught(reasoner, problems, steps=80, guessed=(False, True))
+    opts = settings(grpo_batch_size=32, grpo_accum_steps=1, num_generations=8, max_completion_length=12)
+    everything = Everything(tmp_path, stage(epochs=12), opts, [steps])
+    train_stage(model, prompt_format, problems, everything.run)
+    shares = [numbers["reward_steps"] for _, numbers in everything.lines]
+    assert len(shares) == 12 and shares[0] < 0.8 and shares[-1] > 0.95
 
 
 def test_an_interrupted_stage_goes_on_inside_it_and_ends_where_an_uninterrupted_one_does(reasoner, tmp_path):
