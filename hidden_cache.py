@@ -32,6 +32,7 @@ from reasoning_gym_wrapper import Example
 
 GB = 1e9
 FILL_BATCH = 64
+TELL_S = 15.0  # between lines of progress while the cache is filled
 PROMPT_FIELDS = ("prompt_style", "system_header", "sentinel", "max_seq_len", "overlong")
 DATA_FIELDS = ("task", "tasks", "task_config", "train_n", "seed", "eval_n", "eval_seed")
 
@@ -154,6 +155,7 @@ class HiddenCache:
     def _fill(self, controller: HRMController) -> None:
         """Reads every item once."""
         started, before = time.perf_counter(), psutil.Process().memory_info().rss
+        told = started
         device = controller.get_input_embeddings().weight.device
         states = torch.empty(self.plan.tokens + 1, self.plan.width, dtype=torch.bfloat16)
         states[0] = 0
@@ -167,6 +169,10 @@ class HiddenCache:
             for row in self.plan.rows[first : first + FILL_BATCH]:
                 self._start[tuple(row)] = place
                 place += len(row) - 1
+            now = time.perf_counter()
+            if now - told >= TELL_S:
+                told, left = now, (len(self.plan.rows) / len(self._start) - 1) * (now - started)
+                self.say(f"caching hidden states: {len(self._start)} of {len(self.plan.rows)} items, {left:.0f} s left")
         assert place == len(states), f"cache: {place} of {len(states)} rows filled"
         self.states, self.fill_seconds = states, time.perf_counter() - started
         grown = psutil.Process().memory_info().rss - before

@@ -136,7 +136,9 @@ class Run(RunLoop):
         if self.model.recurrent:
             self.model.config.segments = self.opts.eval_segments or self.opts.segments  # training draws its own number
         trainer = Trainer(self.opts, self.model, self.accelerator, self.precision, self._verdicts)
-        if self.plan:
+        if self.plan and self.opts.dry_run:
+            self.say("--dry_run leaves the cache of hidden states empty: its time is that of a step without it")
+        elif self.plan:
             key = cache_key(self.model, self.format, self.opts)
             trainer.encode = HiddenCache(key, self.plan, self.format, self.say).encoder(self.model, key)
         return trainer

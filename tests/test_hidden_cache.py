@@ -250,6 +250,20 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+def test_a_dry_run_asks_the_llm_for_its_own_batches_alone(call, monkeypatch):
+    monkeypatch.setattr(HiddenCache, "_fill", lambda *arguments: pytest.fail("the cache was filled"))
+    status, out, err = call("--cache_hidden", "ram", "--train_n", "11", "--dry_run")
+    assert status == 0 and "leaves the cache of hidden states empty" in out + err
+
+
+def test_filling_says_how_far_it_is(call, monkeypatch):
+    monkeypatch.setattr(hidden_cache, "TELL_S", 0.0)
+    monkeypatch.setattr(hidden_cache, "FILL_BATCH", 4)
+    status, out, err = call(*CACHED)
+    assert status == 0 and re.search(r"caching hidden states: 4 of \d+ items, \d+ s left", out + err)
+
+
+
 def test_two_processes_each_hold_all_of_it(tiny_host, tmp_path):
     """Every epoch deals the items anew, so each rank meets all of them."""
     script = tmp_path / "two.py"
