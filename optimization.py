@@ -59,9 +59,9 @@ def build_optimizers(
         from bitsandbytes.optim import AdamW8bit
 
         return [(AdamW8bit(groups, lr=opts.lr, betas=betas), order)]
-    optimizers: list[tuple[torch.optim.Optimizer, list[str]]] = [
-        (torch.optim.AdamW(groups, lr=opts.lr, betas=betas), order)
-    ]
+    optimizers: list[tuple[torch.optim.Optimizer, list[str]]] = []
+    if order:
+        optimizers.append((torch.optim.AdamW(groups, lr=opts.lr, betas=betas), order))
     if muon:
         groups, order = _groups(opts, parameters, muon, opts.weight_decay, apart)
         optimizers.append((torch.optim.Muon(groups, lr=opts.lr, weight_decay=opts.weight_decay,

@@ -42,7 +42,9 @@ def segments_of_step(opts: argparse.Namespace, step: int) -> int:
 
 
 def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
-    """HRM's hidden matrices take Muon; projections that start at zero, heads, LoRA and learned tokens take AdamW."""
+    """HRM's hidden matrices and LoRA's factors take Muon; HRM's zero projections, heads, learned tokens take AdamW."""
+    if ".lora_A." in name or ".lora_B." in name:
+        return parameter.ndim == 2
     inner = name.removeprefix(ADDON_PREFIX)
     zero_or_head = ("injector.out.", "vocabulary_bias.out.", "core.halt.", "verifier.", "injector.memory")
     return parameter.ndim == 2 and inner != name and not (inner + ".").startswith(zero_or_head)

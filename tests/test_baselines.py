@@ -184,13 +184,13 @@ def test_a_step_equals_a_plain_loop(tiny_host, batch, adapter):
         torch.testing.assert_close(taken[name], grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_muon_takes_matrices_of_hrm_alone(tiny_host):
+def test_muon_takes_matrices_but_no_table_of_virtual_tokens(tiny_host):
     for adapter in LEARNING:
         opts = opts_for(tiny_host, adapter)
         trainer = Trainer(opts, build_controller(opts, "cpu"), Accelerator(cpu=True), "none")
         assert opts.optimizer == "muon"
         kinds = [type(optimizer).__name__ for optimizer, _ in trainer.optimizers]
-        assert kinds == (["AdamW", "Muon"] if adapter == "mlp" else ["AdamW"])
+        assert kinds == {"mlp": ["AdamW", "Muon"], "lora": ["Muon"], "prompt": ["AdamW"]}[adapter]
         assert sorted(name for _, names in trainer.optimizers for name in names) == sorted(trainer.parameters)
 
 
