@@ -194,6 +194,19 @@ def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(st
         assert part in line
 
 
+def test_a_stage_takes_its_problems_from_a_prepared_file(tmp_path):
+    """As `scripts/build_reasoning_dataset.py --dataset mbpp` writes it."""
+    row = {"answer": "def f(): return 1", "source": "mbpp", "tests": ["assert f() == 1"], "setup": "", "task_id": 1}
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Write f, number {n}.", **row}) + "\n" for n in range(9)))
+    opts = parsed(stages=json.dumps({"code": {"levels": str(path)}}), allow_unconfined_code=confinement() is not None)
+    (code,), problems = stages_of(opts)
+    assert problems == [] and code.levels == (file_source(path),)
+    problem = next(code.levels[0].problems(0))
+    functions, _ = rewards_of(code, opts)
+    assert judge([problem], [problem.worked()], functions) == {"code": [1.0], "format": [1.0]}
+
+
 def tricks(problem: Problem) -> dict[str, str]:
     """What a model could find out instead of answering."""
     right, every = problem.worked(), " ".join(map(str, range(-50, 200)))
