@@ -27,6 +27,7 @@ class HRMAddonConfig(PreTrainedConfig):
 
     model_type = "hrm_addon"
     sub_configs = {"base_config": AutoConfig}
+    auto_map = {}  # TRL reads it when it loads a reference model whose class transformers does not export
 
     def __init__(
         self,

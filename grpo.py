@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -251,10 +252,7 @@ def train_stage(
     with rollout_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL still says gradient_checkpointing where transformers has renamed it
         if run.stage.value(run.opts, "beta") > 0:  # TRL reads the reference model from the folder this names
-            reference = run.folder / "reference"
-            if not (reference / "config.json").exists():
-                model.save_pretrained(reference)
-            model.config._name_or_path = str(reference)
+            model.config._name_or_path = str(save_reference(model, run.folder))
         trainer = StageTrainer(
             model=model,
             reward_funcs=list(run.functions),
@@ -275,6 +273,17 @@ def train_stage(
                 model.__dict__.pop(name, None)  # TRL's and accelerate's wrappings, which no later stage may find
     done = trainer.state.global_step
     return done >= trainer.state.max_steps, done
+
+
+def save_reference(model: Any, folder: Path) -> Path:
+    """The folder with the model as the stage began, written once and whole; a resumed stage keeps it."""
+    place, aside = folder / "reference", folder / "reference.partial"
+    with PartialState().main_process_first():
+        if not place.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_pretrained(aside)
+            aside.rename(place)
+    return place
 
 
 def forget(folder: Path) -> None:

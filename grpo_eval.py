@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,35 @@ class Measured:
         solved = f"solved {100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]{before} of {len(self.problems)}"
         return (f"{self.stage}: {solved}, format {100 * self.format_rate:.1f} %, {_mean(self.lengths):.1f} tokens; "
                 f"{rewards}")
+
+
+# name, weight of each reward, number of questions, metrics at the start and at the end
+Change = tuple[str, Mapping[str, float], int, Mapping[str, float], Mapping[str, float]]
+
+
+def change_table(changes: Sequence[Change]) -> str:
+    """What each stage did to its own held-out questions, for people: start -> end, Wilson 95 % intervals.
+
+    `reward` is the mean over the questions of all rewards, weighted as in training, as a share of the most there is.
+    """
+    table = [("stage", "n", "solved", "format", "reward")]
+    for name, weights, n, start, end in changes:
+        solved, written = (" -> ".join(_rate(part[metric], n) for part in (start, end))
+                           for metric in ("solved", "format_rate"))
+        reward = " -> ".join(f"{_reward(part, weights):.3f}" for part in (start, end))
+        table.append((name, str(n), solved, written, reward))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in table)
+
+
+def _rate(value: float, n: int) -> str:
+    low, high = wilson(round(value * n), n)
+    return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _reward(metrics: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    return sum(weight * metrics[f"reward_{name}"] for name, weight in weights.items()) / sum(weights.values())
 
 
 def _mean(values: Sequence[float]) -> float:

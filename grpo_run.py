@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shlex
 import signal
@@ -18,7 +19,7 @@ from checkpointing import atomic_write_text, newest_checkpoint, read_checkpoint,
 from enhanced_run import EnhancedRun
 from enhanced_training import model_documents, model_weights
 from grpo_data import training
-from grpo_eval import Measured, measure
+from grpo_eval import Measured, change_table, measure
 from grpo_stages import Held, Stage, hold_out, rewards_of, stages_of
 from model import ADAPTER, adapter_document
 from optimization import NonFiniteError
@@ -58,7 +59,8 @@ class GrpoRun:
 
     def go(self) -> int:
         """Runs what is left to do. Returns the exit status."""
-        progress = read_progress(self.checkpoint) if self.checkpoint else None
+        goes_on = self.checkpoint and not self.opts.reset_progress
+        progress = read_progress(self.checkpoint) if goes_on else None
         opts = self.opts
         if progress is not None or self.addon:  # weights alone: what trained them before is over
             opts = options.Options(**vars(opts) | {"eval_only": True})
@@ -167,7 +169,7 @@ class GrpoRun:
             path = place / "start.json"
             if not path.exists():
                 start = self._measure(stage, held, functions)
-                if self._first_measurement(stage):
+                if not self._is_recorded(stage):
                     self.log.eval_rows(start.rows(self.progress.step))
                     self.log.predictions(start.predictions(self.progress.step))
                 atomic_write_text(path, json.dumps(start.means()))
@@ -175,9 +177,13 @@ class GrpoRun:
             self.progress.start[stage.name] = json.loads(path.read_text())
         return self.progress.start[stage.name]
 
-    def _first_measurement(self, stage: Stage) -> bool:
-        """False where the warm start has just written the very same rows."""
-        return self.addon or bool(self.progress.done)
+    def _is_recorded(self, stage: Stage) -> bool:
+        """Whether the CSV holds the stage's figures of this step: the warm start ends with those of every stage."""
+        if not self.log.csv_path.exists():  # on other ranks
+            return False
+        with open(self.log.csv_path, newline="", encoding="utf-8") as file:
+            return any((row["step"], row["task"]) == (str(self.progress.step), stage.name)
+                       for row in csv.DictReader(file))
 
     def _log(self, stage: str, step: int, numbers: dict[str, float]) -> None:
         self.log.log(step, stage=stage, **numbers)
@@ -232,14 +238,15 @@ class GrpoRun:
                 f"stages done: {stages}.\n\n```\n{after.line(self.progress.start.get(after.stage))}\n```\n")
 
     def _finish(self, stages: list[Stage], held: Held) -> None:
-        """The closing words: before and after of each stage, files, next command."""
+        """The closing words: start and end of each stage, files, next command."""
         if not self.loop.is_main:
             return
-        print(f"{'stage':18s}  solved before -> after   format before -> after")
-        for name, after in self.progress.done.items():
-            start = self.progress.start.get(name, {})
-            rates = [(start.get(metric, float("nan")), after[metric]) for metric in ("solved", "format_rate")]
-            print(f"{name:18s}  " + "   ".join(f"{100 * a:6.1f} % -> {100 * b:6.1f} %" for a, b in rates))
+        changes = [
+            (stage.name, stage.rewards, len(held.problems[stage.name]), self.progress.start[stage.name],
+             self.progress.done[stage.name])
+            for stage in stages if stage.name in self.progress.start
+        ]
+        print(change_table(changes))
         curve = draw_curve(self.folder, self.log.csv_path)
         print(f"evaluation: {self.log.csv_path}\nsamples:    {self.folder / SAMPLES}\ncheckpoint: {self.checkpoint}"
               + (f"\ncurve:      {curve}" if curve else ""))

@@ -244,6 +244,8 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      and o.grpo_batch_size * o.grpo_accum_steps % o.num_generations else None),
     ("objective logit_bias_head", lambda o: "--objective grpo does not see the bias of --logit_bias_head: start from a "
      "checkpoint without it" if o.objective == "grpo" and o.logit_bias_head else None),
+    ("objective adapter", lambda o: f"--objective grpo cannot train --adapter {o.adapter}: start from a checkpoint of "
+     "--adapter hrm or mlp" if o.objective == "grpo" and o.adapter not in ("hrm", "mlp") else None),
     ("objective sentinel", lambda o: "--objective grpo cannot stop at --sentinel: start from a checkpoint without it"
      if o.objective == "grpo" and o.sentinel else None),
     # The default warmup gives way to a short run by itself; only a typed one is a contradiction. The hybrid's published

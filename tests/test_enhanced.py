@@ -163,6 +163,18 @@ def test_a_position_is_scored_on_the_next_label_alone(reasoner):
     torch.testing.assert_close(out.loss.detach(), total)
 
 
+def test_the_cycle_loss_is_the_mean_change_between_successive_worker_states(reasoner):
+    model, (ids, mask) = small(reasoner), left_padded()
+    out = model.model(ids, attention_mask=mask, adaptive_cycles=False, every_state=True)
+    real = [state[mask.bool()] for state in out.worker_states]
+    changes = [(before - after).pow(2).mean() for before, after in zip(real, real[1:], strict=False)]
+    labels = ids.masked_fill(mask == 0, -100)
+    told = model(ids, attention_mask=mask, labels=labels).metrics["loss_cycle"]
+    torch.testing.assert_close(told, torch.stack(changes).mean())
+    assert len(changes) == 3 and told > 0
+    assert model(ids, labels=ids, max_cycles=1).metrics["loss_cycle"] == 0
+
+
 def test_the_token_loss_of_parts_of_a_batch_adds_up(reasoner):
     model, (ids, mask) = small(reasoner), left_padded()
     labels = ids.masked_fill(mask == 0, -100)

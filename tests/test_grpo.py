@@ -15,14 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
-from batching import PromptFormat
+from batching import PromptFormat, pad
+from code_runner import confinement
 from enhanced import create_hrm_model_and_tokenizer
+from enhanced_config import EnhancedHRMConfig
 from enhanced_tokenizer import reasoning_tokenizer
 from enhanced_training import token_batch
 from grpo_data import CodeSource, Problem, file_source, held_out, problem_of, sum_steps, task_source, training
-from grpo_eval import judge, measure
+from grpo_eval import change_table, judge, measure
 from grpo_stages import PUBLISHED, Stage, hold_out, rewards_of, stages_of
-from reasoning_format import format_score, split_completion
+from model import HRMController
+from reasoning_format import REASONING_TOKENS, format_score, split_completion
 from reasoning_gym_wrapper import normalise
 from rewards import build_rewards
 from tiny_runs import error_lines, tiny_model
@@ -154,9 +157,13 @@ def test_the_published_stages_have_the_published_epochs_sizes_and_settings():
         assert problems == []
         assert [s.name for s in stages] == ["format", "math", "reasoning", "code", "chain_of_thought"]
         assert [(s.epochs, s.size) for s in stages] == [(2, 200), (5, 500), (4, 500), (3, 300), (3, 400)]
-        values = ("grpo_batch_size", "grpo_accum_steps", "num_generations", "max_completion_length", "grpo_lr")
-        assert [stages[0].value(asked, name) for name in values] == [4, 2, 8, 256, 5e-5]
-        assert [stages[1].value(asked, name) for name in ("temperature", "loss_type", "beta")] == [1.0, "dapo", 0.0]
+        for each in stages:
+            values = ("grpo_batch_size", "grpo_accum_steps", "num_generations", "max_completion_length", "grpo_lr")
+            assert [each.value(asked, name) for name in values] == [4, 2, 8, 256, 5e-5]
+            assert [each.value(asked, name) for name in ("temperature", "loss_type", "beta")] == [1.0, "dapo", 0.0]
+            assert each.rewards == PUBLISHED[each.name]["rewards"]
+        shape = ("d_model", "n_heads", "n_planner_layers", "n_worker_layers", "max_cycles", "thought_dim")
+        assert [getattr(asked, name) for name in shape] == [getattr(EnhancedHRMConfig(), name) for name in shape]
     assert options.parse(["--config", str(ROOT / "configs" / "enhanced_grpo_small.yaml")]).stages
 
 
@@ -170,17 +177,70 @@ def test_the_published_stages_have_the_published_epochs_sizes_and_settings():
     ({"math": {"levels": [{"countdown": {}}]}}, ["stage math: countdown executes code"]),
     ({"math": 3}, ["stage math: expected settings"]),
     ({"math": {"rewards": {"maths": 1}}}, ["stage math: unknown reward 'maths'"]),
+    ({"math": {"rewards": {"math": 0}}}, ["stage math: no reward has a weight above 0"]),
+    ({"math": {"rewards": "math"}}, ["stage math: rewards must be a mapping of names to weights"]),
+    ({"math": {"size": 1, "grpo_batch_size": 16}}, ["stage math: size 1 is less than the 4 questions of one step"]),
 ])
-def test_every_bad_stage_is_told_in_one_line_and_no_model_is_loaded(stages, told, capsys, monkeypatch):
+def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(stages, told, capsys, monkeypatch,
+                                                                              tmp_path):
     import train
 
     monkeypatch.setattr(train, "run_of", lambda opts: pytest.fail("a run was built"))
-    words = [*ENHANCED.split(), "--stages", json.dumps(stages)]
-    assert train.main(words) == 2
+    words = [*ENHANCED.split(), "--stages", json.dumps(stages), "--save_dir", str(tmp_path / "runs")]
+    assert train.main(words) == 2 and not (tmp_path / "runs").exists()
     lines = error_lines(capsys.readouterr().err)
     assert len(lines) == len(told)
     for line, part in zip(lines, told, strict=True):
         assert part in line
+
+
+def test_a_stage_takes_its_problems_from_a_prepared_file(tmp_path):
+    """As `scripts/build_reasoning_dataset.py --dataset mbpp` writes it."""
+    row = {"answer": "def f(): return 1", "source": "mbpp", "tests": ["assert f() == 1"], "setup": "", "task_id": 1}
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Write f, number {n}.", **row}) + "\n" for n in range(9)))
+    opts = parsed(stages=json.dumps({"code": {"levels": str(path)}}), allow_unconfined_code=confinement() is not None)
+    (code,), problems = stages_of(opts)
+    assert problems == [] and code.levels == (file_source(path),)
+    problem = next(code.levels[0].problems(0))
+    functions, _ = rewards_of(code, opts)
+    assert judge([problem], [problem.worked()], functions) == {"code": [1.0], "format": [1.0]}
+
+
+def tricks(problem: Problem) -> dict[str, str]:
+    """What a model could find out instead of answering."""
+    right, every = problem.worked(), " ".join(map(str, range(-50, 200)))
+    solution = right.partition("</think>")[2]
+    return {
+        "nothing": "", "an empty think": f"<think></think>{solution}", "tags twice": right * 2,
+        "two solutions": right + "<SOLUTION>0</SOLUTION>", "tags fifty times": "<think></think><SOLUTION>" * 50,
+        "nested": f"<think><think>{right}</think></think>",
+        "every number": f"<think>a</think><SOLUTION>{every}</SOLUTION>",
+        "a solution per number": "<think>a</think>" + "".join(f"<SOLUTION>{n}</SOLUTION>" for n in range(99)),
+        "the question": f"<think>a</think><SOLUTION>{problem.question}</SOLUTION>", "bare": problem.answer,
+        "no thought": solution, "the answer in the thought": f"<think>{problem.answer}</think><SOLUTION>?</SOLUTION>",
+        "early exit": "<think>a</think><SOLUTION>raise SystemExit(0)</SOLUTION>", "unicode": "\ud800\x00ü" * 99,
+        "a megabyte": right + right[:40] * 25_000,
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_trick_earns_as_much_as_a_right_answer(name):
+    opts = parsed(allow_unconfined_code=confinement() is not None)
+    (chosen,) = [each for each in stages_of(opts)[0] if each.name == name]
+    functions, weights = rewards_of(chosen, opts)
+    problem = next(chosen.levels[0].problems(3))
+    texts = {"right": problem.worked(), **tricks(problem)}
+    parts = judge([problem] * len(texts), list(texts.values()), functions)
+    totals = dict(zip(texts, (sum(w * v for w, v in zip(weights, row, strict=True))
+                              for row in zip(*parts.values(), strict=True)), strict=True))
+    assert totals["right"] == pytest.approx(sum(weights))
+    well_formed = {"every number", "the question", "the answer in the thought", "early exit"}
+    for trick in tricks(problem):
+        if name == "format" and trick in well_formed:  # that stage asks for nothing else
+            assert totals[trick] <= totals["right"]
+        else:
+            assert totals[trick] < totals["right"], trick
 
 
 @pytest.mark.parametrize(("words", "told"), [
@@ -189,13 +249,42 @@ def test_every_bad_stage_is_told_in_one_line_and_no_model_is_loaded(stages, told
     ("--arch addon --objective grpo", "--arch addon --objective grpo needs --resume CHECKPOINT"),
     ("--arch addon --objective grpo --resume x --logit_bias_head", "does not see the bias of --logit_bias_head"),
     ("--arch addon --objective grpo --resume x --sentinel END", "cannot stop at --sentinel"),
+    ("--arch addon --objective grpo --resume x --adapter lora", "--objective grpo cannot train --adapter lora"),
+    (f"{ENHANCED} --logit_bias_head", "--logit_bias_head does nothing with --arch enhanced"),
+    (f"{ENHANCED} --beta -1", "--beta -1.0 is not legal"),
+    (f"{ENHANCED} --temperature 0", "--temperature 0.0 is not legal"),
+    (f"{ENHANCED} --max_cycles 0", "--max_cycles 0 is not legal"),
+    (f"{ENHANCED} --stages [1]", "--stages '[1]' is not legal: expected a JSON object"),
+    (f"{ENHANCED} --trackers wandb", "--trackers wandb needs a package that is not installed; run: pip install wandb"),
+    (f"{ENHANCED} --resume nowhere", "--resume 'nowhere' does not exist"),
     ("--arch hybrid --objective grpo --dataset synthetic", "--objective does nothing with --arch hybrid"),
 ])
-def test_every_bad_flag_is_told_in_one_line(words, told, capsys):
+def test_every_bad_flag_is_told_in_one_line_and_nothing_is_written(words, told, capsys, tmp_path):
     import train
 
-    assert train.main(words.split()) == 2
+    assert train.main([*words.split(), "--save_dir", str(tmp_path / "runs")]) == 2
     assert sum(told in line for line in error_lines(capsys.readouterr().err)) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("saved", "told"), [
+    ({"logit_bias_head": True}, "does not see the bias of --logit_bias_head"),
+    ({"adapter": "prompt"}, "--objective grpo cannot train --adapter prompt"),
+])
+def test_what_a_checkpoint_holds_is_checked_as_if_it_were_typed(saved, told):
+    found = options.collect("--arch addon --objective grpo --resume x".split(), saved)[1]
+    assert len(found) == 1 and told in found[0]
+
+
+def test_a_tokenizer_that_hides_the_tags_is_told_in_one_line_and_nothing_is_written(plain_tokenizer, tmp_path, capsys):
+    import train
+
+    plain_tokenizer.add_special_tokens({"additional_special_tokens": list(REASONING_TOKENS)})
+    plain_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = [*ENHANCED.split(), "--tokenizer", str(tmp_path / "tokenizer"), "--save_dir", str(tmp_path / "runs")]
+    assert train.main(words) == 2 and not (tmp_path / "runs").exists()
+    (line,) = error_lines(capsys.readouterr().err)
+    assert "decoding drops <think>" in line
 
 
 def test_batch_4_accumulation_2_and_8_generations_are_fine():
@@ -271,6 +360,16 @@ def test_measuring_counts_what_the_verifier_and_the_format_say(reasoner):
     assert short.solved == [False] * 3 and short.format_rate == 0.0 and short.means()["truncated"] == 1.0
 
 
+def test_the_closing_table_shows_each_stage_from_its_start_to_its_end_with_intervals():
+    start = {"solved": 0.25, "format_rate": 0.5, "reward_math": 0.25, "reward_format": 1.0}
+    end = {"solved": 0.75, "format_rate": 1.0, "reward_math": 0.75, "reward_format": 1.0}
+    head, row = change_table([("math", {"math": 1.0, "format": 0.5}, 100, start, end)]).splitlines()
+    assert head.split() == ["stage", "n", "solved", "format", "reward"]
+    assert row.split("  ")[0].split() == ["math"] and " 100 " in row
+    assert "25.0 % [17.5, 34.3] -> 75.0 % [65.7, 82.5]" in row and "-> 100.0 % [96.3, 100.0]" in row
+    assert row.endswith("0.500 -> 0.833")
+
+
 # --- TRL --------------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +428,36 @@ def test_a_stage_moves_the_weights_and_logs_every_metric(reasoner, tmp_path):
     assert "forward" not in vars(model) and model.config.adaptive_cycles == adaptive
 
 
+def stopping(reasoner):
+    """A model whose gate stops every token after its first cycle wherever the gate is asked."""
+    model = tiny(reasoner)
+    with torch.no_grad():
+        model.model.gate.outer.weight.zero_()
+        model.model.gate.outer.bias.copy_(torch.tensor([-20.0, 20.0]))
+    return model
+
+
+@pytest.fixture(params=["enhanced", "addon", "addon with LoRA"])
+def system(request, tiny_host, tokenizer, reasoner):
+    """(model, prompt format): of each, one whose habits in training and evaluation differ as much as they can."""
+    if request.param == "enhanced":
+        return stopping(reasoner), PromptFormat(reasoner)
+    lora = {"lora_layers": 1} if "LoRA" in request.param else {}
+    model = tiny_model(tiny_host, init_state="random", segments=2, train_injector_scale=0.5, **lora)
+    return model, PromptFormat(tokenizer)
+
+
+@pytest.mark.parametrize("loss_type", options.FIND["loss_type"].choices)
+def test_every_loss_type_takes_a_step(reasoner, tmp_path, loss_type):
+    from grpo import train_stage
+
+    model = tiny(reasoner)
+    before = weights_of(model)
+    everything = Everything(tmp_path, stage(), settings(loss_type=loss_type), [length_reward])
+    assert train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run) == (True, 2)  # first at rate 0
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
 def test_what_is_rewarded_becomes_likelier(reasoner, tmp_path):
     """Taught to guess and to write steps in equal parts, and rewarded for steps, it writes steps."""
     from grpo import train_stage
@@ -364,14 +493,14 @@ def test_an_interrupted_stage_goes_on_inside_it_and_ends_where_an_uninterrupted_
         torch.testing.assert_close(ends[1][name], tensor, msg=name)
 
 
-def test_the_kl_term_is_measured_against_the_start_of_the_stage(reasoner, tmp_path):
+def test_the_kl_term_is_measured_against_the_start_of_the_stage(system, tmp_path):
     from grpo import train_stage
 
-    model = tiny(reasoner)
+    model, prompt_format = system
     everything = Everything(tmp_path, stage(settings={"beta": 0.5}), settings(grpo_lr=1e-2), [length_reward])
-    train_stage(model, PromptFormat(reasoner), problems_of(6), everything.run)
+    train_stage(model, prompt_format, problems_of(6), everything.run)
     kl = [numbers["kl"] for _, numbers in everything.lines]
-    assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[-1] > 1e-4
+    assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[-1] > 1e-5
 
 
 def test_groups_rewarded_alike_are_told_in_plain_words(reasoner, tmp_path, capsys, monkeypatch):
@@ -416,24 +545,25 @@ def test_only_the_add_on_moves(tiny_host, tokenizer, tmp_path):
     assert model.model.addon.core.init_state == "random"  # as it was
 
 
-def test_the_add_on_scores_the_joined_sequence_as_it_generated_it(tiny_host, tokenizer):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_joined_sequence_is_scored_as_it_was_generated(system, temperature):
+    """TRL left-pads prompts, joins the completions, and scores in training mode what was generated in the other."""
     from trl.trainer.utils import add_fused_lm_head
 
-    from batching import pad
     from grpo import end_of_prompt, rollout_mode
 
-    model = tiny_model(tiny_host, init_state="random")
-    prompt_format = PromptFormat(tokenizer)
+    model, prompt_format = system
     prompts = prompt_format.prompts(["2 + 2?", "Calculate 5 * 8. What is the answer?"])
     ids, mask = pad(prompts, prompt_format.pad_id, "left")
     with rollout_mode(model):
         out = model.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=True, top_k=0,
-                                    pad_token_id=prompt_format.pad_id, eos_token_id=None, output_scores=True,
-                                    return_dict_in_generate=True)
+                                    temperature=temperature, pad_token_id=prompt_format.pad_id, eos_token_id=None,
+                                    output_scores=True, return_dict_in_generate=True)
         new = out.sequences[:, ids.shape[1] :]
         generated = torch.stack(out.scores, dim=1).log_softmax(-1).gather(2, new[..., None])[..., 0]
-        add_fused_lm_head(model, temperature=1.0)
-        end_of_prompt(model)
+        add_fused_lm_head(model, temperature=temperature)
+        if isinstance(model, HRMController):
+            end_of_prompt(model)
         joined = torch.cat([mask, torch.ones_like(new)], dim=1)
         labels = out.sequences.masked_fill(joined == 0, -100)
         labels[:, : -new.shape[1]] = -100
@@ -465,6 +595,10 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
     for metric in ("solved", "format_rate", "mean_length", "reward_math"):
         assert f"6,math,{metric}," in rows
     assert "0,format,format_rate,0," in rows  # before anything was learnt
+    for start in ("2,format,", "4,math,"):  # each stage's own start, once
+        assert rows.count(f"\n{start}solved,") == rows.count(f"\n{start}reward_format,") == 1
+    for name in ("format", "math"):
+        assert re.search(rf"^{name} +2 +[\d.]+ % \[.*\] -> [\d.]+ % \[", first.out, re.MULTILINE)
     assert json.loads((run / "samples" / "math.jsonl").read_text().splitlines()[0])["rewards"]
     assert not list(run.glob("stages/*/checkpoint-*"))
     assert train.main(words) == 0
