@@ -30,7 +30,7 @@ from batching import PromptFormat
 from grpo_data import Problem
 from grpo_stages import Stage
 from model import HRMController, prompt_before
-from optimization import NonFiniteError
+from optimization import NonFiniteError, learning_rate
 from rewards import repetition, text_of
 
 __all__ = ["StageRun", "StageTrainer", "end_of_prompt", "grpo_config", "newest_state", "rollout_mode", "train_stage"]
@@ -76,8 +76,6 @@ def grpo_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
         output_dir=str(run.folder),
         num_train_epochs=float(stage.epochs),
         learning_rate=value("grpo_lr"),
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=WARMUP_STEPS,
         per_device_train_batch_size=value("grpo_batch_size"),
         gradient_accumulation_steps=value("grpo_accum_steps"),
         num_generations=value("num_generations"),
@@ -112,12 +110,23 @@ def grpo_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
 class StageTrainer(GRPOTrainer):
     """TRL's trainer with the prompts of `PromptFormat`, rollouts in evaluation mode, and two more metrics."""
 
-    def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, **kwargs: Any):
+    def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, opts: argparse.Namespace, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.format, self.cycles = prompt_format, cycles
+        self.format, self.cycles, self.opts = prompt_format, cycles, opts
         for model in filter(None, (self.model, self.ref_model)):
             if isinstance(model, HRMController):
                 end_of_prompt(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Our schedule over the stage (`learning_rate`): a rate that falls takes the last steps' noise out again."""
+        if self.lr_scheduler is None:
+            warmup = min(WARMUP_STEPS, num_training_steps // 2)
+
+            def share(step: int) -> float:
+                return learning_rate(self.opts, step, step / num_training_steps, warmup) / self.opts.lr
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
         return self.format.prompts([prompt[-1]["content"] for prompt in prompts]), None, {}
@@ -261,6 +270,7 @@ def train_stage(
             processing_class=prompt_format.tokenizer,
             callbacks=[Reporter(run)],
             prompt_format=prompt_format,
+            opts=run.opts,
             cycles=getattr(model.config, "max_cycles", None) or getattr(model.config, "segments", 1),
         )
         for callback in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):

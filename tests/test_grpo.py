@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import math
 import operator
 import re
 from pathlib import Path
@@ -454,8 +455,27 @@ def test_every_loss_type_takes_a_step(reasoner, tmp_path, loss_type):
     model = tiny(reasoner)
     before = weights_of(model)
     everything = Everything(tmp_path, stage(), settings(loss_type=loss_type), [length_reward])
-    assert train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run) == (True, 2)  # first at rate 0
+    assert train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run) == (True, 2)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+def test_a_stage_follows_the_schedule_of_the_flags_from_its_first_step_on(scheduler):
+    from grpo import StageTrainer
+
+    opts = parsed(lr_scheduler=scheduler, lr_min_ratio=0.0, lr=7.0)
+    trainer = StageTrainer.__new__(StageTrainer)
+    trainer.opts, trainer.lr_scheduler = opts, None
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    schedule = trainer.create_scheduler(20, optimizer)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert 0 < rates[0] < rates[4] <= 0.5 and trainer.create_scheduler(20, optimizer) is schedule
+    expected = {"cosine": 0.5 * (1 + math.cos(math.pi * 15 / 20)), "linear": 0.25, "constant": 1.0}[scheduler]
+    assert rates[15] == pytest.approx(0.5 * expected)
 
 
 def test_what_is_rewarded_becomes_likelier(reasoner, tmp_path):
