@@ -112,7 +112,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("hrm_read", "str", "embed+last", "LLM states that HRM reads", choices=("embed+last", "last", "all"),
              archs=ADDON),
         Flag("init_state", "str", "fixed", "first z_H and z_L: random vectors in training and fixed buffers at "
-             "evaluation, or the published fixed buffers in both", choices=("random", "fixed"), archs=ADDON),
+             "evaluation, the published fixed buffers in both, or zeros", choices=("random", "fixed", "zero"),
+             archs=ADDON),
         Flag("injector", "str", "cab", "z_H enters the LLM by cross-attention or gated bias", choices=("cab", "grb"),
              archs=ADDON),
         Flag("cab_mem", "int", 0, "learned memory tokens that cab reads; 0 = all of z_H", low=0, archs=ADDON),

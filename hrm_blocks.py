@@ -224,7 +224,8 @@ class HRMCore(nn.Module):
 
     Initial states are fixed vectors (truncated normal, deviation 1), persistent buffers, saved but not trained; with
     `init_state="random"` every example of a training batch starts from fresh normal vectors of deviation 1, which
-    teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones. With `share` one block makes
+    teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones. With `init_state="zero"` both
+    states begin as zeros, so that the first L call sees x alone, not x under two vectors of its own size. With `share` one block makes
     both steps, as in the Tiny Recursive Model (arXiv 2510.04871): only L's input holds x, which tells the two apart.
     """
 
@@ -255,7 +256,8 @@ class HRMCore(nn.Module):
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, HALT_BIAS)
         for name in ("z_high_init", "z_low_init"):
-            self.register_buffer(name, nn.init.trunc_normal_(torch.empty(d), std=1.0, a=-2.0, b=2.0))
+            fixed = nn.init.trunc_normal_(torch.empty(d), std=1.0, a=-2.0, b=2.0)
+            self.register_buffer(name, torch.zeros(d) if init_state == "zero" else fixed)
 
     def context(self, mask: Tensor, positions: Tensor) -> Context:
         """Shares mask (B, S) and positions (B, S) among all block calls of a batch."""

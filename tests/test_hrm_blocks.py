@@ -360,6 +360,13 @@ def test_random_initial_states_in_training_alone():
     assert torch.equal(first.z_high[:, :1].expand(-1, 4, -1), first.z_high), "all positions of an example share it"
 
 
+def test_from_zero_states_one_short_segment_is_a_plain_pass_through_l_and_h():
+    core, mask, x = core_of(init_state="zero", inner_T=1), padding(4, 2), torch.randn(2, 4, WIDTH)
+    context = core.context(mask, place(mask))
+    assert torch.equal(run(core, x, mask).z_high, core.h_block(core.l_block(x, context), context))
+    assert torch.equal(core.train().initial_carry(mask).z_low, torch.zeros(2, 4, WIDTH))
+
+
 @pytest.mark.parametrize("reset_l", [False, True])
 def test_low_state_is_reset_at_each_segment_as_asked(reset_l):
     core, mask, x = core_of(reset_l=reset_l), padding(4, 2), torch.randn(2, 4, WIDTH)
