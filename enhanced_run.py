@@ -21,7 +21,7 @@ from enhanced_training import EnhancedTrainer, token_batch
 from grpo_data import FileSource, Problem, stream
 from grpo_eval import Measured, measure
 from grpo_stages import Stage, hold_out, rewards_of, stages_of
-from reasoning_gym_wrapper import train_seed
+from reasoning_gym_wrapper import normalise, train_seed
 from run_logging import Progress, draw_curve
 from run_loop import RunLoop
 from text_model import CausalTextModel
@@ -34,18 +34,30 @@ class WorkedExamples:
 
     A batch is of one stage (their prompts differ in length, and padding costs), drawn by the stages' shares `warm`, and
     of all its levels. What comes next depends on the seed and on how many batches were drawn: a position is a number.
+
+    Raises:
+        ValueError: no stage has an answer to show.
     """
 
     def __init__(self, stages: list[Stage], reserved: set[str], seed: int):
-        self.stages = [stage for stage in stages if stage.warm and any(map(_has_answers, stage.levels))]
         self.reserved, self.seed, self.drawn = reserved, seed, 0
+        self.stages = [stage for stage in stages if stage.warm and any(map(self._has_answers, stage.levels))]
+        if not self.stages:
+            raise ValueError("no stage gives the warm start an example to learn from: add answers to its file, or a "
+                             "stage whose questions have them")
         self._begin()
 
     def _begin(self) -> None:
         self._streams = [
-            [stream(level, train_seed(self.seed), self.reserved) for level in stage.levels if _has_answers(level)]
+            [stream(level, train_seed(self.seed), self.reserved) for level in stage.levels if self._has_answers(level)]
             for stage in self.stages
         ]
+
+    def _has_answers(self, level: Any) -> bool:
+        """False for a prepared file of tests alone, or whose answers are all reserved."""
+        return not isinstance(level, FileSource) or any(
+            problem.answer and normalise(problem.question) not in self.reserved for problem in level.rows
+        )
 
     def take(self, count: int) -> list[tuple[Problem, str]]:
         """The next batch: `count` problems, each with its example."""
@@ -62,11 +74,6 @@ class WorkedExamples:
         self._begin()
         while self.drawn < drawn:
             self.take(count)
-
-
-def _has_answers(level: Any) -> bool:
-    """False for a prepared file of tests alone."""
-    return not isinstance(level, FileSource) or any(problem.answer for problem in level.rows)
 
 
 @dataclass

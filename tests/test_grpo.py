@@ -21,12 +21,23 @@ from enhanced import create_hrm_model_and_tokenizer
 from enhanced_config import EnhancedHRMConfig
 from enhanced_tokenizer import reasoning_tokenizer
 from enhanced_training import token_batch
-from grpo_data import CodeSource, Problem, file_source, held_out, problem_of, sum_steps, task_source, training
+from grpo_data import (
+    FUNCTIONS,
+    CodeSource,
+    Problem,
+    _tests,
+    file_source,
+    held_out,
+    problem_of,
+    sum_steps,
+    task_source,
+    training,
+)
 from grpo_eval import change_table, judge, measure
 from grpo_stages import PUBLISHED, Stage, hold_out, rewards_of, stages_of
 from model import HRMController
 from reasoning_format import REASONING_TOKENS, format_score, split_completion
-from reasoning_gym_wrapper import normalise
+from reasoning_gym_wrapper import for_evaluation, normalise
 from rewards import build_rewards
 from tiny_runs import error_lines, tiny_model
 
@@ -111,6 +122,58 @@ def test_the_tests_of_every_tiny_function_hold_for_its_reference_and_not_for_ano
     assert len({problem.question for problem in drawn}) > 50
 
 
+def test_the_tests_of_a_tiny_function_tell_it_from_every_other_one():
+    """`return False` would else pass for most of `x > k`, and count as solved."""
+    kinds = {told: kind for told, _, kind in FUNCTIONS}
+    expressions = {kind: [e for _, e, k in FUNCTIONS if k == kind] for kind in kinds.values()}
+    for told, expression, kind in FUNCTIONS:
+        for k in (2, 5) if kind in ("text", "list") else (3, 12, 13, 99):
+            names = {"a": "a", "b": "b", "k": k}
+            heads = "a, b" if kind == "two" else "a"
+            tests = _tests("f", f"def f({heads}): return {expression.format(**names)}", kind, k)
+            for other in [*expressions[kind], "False", "True", "0", "''", "a"]:
+                scope: dict = {}
+                exec(f"def f({heads}): return {other.format(**names)}", scope)
+                passed = all(_passes(test, scope) for test in tests)
+                assert passed == (other == expression), (told, k, other)
+
+
+def _passes(test: str, scope: dict) -> bool:
+    try:
+        exec(test, dict(scope))
+    except (AssertionError, TypeError):
+        return False
+    return True
+
+
+def test_the_solutions_of_a_task_with_few_are_split_between_evaluation_and_training():
+    grids = stage(name="reasoning", levels=({"mini_sudoku": {}},), eval_n=20)
+    held = hold_out([grids], 10**9)
+    evaluated = {problem.example.group for problem in held.problems["reasoning"]}
+    assert len(held.problems["reasoning"]) == 20
+    assert all(for_evaluation("mini_sudoku", group) for group in evaluated)
+    trained = {problem.example.group for problem in training(grids.levels, 60, 0, held.reserved)}
+    assert not any(for_evaluation("mini_sudoku", group) for group in trained)
+
+
+def test_an_answer_of_0_in_a_file_is_an_answer(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1 - 1", "answer": 0}\n{"prompt": "1 + 1", "answer": 2}\n')
+    assert [problem.answer for problem in file_source(tmp_path / "p.jsonl").rows] == ["0", "2"]
+
+
+def test_a_warm_start_without_an_answer_left_is_refused(tmp_path):
+    """Else it would look for one for ever."""
+    from enhanced_run import WorkedExamples
+
+    rows = [{"prompt": "Write f", "tests": ["assert f()"], "answer": "def f(): return 1"},
+            {"prompt": "Write g", "tests": ["assert g()"]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = Stage("code", 1, 2, (file_source(tmp_path / "p.jsonl"),), {"code": 1.0}, 1, 1.0)
+    assert "return 1" in WorkedExamples([code], {"write g"}, 0).take(1)[0][1]
+    with pytest.raises(ValueError, match="no stage gives the warm start an example"):
+        WorkedExamples([code], {"write f"}, 0)
+
+
 def test_no_question_held_out_for_any_stage_is_trained_on_in_any(tmp_path):
     lines = [json.dumps({"prompt": f"Write f{i}", "tests": [f"assert f{i}() == {i}"]}) for i in range(20)]
     (tmp_path / "code.jsonl").write_text("\n".join(lines) + "\n")
@@ -179,6 +242,7 @@ def test_the_published_stages_have_the_published_epochs_sizes_and_settings():
     ({"math": {"rewards": {"maths": 1}}}, ["stage math: unknown reward 'maths'"]),
     ({"math": {"rewards": {"math": 0}}}, ["stage math: no reward has a weight above 0"]),
     ({"math": {"rewards": "math"}}, ["stage math: rewards must be a mapping of names to weights"]),
+    ({"math": {"loss_type": "grop"}}, ["stage math: loss_type must be one of dapo, grpo, bnpo"]),
     ({"math": {"size": 1, "grpo_batch_size": 16}}, ["stage math: size 1 is less than the 4 questions of one step"]),
 ])
 def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(stages, told, capsys, monkeypatch,
@@ -192,6 +256,14 @@ def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(st
     assert len(lines) == len(told)
     for line, part in zip(lines, told, strict=True):
         assert part in line
+
+
+def test_whole_numbers_written_as_decimals_are_whole_numbers():
+    given = {"size": 20.0, "eval_n": 4.0, "num_generations": 8.0, "max_completion_length": 6.0, "grpo_batch_size": 8.0}
+    (chosen,), problems = stages_of(parsed(stages=json.dumps({"math": given})))
+    assert problems == []
+    for value in (chosen.size, chosen.eval_n, *chosen.settings.values()):
+        assert isinstance(value, int)
 
 
 def test_a_stage_takes_its_problems_from_a_prepared_file(tmp_path):
