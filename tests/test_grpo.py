@@ -33,11 +33,11 @@ from grpo_data import (
     task_source,
     training,
 )
-from grpo_eval import change_table, judge, measure
+from grpo_eval import Measured, change_table, completions, judge, measure
 from grpo_stages import PUBLISHED, Stage, hold_out, rewards_of, stages_of
 from model import HRMController
 from reasoning_format import REASONING_TOKENS, format_score, split_completion
-from reasoning_gym_wrapper import for_evaluation, normalise
+from reasoning_gym_wrapper import Reserve, for_evaluation, normalise
 from rewards import build_rewards
 from tiny_runs import error_lines, tiny_model
 
@@ -432,6 +432,96 @@ def test_measuring_counts_what_the_verifier_and_the_format_say(reasoner):
     assert short.solved == [False] * 3 and short.format_rate == 0.0 and short.means()["truncated"] == 1.0
 
 
+def test_measuring_is_greedy_whatever_the_model_s_own_decoding_is(reasoner):
+    model, prompt_format = tiny(reasoner), PromptFormat(reasoner)
+    texts = completions(model, prompt_format, ["2 + 2?", "3 + 3?"], 12)[0]
+    model.generation_config.repetition_penalty = 9.0  # instruction-tuned models bring one
+    assert completions(model, prompt_format, ["2 + 2?", "3 + 3?"], 12)[0] == texts
+
+
+def test_a_code_reward_does_not_judge_what_has_no_tests(reasoner, monkeypatch):
+    import grpo_eval
+
+    numbers = Problem("2 + 2?", "4", "file")
+    tested = Problem("Write f", "def f(): return 4", "code", tests=("assert f() == 4",))
+    texts = [numbers.worked(), tested.worked()]
+    monkeypatch.setattr(grpo_eval, "completions", lambda *arguments: (texts, [1, 1], [True, True], None))
+    for value in (1.0, 0.2):
+        def code(prompts, completions, value=value, **columns):
+            return [0.0, value]
+
+        found = measure(tiny(reasoner), PromptFormat(reasoner), "math", [numbers, tested], [code], 8)
+        assert found.solved == [True, value == 1.0]
+    assert measure(tiny(reasoner), PromptFormat(reasoner), "math", [numbers, tested], [], 8).solved == [True, False]
+
+
+def test_a_stage_s_start_is_measured_again_for_other_questions_or_rewards(tmp_path):
+    import types
+
+    from grpo_run import GrpoRun, Progress
+
+    def start_of(chosen: Stage) -> float:
+        run = GrpoRun(parsed(), None)
+        run.progress, run.loop = Progress(2), types.SimpleNamespace(say=lambda line: None)
+        run.log = types.SimpleNamespace(csv_path=tmp_path / "none", eval_rows=list, predictions=list)
+        run._measure = lambda *given: measured.append(1) or Measured(
+            "math", [], [], [], [], [], {name: [] for name in chosen.rewards}, None)
+        found = run._start_of(chosen, hold_out([chosen], 0), [], tmp_path)
+        assert {f"reward_{name}" for name in chosen.rewards} <= found.keys()
+        assert run.progress.asked["math"]["n"] == chosen.eval_n
+        return len(measured)
+
+    measured: list[int] = []
+    weighted, larger = {"math": 1.0, "format": 0.5}, 3
+    assert [start_of(stage()), start_of(stage())] == [1, 1]
+    assert [start_of(stage(rewards=weighted)), start_of(stage(rewards=weighted, eval_n=larger))] == [2, 3]
+
+
+def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    from grpo_run import GrpoRun, Progress
+    from run_logging import RunLog
+
+    stub = types.SimpleNamespace(
+        StageRun=lambda *given, **named: None, forget=lambda place: None, train_stage=lambda *given: (True, 2),
+        newest_state=lambda place: place / "checkpoint-2",
+    )
+    monkeypatch.setitem(sys.modules, "grpo", stub)
+    chosen = stage()
+    held, measured = hold_out([chosen], 10**9), Measured("math", [], [], [], [], [], {"math": []}, None)
+    with RunLog(tmp_path, None, [], {}, True) as log:
+        log.eval_rows(measured.rows(2))
+        log.eval_rows(measured.rows(4))
+        log.eval_rows(measured.rows(5))
+        run = GrpoRun(parsed(), None)
+        run.progress, run.folder, run.log = Progress(2, start={"math": measured.means()}), tmp_path, log
+        run.loop = types.SimpleNamespace(say=lambda line: None, is_main=True, precision="none",
+                                         device=torch.device("cpu"))
+        run.model = run.format = None
+        run._measure, run._save = lambda *given: measured, lambda after: None
+        assert run._stage(chosen, held, 0, types.SimpleNamespace(signal=None)) == 0
+        lines = log.csv_path.read_text().splitlines()
+    assert [line.split(",")[0] for line in lines if ",solved," in line] == ["2", "4"]
+
+
+def test_grpo_on_the_add_on_keeps_off_what_its_deep_supervision_evaluates(capsys):
+    import types
+
+    from grpo_run import GrpoRun
+
+    chosen = stage(name="task", eval_n=4)
+    told: list[str] = []
+    for n, new in ((8, 0), (1, 3)):
+        run = GrpoRun(parsed(), None)
+        reserve = Reserve(chosen.tasks, n, 10**9)
+        run.loop, held = types.SimpleNamespace(reserve=reserve, say=told.append), hold_out([chosen], 10**9)
+        run._keep_apart(held)
+        assert reserve.questions <= held.reserved
+        assert len(told) == bool(new) and (not new or f"{new} of 4 held-out questions" in told[0])
+
+
 def test_the_closing_table_shows_each_stage_from_its_start_to_its_end_with_intervals():
     start = {"solved": 0.25, "format_rate": 0.5, "reward_math": 0.25, "reward_format": 1.0}
     end = {"solved": 0.75, "format_rate": 1.0, "reward_math": 0.75, "reward_format": 1.0}
@@ -617,6 +707,17 @@ def test_only_the_add_on_moves(tiny_host, tokenizer, tmp_path):
     assert model.model.addon.core.init_state == "random"  # as it was
 
 
+def test_segments_that_a_halting_head_saves_are_not_reported_as_used(tiny_host, tokenizer, tmp_path):
+    from grpo import train_stage
+
+    model = tiny_model(tiny_host, use_act=True, segments=3)
+    torch.nn.init.zeros_(model.model.addon.core.halt.weight)
+    torch.nn.init.constant_(model.model.addon.core.halt.bias, 5.0)  # enough after the first
+    everything = Everything(tmp_path, stage(), settings(), [length_reward], tags=False)
+    train_stage(model, PromptFormat(tokenizer), problems_of(2), everything.run)
+    assert [numbers["cycles_used"] for _, numbers in everything.lines] == [1.0] * len(everything.lines) != []
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_joined_sequence_is_scored_as_it_was_generated(system, temperature):
     """TRL left-pads prompts, joins the completions, and scores in training mode what was generated in the other."""
@@ -677,6 +778,13 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
     again = capsys.readouterr()
     assert "stage format is finished, skipped" in again.err and "2 questions" not in again.err
     assert (run / "eval.csv").read_text() == rows
+    other = json.loads(TWO)
+    other["math"] |= {"rewards": {"math": 1.0, "brevity": 1.0, "verifier": 1.0}, "eval_n": 3}
+    assert train.main([*words, "--stages", json.dumps(other)]) == 0
+    third = capsys.readouterr()  # the table is of what was measured, and new questions are told
+    assert re.findall(r"^math .*", third.out, re.MULTILINE) == re.findall(r"^math .*->.*", first.out, re.MULTILINE)
+    assert "held-out questions were not kept off the checkpoint's training" in third.err
+    assert "WARNING" not in again.err
     assert generate.main(["--checkpoint", str(run), "--prompt", "1 + 1", "--compare", "--max_new_tokens", "4"]) == 0
     shown = capsys.readouterr().out
     assert "thought" in shown and "solution" in shown
