@@ -13,10 +13,14 @@ LEFT, RIGHT = 160, 60  # characters read on either side of an equals sign
 _DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!\d|,\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
 _NUMBER = re.compile(rf"(?<![A-Za-z_])(?:{_DIGITS})(?:[eE][-+]?\d{{1,2}}(?!\w))?", re.A)
 _TOKEN = re.compile(rf"(?P<space>[\s$]+)|(?P<number>{_DIGITS})|(?P<operator>[-+*/x])|(?P<other>.)", re.A | re.S)
-_SIGN = re.compile(r"(?<![\w)])-\s{0,2}\$?\s?\Z|\$-\Z")
+_SIGN = re.compile(r"(?<![\w)])-\s{0,2}\$?\s?\Z|\$-\Z|\b(?:minus|negative)\s{1,2}\$?\Z", re.I)
+SIGN_SPAN = 12  # characters before a number in which its sign stands
+_CHANGED = re.compile(  # what makes another number of the one it stands at
+    r"[√∛]|\\sqrt|[\d}][⁰¹²³⁴-⁹½⅓⅔¼¾]|\d\s?(?:k|(?:hundred|thousand|million|billion|trillion|dozen)s?)\b", re.I
+)
 _FRACTION = re.compile(r"\\[dt]?frac\s?\{([^{}]{1,40})\}\s?\{([^{}]{1,40})\}")
 _MARKUP = re.compile(r"\\[A-Za-z]+|\\.|[{}]")
-_PLAIN = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "⁄": "/"})
+_PLAIN = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "⁄": "/"} | dict.fromkeys("‐‑‒﹣－", "-"))
 _WORDS = dict(
     zip(
         (
@@ -81,10 +85,24 @@ def numbers(text: str) -> list[Number]:
             place, last = place + 2, matches[place + 2]
         place += 1
         if value is not None:
-            negative = _SIGN.search(text[max(first.start() - 6, 0) : first.start()])
-            percent = text[last.end() : last.end() + 2].lstrip().startswith("%")
+            negative = _SIGN.search(text[max(first.start() - SIGN_SPAN, 0) : first.start()])
+            percent = text[last.end() : last.end() + 9].lstrip().startswith(("%", "percent"))
             found.append(Number(-value if negative else value, percent))
     return found
+
+
+def is_plain(text: str) -> bool:
+    """Whether no root, power or word of size (12 million) changes a number of the text: `numbers` does not read them.
+
+    Units such as m² are no change.
+    """
+    return _CHANGED.search(text) is None
+
+
+def divisions(text: str) -> set[tuple[str, str]]:
+    """(dividend, divisor) of every division that the text shows, as written but for signs and separators."""
+    text = text[:LONGEST].translate(_PLAIN).replace(",", "")
+    return set(re.findall(r"(?=(?<![\d.])(\d+(?:\.\d+)?)\s*/\s*-?\s*(\d+(?:\.\d+)?))", text, re.A))
 
 
 def mentioned(prompt: str) -> set[Fraction]:

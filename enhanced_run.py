@@ -14,16 +14,18 @@ from typing import Any
 import torch
 
 from batching import PromptFormat
-from checkpointing import step_folder
+from checkpointing import read_checkpoint, step_folder
 from enhanced import create_hrm_model_and_tokenizer
 from enhanced_tokenizer import reasoning_tokenizer
 from enhanced_training import EnhancedTrainer, token_batch
 from grpo_data import FileSource, Problem, stream
 from grpo_eval import Measured, measure
 from grpo_stages import Stage, hold_out, rewards_of, stages_of
-from reasoning_gym_wrapper import train_seed
+from options import Options, read_resolved
+from reasoning_gym_wrapper import normalise, train_seed
 from run_logging import Progress, draw_curve
 from run_loop import RunLoop
+from run_state import CONFIG
 from text_model import CausalTextModel
 
 PROBE = 64  # training examples whose prompts are measured against --max_seq_len before anything runs
@@ -34,18 +36,30 @@ class WorkedExamples:
 
     A batch is of one stage (their prompts differ in length, and padding costs), drawn by the stages' shares `warm`, and
     of all its levels. What comes next depends on the seed and on how many batches were drawn: a position is a number.
+
+    Raises:
+        ValueError: no stage has an answer to show.
     """
 
     def __init__(self, stages: list[Stage], reserved: set[str], seed: int):
-        self.stages = [stage for stage in stages if stage.warm and any(map(_has_answers, stage.levels))]
         self.reserved, self.seed, self.drawn = reserved, seed, 0
+        self.stages = [stage for stage in stages if stage.warm and any(map(self._has_answers, stage.levels))]
+        if not self.stages:
+            raise ValueError("no stage gives the warm start an example to learn from: add answers to its file, or a "
+                             "stage whose questions have them")
         self._begin()
 
     def _begin(self) -> None:
         self._streams = [
-            [stream(level, train_seed(self.seed), self.reserved) for level in stage.levels if _has_answers(level)]
+            [stream(level, train_seed(self.seed), self.reserved) for level in stage.levels if self._has_answers(level)]
             for stage in self.stages
         ]
+
+    def _has_answers(self, level: Any) -> bool:
+        """False for a prepared file of tests alone, or whose answers are all reserved."""
+        return not isinstance(level, FileSource) or any(
+            problem.answer and normalise(problem.question) not in self.reserved for problem in level.rows
+        )
 
     def take(self, count: int) -> list[tuple[Problem, str]]:
         """The next batch: `count` problems, each with its example."""
@@ -64,9 +78,10 @@ class WorkedExamples:
             self.take(count)
 
 
-def _has_answers(level: Any) -> bool:
-    """False for a prepared file of tests alone."""
-    return not isinstance(level, FileSource) or any(problem.answer for problem in level.rows)
+def unreserved(new: int, of: int) -> str:
+    """The warning that `new` of `of` held-out questions are not those that the checkpoint's run reserved."""
+    return (f"WARNING: {new} of {of} held-out questions were not kept off the checkpoint's training: what is solved of "
+            "them may have been trained on")
 
 
 @dataclass
@@ -95,8 +110,24 @@ class EnhancedRun(RunLoop):
         self.stages = stages
         self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), max_seq_len=opts.max_seq_len)
         self.held = hold_out(stages, opts.eval_seed)
+        if self.checkpoint:
+            self._tell_unreserved()
         self.examples = None if opts.eval_only else WorkedExamples(stages, self.held.reserved, opts.seed)
         self._check_lengths()
+
+    def _tell_unreserved(self) -> None:
+        """Warns of held-out questions that the checkpoint's run did not keep off its training."""
+        before = read_resolved(read_checkpoint(self.checkpoint, stems=[]).documents[CONFIG])
+        opts = Options(**vars(self.opts) | {name: before.get(name) for name in ("stages", "eval_n", "eval_seed")})
+        if opts == self.opts:
+            return
+        try:
+            kept = hold_out(stages_of(opts)[0], opts.eval_seed).reserved
+        except ValueError:  # its files are gone
+            kept = set()
+        new = len(self.held.reserved - kept)
+        if new:
+            self.say(unreserved(new, len(self.held.reserved)))
 
     def _check_lengths(self) -> None:
         """Raises ValueError where a stage's prompts pass --max_seq_len."""

@@ -113,9 +113,10 @@ class StageTrainer(GRPOTrainer):
     def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, opts: argparse.Namespace, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.format, self.cycles, self.opts = prompt_format, cycles, opts
+        self.thought: list[torch.Tensor] = []  # segments (B,) of each rollout: a halting head may end them early
         for model in filter(None, (self.model, self.ref_model)):
             if isinstance(model, HRMController):
-                end_of_prompt(model)
+                end_of_prompt(model, self.thought if model is self.model else None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our schedule over the stage (`learning_rate`): a rate that falls takes the last steps' noise out again."""
@@ -143,7 +144,8 @@ class StageTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         texts = [text_of(completion) for completion in completions]
         self._metrics[mode]["completions/repetition"].append(sum(map(repetition, texts)) / max(len(texts), 1))
-        self._metrics[mode]["cycles_used"].append(float(self.cycles))
+        used, self.thought[:] = self.thought and torch.cat(self.thought).float().mean().item(), []
+        self._metrics[mode]["cycles_used"].append(float(used or self.cycles))
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, self.num_generations)
         alike = total.amax(dim=1) - total.amin(dim=1) < ALIKE
@@ -154,10 +156,11 @@ class StageTrainer(GRPOTrainer):
         """None: the folder holds states to resume from, the checkpoint proper has its own card."""
 
 
-def end_of_prompt(model: HRMController) -> None:
+def end_of_prompt(model: HRMController, thought: list[torch.Tensor] | None = None) -> None:
     """Wraps `model.forward`, so that TRL's joined sequences come with the mask of their prompts.
 
     TRL marks what it scores by labels and left-pads prompts: what is attended before a row's first label is its prompt.
+    `thought` is handed the segments (B,) of each call that thinks while generating.
     """
     inner = model.forward
 
@@ -165,7 +168,10 @@ def end_of_prompt(model: HRMController) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("fused_lm_head"):
             kwargs["prompt_mask"] = prompt_before(kwargs["labels"], kwargs.get("attention_mask"))
-        return inner(*args, **kwargs)
+        out = inner(*args, **kwargs)
+        if thought is not None and getattr(out, "segments_used", None) is not None:
+            thought.append(out.segments_used)
+        return out
 
     model.forward = forward
 

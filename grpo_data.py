@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from reasoning_format import END_SOLUTION, END_THINK, SOLUTION, THINK
-from reasoning_gym_wrapper import MAX_REJECTED, Example, Task, normalise
+from reasoning_gym_wrapper import MAX_REJECTED, Example, Task, for_evaluation, normalise
 from rewards import item_text
 
 HELD_OUT_SHARE = 5  # of a finite source, one in so many problems is kept for evaluation at most
@@ -177,14 +177,17 @@ class CodeSource:
             heads = f"{a}, {b}" if kind == "two" else a
             code = f"def {name}({heads}): return {expression}"
             question = f"Write a Python function {name}({heads}) that returns {told}."
-            yield Problem(question, code, "code", f"return {expression}", tests=_tests(name, code, kind))
+            yield Problem(question, code, "code", f"return {expression}", tests=_tests(name, code, kind, k))
 
 
-def _tests(name: str, code: str, kind: str) -> tuple[str, ...]:
-    """Assertions that hold for the reference `code`, which comes from FUNCTIONS alone."""
+def _tests(name: str, code: str, kind: str, k: int) -> tuple[str, ...]:
+    """Assertions that hold for the reference `code`, which comes from FUNCTIONS alone.
+
+    Numbers on both sides of the constant `k` are asked, too: `return False` must not pass for `x > k`.
+    """
     scope: dict[str, Any] = {}
     exec(code, scope)  # noqa: S102 - our own table's text, never a model's
-    calls = {"two": _INTS, "one": [(a,) for a, _ in _INTS], "list": [(v,) for v in _LISTS],
+    calls = {"two": _INTS, "one": [(a,) for a in (3, 0, -6, k, k + 1)], "list": [(v,) for v in _LISTS],
              "text": [(v,) for v in _TEXTS]}
     return tuple(f"assert {name}({', '.join(map(repr, call))}) == {scope[name](*call)!r}" for call in calls[kind])
 
@@ -229,10 +232,11 @@ def file_source(path: Path) -> FileSource:
         try:
             record = json.loads(line)
             question = str(record.get("prompt") or record.get("question") or "").strip()
-            tests, answer = list(map(str, record.get("tests") or ())), record.get("answer") or record.get("code") or ""
+            tests = list(map(str, record.get("tests") or ()))
+            answer = next((a for a in (record.get("answer"), record.get("code")) if a not in (None, "")), "")
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is no JSON record: correct it or take it out") from error
-        if not question or not (tests or answer):
+        if not question or not (tests or answer != ""):  # an answer may be 0
             raise ValueError(f"{path}: line {number} needs a prompt, and tests or an answer")
         setup = str(record.get("setup") or "")
         rows.append(Problem(question, str(answer), "code" if tests else "file", tests=tuple(tests), setup=setup))
@@ -279,7 +283,7 @@ def stream(source: Source, seed: int, reserved: set[str], n: int | None = None) 
     for problem in source.problems(seed):
         if n is not None and given >= n:
             return
-        if normalise(problem.question) in reserved:
+        if normalise(problem.question) in reserved or _of_evaluated_group(problem):
             rejected += 1
             if rejected >= MAX_REJECTED:
                 raise ValueError("nearly all questions are held out, nothing is left to train on: lower eval_n")
@@ -296,7 +300,7 @@ def _fresh(source: Source, n: int, seed: int, seen: set[str]) -> list[Problem]:
         if len(drawn) >= n:
             return drawn
         question = normalise(problem.question)
-        if question in seen:
+        if question in seen or _of_evaluated_group(problem) is False:
             rejected += 1
             if rejected >= MAX_REJECTED:
                 raise ValueError(f"only {len(drawn)} distinct questions of {problem.task}, {n} were asked for: lower "
@@ -306,3 +310,9 @@ def _fresh(source: Source, n: int, seed: int, seen: set[str]) -> list[Problem]:
         seen.add(question)
         drawn.append(problem)
     return drawn
+
+
+def _of_evaluated_group(problem: Problem) -> bool | None:
+    """Whether the problem's solution is one for evaluation alone, see `GROUPS`; None where solutions are many."""
+    group = problem.example.group if problem.example else None
+    return None if group is None else for_evaluation(problem.task, group)

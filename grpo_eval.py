@@ -16,7 +16,7 @@ import torch
 
 from batching import PromptFormat, pad
 from enhanced_config import CycleMeter
-from evaluation import question_hash, wilson
+from evaluation import Decoding, question_hash, wilson
 from grpo_data import Problem
 from reasoning_format import split_completion
 from rewards import RewardSettings, parse, repetition, same_answer
@@ -144,8 +144,8 @@ def completions(
         chosen = order[start : start + batch_size]
         ids, mask = pad([prompts[i] for i in chosen], prompt_format.pad_id, "left")
         out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=longest, do_sample=False,
-            num_beams=1, pad_token_id=prompt_format.pad_id, eos_token_id=eos, **extra,
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=longest, **Decoding().arguments(),
+            pad_token_id=prompt_format.pad_id, eos_token_id=eos, **extra,
         )[:, ids.shape[1] :]
         for index, row in zip(chosen, out, strict=True):
             text, finished = prompt_format.answer_text(row)
@@ -172,9 +172,8 @@ def measure(
     finally:
         model.train(was_training)
     rewards = judge(problems, texts, functions)
-    solved = [_solved(p, text, tags) for p, text in zip(problems, texts, strict=True)]
-    if "code" in rewards:
-        solved = [score == 1.0 for score in rewards["code"]]
+    passed = [score == 1.0 for score in rewards.get("code", [0.0] * len(problems))]
+    solved = [passed[i] if p.tests else _solved(p, texts[i], tags) for i, p in enumerate(problems)]
     return Measured(stage, problems, texts, lengths, finished, solved, rewards, cycles)
 
 
@@ -190,4 +189,4 @@ def _solved(problem: Problem, text: str, tags: bool) -> bool:
     solution = parse(text, RewardSettings(tags=tags)).solution
     if problem.example is not None:
         return problem.example.verify(solution).solved
-    return not problem.tests and same_answer(solution, problem.answer)
+    return same_answer(solution, problem.answer)

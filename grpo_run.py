@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import shlex
 import signal
@@ -16,7 +17,7 @@ import torch
 
 import options
 from checkpointing import atomic_write_text, newest_checkpoint, read_checkpoint, rotate, step_folder, write_checkpoint
-from enhanced_run import EnhancedRun
+from enhanced_run import EnhancedRun, unreserved
 from enhanced_training import model_documents, model_weights
 from grpo_data import training
 from grpo_eval import Measured, change_table, measure
@@ -42,6 +43,7 @@ class Progress:
     step: int
     done: dict[str, dict[str, float]] = field(default_factory=dict)
     start: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, where the stage began
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)  # `asked_of` each, for both
     elapsed_s: float = 0.0
 
 
@@ -98,6 +100,8 @@ class GrpoRun:
         if problems:
             raise ValueError("; ".join(problems))
         held = hold_out(stages, self.opts.eval_seed)
+        if self.addon:
+            self._keep_apart(held)
         csv = Path(self.opts.log_csv) if self.opts.log_csv else None
         document = options.as_dict(self.opts)
         main = self.loop.is_main
@@ -116,6 +120,14 @@ class GrpoRun:
             self.loop._suite()
         return 0
 
+    def _keep_apart(self, held: Held) -> None:
+        """Reserves what the deep supervision evaluates, too; says which questions it may have trained on."""
+        kept = self.loop.reserve.questions
+        new = len(held.reserved - kept)
+        if new:
+            self.loop.say(unreserved(new, len(held.reserved)))
+        held.reserved |= kept
+
     def _stage(self, stage: Stage, held: Held, index: int, stop: Any) -> int:
         """Runs one stage to its end. Returns 0, or the exit status of an early but orderly end."""
         from grpo import StageRun, forget, newest_state, train_stage  # 7 s, and only where it is needed
@@ -125,7 +137,8 @@ class GrpoRun:
         problems = training(stage.levels, int(stage.size), train_seed(opts.seed + SEED_OF_STAGE + index), held.reserved)
         self._open_stage(place, base)
         resumed = newest_state(place)
-        self.log.truncate_after(base + (int(resumed.name.split("-")[1]) if resumed else 0))
+        steps = int(resumed.name.split("-")[1]) if resumed else 0
+        self.log.truncate_after(base + steps, evaluate=steps > 0)  # an end whose checkpoint was never written
         before = self._start_of(stage, held, functions, place)
         self.loop.say(f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
                       + (f", going on from {resumed.name}" if resumed else ""))
@@ -164,17 +177,22 @@ class GrpoRun:
         atomic_write_text(mark, json.dumps(base))
 
     def _start_of(self, stage: Stage, held: Held, functions: Any, place: Path) -> dict[str, float]:
-        """The stage's held-out metrics before its first step; measured once, and written down unless known already."""
+        """The stage's held-out metrics before its first step; measured once, and written down unless known already.
+
+        Here the weights are those, of an interrupted stage as well: other questions or rewards are measured anew.
+        """
         if stage.name not in self.progress.start:
-            path = place / "start.json"
-            if not path.exists():
+            path, asked = place / "start.json", asked_of(stage, held)
+            known = json.loads(path.read_text()) if path.exists() else {}
+            if known.get("asked") != asked:
                 start = self._measure(stage, held, functions)
                 if not self._is_recorded(stage):
                     self.log.eval_rows(start.rows(self.progress.step))
                     self.log.predictions(start.predictions(self.progress.step))
-                atomic_write_text(path, json.dumps(start.means()))
+                known = {"asked": asked, "metrics": start.means()}
+                atomic_write_text(path, json.dumps(known))
                 self.loop.say(f"before {start.line()}")
-            self.progress.start[stage.name] = json.loads(path.read_text())
+            self.progress.start[stage.name], self.progress.asked[stage.name] = known["metrics"], asked
         return self.progress.start[stage.name]
 
     def _is_recorded(self, stage: Stage) -> bool:
@@ -242,9 +260,9 @@ class GrpoRun:
         if not self.loop.is_main:
             return
         changes = [
-            (stage.name, stage.rewards, len(held.problems[stage.name]), self.progress.start[stage.name],
-             self.progress.done[stage.name])
+            (stage.name, asked["rewards"], asked["n"], self.progress.start[stage.name], self.progress.done[stage.name])
             for stage in stages if stage.name in self.progress.start
+            for asked in [self.progress.asked.get(stage.name) or asked_of(stage, held)]
         ]
         print(change_table(changes))
         curve = draw_curve(self.folder, self.log.csv_path)
@@ -253,6 +271,13 @@ class GrpoRun:
         question = shlex.quote(" ".join(held.problems[stages[-1].name][0].question.split()))
         print(f"next:       python generate.py --checkpoint {shlex.quote(str(self.checkpoint))} --compare --prompt "
               f"{question}", file=sys.stdout)
+
+
+def asked_of(stage: Stage, held: Held) -> dict[str, Any]:
+    """What a stage's held-out metrics are of: reward weights, number of questions, a digest of them."""
+    problems = held.problems[stage.name]
+    digest = hashlib.sha256("\n".join(problem.question for problem in problems).encode()).hexdigest()[:16]
+    return {"rewards": dict(stage.rewards), "n": len(problems), "questions": digest}
 
 
 def read_progress(checkpoint: Path) -> Progress | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flags import FIND
 from grpo_data import CodeSource, Problem, Source, TaskSource, file_source, held_out, task_source
 from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError, normalise
 from rewards import build_rewards
@@ -114,12 +115,16 @@ def _stage(
         for key, (legal, told) in _LIMITS.items()
         if key in merged and not (_is_number(merged[key]) and legal(merged[key]))
     ]
+    if "loss_type" in merged and merged["loss_type"] not in FIND["loss_type"].choices:
+        found.append(f"loss_type must be {FIND['loss_type'].legal}, got {merged['loss_type']!r}")
     levels: tuple[Source, ...] = ()
     try:
         levels = _levels(merged["levels"], opts, own)
     except (ValueError, OSError) as error:
         found.append(" ".join(str(error).split()))
     found += _reward_problems(merged["rewards"], opts)
+    if not found:  # 8.0 is 8: libraries take whole numbers as int alone
+        merged |= {key: int(merged[key]) for key in WHOLE if key in merged}
     settings = {key: merged[key] for key in OVERRIDES if key in merged}
     if not found:
         found = _batch_problems(settings, opts, merged["size"])
@@ -129,6 +134,7 @@ def _stage(
     return Stage(name, levels=levels, settings=settings, **parts), []
 
 
+WHOLE = ("size", "eval_n", "grpo_batch_size", "grpo_accum_steps", "num_generations", "max_completion_length")
 _LIMITS = {
     "epochs": (lambda v: v > 0, "above 0"),
     "size": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arithmetic_text import numbers, sound_share
+from arithmetic_text import divisions, is_plain, numbers, sound_share
 from code_runner import CodeJob, confinement, run_many
 from reasoning_format import REASONING_TOKENS, Parsed, format_rate, format_score, split_completion, without_tags
 from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError, normalise
@@ -128,25 +128,36 @@ def format_reward(prompts, completions, completion_ids=None, *, settings=DEFAULT
 
 
 def math_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
-    """1.0 where the solution's one number equals the column `answer`, else 0.0. See `same_answer`."""
+    """1.0 where the solution's one number equals the column `answer`, else 0.0. See `same_answer`.
+
+    A division that the prompt asks for is no answer to it, though it is worth as much: `24 / 2` for 12.
+    """
     answers = _column(columns, "answer", len(completions))
+    asked = _column({"prompts": prompts}, "prompts", len(completions))
+    solutions = [parse(completion, settings).solution for completion in completions]
     return [
-        float(same_answer(parse(completion, settings).solution, answer))
-        for completion, answer in zip(completions, answers, strict=True)
+        float(same_answer(solution, answer) and not _copied(solution, answer, text_of(prompt, ("user",))))
+        for solution, answer, prompt in zip(solutions, answers, asked, strict=True)
     ]
+
+
+def _copied(solution: str, answer: Any, prompt: str) -> bool:
+    """Whether the solution is a division of the prompt's that the answer is not written as."""
+    return bool(divisions(solution) & divisions(prompt) - divisions(str(answer)))
 
 
 def same_answer(solution: str, answer: Any) -> bool:
     """Whether the solution holds exactly one number and it is the answer's (behind `####`, where it has that mark).
 
     Units, currency, thousands separators, fractions and words around it do not matter; a percent sign must stand in
-    both or in neither. An answer that is not one number is compared as normalised text.
+    both or in neither. An answer that is not one number is compared as normalised text, and so is a solution whose
+    number is changed by what stands at it (√9, 3², 12 million).
     """
     if answer is None or len(solution) > LONGEST_ANSWER:
         return False
     wanted = str(answer).rpartition("####")[2].strip()
     gold = numbers(wanted)
-    if len(gold) == 1:
+    if len(gold) == 1 and is_plain(solution) and is_plain(wanted):
         return numbers(solution) == gold
     return bool(wanted) and normalise(solution) == normalise(wanted)
 

@@ -22,12 +22,23 @@ from enhanced import create_hrm_model_and_tokenizer
 from enhanced_config import EnhancedHRMConfig
 from enhanced_tokenizer import reasoning_tokenizer
 from enhanced_training import token_batch
-from grpo_data import CodeSource, Problem, file_source, held_out, problem_of, sum_steps, task_source, training
-from grpo_eval import change_table, judge, measure
+from grpo_data import (
+    FUNCTIONS,
+    CodeSource,
+    Problem,
+    _tests,
+    file_source,
+    held_out,
+    problem_of,
+    sum_steps,
+    task_source,
+    training,
+)
+from grpo_eval import Measured, change_table, completions, judge, measure
 from grpo_stages import PUBLISHED, Stage, hold_out, rewards_of, stages_of
 from model import HRMController
 from reasoning_format import REASONING_TOKENS, format_score, split_completion
-from reasoning_gym_wrapper import normalise
+from reasoning_gym_wrapper import Reserve, for_evaluation, normalise
 from rewards import build_rewards
 from tiny_runs import error_lines, tiny_model
 
@@ -112,6 +123,58 @@ def test_the_tests_of_every_tiny_function_hold_for_its_reference_and_not_for_ano
     assert len({problem.question for problem in drawn}) > 50
 
 
+def test_the_tests_of_a_tiny_function_tell_it_from_every_other_one():
+    """`return False` would else pass for most of `x > k`, and count as solved."""
+    kinds = {told: kind for told, _, kind in FUNCTIONS}
+    expressions = {kind: [e for _, e, k in FUNCTIONS if k == kind] for kind in kinds.values()}
+    for told, expression, kind in FUNCTIONS:
+        for k in (2, 5) if kind in ("text", "list") else (3, 12, 13, 99):
+            names = {"a": "a", "b": "b", "k": k}
+            heads = "a, b" if kind == "two" else "a"
+            tests = _tests("f", f"def f({heads}): return {expression.format(**names)}", kind, k)
+            for other in [*expressions[kind], "False", "True", "0", "''", "a"]:
+                scope: dict = {}
+                exec(f"def f({heads}): return {other.format(**names)}", scope)
+                passed = all(_passes(test, scope) for test in tests)
+                assert passed == (other == expression), (told, k, other)
+
+
+def _passes(test: str, scope: dict) -> bool:
+    try:
+        exec(test, dict(scope))
+    except (AssertionError, TypeError):
+        return False
+    return True
+
+
+def test_the_solutions_of_a_task_with_few_are_split_between_evaluation_and_training():
+    grids = stage(name="reasoning", levels=({"mini_sudoku": {}},), eval_n=20)
+    held = hold_out([grids], 10**9)
+    evaluated = {problem.example.group for problem in held.problems["reasoning"]}
+    assert len(held.problems["reasoning"]) == 20
+    assert all(for_evaluation("mini_sudoku", group) for group in evaluated)
+    trained = {problem.example.group for problem in training(grids.levels, 60, 0, held.reserved)}
+    assert not any(for_evaluation("mini_sudoku", group) for group in trained)
+
+
+def test_an_answer_of_0_in_a_file_is_an_answer(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1 - 1", "answer": 0}\n{"prompt": "1 + 1", "answer": 2}\n')
+    assert [problem.answer for problem in file_source(tmp_path / "p.jsonl").rows] == ["0", "2"]
+
+
+def test_a_warm_start_without_an_answer_left_is_refused(tmp_path):
+    """Else it would look for one for ever."""
+    from enhanced_run import WorkedExamples
+
+    rows = [{"prompt": "Write f", "tests": ["assert f()"], "answer": "def f(): return 1"},
+            {"prompt": "Write g", "tests": ["assert g()"]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = Stage("code", 1, 2, (file_source(tmp_path / "p.jsonl"),), {"code": 1.0}, 1, 1.0)
+    assert "return 1" in WorkedExamples([code], {"write g"}, 0).take(1)[0][1]
+    with pytest.raises(ValueError, match="no stage gives the warm start an example"):
+        WorkedExamples([code], {"write f"}, 0)
+
+
 def test_no_question_held_out_for_any_stage_is_trained_on_in_any(tmp_path):
     lines = [json.dumps({"prompt": f"Write f{i}", "tests": [f"assert f{i}() == {i}"]}) for i in range(20)]
     (tmp_path / "code.jsonl").write_text("\n".join(lines) + "\n")
@@ -180,6 +243,7 @@ def test_the_published_stages_have_the_published_epochs_sizes_and_settings():
     ({"math": {"rewards": {"maths": 1}}}, ["stage math: unknown reward 'maths'"]),
     ({"math": {"rewards": {"math": 0}}}, ["stage math: no reward has a weight above 0"]),
     ({"math": {"rewards": "math"}}, ["stage math: rewards must be a mapping of names to weights"]),
+    ({"math": {"loss_type": "grop"}}, ["stage math: loss_type must be one of dapo, grpo, bnpo"]),
     ({"math": {"size": 1, "grpo_batch_size": 16}}, ["stage math: size 1 is less than the 4 questions of one step"]),
 ])
 def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(stages, told, capsys, monkeypatch,
@@ -193,6 +257,14 @@ def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(st
     assert len(lines) == len(told)
     for line, part in zip(lines, told, strict=True):
         assert part in line
+
+
+def test_whole_numbers_written_as_decimals_are_whole_numbers():
+    given = {"size": 20.0, "eval_n": 4.0, "num_generations": 8.0, "max_completion_length": 6.0, "grpo_batch_size": 8.0}
+    (chosen,), problems = stages_of(parsed(stages=json.dumps({"math": given})))
+    assert problems == []
+    for value in (chosen.size, chosen.eval_n, *chosen.settings.values()):
+        assert isinstance(value, int)
 
 
 def test_a_stage_takes_its_problems_from_a_prepared_file(tmp_path):
@@ -359,6 +431,96 @@ def test_measuring_counts_what_the_verifier_and_the_format_say(reasoner):
     assert rows["solved"]["ci_low"] < 1.0 and rows["solved"]["n"] == 3
     short = measure(model, prompt_format, "math", problems, functions, 5)
     assert short.solved == [False] * 3 and short.format_rate == 0.0 and short.means()["truncated"] == 1.0
+
+
+def test_measuring_is_greedy_whatever_the_model_s_own_decoding_is(reasoner):
+    model, prompt_format = tiny(reasoner), PromptFormat(reasoner)
+    texts = completions(model, prompt_format, ["2 + 2?", "3 + 3?"], 12)[0]
+    model.generation_config.repetition_penalty = 9.0  # instruction-tuned models bring one
+    assert completions(model, prompt_format, ["2 + 2?", "3 + 3?"], 12)[0] == texts
+
+
+def test_a_code_reward_does_not_judge_what_has_no_tests(reasoner, monkeypatch):
+    import grpo_eval
+
+    numbers = Problem("2 + 2?", "4", "file")
+    tested = Problem("Write f", "def f(): return 4", "code", tests=("assert f() == 4",))
+    texts = [numbers.worked(), tested.worked()]
+    monkeypatch.setattr(grpo_eval, "completions", lambda *arguments: (texts, [1, 1], [True, True], None))
+    for value in (1.0, 0.2):
+        def code(prompts, completions, value=value, **columns):
+            return [0.0, value]
+
+        found = measure(tiny(reasoner), PromptFormat(reasoner), "math", [numbers, tested], [code], 8)
+        assert found.solved == [True, value == 1.0]
+    assert measure(tiny(reasoner), PromptFormat(reasoner), "math", [numbers, tested], [], 8).solved == [True, False]
+
+
+def test_a_stage_s_start_is_measured_again_for_other_questions_or_rewards(tmp_path):
+    import types
+
+    from grpo_run import GrpoRun, Progress
+
+    def start_of(chosen: Stage) -> float:
+        run = GrpoRun(parsed(), None)
+        run.progress, run.loop = Progress(2), types.SimpleNamespace(say=lambda line: None)
+        run.log = types.SimpleNamespace(csv_path=tmp_path / "none", eval_rows=list, predictions=list)
+        run._measure = lambda *given: measured.append(1) or Measured(
+            "math", [], [], [], [], [], {name: [] for name in chosen.rewards}, None)
+        found = run._start_of(chosen, hold_out([chosen], 0), [], tmp_path)
+        assert {f"reward_{name}" for name in chosen.rewards} <= found.keys()
+        assert run.progress.asked["math"]["n"] == chosen.eval_n
+        return len(measured)
+
+    measured: list[int] = []
+    weighted, larger = {"math": 1.0, "format": 0.5}, 3
+    assert [start_of(stage()), start_of(stage())] == [1, 1]
+    assert [start_of(stage(rewards=weighted)), start_of(stage(rewards=weighted, eval_n=larger))] == [2, 3]
+
+
+def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monkeypatch):
+    import sys
+    import types
+
+    from grpo_run import GrpoRun, Progress
+    from run_logging import RunLog
+
+    stub = types.SimpleNamespace(
+        StageRun=lambda *given, **named: None, forget=lambda place: None, train_stage=lambda *given: (True, 2),
+        newest_state=lambda place: place / "checkpoint-2",
+    )
+    monkeypatch.setitem(sys.modules, "grpo", stub)
+    chosen = stage()
+    held, measured = hold_out([chosen], 10**9), Measured("math", [], [], [], [], [], {"math": []}, None)
+    with RunLog(tmp_path, None, [], {}, True) as log:
+        log.eval_rows(measured.rows(2))
+        log.eval_rows(measured.rows(4))
+        log.eval_rows(measured.rows(5))
+        run = GrpoRun(parsed(), None)
+        run.progress, run.folder, run.log = Progress(2, start={"math": measured.means()}), tmp_path, log
+        run.loop = types.SimpleNamespace(say=lambda line: None, is_main=True, precision="none",
+                                         device=torch.device("cpu"))
+        run.model = run.format = None
+        run._measure, run._save = lambda *given: measured, lambda after: None
+        assert run._stage(chosen, held, 0, types.SimpleNamespace(signal=None)) == 0
+        lines = log.csv_path.read_text().splitlines()
+    assert [line.split(",")[0] for line in lines if ",solved," in line] == ["2", "4"]
+
+
+def test_grpo_on_the_add_on_keeps_off_what_its_deep_supervision_evaluates(capsys):
+    import types
+
+    from grpo_run import GrpoRun
+
+    chosen = stage(name="task", eval_n=4)
+    told: list[str] = []
+    for n, new in ((8, 0), (1, 3)):
+        run = GrpoRun(parsed(), None)
+        reserve = Reserve(chosen.tasks, n, 10**9)
+        run.loop, held = types.SimpleNamespace(reserve=reserve, say=told.append), hold_out([chosen], 10**9)
+        run._keep_apart(held)
+        assert reserve.questions <= held.reserved
+        assert len(told) == bool(new) and (not new or f"{new} of 4 held-out questions" in told[0])
 
 
 def test_the_closing_table_shows_each_stage_from_its_start_to_its_end_with_intervals():
@@ -565,6 +727,17 @@ def test_only_the_add_on_moves(tiny_host, tokenizer, tmp_path):
     assert model.model.addon.core.init_state == "random"  # as it was
 
 
+def test_segments_that_a_halting_head_saves_are_not_reported_as_used(tiny_host, tokenizer, tmp_path):
+    from grpo import train_stage
+
+    model = tiny_model(tiny_host, use_act=True, segments=3)
+    torch.nn.init.zeros_(model.model.addon.core.halt.weight)
+    torch.nn.init.constant_(model.model.addon.core.halt.bias, 5.0)  # enough after the first
+    everything = Everything(tmp_path, stage(), settings(), [length_reward], tags=False)
+    train_stage(model, PromptFormat(tokenizer), problems_of(2), everything.run)
+    assert [numbers["cycles_used"] for _, numbers in everything.lines] == [1.0] * len(everything.lines) != []
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_joined_sequence_is_scored_as_it_was_generated(system, temperature):
     """TRL left-pads prompts, joins the completions, and scores in training mode what was generated in the other."""
@@ -625,6 +798,13 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
     again = capsys.readouterr()
     assert "stage format is finished, skipped" in again.err and "2 questions" not in again.err
     assert (run / "eval.csv").read_text() == rows
+    other = json.loads(TWO)
+    other["math"] |= {"rewards": {"math": 1.0, "brevity": 1.0, "verifier": 1.0}, "eval_n": 3}
+    assert train.main([*words, "--stages", json.dumps(other)]) == 0
+    third = capsys.readouterr()  # the table is of what was measured, and new questions are told
+    assert re.findall(r"^math .*", third.out, re.MULTILINE) == re.findall(r"^math .*->.*", first.out, re.MULTILINE)
+    assert "held-out questions were not kept off the checkpoint's training" in third.err
+    assert "WARNING" not in again.err
     assert generate.main(["--checkpoint", str(run), "--prompt", "1 + 1", "--compare", "--max_new_tokens", "4"]) == 0
     shown = capsys.readouterr().out
     assert "thought" in shown and "solution" in shown

@@ -181,7 +181,8 @@ def test_what_was_tagged_comes_back(thought, solution):
         *[("1,234", "1234"), ("$1,234.50", "1234.5"), ("1/2", "0.5"), ("0.5", "1/2"), ("-1/2", "-0.5"), ("2/4", "1/2")],
         *[("−3", "-3"), ("-$3", "-3"), ("12%", "12 %"), (r"\boxed{12}", "12"), (r"\frac{1}{2}", "0.5"), ("12km", "12")],
         *[("72", "48 + 24 = 72\n#### 72"), ("1 1/2", "1.5"), ("1e3", "1000"), (" Blue ", "blue"), ("10:30", "10:30")],
-        *[(".5", "0.50"), ("7" * 300, "7" * 300), ("(3, 4)", "(3, 4)"), ("0", "-0")],
+        *[("minus 12", "-12"), ("Negative $3", "-3"), ("12 percent", "12%"), ("9 m²", "9")],
+        *[("12 million", "12 Million"), (".5", "0.50"), ("7" * 300, "7" * 300), ("(3, 4)", "(3, 4)"), ("0", "-0")],
     ],
 )
 def test_equal_numbers_are_equal_however_written(solution, answer):
@@ -194,6 +195,8 @@ def test_equal_numbers_are_equal_however_written(solution, answer):
         *[("13", "12"), ("12 13", "12"), ("12, 13", "12"), ("12 or 13", "13"), ("1 2", "12"), ("12 12", 12), ("", 12)],
         *[("-12", "12"), ("- 12", "12"), ("12%", "12"), ("12%", "0.12"), ("120", "12"), ("1.2", "12"), ("1/2", "12")],
         *[("3 + 9 = 12", "12"), ("10-2", "8"), ("0.333", "1/3"), ("12/0", "12"), ("twelve", "12"), ("12", "twelve")],
+        *[("minus 12", "12"), ("negative 12", "12"), ("\u2011 12", "12"), ("\uff0d12", "12"), ("12 percent", "12")],
+        *[("12 million", "12"), ("12k", "12"), ("3²", "3"), ("√9", "9"), ("$\\sqrt{9}$", "9"), ("1½", "1")],
         *[("12", None), ("", ""), ("12", ""), ("12", float("nan")), ("1,2", "12"), ("12" + " " * 2000, "12")],
         *[(" ".join(map(str, range(100))), "12"), (",".join(map(str, range(10, 14))), "12"), ("10:30", "10")],
     ],
@@ -233,6 +236,22 @@ def test_commas_and_decimals_do_not_matter(whole, part):
 )
 def test_a_number_outside_the_one_solution_earns_nothing(completion):
     assert math_reward([PROMPT], [completion], answer=["25"]) == [0.0]
+
+
+@pytest.mark.parametrize(("prompt", "solution", "answer", "value"), [
+    ("Calculate 24 / 2.", "24 / 2", "12", 0.0),
+    ("Calculate 24 / 2.", "Calculate 24 / 2.", "12", 0.0),
+    ("Calculate -2,400 ÷ -20.", "-2400/-20", "120", 0.0),
+    ("Calculate 24 / 2.", "12", "12", 1.0),
+    ("Calculate 24 / 2.", "12/1", "12", 1.0),
+    ("Simplify 12/24.", "12/24", "1/2", 0.0),
+    ("Simplify 12/24.", "1/2", "1/2", 1.0),
+    ("Is 1/2 less than 1/3? Name the larger.", "1/2", "1/2", 1.0),
+    ("What is half of 1?", "1/2", "0.5", 1.0),
+])
+def test_a_division_that_is_asked_for_is_no_answer_to_it(prompt, solution, answer, value):
+    for asked in (prompt, [{"role": "user", "content": prompt}]):
+        assert score("math", tagged(solution), prompt=asked, answer=answer) == value
 
 
 def test_bare_text_counts_only_where_tags_are_not_asked_for():
