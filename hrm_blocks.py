@@ -225,8 +225,9 @@ class HRMCore(nn.Module):
     Initial states are fixed vectors (truncated normal, deviation 1), persistent buffers, saved but not trained; with
     `init_state="random"` every example of a training batch starts from fresh normal vectors of deviation 1, which
     teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones. With `init_state="zero"` both
-    states begin as zeros, so that the first L call sees x alone, not x under two vectors of its own size. With `share` one block makes
-    both steps, as in the Tiny Recursive Model (arXiv 2510.04871): only L's input holds x, which tells the two apart.
+    states begin as zeros, so that the first L call sees x alone, not x under two vectors of its own size. With `share`
+    one block makes both steps, as in the Tiny Recursive Model (arXiv 2510.04871): only L's input holds x, which tells
+    the two apart.
     """
 
     def __init__(
