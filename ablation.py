@@ -330,6 +330,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], runs: Path, baseline: str) -> l
         solved = mean_interval(list(rates.values()))
         if solved.low is None:  # one seed: the interval over its items
             solved = dataclasses.replace(solved, low=float(members[0]["ci_low"]), high=float(members[0]["ci_high"]))
+        else:  # t knows nothing of the ends of a rate
+            solved = dataclasses.replace(solved, low=max(solved.low, 0.0), high=min(solved.high, 1.0))
         base = scores.get((trained, task, baseline))
         difference = paired_seeds(scores[trained, task, arm], base) if base and arm != baseline else None
         counts = [int(row["trainable"]) for row in members if row.get("trainable")]

@@ -223,6 +223,7 @@ def test_the_table_pairs_the_same_items_and_averages_over_seeds(tmp_path):
                          "trainable": 10, "segments_used": 1})
     base, better = ablation.summarise(rows, tmp_path, "base")
     assert base.difference is None and base.solved.value == pytest.approx(0.375)
+    assert (base.solved.low, base.solved.high) == (0.0, 1.0)  # t over two seeds would say -121 to 196 %
     assert better.rates == {0: 0.75, 1: 0.75} and better.solved.low == better.solved.high == 0.75
     assert better.difference.value == pytest.approx(0.375) and better.difference.n == 4
     assert 0 <= better.difference.low <= 0.375 <= better.difference.high <= 1
