@@ -171,7 +171,9 @@ def dump(opts: argparse.Namespace) -> str:
         leaves = {flag.name: getattr(opts, flag.name) for flag in FLAGS
                   if flag.group == group and flag.in_file and opts.arch in flag.archs}
         if leaves:
-            parts.append(yaml.safe_dump({group: leaves}, sort_keys=False, allow_unicode=True, width=10**9).rstrip())
+            plain = not any(isinstance(v, str) and re.search("[\x85\u2028\u2029]", v) for v in leaves.values())
+            # Where a text holds one of YAML's own line breaks, which come back as spaces, all is escaped.
+            parts.append(yaml.safe_dump({group: leaves}, sort_keys=False, allow_unicode=plain, width=10**9).rstrip())
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import options
@@ -478,6 +478,7 @@ QUICK = settings(max_examples=80, deadline=None, suppress_health_check=list(Heal
 
 @QUICK
 @given(values=settings_of_a_run())
+@example(values={"model_name": "a\x85b\u2028"})
 def test_dump_then_parse_gives_equal_options(values, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "config.resolved.yaml"
     opts = parse([f"--{name}={value}" for name, value in values.items() if value is not None])
