@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
-import types
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import code_runner
 from eval_suite import (
     CausalTextModel,
     SuiteError,
@@ -318,52 +317,39 @@ def test_budgets_are_each_entrys_own_unless_told(write):
 # --- code
 
 
-class Runner(types.ModuleType):
-    """Stands in for the code runner until it is here: runs code in this process. To be removed with its landing."""
+@pytest.fixture
+def jobs(monkeypatch):
+    """Every job that the real code runner is given, with whether it may run unconfined."""
+    seen, run_many = [], code_runner.run_many
 
-    def __init__(self, unconfined: str | None):
-        super().__init__("code_runner")
-        self.unconfined, self.calls = unconfined, []
+    def watched(given, **settings):
+        given = list(given)
+        seen.extend((job, settings["allow_unconfined"]) for job in given)
+        return run_many(given, **settings)
 
-    def confinement(self):
-        return self.unconfined
-
-    def CodeJob(self, code, tests, setup=""):
-        return code, tuple(tests), setup
-
-    def run_many(self, jobs, allow_unconfined=False):
-        self.calls += [(*job, allow_unconfined) for job in jobs]
-        return [types.SimpleNamespace(passed=self.passes(*job)) for job in jobs]
-
-    def passes(self, code, tests, setup):
-        try:
-            exec("\n".join([setup, code, *tests]), {})
-        except Exception:  # whatever it raises, the tests did not pass
-            return False
-        return True
+    monkeypatch.setattr(code_runner, "run_many", watched)
+    return seen
 
 
-def test_code_is_unfenced_and_run_against_all_its_tests(write, monkeypatch):
-    runner = Runner(None)
-    monkeypatch.setitem(sys.modules, "code_runner", runner)
+@pytest.mark.skipif(code_runner.confinement() is not None, reason="nothing confines code on this machine")
+def test_code_is_unfenced_and_run_against_all_its_tests(write, jobs):
     said = {"Write add.": f"Sure:\n```python\n{MBPP[0]['code']}\n```\nDone.", "Write neg.": "def neg(a): return a"}
     result = run_suite(Told(said), [SuiteItem("mbpp", write("m.jsonl", MBPP))], bare=Told())
     (row,) = result.rows(0, 0.0)
     assert (row["metric"], row["value"], row["n"], row["bare"]) == ("passed", 0.5, 2, 0.0)
     assert [line["score"] for line in result.predictions(0)] == [1.0, 0.0]
-    assert (f"{MBPP[0]['code']}\n", tuple(MBPP[0]["tests"]), "import math", False) in runner.calls
-    assert len(runner.calls) == 4
+    ours = code_runner.CodeJob(f"{MBPP[0]['code']}\n", tuple(MBPP[0]["tests"]), "import math")
+    assert (ours, False) in jobs and len(jobs) == 4
 
 
-def test_code_that_nothing_confines_is_not_run_unless_allowed(write, monkeypatch):
-    runner, model = Runner("no namespaces"), Told({"Write add.": MBPP[0]["code"]})
-    monkeypatch.setitem(sys.modules, "code_runner", runner)
-    items = [SuiteItem("mbpp", write("m.jsonl", MBPP))]
+def test_code_that_nothing_confines_is_not_run_unless_allowed(write, jobs, monkeypatch):
+    model, items = Told({"Write add.": MBPP[0]["code"]}), [SuiteItem("mbpp", write("m.jsonl", MBPP))]
+    monkeypatch.setattr(code_runner, "confinement", lambda: "no namespaces")
     with pytest.raises(SuiteError, match=r"cannot be confined here \(no namespaces\)"):
         run_suite(model, items)
-    assert model.asked == [] and runner.calls == []
+    assert model.asked == [] and jobs == []
     assert run_suite(model, items, allow_unconfined=True).rows(0, 0.0)[0]["value"] == 0.5
-    assert all(call[-1] for call in runner.calls)
+    assert len(jobs) == 2 and all(allowed for _, allowed in jobs)
 
 
 # --- real models
