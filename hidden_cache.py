@@ -27,14 +27,13 @@ from torch import Tensor
 from backbone import HostStates
 from batching import Batch, PromptFormat
 from hrm_blocks import token_positions
-from model import HRMController
+from model import PROMPT_FIELDS, HRMController
 from reasoning_gym_wrapper import Example
 
 GB = 1e9
 FILL_BATCH = 64
 TELL_S = 15.0  # between lines of progress while the cache is filled
-PROMPT_FIELDS = ("prompt_style", "system_header", "sentinel", "max_seq_len", "overlong")
-DATA_FIELDS = ("task", "tasks", "task_config", "train_n", "seed", "eval_n", "eval_seed")
+DATA_FIELDS = ("task", "tasks", "task_config", "train_n", "seed", "eval_n", "eval_seed", "group_split", "overlong")
 
 
 # --- how large, and of what ---
