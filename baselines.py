@@ -37,10 +37,10 @@ from model import (
     adapter_of,
     build_model,
     check_fingerprint,
-    check_fit,
     load_adapter,
     read_adapter,
 )
+from optimization import check_fit
 
 PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "none": "NONE"}
 SHAPE_FIELDS = ("adapter", "lora_rank", "virtual_tokens")

@@ -7,7 +7,6 @@ could pick out.
 from __future__ import annotations
 
 import random
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from grpo_stages import Stage, hold_out, rewards_of, stages_of
 from options import Options, read_resolved
 from reasoning_gym_wrapper import normalise, train_seed
 from run_logging import Progress, draw_curve
-from run_loop import RunLoop
+from run_loop import RunLoop, closing_words
 from run_state import CONFIG
 from text_model import CausalTextModel
 
@@ -248,9 +247,7 @@ class EnhancedRun(RunLoop):
             return
         curve = draw_curve(self.folder, self.log.csv_path)
         newest = self.checkpoint if self.opts.eval_only else step_folder(self.folder, self.step)
-        print(f"evaluation: {self.log.csv_path}\ncheckpoint: {newest}" + (f"\ncurve:      {curve}" if curve else ""))
-        question = shlex.quote(" ".join(evaluation.parts[0].problems[0].question.split()))
-        print(f"next:       python generate.py --checkpoint {shlex.quote(str(newest))} --compare --prompt {question}")
+        print(closing_words(self.log.csv_path, newest, curve, evaluation.parts[0].problems[0].question))
 
     def card(self, evaluation: StageEvaluation | None) -> str:
         """The checkpoint's README.md."""

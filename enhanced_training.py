@@ -17,7 +17,7 @@ from batching import PromptFormat, pad
 from checkpointing import Checkpoint
 from enhanced import EnhancedHRMForCausalLM
 from hrm_blocks import IGNORE
-from optimization import BaseTrainer, build_optimizers
+from optimization import BaseTrainer, build_optimizers, load_weights, model_weights
 
 CONFIG_JSON = "config.json"
 
@@ -54,22 +54,6 @@ def model_documents(model: Any, tokenizer: Any) -> dict[str, str]:
         with contextlib.suppress(UnicodeDecodeError):  # a SentencePiece model: tokenizer.json holds the same
             texts[name] = content.decode()
     return {CONFIG_JSON: model.config.to_json_string(use_diff=False), **texts}
-
-
-def model_weights(model: Any) -> dict[str, Tensor]:
-    """Everything a checkpoint keeps; a tied table once."""
-    tied = model._tied_weights_keys if model.config.tie_word_embeddings else ()
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def load_weights(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Restores `model_weights`. Raises ValueError naming the first difference in names or shapes."""
-    own = model_weights(model)
-    for name in sorted(own.keys() | weights.keys()):
-        ours, theirs = (tuple(state[name].shape) if name in state else "absent" for state in (own, weights))
-        if ours != theirs:
-            raise ValueError(f"checkpoint {folder} does not fit this model: {name} is {theirs} there, expected {ours}")
-    model.load_state_dict(weights, strict=False)
 
 
 class LossOf(nn.Module):

@@ -6,28 +6,24 @@ import argparse
 import csv
 import hashlib
 import json
-import shlex
 import signal
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import options
 from checkpointing import atomic_write_text, newest_checkpoint, read_checkpoint, rotate, step_folder, write_checkpoint
 from enhanced_run import EnhancedRun, unreserved
-from enhanced_training import model_documents, model_weights
+from enhanced_training import model_documents
 from grpo_data import training
 from grpo_eval import Measured, change_table, measure
 from grpo_stages import Held, Stage, hold_out, rewards_of, stages_of
 from model import ADAPTER, adapter_document
-from optimization import NonFiniteError
+from optimization import NonFiniteError, model_weights
 from reasoning_gym_wrapper import train_seed
 from run import Run
 from run_logging import RunLog, draw_curve
-from run_loop import NON_FINITE_EXIT, RunLoop
+from run_loop import NON_FINITE_EXIT, RunLoop, closing_words
 from run_setup import interruptible
 from run_state import CONFIG
 
@@ -80,18 +76,11 @@ class GrpoRun:
         self.progress = progress
         self.model, self.format = self.loop.model, self.loop.format
         if getattr(self.loop.trainer, "ema", None):
-            self._take_average()
+            self.loop.trainer.ema.settle()  # the averaged weights are those that were evaluated and saved
         self.loop.trainer.ema, self.loop.trainer.optimizers = None, []  # the supervised run is over
         if self.addon and "max_completion_length" not in self.opts.explicit:
             self.opts.max_completion_length = self.loop.budget
         return self._stages(folder)
-
-    def _take_average(self) -> None:
-        """The averaged weights are those that were evaluated and saved."""
-        with self.loop.trainer.ema.applied():
-            averaged = {name: p.detach().clone() for name, p in self.loop.trainer.parameters.items()}
-        for name, parameter in self.loop.trainer.parameters.items():
-            parameter.data.copy_(averaged[name])
 
     # --- stages ---
 
@@ -211,11 +200,9 @@ class GrpoRun:
                       f"{numbers.get('step_time', 0):.1f} s a step")
 
     def _measure(self, stage: Stage, held: Held, functions: Any) -> Measured:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.loop.precision)
-        autocast = torch.autocast(self.loop.device.type, dtype=dtype) if dtype else None
         return measure(self.model, self.format, stage.name, held.problems[stage.name], functions,
                        stage.value(self.opts, "max_completion_length"), not self.addon, self.opts.eval_batch_size,
-                       autocast)
+                       self.loop.trainer.autocast())
 
     def _record(self, stage: Stage, after: Measured, before: dict[str, float]) -> None:
         """CSV, predictions and sample completions of a finished stage."""
@@ -266,11 +253,8 @@ class GrpoRun:
         ]
         print(change_table(changes))
         curve = draw_curve(self.folder, self.log.csv_path)
-        print(f"evaluation: {self.log.csv_path}\nsamples:    {self.folder / SAMPLES}\ncheckpoint: {self.checkpoint}"
-              + (f"\ncurve:      {curve}" if curve else ""))
-        question = shlex.quote(" ".join(held.problems[stages[-1].name][0].question.split()))
-        print(f"next:       python generate.py --checkpoint {shlex.quote(str(self.checkpoint))} --compare --prompt "
-              f"{question}", file=sys.stdout)
+        print(closing_words(self.log.csv_path, self.checkpoint, curve, held.problems[stages[-1].name][0].question,
+                            samples=self.folder / SAMPLES))
 
 
 def asked_of(stage: Stage, held: Held) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hybrid_text import HybridText
 from hybrid_training import HybridTrainer
 from prepared_data import synthetic_questions
 from run_logging import Progress, draw_curve
-from run_loop import RunLoop
+from run_loop import RunLoop, closing_words
 from suite_data import SuiteItem
 
 VALIDATION = "validation"
@@ -295,13 +294,9 @@ class HybridRun(RunLoop):
             return
         print(self.table(evaluation))
         newest = self.checkpoint if self.opts.eval_only else step_folder(self.folder, self.step)
-        print(f"evaluation: {self.log.csv_path}\ncheckpoint: {newest}")
         curve = draw_curve(self.folder, self.log.csv_path)
-        if curve:
-            print(f"curve:      {curve}")
-        if self.data.questions:
-            question = shlex.quote(self.data.questions[0][0])
-            print(f"next:       python generate.py --checkpoint {shlex.quote(str(newest))} --prompt {question}")
+        question = self.data.questions[0][0] if self.data.questions else None
+        print(closing_words(self.log.csv_path, newest, curve, question, compare=False))
 
     def card(self, evaluation: HybridEvaluation | None) -> str:
         """The checkpoint's README.md."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from checkpointing import Checkpoint
 from hrm_blocks import IGNORE
 from hybrid import HybridModel, TrainingLoss, Weights, is_hrm_parameter
-from optimization import BaseTrainer, build_optimizers
+from optimization import BaseTrainer, build_optimizers, load_weights, model_weights
 
 CONFIG_JSON, TOKENIZER_JSON = "config.json", "tokenizer.json"
 # Tables, heads, gates and queries take AdamW; hidden matrices may take Muon.
@@ -68,9 +68,7 @@ class HybridTrainer(BaseTrainer):
     # --- what a checkpoint holds ---
 
     def weights(self) -> dict[str, Tensor]:
-        """Everything; tied tables once."""
-        tied = self.model.config.tie_word_embeddings
-        return {name: tensor for name, tensor in self.model.state_dict().items() if not (tied and "lm_head" in name)}
+        return model_weights(self.model)
 
     def documents(self) -> dict[str, str]:
         """transformers' own files, so that `from_pretrained` loads a checkpoint folder."""
@@ -82,13 +80,7 @@ class HybridTrainer(BaseTrainer):
         if self.tokenizer_json and saved.documents.get(TOKENIZER_JSON) != self.tokenizer_json:
             raise ValueError(f"{folder} was trained with another tokenizer than --dataset {self.opts.dataset} was "
                              f"prepared with: prepare it with --tokenizer {folder / TOKENIZER_JSON}")
-        own, theirs = self.weights(), saved.tensors[self.stem]
-        for name in sorted(own.keys() | theirs.keys()):
-            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (own, theirs)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"checkpoint {folder} does not fit this model: {name} is {shapes[1]} there, expected "
-                                 f"{shapes[0]}")
-        self.model.load_state_dict(theirs, strict=False)
+        load_weights(self.model, saved.tensors[self.stem], folder)
         self.model.config.gate_scale = json.loads(saved.documents[CONFIG_JSON])["gate_scale"]
 
     # --- a step ---

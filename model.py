@@ -34,6 +34,7 @@ from checkpointing import read_checkpoint
 from host import add_lora, freeze, host_logits, load_host, without_lora
 from hrm_blocks import IGNORE, Carry, all_correct, last_state, token_positions
 from injector import Slots, Thought
+from optimization import check_fit
 
 ADDON_PREFIX = "model.addon."
 
@@ -298,14 +299,6 @@ class HRMController(PreTrainedModel, GenerationMixin):
         elif mask is not None:
             model_kwargs["prompt_mask"] = torch.cat([mask, mask.new_zeros(len(mask), 1)], dim=1)
         return model_kwargs
-
-
-def check_fit(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Raises ValueError naming the first difference in names or shapes of a model's own tensors and those to load."""
-    for name in sorted(own.keys() | state.keys()):
-        ours, theirs = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
-        if ours != theirs:
-            raise ValueError(f"checkpoint does not fit this model: {name} is {theirs} there, expected {ours}")
 
 
 def prompt_before(labels: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -32,6 +32,26 @@ def learning_rate(opts: argparse.Namespace, step: int, progress: float, warmup: 
     return opts.lr * (opts.lr_min_ratio + (1 - opts.lr_min_ratio) * falling[opts.lr_scheduler])
 
 
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "checkpoint") -> None:
+    """Raises ValueError naming the first difference in names or shapes of a model's own tensors and those of `what`."""
+    for name in sorted(own.keys() | state.keys()):
+        ours, theirs = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
+        if ours != theirs:
+            raise ValueError(f"{what} does not fit this model: {name} is {theirs} there, expected {ours}")
+
+
+def model_weights(model: Any) -> dict[str, Tensor]:
+    """Everything a checkpoint of a whole transformers model keeps; a tied table once."""
+    tied = model._tied_weights_keys if model.config.tie_word_embeddings else ()
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def load_weights(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Restores `model_weights`. Raises ValueError as `check_fit`."""
+    check_fit(model_weights(model), weights, f"checkpoint {folder}")
+    model.load_state_dict(weights, strict=False)  # the tied table stands under one name
+
+
 def seed_of_step(seed: int, step: int, rank: int, world: int) -> int:
     """Random seed of batch `step` on one rank. Because it needs no history, a resumed run draws what the other drew."""
     return ((seed * 1_000_003 + step) * world + rank) % 2**63
@@ -106,6 +126,10 @@ class Ema:
             yield
         finally:
             self._copy(live)
+
+    def settle(self) -> None:
+        """Leaves the averaged weights in the model for good."""
+        self._copy(self.average)
 
     @torch.no_grad()
     def _copy(self, weights: dict[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
 from host import load_config, load_tokenizer
 from reasoning_gym_wrapper import EpochStream, Example, Reserve, make_tasks, task_warnings, training_examples
 from run_logging import Progress, draw_curve, format_table
-from run_loop import RunLoop
+from run_loop import RunLoop, closing_words
 from run_setup import task_config, task_names
 from text_model import CausalTextModel
 from training import Trainer
@@ -280,11 +279,7 @@ class Run(RunLoop):
         print("; ".join(notes))
         curve = draw_curve(self.folder, self.log.csv_path)
         newest = self.checkpoint if self.opts.eval_only else step_folder(self.folder, self.step)
-        print(f"evaluation: {self.log.csv_path}\ncheckpoint: {newest}")
-        if curve:
-            print(f"curve:      {curve}")
-        question = shlex.quote(" ".join(self.eval_examples[0].question.split()))
-        print(f"next:       python generate.py --checkpoint {shlex.quote(str(newest))} --compare --prompt {question}")
+        print(closing_words(self.log.csv_path, newest, curve, self.eval_examples[0].question))
 
     def card(self, evaluation: Evaluation | None) -> str:
         """The checkpoint's README.md."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -379,3 +380,15 @@ class RunLoop:
             self.set_position(state.stream)
         for note in notes:
             self.say(note)
+
+
+def closing_words(csv: Path, checkpoint: Path | None, curve: Path | None, question: str | None, *,
+                  samples: Path | None = None, compare: bool = True) -> str:
+    """Where a run has left its files, one a line, and the command that puts `question` to its checkpoint."""
+    left = [("evaluation:", csv), ("samples:", samples), ("checkpoint:", checkpoint), ("curve:", curve)]
+    lines = [f"{what:11} {path}" for what, path in left if path]
+    if question:
+        asked = shlex.quote(" ".join(question.split()))
+        lines.append(f"next:       python generate.py --checkpoint {shlex.quote(str(checkpoint))} "
+                     f"{'--compare ' if compare else ''}--prompt {asked}")
+    return "\n".join(lines)
