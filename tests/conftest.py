@@ -104,3 +104,23 @@ def plain_tokenizer(tiny_host):
     loaded = AutoTokenizer.from_pretrained(tiny_host)
     loaded.chat_template = None
     return loaded
+
+
+@pytest.fixture
+def no_curve(monkeypatch):
+    """Runs of the add-on draw nothing: drawing takes longer than a tiny run."""
+    import run
+
+    monkeypatch.setattr(run, "draw_curve", lambda *arguments: None)
+
+
+@pytest.fixture
+def call(tiny_host, tmp_path, capsys):
+    """Runs train.py in this process on the tiny host, in `tmp_path/runs`: (exit status, stdout, stderr)."""
+    import train
+    from tiny_runs import arguments
+
+    def run_here(*more: str) -> tuple[int, str, str]:
+        status = train.main(arguments(tiny_host, tmp_path / "runs", *more))
+        return status, *capsys.readouterr()
+    return run_here

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import generate
 import options
-import run
 import train
 from backbone import HRMAddonConfig
 from baselines import BaselineConfig, BaselineController, build_controller, load_controller
@@ -28,6 +27,8 @@ from tiny_families import FAMILIES, PAD, SCALED, left_padded, random_ids, random
 from tiny_families import tiny_host as tiny_llm
 from tiny_runs import assert_same_run, error_lines, newest, tensors
 from training import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
 ADAPTERS = ("lora", "prompt", "mlp", "none")
 LEARNING = ("lora", "prompt", "mlp")
@@ -51,12 +52,6 @@ def controller(adapter: str, family: str = "llama", trained: bool = True):
     else:
         made = BaselineController(BaselineConfig(host.config, adapter=adapter, virtual_tokens=3, lora_rank=4), host)
     return randomise(made.eval()) if trained else made.eval()
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """Drawing takes longer than a tiny run."""
-    monkeypatch.setattr(run, "draw_curve", lambda *arguments: None)
 
 
 @pytest.fixture

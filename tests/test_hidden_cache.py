@@ -14,8 +14,6 @@ from accelerate import Accelerator
 
 import hidden_cache
 import options
-import run
-import train
 from baselines import build_controller
 from batching import PromptFormat, TrainBatches
 from hidden_cache import HiddenCache, cache_key, plan_cache, weights_digest
@@ -25,22 +23,9 @@ from tiny_families import randomise
 from tiny_runs import ROOT, arguments, assert_same_run, error_lines, newest, records
 from training import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
+
 CACHED = "--cache_hidden ram --train_n 11 --max_steps 6 --eval_every 3 --save_every 2 --checkpoint_limit 0".split()
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """Drawing takes longer than a tiny run."""
-    monkeypatch.setattr(run, "draw_curve", lambda *arguments: None)
-
-
-@pytest.fixture
-def call(tiny_host, tmp_path, capsys):
-    """Runs train.py in this process on the tiny host, in `tmp_path/runs`: (exit status, stdout, stderr)."""
-    def run_here(*more: str) -> tuple[int, str, str]:
-        status = train.main(arguments(tiny_host, tmp_path / "runs", *more))
-        return status, *capsys.readouterr()
-    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +152,7 @@ def test_the_key_changes_with_all_that_the_states_depend_on(tiny_host, bf16_host
     keys = {cache_key(model, prompt_format, opts)}
     assert keys == {cache_key(model, prompt_format, opts_for(tiny_host, "--lr", "1", "--batch_size", "3"))}
     for more in (["--sentinel", "##"], ["--system_header", "hm"], ["--seed", "1"], ["--train_n", "13"],
-                 ["--prompt_style", "plain"], ["--task", "chain_sum"]):
+                 ["--prompt_style", "plain"], ["--task", "chain_sum"], ["--overlong", "drop"], ["--group_split", "0"]):
         keys.add(cache_key(model, prompt_format, opts_for(tiny_host, *more)))
     keys.add(cache_key(setting(tiny_host, "--hrm_read", "all")[1], prompt_format, opts))
     keys.add(cache_key(setting(bf16_host)[1], prompt_format, opts))
@@ -177,7 +162,7 @@ def test_the_key_changes_with_all_that_the_states_depend_on(tiny_host, bf16_host
     with torch.no_grad():
         model.host.model.layers[0].mlp.down_proj.weight.mul_(1.01)
     keys.add(cache_key(model, prompt_format, opts))
-    assert len(keys) == 11 and len(weights_digest(model.host)) == 64
+    assert len(keys) == 13 and len(weights_digest(model.host)) == 64
 
 
 def test_a_cache_is_never_read_across_keys(tiny_host, bf16_host):

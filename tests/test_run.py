@@ -34,6 +34,8 @@ from tiny_runs import (
 )
 from training import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
+
 # Dies of SIGKILL in the middle of batch 4 (from 0), behind an optimizer step, with checkpoints of steps 2 and 4.
 KILLED = """
 import os, signal, sys, training
@@ -48,21 +50,6 @@ import train
 sys.exit(train.main(sys.argv[1:]))
 """
 SIX = "--max_steps 6 --save_every 2 --eval_every 3 --checkpoint_limit 0".split()
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """Drawing takes longer than a tiny run."""
-    monkeypatch.setattr(run, "draw_curve", lambda *arguments: None)
-
-
-@pytest.fixture
-def call(tiny_host, tmp_path, capsys):
-    """Runs train.py in this process on the tiny host, in `tmp_path/runs`: (exit status, stdout, stderr)."""
-    def run_here(*more: str) -> tuple[int, str, str]:
-        status = train.main(arguments(tiny_host, tmp_path / "runs", *more))
-        return status, *capsys.readouterr()
-    return run_here
 
 
 @pytest.fixture

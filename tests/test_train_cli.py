@@ -14,24 +14,11 @@ import run
 import run_loop
 import train
 from batching import PromptFormat
-from tiny_runs import ROOT, TINY, arguments, error_lines, newest, only_run, records
+from tiny_runs import ROOT, TINY, error_lines, newest, only_run, records
+
+pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
 FOREIGN = "step,accuracy\n1,0.95\n"
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """Drawing takes longer than a tiny run; `test_run` draws."""
-    monkeypatch.setattr(run, "draw_curve", lambda *arguments: None)
-
-
-@pytest.fixture
-def call(tiny_host, tmp_path, capsys):
-    """Runs train.py in this process on the tiny host, in `tmp_path/runs`: (exit status, stdout, stderr)."""
-    def run_here(*more: str) -> tuple[int, str, str]:
-        status = train.main(arguments(tiny_host, tmp_path / "runs", *more))
-        return status, *capsys.readouterr()
-    return run_here
 
 
 @pytest.fixture
