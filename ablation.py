@@ -84,8 +84,10 @@ class Job:
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-def read_grid(path: Path, changes: Mapping[str, Any] | None = None) -> Grid:
-    """The grid of a YAML file, with `changes` (fields of `Grid`) in place of what it says.
+def read_grid(path: Path, changes: Mapping[str, Any] | None = None, only: Sequence[str] | None = None) -> Grid:
+    """The grid of a YAML file, with `changes` (fields of `Grid`) in place of what it says, and of its arms `only` these.
+
+    Arms are compared with the first of those left where the grid's baseline is not among them.
 
     Raises:
         GridError: every problem found, one a line.
@@ -105,9 +107,13 @@ def read_grid(path: Path, changes: Mapping[str, Any] | None = None) -> Grid:
     arms = {str(name): flags or {} for name, flags in given["arms"].items()}
     grid = Grid(path.stem, **given | {"arms": arms, "baseline": given.get("baseline") or next(iter(arms))})
     found = _grid_problems(grid)
+    found += [f"{name!r} is no arm of {path}: choose from {', '.join(arms)}" for name in only or () if name not in arms]
     if found:
         raise GridError("\n".join(found))
-    return grid
+    if only is None:
+        return grid
+    kept = {name: flags for name, flags in arms.items() if name in only}
+    return dataclasses.replace(grid, arms=kept, baseline=grid.baseline if grid.baseline in kept else next(iter(kept)))
 
 
 def _shape_problems(given: Mapping[str, Any]) -> list[str]:

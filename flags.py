@@ -111,7 +111,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
              archs=ADDON),
         Flag("hrm_read", "str", "embed+last", "LLM states that HRM reads", choices=("embed+last", "last", "all"),
              archs=ADDON),
-        Flag("init_state", "str", "fixed", "first z_H and z_L: random vectors in training and fixed buffers at "
+        Flag("init_state", "str", "zero", "first z_H and z_L: random vectors in training and fixed buffers at "
              "evaluation, the published fixed buffers in both, or zeros", choices=("random", "fixed", "zero"),
              archs=ADDON),
         Flag("injector", "str", "cab", "z_H enters the LLM by cross-attention or gated bias", choices=("cab", "grb"),

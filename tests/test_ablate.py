@@ -101,6 +101,16 @@ def test_an_arm_written_twice_is_told_and_a_missing_file_too(tmp_path):
         read_grid(tmp_path / "nowhere.yaml")
 
 
+def test_a_part_of_the_arms_can_be_run_by_itself(tmp_path):
+    path = grid_file(tmp_path)
+    whole, part = read_grid(path), read_grid(path, only=["grb"])
+    assert (list(whole.arms), whole.baseline) == (["cab", "grb"], "cab")
+    assert (part.arms, part.baseline) == ({"grb": whole.arms["grb"]}, "grb")
+    assert read_grid(path, only=["cab"]).baseline == "cab"
+    with pytest.raises(GridError, match="'gbr' is no arm of .*: choose from cab, grb"):
+        read_grid(path, only=["cab", "gbr"])
+
+
 @given(st.dictionaries(st.sampled_from(["lr", "segments", "use_act", "task_config", "sentinel", "steps"]),
                        st.one_of(st.none(), st.booleans(), st.integers(1, 9), st.floats(0.1, 9),
                                  st.dictionaries(st.just("max_value"), st.integers(1, 9)))))
