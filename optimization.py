@@ -140,7 +140,8 @@ class Ema:
 class BaseTrainer:
     """Owns the model's optimizers, EMA and scaler. Subclasses say what a step is and what a checkpoint keeps.
 
-    `accelerator` gives device, ranks and gradient averaging; `parameters` are those that train.
+    `accelerator` gives device, ranks and gradient averaging; `parameters` are those that train. `progress`, which the
+    loop sets before each step, is the share of the run that is done, 0 to 1.
     """
 
     stem = "model"  # file stem of the weights in a checkpoint
@@ -153,6 +154,7 @@ class BaseTrainer:
         self.ema = Ema(parameters, opts.ema) if opts.ema else None
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self.scaler_skips = 0
+        self.progress = 1.0
 
     # --- what a checkpoint holds ---
 

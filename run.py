@@ -183,7 +183,9 @@ class Run(RunLoop):
     def mean_segments(self) -> float:
         if not self.model.recurrent:
             return 1
-        return (1 + self.opts.segments) / 2 if self.opts.segments_sampling == "uniform" else self.opts.segments
+        most, drawn = self.opts.segments, (1 + self.opts.segments) / 2
+        fixed = drawn if self.opts.use_act else most
+        return {"fixed": fixed, "uniform": drawn, "growing": (1 + drawn) / 2}[self.opts.segments_sampling]
 
     def parts(self) -> dict[str, Any]:
         return self.model.parts()

@@ -298,7 +298,8 @@ class RunLoop:
                     if self.step:
                         self.save()
                     raise
-                lr = learning_rate(opts, self.step, self._progress_share(), warmup)
+                self.trainer.progress = self._progress_share()
+                lr = learning_rate(opts, self.step, self.trainer.progress, warmup)
                 try:
                     metrics = self.trainer.step(batches, self.step, lr)
                 except NonFiniteError as error:

@@ -34,11 +34,18 @@ from model import (
 from optimization import BaseTrainer, build_optimizers
 
 
-def segments_of_step(opts: argparse.Namespace, step: int) -> int:
-    """Segments of batch `step`; drawn from 1..segments with `uniform` and always with ACT, alike on all ranks."""
+def segments_of_step(opts: argparse.Namespace, step: int, progress: float = 1.0) -> int:
+    """Segments of batch `step`, alike on all ranks: all, or drawn from 1..segments with `uniform` and with ACT.
+
+    With `growing` the largest that may be drawn rises from 1 to `segments` in equal parts of the run, whose share
+    `progress` in [0, 1] is done.
+    """
     if opts.segments_sampling == "fixed" and not opts.use_act:
         return opts.segments
-    return random.Random(f"segments/{opts.seed}/{step}").randint(1, opts.segments)
+    most = opts.segments
+    if opts.segments_sampling == "growing":
+        most = min(1 + int(progress * most), most)
+    return random.Random(f"segments/{opts.seed}/{step}").randint(1, most)
 
 
 def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
@@ -95,7 +102,7 @@ class Trainer(BaseTrainer):
         verdicts = self._verdicts(batches, step)
         self.wrapped.train()
         tokens, examples = self._global_counts(batches)
-        count = segments_of_step(opts, step) if self.controller.recurrent else 1
+        count = segments_of_step(opts, step, self.progress) if self.controller.recurrent else 1
         supervised = min(opts.supervised_segments or count, count)
         states, carries = self._encode(batches), [None] * len(batches)
         for _ in range(count - supervised):

@@ -224,6 +224,24 @@ def test_drawn_segments_cover_their_range_and_depend_on_seed_and_step_alone():
     assert len({segments_of_step(settings(segments=4, use_act=True), step) for step in range(50)}) == 4
 
 
+def test_growing_segments_begin_with_one_and_end_with_all():
+    opts = settings(segments=4, segments_sampling="growing")
+    most = [max(segments_of_step(opts, step, progress) for step in range(60)) for progress in
+            (0.0, 0.24, 0.25, 0.5, 0.75, 1.0)]
+    assert most == [1, 1, 2, 3, 4, 4]
+    assert {segments_of_step(opts, step, 1.0) for step in range(60)} == {1, 2, 3, 4}
+    assert segments_of_step(opts, 7, 1.0) == segments_of_step(settings(segments=4, segments_sampling="uniform"), 7)
+
+
+def test_a_trainer_draws_by_the_share_of_the_run_that_the_loop_gives_it(make, batches):
+    trainer = make(segments=4, segments_sampling="growing", supervised_segments=1)
+    counts = {}
+    for progress in (0.0, 1.0):
+        trainer.progress = progress
+        counts[progress] = {gradients(trainer, [batches[0]], step)[1]["segments"] for step in range(12)}
+    assert counts == {0.0: {1}, 1.0: {1, 2, 3, 4}}
+
+
 def test_a_drawn_count_below_the_supervised_ones_supervises_all(make, batches):
     trainer = make(segments=3, segments_sampling="uniform", supervised_segments=2)
     for step in range(12):
