@@ -85,9 +85,9 @@ class Job:
 
 
 def read_grid(path: Path, changes: Mapping[str, Any] | None = None, only: Sequence[str] | None = None) -> Grid:
-    """The grid of a YAML file, with `changes` (fields of `Grid`) in place of what it says, and of its arms `only` these.
+    """The grid of a YAML file, `changes` (fields of `Grid`) in place of what it says, and `only` these of its arms.
 
-    Arms are compared with the first of those left where the grid's baseline is not among them.
+    Where the grid's baseline is not among them, the first one is.
 
     Raises:
         GridError: every problem found, one a line.

@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     "--train_n 10 --init_state fixed --segments_sampling fixed --supervised_segments 0 --optimizer adamw --use_act "
     "--verifier_weight 0.1 --verifier_every 2 --decode_temperature 0.8",
     "--train_n 0 --task none --tasks toy_add,chain_sum --task_config small --init_state random --lora_layers 1 "
-    "--grad_accum_steps 2 --overlong drop --optimizer adamw",
+    "--grad_accum_steps 2 --overlong drop --optimizer adamw --segments 3 --segments_sampling growing",
     "--train_n 10 --optimizer adamw_8bit --d_h 64 --cab_mem 2 --ema 0 --max_minutes 60",
 ], ids=["fresh items", "epochs and heads", "two tasks and lora", "8 bit"])
 def test_a_run_killed_in_the_middle_and_resumed_equals_an_uninterrupted_one(call, tiny_host, tmp_path, flags):
@@ -89,6 +89,12 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_an_uninterrupted_one(call
     assert_same_run(tmp_path / "runs" / "whole", killed)
     assert (killed / "config.resolved.yaml").read_text() == (
         tmp_path / "runs" / "whole" / "config.resolved.yaml").read_text()
+
+
+def test_growing_segments_follow_the_share_of_the_run_that_is_done(call, tmp_path):
+    assert call("--run_name", "grown", *SIX, *"--segments 3 --segments_sampling growing".split())[0] == 0
+    counts = [record["segments"] for record in records(tmp_path / "runs" / "grown")["metrics"]]
+    assert counts[:2] == [1, 1] and max(counts) > 1, counts
 
 
 def test_resumed_in_a_process_of_its_own_by_flags_alone(call, tiny_host, tmp_path):
