@@ -45,6 +45,7 @@ class HRMAddonConfig(PreTrainedConfig):
         hrm_input: str = "tokens",
         hrm_read: str = "embed+last",
         init_state: str = "fixed",
+        state_mix: str = "sum",
         injector: str = "cab",
         cab_mem: int = 0,
         cab_gate_init: float = 1.0,
@@ -73,6 +74,7 @@ class HRMAddonConfig(PreTrainedConfig):
         self.adapter, self.segments = adapter, segments if adapter == "hrm" else 1
         self.inner_T, self.reset_l, self.grad_horizon = inner_T, reset_l, grad_horizon
         self.hrm_input, self.hrm_read, self.init_state = hrm_input, hrm_read, init_state
+        self.state_mix = state_mix
         self.injector, self.cab_mem, self.cab_gate_init = injector, cab_mem, cab_gate_init
         self.grb_gate_init, self.logit_bias_head = grb_gate_init, logit_bias_head
         self.lora_layers, self.lora_rank = lora_layers, lora_rank
@@ -128,6 +130,7 @@ class HRMAddon(nn.Module):
             reset_l=config.reset_l,
             init_state=config.init_state,
             share=config.share_hl,
+            state_mix=config.state_mix,
         )
         gate = config.cab_gate_init if config.injector == "cab" else config.grb_gate_init
         self.injector = INJECTORS[config.injector](width, config.d_h, config.n_heads, gate, config.cab_mem)

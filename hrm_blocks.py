@@ -228,6 +228,10 @@ class HRMCore(nn.Module):
     states begin as zeros, so that the first L call sees x alone, not x under two vectors of its own size. With `share`
     one block makes both steps, as in the Tiny Recursive Model (arXiv 2510.04871): only L's input holds x, which tells
     the two apart.
+
+    `state_mix="sum"` is the published recurrence. With `"gated"` earlier states enter by learned gates (d,), one per
+    channel, that begin at zero: `L(x + g1 * z_L + g2 * z_H)` and `H(z_L + g3 * z_H)`. Every segment of an untrained
+    core is then the same single pass, and training opens the gates where a further step pays.
     """
 
     def __init__(
@@ -241,6 +245,7 @@ class HRMCore(nn.Module):
         reset_l: bool = False,
         init_state: str = "fixed",
         share: bool = False,
+        state_mix: str = "sum",
     ):
         super().__init__()
         if share and h_layers != l_layers:
@@ -253,6 +258,9 @@ class HRMCore(nn.Module):
         self.h_block = HBlock(d, heads, h_layers)
         # One name per tensor: a second name for the shared block would be saved and averaged twice.
         self.l_block = None if share else LBlock(d, heads, l_layers)
+        self.state_mix = state_mix
+        if state_mix == "gated":
+            self.low_gate, self.high_gate, self.carry_gate = (nn.Parameter(torch.zeros(d)) for _ in range(3))
         self.halt = nn.Linear(d, 1)
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, HALT_BIAS)
@@ -281,13 +289,21 @@ class HRMCore(nn.Module):
             halted=torch.zeros(batch, dtype=torch.bool, device=mask.device),
         )
 
+    def _low_input(self, z_low: Tensor, z_high: Tensor, x: Tensor) -> Tensor:
+        if self.state_mix == "sum":
+            return z_low + z_high + x
+        return x + self.low_gate * z_low + self.high_gate * z_high
+
+    def _high_input(self, z_high: Tensor, z_low: Tensor) -> Tensor:
+        return z_high + z_low if self.state_mix == "sum" else z_low + self.carry_gate * z_high
+
     def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
         """One segment over x (B, S, d)."""
         z_low = self._initial(self.z_low_init, *x.shape[:2]) if self.reset_l else carry.z_low
         l_block = self.h_block if self.l_block is None else self.l_block
         z_high, z_low = recur(
-            lambda low, high: l_block(low + high + x, context),
-            lambda high, low: self.h_block(high + low, context),
+            lambda low, high: l_block(self._low_input(low, high, x), context),
+            lambda high, low: self.h_block(self._high_input(high, low), context),
             carry.z_high,
             z_low,
             self.inner_T,

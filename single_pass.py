@@ -22,7 +22,7 @@ class SinglePassCore(HRMCore):
     """As `HRMCore`, whose arguments it takes; those of the recurrence have no effect."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs | {"state_mix": "sum"})  # no gates: there is no earlier state
         del self.z_high_init, self.z_low_init
 
     def initial_carry(self, mask: Tensor) -> Carry:

@@ -367,6 +367,29 @@ def test_from_zero_states_one_short_segment_is_a_plain_pass_through_l_and_h():
     assert torch.equal(core.train().initial_carry(mask).z_low, torch.zeros(2, 4, WIDTH))
 
 
+@pytest.mark.parametrize("init_state", ["zero", "fixed"])
+def test_shut_gates_make_every_segment_the_single_pass(init_state):
+    core, mask, x = core_of(state_mix="gated", init_state=init_state), padding(4, 2), torch.randn(2, 4, WIDTH)
+    context = core.context(mask, place(mask))
+    expected = core.h_block(core.l_block(x, context), context)
+    for segments in (1, 3):
+        assert torch.equal(run(core, x, mask, segments=segments).z_high, expected)
+
+
+def test_open_gates_are_the_published_sum_and_every_gate_learns():
+    gated, summed = core_of(state_mix="gated"), core_of()
+    gated.load_state_dict(summed.state_dict(), strict=False)
+    mask, x = padding(4, 2), torch.randn(2, 4, WIDTH)
+    run(gated, x, mask).z_high.sum().backward()
+    gates = [gated.low_gate, gated.high_gate, gated.carry_gate]
+    assert all(float(gate.grad.abs().min()) > 0 for gate in gates)
+    assert all(gate.ndim == 1 for gate in gates), "Muon takes matrices"
+    with torch.no_grad():
+        for gate in gates:
+            gate.fill_(1.0)
+    torch.testing.assert_close(run(gated, x, mask, segments=3).z_high, run(summed, x, mask, segments=3).z_high)
+
+
 @pytest.mark.parametrize("reset_l", [False, True])
 def test_low_state_is_reset_at_each_segment_as_asked(reset_l):
     core, mask, x = core_of(reset_l=reset_l), padding(4, 2), torch.randn(2, 4, WIDTH)
