@@ -114,7 +114,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("init_state", "str", "zero", "first z_H and z_L: random vectors in training and fixed buffers at "
              "evaluation, the published fixed buffers in both, or zeros", choices=("random", "fixed", "zero"),
              archs=ADDON),
-        Flag("state_mix", "str", "sum", "earlier states enter a block by the published sum, or by learned gates that begin "
+        Flag("state_mix", "str", "gated", "earlier states enter a block by the published sum, or by learned gates that begin "
              "at zero", choices=("sum", "gated"), archs=ADDON),
         Flag("injector", "str", "cab", "z_H enters the LLM by cross-attention or gated bias", choices=("cab", "grb"),
              archs=ADDON),
