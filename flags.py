@@ -114,8 +114,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("init_state", "str", "zero", "first z_H and z_L: random vectors in training and fixed buffers at "
              "evaluation, the published fixed buffers in both, or zeros", choices=("random", "fixed", "zero"),
              archs=ADDON),
-        Flag("state_mix", "str", "gated", "earlier states enter a block by the published sum, or by learned gates that begin "
-             "at zero", choices=("sum", "gated"), archs=ADDON),
+        Flag("state_mix", "str", "gated", "earlier states enter a block by the published sum, or by learned gates "
+             "that begin at zero", choices=("sum", "gated"), archs=ADDON),
         Flag("injector", "str", "cab", "z_H enters the LLM by cross-attention or gated bias", choices=("cab", "grb"),
              archs=ADDON),
         Flag("cab_mem", "int", 0, "learned memory tokens that cab reads; 0 = all of z_H", low=0, archs=ADDON),
@@ -325,8 +325,8 @@ def default_of(flag: Flag, arch: str) -> Any:
 # Which adapters know a flag of the add-on; those not named here serve all.
 ADAPTER_FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("segments", "inner_T", "reset_l", "grad_horizon", "init_state", "use_act", "act_penalty", "halt_max_segments",
-         "segments_sampling", "supervised_segments", "eval_segments"), ("hrm",)),
+        ("segments", "inner_T", "reset_l", "grad_horizon", "init_state", "state_mix", "use_act", "act_penalty",
+         "halt_max_segments", "segments_sampling", "supervised_segments", "eval_segments"), ("hrm",)),
     **dict.fromkeys(
         ("d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem", "cab_gate_init",
          "grb_gate_init", "logit_bias_head", "lora_layers", "verifier_weight", "verifier_every", "train_injector_scale",

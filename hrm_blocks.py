@@ -231,7 +231,8 @@ class HRMCore(nn.Module):
 
     `state_mix="sum"` is the published recurrence. With `"gated"` earlier states enter by learned gates (d,), one per
     channel, that begin at zero: `L(x + g1 * z_L + g2 * z_H)` and `H(z_L + g3 * z_H)`. Every segment of an untrained
-    core is then the same single pass, and training opens the gates where a further step pays.
+    core is then the same single pass, and training opens the gates where a further step pays. One segment from zero
+    states reads no z_H but zero: g2 and g3 get no gradient before there is a second segment.
     """
 
     def __init__(

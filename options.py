@@ -182,9 +182,13 @@ def read_resolved(text: str) -> dict[str, Any]:
     import yaml
 
     try:
-        return {name: _from_yaml(FIND[name], value) for name, value in _leaves(yaml.safe_load(text)) if name in FIND}
+        found = {name: _from_yaml(FIND[name], value) for name, value in _leaves(yaml.safe_load(text)) if name in FIND}
     except (yaml.YAMLError, AttributeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError("the checkpoint's config.resolved.yaml cannot be read: restore it or start anew") from error
+    if found.get("arch", "addon") == "addon":
+        found = {"state_mix": "sum", **found}  # as it was before the flag existed
+    adapter = found.get("adapter", "hrm")  # defaults that changed must not look like flags typed for another adapter
+    return {name: value for name, value in found.items() if adapter in ADAPTER_FLAGS.get(name, (adapter,))}
 
 
 # Cross checks: the flags each reads (so that a flag already told as wrong stays out), and what to say, or None.
@@ -206,6 +210,8 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      "above 0" if o.curriculum and not (o.eval_every or o.eval_only or o.dry_run) else None),
     ("supervised_segments segments", lambda o: f"--supervised_segments {o.supervised_segments} is more than --segments "
      f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
+    ("segments_sampling segments", lambda o: f"--segments_sampling {o.segments_sampling} has nothing to draw from with "
+     f"--segments {o.segments}: choose at least 2" if o.segments_sampling != "fixed" and o.segments < 2 else None),
     ("share_hl h_layers l_layers", lambda o: f"--share_hl makes one block of H and L: --h_layers {o.h_layers} and "
      f"--l_layers {o.l_layers} must be equal" if o.share_hl and o.h_layers != o.l_layers else None),
     ("act_penalty use_act", lambda o: f"--act_penalty {o.act_penalty} does nothing without --use_act"

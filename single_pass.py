@@ -3,8 +3,8 @@
     HRM:          z_L = L(z_L + z_H + x) inner_T times, z_H = H(z_H + z_L), for every segment, from initial states
     single pass:  z_L = L(x), z_H = H(z_L), once
 
-Reading, injection, both blocks and their number of parameters are HRM's; there is no initial state, no sum with an
-earlier state, no loop and no segment. It is an encoder of l_layers + h_layers layers between reading and injection.
+Reading, injection and both blocks are HRM's; there is no initial state, no sum with an earlier state, no gate, no loop
+and no segment. It is an encoder of l_layers + h_layers layers between reading and injection.
 Shapes: B batch, S prompt tokens, d width.
 """
 

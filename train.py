@@ -18,6 +18,7 @@ SHAPE = {
     "addon": (
         *("arch", "d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem"),
         *("logit_bias_head", "lora_layers", "lora_rank", "use_act", "share_hl", "adapter", "virtual_tokens"),
+        "state_mix",
     ),
     "enhanced": (
         *("arch", "d_model", "n_heads", "n_planner_layers", "n_worker_layers", "max_cycles", "thought_dim"),

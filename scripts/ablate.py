@@ -46,7 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of the results (default: runs/ablation/GRID)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (default: cores / jobs)")
-    parser.add_argument("--arms", type=lambda text: text.split(","), help="comma list of the grid's arms to run alone")
+    parser.add_argument("--arms", type=lambda text: text.split(","), help="comma list of the grid's arms; "
+                        "the tables then hold these alone")
     parser.add_argument("--seeds", help="comma list in place of the grid's")
     parser.add_argument("--tasks", help="comma list in place of the grid's; + joins tasks trained together")
     parser.add_argument("--minutes", type=float, help="training minutes of each run in place of the grid's")

@@ -376,6 +376,13 @@ def test_shut_gates_make_every_segment_the_single_pass(init_state):
         assert torch.equal(run(core, x, mask, segments=segments).z_high, expected)
 
 
+@pytest.mark.parametrize(("segments", "learning"), [(1, {"low_gate"}), (2, {"low_gate", "high_gate", "carry_gate"})])
+def test_from_zero_states_the_gates_of_z_high_learn_from_the_second_segment_on(segments, learning):
+    core, mask = core_of(state_mix="gated", init_state="zero"), padding(4, 2)
+    run(core, torch.randn(2, 4, WIDTH), mask, segments=segments).z_high.sum().backward()
+    assert {name for name, p in core.named_parameters() if name.endswith("_gate") and p.grad.abs().sum()} == learning
+
+
 def test_open_gates_are_the_published_sum_and_every_gate_learns():
     gated, summed = core_of(state_mix="gated"), core_of()
     gated.load_state_dict(summed.state_dict(), strict=False)

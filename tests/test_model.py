@@ -28,6 +28,7 @@ VARIANTS = {
     "all": {"hrm_read": "all", "injector": "grb"},
     "one_step": {"grad_horizon": "one_step", "reset_l": True, "inner_T": 3},
     "random": {"init_state": "random"},
+    "gated": {"state_mix": "gated", "init_state": "zero"},
     "act": {"use_act": True, "verifier_head": True, "halt_max_segments": 3},
 }
 # Attention over the one pooled position is no attention: what asks it cannot learn.

@@ -171,7 +171,7 @@ def choices() -> list[tuple[str, str]]:
 def test_every_choice_is_accepted(name, choice):
     arch = choice if name == "arch" else FIND[name].archs[0]
     data = ["--dataset", "synthetic"] if arch == "hybrid" else ["--use_act"] if choice == "best_halt" else []
-    data += ["--train_n", "8"] if name == "cache_hidden" else []
+    data += {"cache_hidden": ["--train_n", "8"], "segments_sampling": ["--segments", "2"]}.get(name, [])
     assert getattr(parse(["--arch", arch, *data, f"--{name}", choice]), name) == choice
 
 
@@ -238,6 +238,8 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
     ("--eval_only --run_name a --dry_run", "--eval_only and --dry_run are both set: keep one"),
     ("--max_steps 0", "training would never end: set --max_steps, --epochs or --max_minutes"),
     ("--epochs 2", "--epochs 2 needs --train_n above 0: fresh items without end have no epochs"),
+    ("--segments_sampling growing", "--segments_sampling growing has nothing to draw from with --segments 1: choose at "
+     "least 2"),
     ("--segments 2 --supervised_segments 3", "--supervised_segments 3 is more than --segments 2: choose at most 2"),
     ("--act_penalty 0.1", "--act_penalty 0.1 does nothing without --use_act"),
     ("--halt_max_segments 2", "--halt_max_segments 2 does nothing without --use_act"),
@@ -345,10 +347,18 @@ def test_saved_options_are_checked_with_what_is_typed(capsys):
 
 def test_read_resolved_gives_what_dump_wrote():
     opts = parse(["--d_h", "64", "--tasks", "a,b", "--lr", "3e-4", "--task_config", '{"a": 1}', "--use_act"])
-    known = {flag.name for flag in FLAGS if "addon" in flag.archs}
+    known = {flag.name for flag in FLAGS if "addon" in flag.archs} - {"virtual_tokens"}  # another adapter's
     assert options.read_resolved(dump(opts)) == {name: value for name, value in as_dict(opts).items() if name in known}
     assert parse([], options.read_resolved(dump(opts))) == opts
-    assert options.read_resolved("model: {d_h: 64, a_flag_of_tomorrow: 3}") == {"d_h": 64}
+    assert options.read_resolved("model: {d_h: 64, a_flag_of_tomorrow: 3}") == {"d_h": 64, "state_mix": "sum"}
+
+
+def test_a_file_from_before_a_flag_or_a_default_means_what_it_meant():
+    """Runs without gates stay so, and a default of HRM's that has changed is no flag typed for another adapter."""
+    assert parse([], options.read_resolved("model: {d_h: 64}")).state_mix == "sum"
+    saved = options.read_resolved("adapter: {adapter: mlp}\nmodel: {d_h: 64, init_state: fixed}")
+    assert options.collect([], saved)[1] == [] and saved == {"adapter": "mlp", "d_h": 64}
+    assert "state_mix" not in options.read_resolved("model: {arch: hybrid, d_h: 64}")
 
 
 @pytest.mark.parametrize("text", ["", "- a", "d_h: [", "d_h: wide", "d_h: 1e999", "lr: {a: 1}x", "seed: 2024-99-99"])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from tiny_runs import (
     records,
     tensors,
 )
-from training import Trainer
+from training import Trainer, segments_of_step
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
@@ -68,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("flags", [
-    "--train_n 0 --init_state random --segments_sampling uniform --ema 0.9 --optimizer muon",
+    "--train_n 0 --init_state random --segments 3 --segments_sampling uniform --ema 0.9 --optimizer muon",
     "--train_n 10 --init_state fixed --segments_sampling fixed --supervised_segments 0 --optimizer adamw --use_act "
     "--verifier_weight 0.1 --verifier_every 2 --decode_temperature 0.8",
     "--train_n 0 --task none --tasks toy_add,chain_sum --task_config small --init_state random --lora_layers 1 "
@@ -95,6 +96,14 @@ def test_growing_segments_follow_the_share_of_the_run_that_is_done(call, tmp_pat
     assert call("--run_name", "grown", *SIX, *"--segments 3 --segments_sampling growing".split())[0] == 0
     counts = [record["segments"] for record in records(tmp_path / "runs" / "grown")["metrics"]]
     assert counts[:2] == [1, 1] and max(counts) > 1, counts
+
+
+@pytest.mark.parametrize("flags", ["", "--use_act", "--segments_sampling uniform", "--segments_sampling growing"])
+def test_the_cost_told_beforehand_counts_the_segments_that_will_be_drawn(flags):
+    opts = options.parse(["--segments", "5", *flags.split()])
+    expected = run.Run.mean_segments(SimpleNamespace(opts=opts, model=SimpleNamespace(recurrent=True)))
+    drawn = [segments_of_step(opts, step, step / 4000) for step in range(4000)]
+    assert sum(drawn) / len(drawn) == pytest.approx(expected, rel=0.03)
 
 
 def test_resumed_in_a_process_of_its_own_by_flags_alone(call, tiny_host, tmp_path):

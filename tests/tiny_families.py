@@ -52,10 +52,11 @@ def tiny_controller(family: str = "llama", trained: bool = True, seed: int = 0, 
 
 @torch.no_grad()
 def randomise(controller: HRMController, seed: int = 0, size: float = 0.6) -> HRMController:
-    """Gives the factors that start at zero random values: the injector's projection, the vocabulary bias, LoRA's B."""
+    """Gives what starts at zero random values: the injector's projection, vocabulary bias, LoRA's B, state gates."""
     generator = torch.Generator().manual_seed(seed + 2)
     for name, parameter in controller.named_parameters():
-        if name.endswith(("injector.out.weight", "vocabulary_bias.out.weight", "lora_B.default.weight")):
+        if name.endswith(("injector.out.weight", "vocabulary_bias.out.weight", "lora_B.default.weight",
+                          "core.low_gate", "core.high_gate", "core.carry_gate")):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
     return controller
 
