@@ -32,7 +32,9 @@ VARIANTS = {
     "act": {"use_act": True, "verifier_head": True, "halt_max_segments": 3},
 }
 # Attention over the one pooled position is no attention: what asks it cannot learn.
-DEAD = {"pooled": {"model.addon.injector.query.weight"}}
+# The first segment from zero states reads no z_H, so the gates of z_H learn nothing of it.
+DEAD = {"pooled": {"model.addon.injector.query.weight"},
+        "gated": {"model.addon.core.high_gate", "model.addon.core.carry_gate"}}
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_family = pytest.mark.parametrize("family", FAMILIES + SCALED)
 LENGTHS = (7, 4, 2)
