@@ -191,7 +191,8 @@ def test_a_detached_halting_head_reads_z_without_reshaping_it(tiny_host, detach)
 def measured(tiny_host, tmp_path_factory):
     """A tiny run with a halting head and its depth curve: (run, rows of depth.csv, what was printed)."""
     folder = tmp_path_factory.mktemp("depth")
-    more = ("--use_act", "--segments=2", "--max_steps=2", "--task_config", '{"max_value": 30}', "--eval_n=8")
+    more = ("--state_mix=sum", "--use_act", "--segments=2", "--max_steps=2", "--task_config", '{"max_value": 30}',
+            "--eval_n=8")
     assert train.main(arguments(tiny_host, folder, *more)) == 0
     run = only_run(folder)
     assert script.main([str(newest(run)), "--segments", "1,2,3", "--num_threads", "1", "--device", "cpu"]) == 0
