@@ -249,6 +249,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
              "over the run", choices=("fixed", "uniform", "growing"), archs=ADDON),
         Flag("supervised_segments", "int", 0, "0 = every segment has a loss and an optimizer step (deep supervision); "
              "N = only the last N, the earlier ones run without gradient", low=0, archs=ADDON),
+        Flag("carry_state", "bool", True, "each supervised segment goes on from the states of the one before; off: "
+             "from the initial ones, a control for what recurrence adds to repeated steps", archs=ADDON),
         Flag("verifier_weight", "float", 0.0, "weight of the head that learns the verifier's verdict; 0 = off", low=0,
              archs=ADDON),
         Flag("verifier_every", "int", 50, "batches between the answers generated for that head", low=1, archs=ADDON),
@@ -326,7 +328,8 @@ def default_of(flag: Flag, arch: str) -> Any:
 ADAPTER_FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("segments", "inner_T", "reset_l", "grad_horizon", "init_state", "state_mix", "use_act", "act_penalty",
-         "halt_max_segments", "segments_sampling", "supervised_segments", "eval_segments"), ("hrm",)),
+         "halt_max_segments", "segments_sampling", "supervised_segments", "carry_state", "eval_segments"),
+        ("hrm",)),
     **dict.fromkeys(
         ("d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem", "cab_gate_init",
          "grb_gate_init", "logit_bias_head", "lora_layers", "verifier_weight", "verifier_every", "train_injector_scale",

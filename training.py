@@ -112,6 +112,8 @@ class Trainer(BaseTrainer):
                 states = self._encode(batches)  # the last backward spent the graph, the last step moved the weights
             metrics, carries = self._supervise(batches, states, carries, verdicts, tokens, examples)
             metrics["grad_norm"] = self._update(step, metrics["loss"])
+            if not opts.carry_state:
+                carries = [None] * len(batches)
         if "halt_square" in metrics:
             variance = metrics.pop("halt_square") - metrics["halt_probability"] ** 2
             metrics["halt_deviation"] = max(variance, 0.0) ** 0.5  # among the batch's examples

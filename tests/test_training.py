@@ -242,6 +242,14 @@ def test_a_trainer_draws_by_the_share_of_the_run_that_the_loop_gives_it(make, ba
     assert counts == {0.0: {1}, 1.0: {1, 2, 3, 4}}
 
 
+def test_without_carried_states_every_supervised_segment_is_the_first(make, batches):
+    grads = {carry: gradients(make(segments=3, carry_state=carry), [batches[0]])[0] for carry in (True, False)}
+    name = "model.addon.read.weight"
+    assert len(grads[True]) == len(grads[False]) == 3 and torch.equal(grads[True][0][name], grads[False][0][name])
+    assert all(torch.equal(later[name], grads[False][0][name]) for later in grads[False][1:])
+    assert not any(torch.equal(later[name], grads[True][0][name]) for later in grads[True][1:])
+
+
 def test_a_drawn_count_below_the_supervised_ones_supervises_all(make, batches):
     trainer = make(segments=3, segments_sampling="uniform", supervised_segments=2)
     for step in range(12):
