@@ -291,15 +291,15 @@ class RunLoop:
         progress = Progress(self.total_steps, "step", self.unit, start=self.step, enabled=self.is_main)
         with interruptible() as stop, progress:
             clock, seen, read = time.monotonic(), 0, 0
-            while self._progress_share() < 1 and not self.ended_early():
+            while (share := self._progress_share()) < 1 and not self.ended_early():
                 try:
                     batches = self.next_batches()
                 except ValueError:  # a bad line: what was trained is kept
                     if self.step:
                         self.save()
                     raise
-                self.trainer.progress = self._progress_share()
-                lr = learning_rate(opts, self.step, self.trainer.progress, warmup)
+                self.trainer.progress = share
+                lr = learning_rate(opts, self.step, share, warmup)
                 try:
                     metrics = self.trainer.step(batches, self.step, lr)
                 except NonFiniteError as error:

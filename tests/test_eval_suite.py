@@ -331,15 +331,16 @@ def jobs(monkeypatch):
     return seen
 
 
-@pytest.mark.skipif(code_runner.confinement() is not None, reason="nothing confines code on this machine")
 def test_code_is_unfenced_and_run_against_all_its_tests(write, jobs):
     said = {"Write add.": f"Sure:\n```python\n{MBPP[0]['code']}\n```\nDone.", "Write neg.": "def neg(a): return a"}
-    result = run_suite(Told(said), [SuiteItem("mbpp", write("m.jsonl", MBPP))], bare=Told())
+    unconfined = code_runner.confinement() is not None  # where namespaces are refused, verdicts are still tested
+    items = [SuiteItem("mbpp", write("m.jsonl", MBPP))]
+    result = run_suite(Told(said), items, bare=Told(), allow_unconfined=unconfined)
     (row,) = result.rows(0, 0.0)
     assert (row["metric"], row["value"], row["n"], row["bare"]) == ("passed", 0.5, 2, 0.0)
     assert [line["score"] for line in result.predictions(0)] == [1.0, 0.0]
     ours = code_runner.CodeJob(f"{MBPP[0]['code']}\n", tuple(MBPP[0]["tests"]), "import math")
-    assert (ours, False) in jobs and len(jobs) == 4
+    assert (ours, unconfined) in jobs and len(jobs) == 4
 
 
 def test_code_that_nothing_confines_is_not_run_unless_allowed(write, jobs, monkeypatch):
