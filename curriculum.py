@@ -3,6 +3,9 @@
 A level sets every attribute of the task's curriculum to that level (attributes with fewer levels stay at their last);
 ranges run from the easiest value to the level's, so nothing learnt drops out. The evaluation items of ALL levels are
 reserved before anything is trained: a question trained on at one level could else be evaluated at the next.
+
+A task begins at its first level of at least `ENOUGH` distinct questions: chain_sum's first level has 200, half of them
+held out; the rest are learnt by heart, and the held-out rate never rises.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Any
 from reasoning_gym_wrapper import Example, Reserve, Task, TaskError, normalise
 
 Fits = Callable[[list[Example]], list[Example]]
+
+ENOUGH = 1000  # distinct questions: with a few hundred, training repeats them within minutes and learns nothing else
 
 
 def curriculum_problems(names: Sequence[str]) -> list[str]:
@@ -69,8 +74,9 @@ def ladder(task: Task, highest: int = 0) -> list[Task]:
 class Curriculum:
     """Where each task stands, and the evaluation items of every level.
 
-    `n` items are evaluated at a level, or half of its distinct questions where it has fewer than 2n. `fits` leaves out
-    items that are too long and raises ValueError where it may not; the ladder ends below such a level.
+    `starts` has the level each task begins at: the first of `ENOUGH` questions, or 0 where none has as many. `n` items
+    are evaluated at a level, or half of its distinct questions where it has fewer than 2n. `fits` leaves out items that
+    are too long and raises ValueError where it may not; the ladder ends below such a level.
 
     Raises:
         TaskError, ValueError: the first level of a task cannot be used.
@@ -81,22 +87,27 @@ class Curriculum:
         self.threshold = threshold
         self.ladders: dict[str, list[Task]] = {}
         self.held_out: dict[str, list[list[Example]]] = {}  # task -> level -> items
+        self.starts: dict[str, int] = {}
         self.reserve = Reserve([], 0, by_group=by_group)
         for task in tasks:
-            steps, items = [], []
+            steps, items, start = [], [], None
             for step in ladder(task, highest):
+                wanted = 2 * n if start is not None else max(2 * n, ENOUGH)
                 try:
-                    drawn = fits(Reserve([step], 2 * n, seed, must_fill=False, by_group=by_group).examples)
+                    drawn = fits(Reserve([step], wanted, seed, must_fill=False, by_group=by_group).examples)
                 except ValueError:
                     if not steps:
                         raise
                     break
+                if start is None and len(drawn) >= ENOUGH:
+                    start = len(steps)
                 steps.append(step)
                 items.append(drawn[:min(n, max(len(drawn) // 2, 1))])
             self.ladders[task.name], self.held_out[task.name] = steps, items
+            self.starts[task.name] = start or 0
             self.reserve.examples += [example for level in items for example in level]
         self.reserve.questions = {normalise(example.question) for example in self.reserve.examples}
-        self.levels = dict.fromkeys(self.ladders, 0)
+        self.levels = dict(self.starts)
 
     def tasks(self) -> list[Task]:
         """Each task at its level."""

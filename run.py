@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from baselines import build_controller
 from batching import Batch, PromptFormat, TrainBatches
 from checkpointing import step_folder
-from curriculum import Curriculum
+from curriculum import ENOUGH, Curriculum
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate, solved_rate
 from halting import HaltingAlarm, evaluation_collapse
 from hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
@@ -84,9 +84,13 @@ class Run(RunLoop):
     def _curriculum(self) -> Curriculum:
         opts = self.opts
         self.metric = "mean level + solved"  # a higher level counts more than a better rate below it
-        return Curriculum(self.tasks, opts.curriculum_threshold, opts.eval_n, opts.eval_seed, opts.group_split,
-                          opts.curriculum_levels,
-                          lambda examples: self.format.fitting(examples, opts.overlong, "evaluation"))
+        curriculum = Curriculum(self.tasks, opts.curriculum_threshold, opts.eval_n, opts.eval_seed, opts.group_split,
+                                opts.curriculum_levels,
+                                lambda examples: self.format.fitting(examples, opts.overlong, "evaluation"))
+        for name, level in curriculum.starts.items():
+            if level:
+                self.say(f"curriculum: {name} begins at level {level}, the first of {ENOUGH:,} questions or more")
+        return curriculum
 
     def _all_held_out(self) -> list[Example]:
         return self.reserve.examples if self.curriculum else self.eval_examples

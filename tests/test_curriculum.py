@@ -87,10 +87,23 @@ def test_a_small_level_keeps_half_of_its_questions_for_training():
     assert len(one.held_out["chain_sum"][1]) == 256
 
 
+def test_a_task_begins_at_its_first_level_with_enough_questions_to_learn_from():
+    assert climbed().starts == climbed().levels == {"chain_sum": 1, "gcd": 0}  # level 0: two one-digit numbers
+    only = Curriculum([Task("letter_counting")], 0.5, 24, 10**9, highest=1)
+    assert only.levels == {"letter_counting": 0}
+
+
+def test_a_task_that_never_has_enough_questions_begins_at_the_bottom(monkeypatch):
+    configs = [{"max_value": 5}, {"max_value": 9}]
+    monkeypatch.setattr("curriculum.level_configs", lambda task, highest: configs)
+    few = Curriculum([Task("toy_add")], 0.5, 8, 10**9)
+    assert few.levels == {"toy_add": 0} and len(few.ladders["toy_add"]) == 2
+
+
 def test_levels_go_up_one_by_one_at_the_threshold_and_stop_at_the_top():
     whole = climbed()
     assert whole.update({"chain_sum": 0.5, "gcd": 0.49}) == ["chain_sum"]
-    assert whole.levels == {"chain_sum": 1, "gcd": 0} and whole.told() == "chain_sum 1 of 3, gcd 0 of 3"
+    assert whole.levels == {"chain_sum": 2, "gcd": 0} and whole.told() == "chain_sum 2 of 3, gcd 0 of 3"
     for _ in range(5):
         whole.update({"chain_sum": 1.0, "gcd": 0.0})
     assert whole.levels["chain_sum"] == 3
