@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hrm_blocks import Carry, Context, HRMCore, last_column, last_state, linear, rms_norm, token_positions
+from hrm_blocks import (
+    Carry,
+    Context,
+    HRMCore,
+    last_column,
+    last_state,
+    linear,
+    relative_change,
+    rms_norm,
+    token_positions,
+)
 from injector import INJECTORS, Slots, Thought, VocabularyBias
 from single_pass import SinglePassCore
 
@@ -56,6 +66,7 @@ class HRMAddonConfig(PreTrainedConfig):
         use_act: bool = False,
         halt_detach: bool = False,
         halt_max_segments: int = 0,
+        halt_settled: float = 0.0,
         eval_readout: str = "last",
         verifier_head: bool = False,
         train_injector_scale: float = 1.0,
@@ -79,7 +90,7 @@ class HRMAddonConfig(PreTrainedConfig):
         self.grb_gate_init, self.logit_bias_head = grb_gate_init, logit_bias_head
         self.lora_layers, self.lora_rank = lora_layers, lora_rank
         self.use_act, self.halt_max_segments, self.verifier_head = use_act, halt_max_segments, verifier_head
-        self.halt_detach, self.eval_readout = halt_detach, eval_readout
+        self.halt_detach, self.halt_settled, self.eval_readout = halt_detach, halt_settled, eval_readout
         self.train_injector_scale, self.eval_injector_scale = train_injector_scale, eval_injector_scale
         if base_config is not None:
             text = base_config.get_text_config()
@@ -218,7 +229,8 @@ class HRMBackbone(PreTrainedModel):
     def think(self, features: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """All segments of inference: (z_high (B, S, d), segments used (B,)).
 
-        With `use_act` an example whose halting head says "right" (logit > 0) leaves the batch and costs nothing more.
+        An example leaves the batch, and costs nothing more, when its halting head says "right" (`use_act`, logit > 0)
+        or when a segment changed its z_high by a share less than `halt_settled`: more of the same would change nothing.
         """
         limit = (self.config.halt_max_segments if self.config.use_act else 0) or self.config.segments
         if self.config.use_act and self.config.eval_readout == "best_halt":
@@ -228,11 +240,13 @@ class HRMBackbone(PreTrainedModel):
         z_high, used = torch.empty_like(x), torch.zeros_like(carry.steps)
         active, part = torch.arange(len(x), device=x.device), context
         for segment in range(limit):
-            carry = core(x, part, carry.detach())  # as in training, gradient stays within a segment
-            if self.config.use_act and segment < limit - 1:
-                done = core.halt_logits(carry.z_high, part.mask) > 0
-            else:
-                done = torch.full_like(carry.halted, segment == limit - 1)
+            before = carry.detach()  # as in training, gradient stays within a segment
+            carry = core(x, part, before)
+            done = torch.full_like(carry.halted, segment == limit - 1)
+            if self.config.use_act:
+                done |= core.halt_logits(carry.z_high, part.mask) > 0
+            if self.config.halt_settled:
+                done |= relative_change(before.z_high, carry.z_high, part.mask) < self.config.halt_settled
             if not bool(done.any()):
                 continue
             z_high[active[done]], used[active[done]] = carry.z_high[done].to(x.dtype), carry.steps[done]

@@ -270,6 +270,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("eval_segments", "int", 0, "segments at evaluation; 0 = as trained", low=0, archs=ADDON),
         Flag("eval_readout", "str", "last", "the segment that answers: the last, or of all segments the one with the "
              "highest halting score; needs use_act", choices=("last", "best_halt"), archs=ADDON),
+        Flag("halt_settled", "float", 0.0, "at evaluation an example stops too when a segment changes z_H by less than "
+             "this share of its norm; 0 = off", low=0, high=1, archs=ADDON),
         Flag("eval_injector_scale", "float", 1.0, "factor on the injection at evaluation; 0 = bare LLM", low=0,
              archs=ADDON),
         Flag("decode_temperature", "float", 0.0, "sampling temperature; 0 = greedy", low=0, archs=ADDON),
@@ -328,8 +330,8 @@ def default_of(flag: Flag, arch: str) -> Any:
 ADAPTER_FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("segments", "inner_T", "reset_l", "grad_horizon", "init_state", "state_mix", "use_act", "act_penalty",
-         "halt_max_segments", "segments_sampling", "supervised_segments", "carry_state", "eval_segments"),
-        ("hrm",)),
+         "halt_max_segments", "segments_sampling", "supervised_segments", "carry_state", "eval_segments",
+         "halt_settled"), ("hrm",)),
     **dict.fromkeys(
         ("d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem", "cab_gate_init",
          "grb_gate_init", "logit_bias_head", "lora_layers", "verifier_weight", "verifier_every", "train_injector_scale",

@@ -333,6 +333,13 @@ def last_state(z: Tensor, mask: Tensor) -> Tensor:
     return z[torch.arange(len(z), device=z.device), last_column(mask)]
 
 
+def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
+    """(B,) of ||after - before|| / ||after||, norms over the readable positions of (B, S, d)."""
+    weight = mask[..., None].float()
+    difference, size = ((z * weight).flatten(1).norm(dim=1) for z in (after.float() - before.float(), after.float()))
+    return difference / size.clamp(min=1e-12)
+
+
 def mean_state(z: Tensor, mask: Tensor) -> Tensor:
     """(B, d): mean of z (B, S, d) over readable columns; zeros in a row without any."""
     weight = mask[..., None].to(z.dtype)

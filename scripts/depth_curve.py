@@ -7,6 +7,8 @@ Each number of segments answers the same evaluation items, per task and per diff
 is the readout with halting off. A checkpoint with --use_act is also measured with halting `on` (at most so many
 segments) and with `best_halt` (all segments run, the one with the highest halting score answers), and its halting head
 is calibrated: the probability after k segments against whether the answer read after k segments is right.
+`--halt_settled X` adds `settled`: as `on`, or without a head, and an example stops too when a segment changes z_H by
+less than the share X of its norm.
 
 Difficulty groups items by a whole number that the task itself gives each item (`num_terms`, `num_empty`), the first
 that varies and takes at most 12 values; without one, by quartiles of the prompt's tokens. The `change` columns hold the
@@ -43,6 +45,7 @@ from evaluation import OVERALL, Answer, Decoding, answer, answer_budget, wilson 
 from figures import new_figure, save_figure, style  # noqa: E402
 from halting import calibration_error, reliability  # noqa: E402
 from host import load_tokenizer  # noqa: E402
+from hrm_blocks import relative_change  # noqa: E402
 from model import ADAPTER_CONFIG, HRMController, load_adapter  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, make_tasks  # noqa: E402
 from run_logging import Progress  # noqa: E402
@@ -64,6 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--segments", default="1,2,4,8,16", help="comma list")
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task (default: as in the run)")
     parser.add_argument("--difficulty", default="auto", help="auto, length, or a name in the items' metadata")
+    parser.add_argument("--halt_settled", type=float, default=0.0, help="share of change under which an example stops")
     parser.add_argument("--output", type=Path, help="folder (default: depth/ in the run's folder)")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -78,6 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                              ("batch_size", args.batch_size, 1), ("num_threads", args.num_threads, 0)):
         if value < low:
             parser.error(f"--{name} {value} is not legal: expected at least {low}")
+    if not 0 <= args.halt_settled <= 1:
+        parser.error(f"--halt_settled {args.halt_settled} is not legal: expected a share from 0 (off) to 1")
     return args
 
 
@@ -214,26 +220,23 @@ def trajectory(loaded: Loaded, segments: int, batch_size: int) -> Trajectory:
     return Trajectory(*torch.cat(parts, dim=2).unbind(dim=1))
 
 
-def relative_change(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B,) of ||after - before|| / ||after||, norms over the readable positions of (B, S, d)."""
-    weight = mask[..., None].float()
-    difference, size = ((z * weight).flatten(1).norm(dim=1) for z in (after.float() - before.float(), after.float()))
-    return difference / size.clamp(min=1e-12)
-
-
-def answers_at(loaded: Loaded, readout: str, segments: int, batch_size: int) -> list[Answer]:
-    """The items' answers by one readout after (`on`: at most) so many segments."""
+def answers_at(loaded: Loaded, readout: str, segments: int, batch_size: int, settled: float = 0.0) -> list[Answer]:
+    """The items' answers by one readout after (`on`, `settled`: at most) so many segments."""
     config, opts = loaded.model.config, loaded.opts
-    before = (config.use_act, config.eval_readout, config.segments, config.halt_max_segments)
-    config.use_act, config.eval_readout = readout != "last", "best_halt" if readout == "best_halt" else "last"
+    names = ("use_act", "eval_readout", "segments", "halt_max_segments", "halt_settled")
+    before = {name: getattr(config, name) for name in names}
+    config.use_act = bool(opts.use_act) and readout != "last"
+    config.eval_readout = "best_halt" if readout == "best_halt" else "last"
     config.segments = config.halt_max_segments = segments
+    config.halt_settled = settled if readout == "settled" else 0.0
     decoding = Decoding(opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, loaded.budget, batch_size,
                         opts.seed)
     try:
         with loaded.autocast():
             return answer(loaded.model, loaded.format, loaded.examples, decoding)
     finally:
-        config.use_act, config.eval_readout, config.segments, config.halt_max_segments = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def groups(loaded: Loaded, labels: Sequence[str]) -> dict[tuple[str, str], list[int]]:
@@ -363,12 +366,13 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         most, best = off[max(off)], max(off.values(), key=lambda row: row["solved"])
         lines.append(f"{task}: best with {best['segments']} segments, {100 * best['solved']:.1f} %; with "
                      f"{most['segments']} {100 * (most['solved'] - best['solved']):+.1f} points")
-        on = next((row for row in whole if row["task"] == task and row["readout"] == "on"
-                   and row["segments"] == most["segments"]), None)
-        if on:
-            saved = 1 - on["segments_used"] / most["segments"]
-            lines.append(f"{task}: halting of at most {most['segments']} segments saves {100 * saved:.0f} % of them at "
-                         f"{100 * (on['solved'] - most['solved']):+.1f} points")
+        for readout, name in (("on", "halting"), ("settled", "halting, and stopping what has settled,")):
+            on = next((row for row in whole if row["task"] == task and row["readout"] == readout
+                       and row["segments"] == most["segments"]), None)
+            if on:
+                saved = 1 - on["segments_used"] / most["segments"]
+                lines.append(f"{task}: {name} of at most {most['segments']} segments saves {100 * saved:.0f} % of them "
+                             f"at {100 * (on['solved'] - most['solved']):+.1f} points")
     return lines
 
 
@@ -393,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or run / "depth"
     found = groups(loaded, difficulties(loaded.examples, loaded.format, args.difficulty))
     act = bool(loaded.opts.use_act)
-    readouts = ["last", "on", "best_halt"] if act else ["last"]
+    readouts = ["last"] + ["on", "best_halt"] * act + ["settled"] * (args.halt_settled > 0)
     rows: list[dict[str, Any]] = []
     chances: list[float] = []
     right: list[bool] = []
@@ -404,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress.update(1 + readouts.index(readout) * len(args.segments) + args.segments.index(segments),
                                 readout=readout, segments=segments)
                 begun = time.monotonic()
-                answers = answers_at(loaded, readout, segments, args.batch_size)
+                answers = answers_at(loaded, readout, segments, args.batch_size, args.halt_settled)
                 rows += rows_of(answers, found, walk, readout, segments, time.monotonic() - begun, act)
                 if act and readout == "last":
                     chances += walk.halt_probability[segments - 1].tolist()

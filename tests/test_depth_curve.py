@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import halting
 import train
 from halting import HaltingAlarm, calibration_error, collapse, evaluation_collapse, reliability
-from hrm_blocks import last_column
+from hrm_blocks import last_column, relative_change
 from tiny_runs import arguments, newest, only_run, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,11 +136,11 @@ def test_relative_change_looks_at_readable_positions_alone():
     torch.manual_seed(0)
     before, after = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     mask = torch.tensor([[False, True, True], [True, True, True]])
-    found = script.relative_change(before, after, mask)
+    found = relative_change(before, after, mask)
     expected = [(after[0, 1:] - before[0, 1:]).norm() / after[0, 1:].norm(),
                 (after[1] - before[1]).norm() / after[1].norm()]
     torch.testing.assert_close(found, torch.stack(expected))
-    assert torch.equal(script.relative_change(after, after, mask), torch.zeros(2))
+    assert torch.equal(relative_change(after, after, mask), torch.zeros(2))
 
 
 def thinker(tiny_host, **changes):
@@ -187,6 +187,9 @@ def test_a_detached_halting_head_reads_z_without_reshaping_it(tiny_host, detach)
     assert touched != detach
 
 
+READOUTS = ("last", "on", "best_halt", "settled")
+
+
 @pytest.fixture(scope="module")
 def measured(tiny_host, tmp_path_factory):
     """A tiny run with a halting head and its depth curve: (run, rows of depth.csv, what was printed)."""
@@ -195,7 +198,8 @@ def measured(tiny_host, tmp_path_factory):
             "--eval_n=8")
     assert train.main(arguments(tiny_host, folder, *more)) == 0
     run = only_run(folder)
-    assert script.main([str(newest(run)), "--segments", "1,2,3", "--num_threads", "1", "--device", "cpu"]) == 0
+    assert script.main([str(newest(run)), "--segments", "1,2,3", "--num_threads", "1", "--device", "cpu",
+                        "--halt_settled", "0.5"]) == 0
     with open(run / "depth" / "depth.csv", newline="") as file:
         return run, list(csv.DictReader(file))
 
@@ -204,10 +208,10 @@ def test_every_readout_is_measured_at_every_depth_and_difficulty(measured):
     run, rows = measured
     whole = [row for row in rows if row["difficulty"] == "all"]
     assert [(row["readout"], row["segments"]) for row in whole] == [
-        (readout, k) for readout in ("last", "on", "best_halt") for k in "123"]
+        (readout, k) for readout in READOUTS for k in "123"]
     assert all(row["n"] == "8" and float(row["ci_low"]) <= float(row["solved"]) <= float(row["ci_high"])
                for row in whole)
-    for readout in ("last", "on", "best_halt"):
+    for readout in READOUTS:
         parts = [row for row in rows if row["readout"] == readout and row["segments"] == "2"
                  and row["difficulty"] != "all"]
         assert sum(int(row["n"]) for row in parts) == 8
@@ -231,7 +235,7 @@ def test_the_trained_depth_is_the_evaluation_of_the_run_itself(measured):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [(["nowhere"], "nowhere"), (["x", "--segments", "0"], "expected at least 1"),
-     (["x", "--segments", "a"], "expected whole numbers")],
+     (["x", "--segments", "a"], "expected whole numbers"), (["x", "--halt_settled", "2"], "a share from 0 (off) to 1")],
 )
 def test_a_mistake_is_one_line(argv, told, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["depth_curve.py", *argv])

@@ -14,7 +14,7 @@ from torch import nn
 
 from backbone import HRMAddonConfig, token_positions
 from batching import IGNORE, Batch, pad
-from hrm_blocks import Carry
+from hrm_blocks import Carry, relative_change
 from model import HRMController, all_correct, is_addon_parameter, prompt_before
 from tiny_families import EOS, FAMILIES, SCALED, VOCABULARY, left_padded, random_ids, tiny_controller, tiny_host
 
@@ -604,6 +604,33 @@ def test_with_act_the_limit_is_its_own_or_the_segments():
         assert controller(ids, mask, prompt_mask=mask).segments_used.tolist() == [expected] * 3
         nn.init.constant_(controller.model.addon.core.halt.bias, 9.0)
         assert controller(ids, mask, prompt_mask=mask).segments_used.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("use_act", [False, True])
+@torch.no_grad()
+def test_an_example_stops_at_the_first_segment_that_hardly_changes_its_z(use_act):
+    """With a halting head or without; and it answers from the state it stopped at."""
+    settings = {"segments": LIMIT, "state_mix": "sum", "init_state": "fixed"}
+    controller, questions = tiny_controller(use_act=use_act, **settings), prompts(QUESTIONS)
+    states = controller.encode(batch_of(questions, lengths=(1,) * len(questions)))
+    mask, carry, before = states.context.mask, None, controller.model.addon.core.initial_carry(states.context.mask)
+    changes, walk = [], []
+    for _ in range(LIMIT):
+        carry = controller.model.advance(states.features, states.context, carry)
+        changes.append(relative_change(before.z_high, carry.z_high, mask))
+        walk.append(carry.z_high)
+        before = carry
+    changes = torch.stack(changes)
+    limit = float(changes[2].median()) * 1.0001
+    settled = changes < limit
+    settled[-1] = True
+    expected = settled.int().argmax(dim=0) + 1
+    assert len(expected.unique()) >= 2 and expected.min() > 1, "the case must have something to stop"
+    controller.config.halt_settled = limit
+    z_high, used = controller.model.think(states.features, states.context)
+    assert used.tolist() == expected.tolist()
+    for row, segment in enumerate(expected.tolist()):
+        torch.testing.assert_close(z_high[row][mask[row]], walk[segment - 1][row][mask[row]], atol=1e-4, rtol=0)
 
 
 def test_segments_used_are_logged_on_request():
