@@ -266,11 +266,10 @@ def run_rows(job: Job, run: Path, status: str) -> list[dict[str, Any]]:
         for row in rows:
             if int(row["step"]) != last_step or row["metric"] not in ("solved", "mean_score", "truncated"):
                 continue
-            entry = found.setdefault(row["task"], {**shared, "task": row["task"], "steps": last_step, "n": row["n"],
-                                                   "segments_used": row["segments_used"]})
-            entry[row["metric"]] = row["value"]
+            entry = found.setdefault(row["task"], {**shared, "task": row["task"], "steps": last_step})
+            entry[row["metric"]] = row["value"]  # of several evaluations of one checkpoint, the last
             if row["metric"] == "solved":
-                entry |= {key: row[key] for key in ("ci_low", "ci_high", "bare")}
+                entry |= {key: row[key] for key in ("n", "segments_used", "ci_low", "ci_high", "bare")}
     return list(found.values()) or [shared | {"steps": metrics[-1]["step"] if metrics else 0}]
 
 

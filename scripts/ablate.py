@@ -2,19 +2,22 @@
 
     python scripts/ablate.py configs/ablation/injector.yaml                    # into runs/ablation/injector/
     python scripts/ablate.py configs/ablation/baselines.yaml --jobs 2 --threads 1 --minutes 3 --seeds 0,1,2
+    python scripts/ablate.py configs/ablation/baselines.yaml --eval_n 1000     # finished runs, on more items
     python scripts/ablate.py configs/ablation/segments.yaml --plan             # what would run, and stop
 
 What a grid file says stands at the top of ablation.py. Called again, finished runs are skipped and interrupted ones go
 on; Ctrl-C lets every running batch end and saves. With `minutes`, each arm's speed on each task is measured first,
-under the same number of jobs, and fixes its `max_steps`. The output folder holds results.csv and summary.md, rewritten
-after every run, results.png, and runs/, logs/. Exit status: 0 done, 1 a run failed, 2 the user's mistake, 130
-interrupted.
+under the same number of jobs, and fixes its `max_steps`. `--eval_n N` evaluates finished runs once more where their
+last evaluation was of another number of items; nothing is trained twice, and the tables tell the last evaluation. The
+output folder holds results.csv and summary.md, rewritten after every run, results.png, and runs/, logs/. Exit status:
+0 done, 1 a run failed, 2 the user's mistake, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -51,9 +54,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", help="comma list in place of the grid's")
     parser.add_argument("--tasks", help="comma list in place of the grid's; + joins tasks trained together")
     parser.add_argument("--minutes", type=float, help="training minutes of each run in place of the grid's")
+    parser.add_argument("--eval_n", type=int, default=0, help="items of each task on which every finished run is "
+                        "evaluated once more; 0 = as trained")
     parser.add_argument("--plan", action="store_true", help="show the runs and stop")
     args = parser.parse_args(argv)
-    for name, low in (("jobs", 1), ("threads", 0)):
+    for name, low in (("jobs", 1), ("threads", 0), ("eval_n", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name} {getattr(args, name)} is not legal: expected at least {low}")
     args.threads = args.threads or max((os.cpu_count() or 1) // args.jobs, 1)
@@ -391,6 +396,30 @@ def train_all(grid: Grid, jobs: Sequence[Job], runner: Runner) -> int:
     return failed
 
 
+def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> int:
+    """Finished runs whose last evaluation was not of `n` items a task. Returns how many failed."""
+    runs, failed, todo = runner.output / "runs", 0, []
+    for job in jobs:
+        record = ablation.read_record(runs / job.name)
+        if record is None or record["status"] != "finished":
+            continue
+        if all(int(row["n"]) == n for row in ablation.run_rows(job, runs / job.name, "finished")):
+            continue
+        trained = (runs / job.name / "checkpoints").is_dir()
+        again = {"eval_only": True} if trained else job.flags  # the bare LLM's run is an evaluation already
+        todo.append(dataclasses.replace(job, flags={**again, "eval_n": n}))
+    with Board(todo, 0, None, runner.jobs) as board:
+        for child in runner.work(todo, runs, "", board):
+            status = child.process.returncode
+            failed += bool(status) and not runner.stop.asked
+            board.done += not status
+            board.say(f"{child.job.name} evaluated on {n} items" if not status else
+                      f"{child.job.name} was not evaluated again, exit status {status}: {last_words(child.log)} (see "
+                      f"{child.log})")
+            write_results(grid, jobs, runs)
+    return failed
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     grid = ablation.read_grid(args.grid, changes(args), args.arms)
@@ -406,6 +435,8 @@ def main(argv: list[str] | None = None) -> int:
         if grid.minutes:
             jobs = calibrated(grid, jobs, runner)
         failed = train_all(grid, jobs, runner)
+        if args.eval_n and not stop.asked:
+            failed += evaluate_again(grid, jobs, runner, args.eval_n)
         results = write_results(grid, jobs, output / "runs")
         draw(results, output / "results.png")
     print((output / "summary.md").read_text())

@@ -226,6 +226,25 @@ def fake_run(runs: Path, name: str, task: str, scores: list[float]) -> None:
     (runs / name / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_host, tmp_path, capsys):
+    shape = {name: TINY[name] for name in ("d_h", "n_heads", "inner_T")}
+    common = {name: value for name, value in TINY.items() if name not in shape}
+    path = grid_file(tmp_path, common={**common, "model_name": str(tiny_host)},
+                     arms={"cab": shape, "bare": {"adapter": "none"}})
+    call = [str(path), "--output", str(tmp_path / "out"), "--threads", "1"]
+    assert script.main(call) == 0
+    trained = (tmp_path / "out" / "runs" / "cab--toy_add--seed0" / "metrics.jsonl").read_text()
+    assert [row["n"] for row in table(tmp_path / "out")] == ["6", "6"]
+    assert script.main([*call, "--eval_n", "9"]) == 0
+    rows = table(tmp_path / "out")
+    assert [(row["arm"], row["n"]) for row in rows] == [("cab", "9"), ("bare", "9")]
+    assert (tmp_path / "out" / "runs" / "cab--toy_add--seed0" / "metrics.jsonl").read_text() == trained
+    assert len(ablation.item_scores(tmp_path / "out" / "runs" / "cab--toy_add--seed0", "toy_add")) == 9
+    capsys.readouterr()
+    assert script.main([*call, "--eval_n", "9"]) == 0
+    assert "evaluated on" not in capsys.readouterr().err
+
+
 def test_the_table_pairs_the_same_items_and_averages_over_seeds(tmp_path):
     rows = []
     for arm, solved in (("base", [[1, 0, 0, 0.5], [1, 1, 0, 0]]), ("better", [[1, 1, 1, 0.99], [1, 1, 1, 0]])):
