@@ -21,11 +21,12 @@ from grpo_data import FileSource, Problem, stream
 from grpo_eval import Measured, measure
 from grpo_stages import Stage, hold_out, rewards_of, stages_of
 from options import Options, read_resolved
-from reasoning_gym_wrapper import normalise, train_seed
+from reasoning_gym_wrapper import normalise
 from run_logging import Progress, draw_curve
 from run_loop import RunLoop, closing_words
 from run_state import CONFIG
 from text_model import CausalTextModel
+from training_stream import train_seed
 
 PROBE = 64  # training examples whose prompts are measured against --max_seq_len before anything runs
 

@@ -245,8 +245,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("mixed_precision", "str", "auto", "autocast; auto = bf16 where the hardware has it, fp16 needs CUDA",
              choices=("auto", "none", "bf16", "fp16")),
         Flag("ema", "float", 0.998, "decay of the weights evaluated; 0 = off", low=0, high=1, exclusive_high=True),
-        Flag("segments_sampling", "str", "fixed", "all; 1 to all, drawn per batch; or 1 to a number that grows to all "
-             "over the run", choices=("fixed", "uniform", "growing"), archs=ADDON),
+        Flag("segments_sampling", "str", "fixed", "all (with use_act 1 to all); 1 to all, drawn per batch; or 1 to a "
+             "number that grows to all over the run", choices=("fixed", "uniform", "growing"), archs=ADDON),
         Flag("supervised_segments", "int", 0, "0 = every segment has a loss and an optimizer step (deep supervision); "
              "N = only the last N, the earlier ones run without gradient", low=0, archs=ADDON),
         Flag("carry_state", "bool", True, "each supervised segment goes on from the states of the one before; off: "

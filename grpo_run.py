@@ -20,12 +20,12 @@ from grpo_eval import Measured, change_table, measure
 from grpo_stages import Held, Stage, hold_out, rewards_of, stages_of
 from model import ADAPTER, adapter_document
 from optimization import NonFiniteError, model_weights
-from reasoning_gym_wrapper import train_seed
 from run import Run
 from run_logging import RunLog, draw_curve
 from run_loop import NON_FINITE_EXIT, RunLoop, closing_words
 from run_setup import interruptible
 from run_state import CONFIG
+from training_stream import train_seed
 
 PROGRESS = "grpo.json"  # in a checkpoint: which stages lie behind it
 STAGES, SAMPLES = "stages", "samples"  # folders in the run

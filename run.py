@@ -18,12 +18,13 @@ from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, eval
 from halting import HaltingAlarm, evaluation_collapse
 from hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
 from host import load_config, load_tokenizer
-from reasoning_gym_wrapper import EpochStream, Example, Reserve, make_tasks, task_warnings, training_examples
+from reasoning_gym_wrapper import Example, Reserve, make_tasks, task_warnings
 from run_logging import Progress, draw_curve, format_table
 from run_loop import RunLoop, closing_words
 from run_setup import task_config, task_names
 from text_model import CausalTextModel
 from training import Trainer
+from training_stream import EpochStream, training_examples
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
 

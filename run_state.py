@@ -26,6 +26,7 @@ from checkpointing import (
     write_checkpoint,
 )
 from optimization import BaseTrainer
+from reasoning_gym_wrapper import unreserved
 
 STATE, CONFIG = "training_state", "config.resolved.yaml"
 # What a position in the training items depends on.
@@ -141,10 +142,7 @@ def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
     if opts.arch != "addon":
         return []
     other = any(getattr(opts, name) != before.get(name) for name in ("eval_seed", "task_config"))
-    if other or opts.eval_n > before.get("eval_n", 0):
-        reserved = f"{before.get('eval_n', 0)} evaluation items of each task"
-        return [f"WARNING: training kept off the first {reserved}: others evaluated now may have been trained on"]
-    return []
+    return [unreserved(before.get("eval_n", 0))] if other or opts.eval_n > before.get("eval_n", 0) else []
 
 
 def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]

@@ -35,8 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ablation  # noqa: E402
+import options  # noqa: E402
 from ablation import Grid, GridError, Job  # noqa: E402
 from figures import new_figure, save_figure  # noqa: E402
+from reasoning_gym_wrapper import unreserved  # noqa: E402
 from script_tools import ScriptParser, run_script, staged  # noqa: E402
 
 POLL_S = 0.2
@@ -398,7 +400,7 @@ def train_all(grid: Grid, jobs: Sequence[Job], runner: Runner) -> int:
 
 def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> int:
     """Finished runs whose last evaluation was not of `n` items a task. Returns how many failed."""
-    runs, failed, todo = runner.output / "runs", 0, []
+    runs, failed, todo, reserved = runner.output / "runs", 0, [], set()
     for job in jobs:
         record = ablation.read_record(runs / job.name)
         if record is None or record["status"] != "finished":
@@ -408,6 +410,9 @@ def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> i
         trained = (runs / job.name / "checkpoints").is_dir()
         again = {"eval_only": True} if trained else job.flags  # the bare LLM's run is an evaluation already
         todo.append(dataclasses.replace(job, flags={**again, "eval_n": n}))
+        reserved.add(int(job.flags.get("eval_n", options.FIND["eval_n"].default)) if trained else n)
+    if min(reserved, default=n) < n:
+        print(unreserved(min(reserved)), file=sys.stderr)
     with Board(todo, 0, None, runner.jobs) as board:
         for child in runner.work(todo, runs, "", board):
             status = child.process.returncode

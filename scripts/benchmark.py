@@ -47,10 +47,11 @@ from hidden_cache import GB, HiddenCache, cache_key, plan_cache  # noqa: E402
 from host import DEFAULT_HOST, freeze, load_host, load_tokenizer  # noqa: E402
 from model import HRMController  # noqa: E402
 from param_matching import lora_parameters  # noqa: E402
-from reasoning_gym_wrapper import Reserve, default_tasks, make_tasks, training_examples  # noqa: E402
+from reasoning_gym_wrapper import Reserve, default_tasks, make_tasks  # noqa: E402
 from run_setup import pick_device, pick_precision  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from training import Trainer  # noqa: E402
+from training_stream import training_examples  # noqa: E402
 
 HOSTS = ("embedded", "qwen2-0.5b")
 ARMS = ("hrm cached", "hrm", "mlp", "lora", "prompt")

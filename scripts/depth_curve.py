@@ -47,7 +47,7 @@ from halting import calibration_error, reliability  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from hrm_blocks import relative_change  # noqa: E402
 from model import ADAPTER_CONFIG, HRMController, load_adapter  # noqa: E402
-from reasoning_gym_wrapper import Example, Reserve, make_tasks  # noqa: E402
+from reasoning_gym_wrapper import Example, Reserve, make_tasks, unreserved  # noqa: E402
 from run_logging import Progress  # noqa: E402
 from run_setup import pick_device, pick_precision, task_config, task_names  # noqa: E402
 from script_tools import ScriptParser, run_script, staged  # noqa: E402
@@ -395,6 +395,8 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load(args)
     run = loaded.folder.parent.parent if loaded.folder.parent.name == FOLDER else loaded.folder
     output = args.output or run / "depth"
+    if args.eval_n > loaded.opts.eval_n:
+        print(unreserved(loaded.opts.eval_n), file=sys.stderr)
     found = groups(loaded, difficulties(loaded.examples, loaded.format, args.difficulty))
     act = bool(loaded.opts.use_act)
     readouts = ["last"] + ["on", "best_halt"] * act + ["settled"] * (args.halt_settled > 0)

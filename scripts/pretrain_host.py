@@ -32,8 +32,9 @@ from checkpointing import (  # noqa: E402
     unpack_optimizer,
     write_checkpoint,
 )
-from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks, train_seed  # noqa: E402
+from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks  # noqa: E402
 from run_logging import Progress  # noqa: E402
+from training_stream import train_seed  # noqa: E402
 
 # Short prompts, fast to draw, gold answers, stable under PYTHONHASHSEED, and no scorer or item that executes code.
 TASKS = """

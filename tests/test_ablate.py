@@ -236,6 +236,7 @@ def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_h
     trained = (tmp_path / "out" / "runs" / "cab--toy_add--seed0" / "metrics.jsonl").read_text()
     assert [row["n"] for row in table(tmp_path / "out")] == ["6", "6"]
     assert script.main([*call, "--eval_n", "9"]) == 0
+    assert "training kept off the first 6 evaluation items" in capsys.readouterr().err
     rows = table(tmp_path / "out")
     assert [(row["arm"], row["n"]) for row in rows] == [("cab", "9"), ("bare", "9")]
     assert (tmp_path / "out" / "runs" / "cab--toy_add--seed0" / "metrics.jsonl").read_text() == trained

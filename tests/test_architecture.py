@@ -47,6 +47,7 @@ FLOORS = {
     "rewards": 1,
     "ablation": 2,
     "single_pass": 1,
+    "training_stream": 1,
     "backbone": 2,
     "enhanced": 2,
     "evaluation": 2,

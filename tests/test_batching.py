@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from batching import IGNORE, PLAIN_CUE, Batch, PromptFormat, TrainBatches, pad
 from conftest import SPECIAL, build_tokenizer
-from reasoning_gym_wrapper import EpochStream, Example, Reserve, Task, TrainStream, training_examples
+from reasoning_gym_wrapper import Example, Reserve, Task
+from training_stream import EpochStream, TrainStream, training_examples
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=30)

@@ -223,6 +223,13 @@ def test_every_readout_is_measured_at_every_depth_and_difficulty(measured):
         assert (run / "depth" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_items_that_training_was_not_kept_off_are_told(measured, capsys, tmp_path):
+    run, _ = measured
+    for n, told in ((8, False), (9, True)):
+        assert script.main([str(run), "--segments", "1", "--eval_n", str(n), "--output", str(tmp_path)]) == 0
+        assert ("training kept off the first 8 evaluation items" in capsys.readouterr().err) == told
+
+
 def test_the_trained_depth_is_the_evaluation_of_the_run_itself(measured):
     """Two segments without halting, at most two with it: the run evaluated the latter."""
     run, rows = measured

@@ -18,10 +18,11 @@ from baselines import build_controller
 from batching import PromptFormat, TrainBatches
 from hidden_cache import HiddenCache, cache_key, plan_cache, weights_digest
 from host import load_tokenizer
-from reasoning_gym_wrapper import EpochStream, Reserve, make_tasks, training_examples
+from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
 from tiny_runs import ROOT, arguments, assert_same_run, error_lines, newest, records
 from training import Trainer
+from training_stream import EpochStream, training_examples
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import options
 import reasoning_gym_wrapper as rg
-from reasoning_gym_wrapper import EVAL_SEED, SEED_GAP, EpochStream, Example, Reserve, Task, TaskError, TrainStream
+from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError
+from training_stream import SEED_GAP, EpochStream, TrainStream, train_seed, training_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ["basic_arithmetic", "gsm_symbolic", "chain_sum", "simple_equations"]
@@ -56,7 +57,7 @@ def every_task() -> dict[str, dict[str, Task]]:
 @pytest.mark.parametrize("train_n", [0, 1200], ids=["endless", "fixed"])
 def test_no_evaluation_question_is_ever_trained_on(published, train_n):
     reserve = Reserve(published, 256)
-    stream = rg.training_examples(published, reserve, 0, train_n)
+    stream = training_examples(published, reserve, 0, train_n)
     trained = take(stream, 1200)
     asked = {" ".join(example.question.lower().split()) for example in trained}
     for task in PUBLISHED:
@@ -65,7 +66,7 @@ def test_no_evaluation_question_is_ever_trained_on(published, train_n):
         assert not asked & set(evaluated), task
 
     # The rule bites: without the reserve, the same draws meet evaluation questions.
-    free = take(rg.training_examples(published, Reserve(published, 0), 0, train_n), 1200)
+    free = take(training_examples(published, Reserve(published, 0), 0, train_n), 1200)
     assert any(example.question in reserve for example in free)
 
 
@@ -78,13 +79,13 @@ def grid_of(example: Example) -> str:
 def test_no_solved_grid_of_the_evaluation_is_ever_trained_on(train_n):
     sudoku = Task("mini_sudoku")
     reserve = Reserve([sudoku], 128)
-    stream = rg.training_examples([sudoku], reserve, 0, train_n)
+    stream = training_examples([sudoku], reserve, 0, train_n)
     trained = {grid_of(example) for example in take(stream, 600)}
     evaluated = {grid_of(example) for example in reserve.examples}
     assert len(evaluated) > 30 and len(trained) > 150 and not trained & evaluated
     # The rule bites: by question alone, the same draws train on most of the grids that are evaluated.
     loose = Reserve([sudoku], 128, by_group=False)
-    free = {grid_of(example) for example in take(rg.training_examples([sudoku], loose, 0, train_n), 600)}
+    free = {grid_of(example) for example in take(training_examples([sudoku], loose, 0, train_n), 600)}
     assert len(free & {grid_of(example) for example in loose.examples}) > 50
 
 
@@ -108,7 +109,7 @@ def test_questions_are_compared_as_normalised_text():
 
 def test_evaluation_comes_first_whatever_is_trained(published):
     reserves = [Reserve(published, 20), Reserve(published, 20)]
-    take(rg.training_examples(published, reserves[0], 3, 0), 50)
+    take(training_examples(published, reserves[0], 3, 0), 50)
     assert text_of(reserves[0].examples) == text_of(reserves[1].examples) == text_of(Reserve(published, 20).examples)
 
 
@@ -149,15 +150,15 @@ TOY = toy()
 @given(SEEDS, st.integers(0, 10**8), st.integers(EVAL_SEED, 2**32 - 1))
 def test_training_never_comes_near_an_evaluation_seed(seed, drawn, eval_seed):
     """Items are drawn with Random(data seed + index): after 100 million of them the gap still stands."""
-    stream = rg.training_examples([TOY], Reserve([], 0), seed, 0)
-    assert stream.seed == rg.train_seed(seed) >= 0
+    stream = training_examples([TOY], Reserve([], 0), seed, 0)
+    assert stream.seed == train_seed(seed) >= 0
     assert eval_seed - (stream.seed + drawn) >= SEED_GAP == 10**7
 
 
 @given(st.sets(st.integers(0, 10**8), min_size=2, max_size=2))
 def test_training_runs_do_not_share_their_items(seeds):
-    assert len(set(map(rg.train_seed, seeds))) == 2
-    first = sorted(map(rg.train_seed, range(89)))
+    assert len(set(map(train_seed, seeds))) == 2
+    first = sorted(map(train_seed, range(89)))
     assert min(later - sooner for sooner, later in itertools.pairwise(first)) >= SEED_GAP
 
 
@@ -185,7 +186,7 @@ def test_every_prefix_of_the_stream_is_balanced_to_within_one(published):
 
 @pytest.mark.parametrize("n", [1, 5, 8, 103])
 def test_a_fixed_training_set_is_balanced_and_comes_whole_each_epoch(published, n):
-    stream = rg.training_examples(published, Reserve(published, 8), 0, n)
+    stream = training_examples(published, Reserve(published, 8), 0, n)
     assert isinstance(stream, EpochStream)
     epochs = [take(stream, n) for _ in range(3)]
     for epoch in epochs:
@@ -198,7 +199,7 @@ def test_a_fixed_training_set_is_balanced_and_comes_whole_each_epoch(published, 
 def test_streams_depend_on_the_seed_alone():
     task = toy()
     for n in (0, 40):
-        first, again, other = (rg.training_examples([task], Reserve([task], 8), seed, n) for seed in (1, 1, 2))
+        first, again, other = (training_examples([task], Reserve([task], 8), seed, n) for seed in (1, 1, 2))
         first = text_of(take(first, 40))
         assert first == text_of(take(again, 40)) != text_of(take(other, 40))
 
@@ -222,7 +223,7 @@ def test_a_stream_resumes_exactly_at_any_point(split, after, seed):
 @given(st.integers(1, 30), st.integers(0, 100), st.integers(1, 100), st.integers(0, 3))
 def test_a_fixed_set_resumes_exactly_at_any_point(n, split, after, seed):
     task = toy()
-    stream, resumed = (rg.training_examples([task], Reserve([task], 8), seed, n) for _ in range(2))
+    stream, resumed = (training_examples([task], Reserve([task], 8), seed, n) for _ in range(2))
     take(stream, split)
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
     assert text_of(take(resumed, after)) == text_of(take(stream, after))
