@@ -101,13 +101,13 @@ def load_run(folder: Path, opts: argparse.Namespace, trainer: BaseTrainer) -> tu
     alone = opts.eval_only or opts.reset_progress
     saved = read_checkpoint(folder, [trainer.stem] if alone else [trainer.stem, STATE])
     trainer.load(saved, folder)
-    if opts.reset_progress:
-        trainer.restart_ema()
-        return RunState(), [f"weights of {folder}; step, optimizer and training items begin anew"]
-    if opts.eval_only:
-        trainer.ema = None  # the saved weights are the averaged ones already
     before = options.read_resolved(saved.documents[CONFIG])
     notes = _notes(opts, before)
+    if opts.reset_progress:
+        trainer.restart_ema()
+        return RunState(), [f"weights of {folder}; step, optimizer and training items begin anew", *notes]
+    if opts.eval_only:
+        trainer.ema = None  # the saved weights are the averaged ones already
     if f"{STATE}.json" not in saved.documents:  # somebody passed on the weights alone
         named = STEP_NAME.fullmatch(folder.name)
         return RunState(int(named[1]) if named else 0), notes

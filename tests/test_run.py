@@ -248,6 +248,15 @@ def test_typed_minutes_replace_the_default_steps(tiny_host, tmp_path, capsys):
 # --- what is inherited and what is refused
 
 
+@pytest.mark.parametrize(("more", "told"), [((), False), (("--task_config", '{"max_value": 30}'), True),
+                                            (("--eval_n", "5"), True)])
+def test_a_next_stage_on_other_items_says_that_they_may_have_been_trained_on(call, done, more, told):
+    shape = ("--segments", "3", "--injector", "grb")
+    status, _, err = call("--resume", str(done), "--reset_progress", "--run_name", "B", *shape, *more)
+    assert status == 0 and "training items begin anew" in err
+    assert ("WARNING: training kept off the first 4 evaluation items of each task" in err) == told
+
+
 def test_evaluation_only_inherits_the_runs_options_and_touches_no_checkpoint(call, done, tmp_path, capsys):
     before = {path: content for path, content in contents(done).items() if path.startswith("checkpoints")}
     trained = {line["id"]: line["prediction"] for line in records(done)["predictions"] if line["step"] == 6}
