@@ -241,10 +241,26 @@ def read_record(run: Path) -> dict[str, Any] | None:
         raise GridError(f"{path} cannot be read: delete the folder {run}, and that run begins anew") from error
 
 
-def write_record(run: Path, flags: Mapping[str, Any], status: str) -> None:
-    """Notes a run's flags and whether it is `waiting`, `interrupted`, `failed` or `finished`."""
+def write_record(run: Path, flags: Mapping[str, Any], status: str, eval_n: int | None = None) -> None:
+    """Notes a run's flags, whether it is `waiting`, `interrupted`, `failed` or `finished`, and n of a later evaluation.
+    """
+    again = {} if eval_n is None else {"eval_n": eval_n}
     with staged(run, [RECORD]) as (file,):
-        file.write(json.dumps({"flags": flags, "status": status}, indent=1).encode())
+        file.write(json.dumps({"flags": flags, "status": status, **again}, indent=1).encode())
+
+
+def finished_job(job: Job, runs: Path, length_is_measured: bool) -> Job | None:
+    """The job as its finished run was made, None where there is none or its flags are others.
+
+    With `length_is_measured` the number of batches came from a calibration and is taken from the run.
+    """
+    record = read_record(runs / job.name)
+    if record is None or record["status"] != "finished":
+        return None
+    measured = {"max_steps", "warmup_steps"} if length_is_measured else set()
+    ours, made = ({name: value for name, value in flags.items() if name not in measured}
+                  for flags in (json.loads(json.dumps(job.flags)), record["flags"]))
+    return dataclasses.replace(job, flags=record["flags"]) if ours == made else None
 
 
 def run_rows(job: Job, run: Path, status: str) -> list[dict[str, Any]]:
@@ -296,10 +312,12 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def item_scores(run: Path, task: str) -> dict[str, float]:
     """Item -> 1.0 if solved, at the run's last evaluation; `overall` is all tasks."""
-    lines = [line for line in _json_lines(run / "predictions.jsonl") if task in ("overall", line["task"])]
+    lines = _json_lines(run / "predictions.jsonl")
     last = max((line["step"] for line in lines), default=0)
-    return {f"{line['id']} {line['prompt_hash']}": float(line["score"] == 1.0) for line in lines
-            if line["step"] == last}
+    lines = [line for line in lines if line["step"] == last]
+    begins = max((i for i, line in enumerate(lines) if line["id"] == lines[0]["id"]), default=0)  # of the last one
+    return {f"{line['id']} {line['prompt_hash']}": float(line["score"] == 1.0) for line in lines[begins:]
+            if task in ("overall", line["task"])}
 
 
 @dataclass(frozen=True)
@@ -317,6 +335,7 @@ class ArmResult:
     trainable: int | None
     segments_used: float | None
     bare: float | None
+    n: int
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], runs: Path, baseline: str) -> list[ArmResult]:
@@ -343,7 +362,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], runs: Path, baseline: str) -> l
         averages = [_average(members, key) for key in ("train_minutes", "steps")]
         results.append(ArmResult(arm, trained, task, rates, solved, difference, *averages,
                                  max(counts, default=None), _average(members, "segments_used"),
-                                 _average(members, "bare")))
+                                 _average(members, "bare"), min(int(row["n"]) for row in members)))
     return results
 
 
@@ -362,10 +381,10 @@ def markdown(results: Sequence[ArmResult], grid: Grid, left: int) -> str:
         members = [result for result in results if (result.train_tasks, result.task) == (trained, task)]
         lines.append(f"## {task}" + (f", trained on {trained.replace('+', ', ')}" if trained != task else "") + "\n")
         lines.append(f"| arm | seeds | solved, % | minus {grid.baseline}, points | minutes | steps | trainable | "
-                     "segments used |\n|---|---|---|---|---|---|---|---|")
+                     "segments used | n |\n|---|---|---|---|---|---|---|---|---|")
         bare = next((result.bare for result in members if result.bare is not None), None)
         if bare is not None:
-            lines.append(f"| bare LLM | | {100 * bare:.1f} | | | | | |")
+            lines.append(f"| bare LLM | | {100 * bare:.1f} | | | | | | |")
         lines += [_line(result, grid.baseline) for result in members]
         lines.append("")
     lines.append("solved: mean over seeds with its 95 % t interval (one seed: Wilson interval over items). Difference: "
@@ -385,6 +404,6 @@ def _line(result: ArmResult, baseline: str) -> str:
     cells = [result.arm, str(len(result.rates)), solved, difference,
              *("-" if value is None else f"{value:{form}}" for value, form in (
                  (result.minutes, ".1f"), (result.steps, ",.0f"), (result.trainable, ","),
-                 (result.segments_used, ".2f")))]
+                 (result.segments_used, ".2f"), (result.n, "d")))]
     return "| " + " | ".join(cells) + " |"
 

@@ -93,13 +93,14 @@ class Curriculum:
             steps, items, start = [], [], None
             for step in ladder(task, highest):
                 wanted = 2 * n if start is not None else max(2 * n, ENOUGH)
+                found = Reserve([step], wanted, seed, must_fill=False, by_group=by_group).examples
                 try:
-                    drawn = fits(Reserve([step], wanted, seed, must_fill=False, by_group=by_group).examples)
+                    drawn = fits(found[:2 * n])
                 except ValueError:
                     if not steps:
                         raise
                     break
-                if start is None and len(drawn) >= ENOUGH:
+                if start is None and len(found) >= ENOUGH:
                     start = len(steps)
                 steps.append(step)
                 items.append(drawn[:min(n, max(len(drawn) // 2, 1))])

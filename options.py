@@ -212,7 +212,8 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
     ("carry_state segments supervised_segments", lambda o: "--carry_state 0 does nothing with one supervised segment: "
      "choose more by --segments or --supervised_segments"
-     if not o.carry_state and (o.supervised_segments or o.segments) < 2 else None),
+     if not o.carry_state and o.adapter == "hrm" and not o.eval_only and (o.supervised_segments or o.segments) < 2
+     else None),
     ("segments_sampling segments", lambda o: f"--segments_sampling {o.segments_sampling} has nothing to draw from with "
      f"--segments {o.segments}: choose at least 2" if o.segments_sampling != "fixed" and o.segments < 2 else None),
     ("share_hl h_layers l_layers", lambda o: f"--share_hl makes one block of H and L: --h_layers {o.h_layers} and "
@@ -226,8 +227,9 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
     ("halt_settled eval_readout", lambda o: "--halt_settled stops examples and --eval_readout best_halt runs every "
      "segment: keep one" if o.halt_settled > 0 and o.eval_readout == "best_halt" else None),
     ("halt_settled segments eval_segments halt_max_segments", lambda o: f"--halt_settled {o.halt_settled} "
-     "saves nothing with fewer than 3 segments at evaluation: choose more by --segments or --eval_segments"
-     if o.halt_settled > 0 and (o.halt_max_segments or o.eval_segments or o.segments) < 3 else None),
+     "saves nothing with fewer than 3 segments at evaluation: choose more by --segments, --eval_segments or, with "
+     "--use_act, --halt_max_segments" if o.halt_settled > 0 and o.adapter == "hrm"
+     and (o.halt_max_segments or o.eval_segments or o.segments) < 3 else None),
     ("halt_max_segments use_act", lambda o: f"--halt_max_segments {o.halt_max_segments} does nothing without --use_act"
      if o.halt_max_segments > 0 and not o.use_act else None),
     ("train_injector_scale lora_layers eval_only", lambda o: "--train_injector_scale 0 leaves nothing to train"

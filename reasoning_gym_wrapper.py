@@ -374,7 +374,12 @@ class Reserve:
         return held_out or example.question in self
 
 
-def unreserved(reserved: int) -> str:
-    """What to know of items beyond the `reserved` first that a run drew before it trained."""
-    return (f"WARNING: training kept off the first {reserved} evaluation items of each task: others evaluated now may "
-            "have been trained on")
+def beyond_reserve(names: Sequence[str], reserved: int) -> list[str]:
+    """What to know of items beyond the `reserved` first that a run of these tasks drew before it trained.
+
+    Nothing for tasks of which whole groups are kept for evaluation, see `GROUPS`.
+    """
+    if all(name in GROUPS for name in names):
+        return []
+    return [f"WARNING: training kept off the first {reserved} evaluation items of each task: others evaluated now may "
+            "have been trained on"]

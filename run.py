@@ -89,7 +89,7 @@ class Run(RunLoop):
                                 opts.curriculum_levels,
                                 lambda examples: self.format.fitting(examples, opts.overlong, "evaluation"))
         for name, level in curriculum.starts.items():
-            if level:
+            if level and not (opts.resume or opts.eval_only):
                 self.say(f"curriculum: {name} begins at level {level}, the first of {ENOUGH:,} questions or more")
         return curriculum
 

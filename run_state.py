@@ -26,7 +26,7 @@ from checkpointing import (
     write_checkpoint,
 )
 from optimization import BaseTrainer
-from reasoning_gym_wrapper import unreserved
+from reasoning_gym_wrapper import beyond_reserve
 
 STATE, CONFIG = "training_state", "config.resolved.yaml"
 # What a position in the training items depends on.
@@ -142,7 +142,10 @@ def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
     if opts.arch != "addon":
         return []
     other = any(getattr(opts, name) != before.get(name) for name in ("eval_seed", "task_config"))
-    return [unreserved(before.get("eval_n", 0))] if other or opts.eval_n > before.get("eval_n", 0) else []
+    if not other and opts.eval_n <= before.get("eval_n", 0):
+        return []
+    names = options.names(opts.tasks) or [opts.task]
+    return beyond_reserve(names, before.get("eval_n", 0))
 
 
 def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]

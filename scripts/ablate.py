@@ -38,7 +38,7 @@ import ablation  # noqa: E402
 import options  # noqa: E402
 from ablation import Grid, GridError, Job  # noqa: E402
 from figures import new_figure, save_figure  # noqa: E402
-from reasoning_gym_wrapper import unreserved  # noqa: E402
+from reasoning_gym_wrapper import beyond_reserve  # noqa: E402
 from script_tools import ScriptParser, run_script, staged  # noqa: E402
 
 POLL_S = 0.2
@@ -400,27 +400,27 @@ def train_all(grid: Grid, jobs: Sequence[Job], runner: Runner) -> int:
 
 def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> int:
     """Finished runs whose last evaluation was not of `n` items a task. Returns how many failed."""
-    runs, failed, todo, reserved = runner.output / "runs", 0, [], set()
+    runs, failed, todo = runner.output / "runs", 0, []
+    made = {job.name: job for job in jobs}
     for job in jobs:
         record = ablation.read_record(runs / job.name)
-        if record is None or record["status"] != "finished":
-            continue
-        if all(int(row["n"]) == n for row in ablation.run_rows(job, runs / job.name, "finished")):
-            continue
-        trained = (runs / job.name / "checkpoints").is_dir()
-        again = {"eval_only": True} if trained else job.flags  # the bare LLM's run is an evaluation already
-        todo.append(dataclasses.replace(job, flags={**again, "eval_n": n}))
-        reserved.add(int(job.flags.get("eval_n", options.FIND["eval_n"].default)) if trained else n)
-    if min(reserved, default=n) < n:
-        print(unreserved(min(reserved)), file=sys.stderr)
+        before = int(job.flags.get("eval_n", options.FIND["eval_n"].default))
+        if record is not None and record["status"] == "finished" and record.get("eval_n", before) != n:
+            todo.append(dataclasses.replace(job, flags={"eval_only": True, "eval_n": n}))
+            if before < n and job.flags.get("adapter") != "none":
+                reserved = beyond_reserve(job.task.split("+"), before)
+                print("\n".join(f"{job.name}: {line}" for line in reserved), end="\n" * bool(reserved), file=sys.stderr)
     with Board(todo, 0, None, runner.jobs) as board:
         for child in runner.work(todo, runs, "", board):
-            status = child.process.returncode
-            failed += bool(status) and not runner.stop.asked
-            board.done += not status
-            board.say(f"{child.job.name} evaluated on {n} items" if not status else
-                      f"{child.job.name} was not evaluated again, exit status {status}: {last_words(child.log)} (see "
-                      f"{child.log})")
+            status, name = child.process.returncode, child.job.name
+            if status == 0:
+                ablation.write_record(child.folder, made[name].flags, "finished", eval_n=n)
+                board.done += 1
+                board.say(f"{name} evaluated on {n} items a task")
+            elif not runner.stop.asked:
+                failed += 1
+                board.say(f"{name} was not evaluated again, exit status {status}: {last_words(child.log)} (see "
+                          f"{child.log})")
             write_results(grid, jobs, runs)
     return failed
 
@@ -437,8 +437,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = args.output.resolve()
     with stoppable() as stop, Runner(output, args.jobs, args.threads, stop) as runner:
+        runs, measured = output / "runs", bool(grid.minutes)
+        made = [ablation.finished_job(job, runs, measured) if args.eval_n else None for job in jobs]
+        left = [job for job, done in zip(jobs, made, strict=True) if done is None]
         if grid.minutes:
-            jobs = calibrated(grid, jobs, runner)
+            left = calibrated(grid, left, runner)
+        rest = iter(left)
+        jobs = [done or next(rest) for done in made]
         failed = train_all(grid, jobs, runner)
         if args.eval_n and not stop.asked:
             failed += evaluate_again(grid, jobs, runner, args.eval_n)

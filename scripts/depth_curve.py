@@ -47,7 +47,7 @@ from halting import calibration_error, reliability  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from hrm_blocks import relative_change  # noqa: E402
 from model import ADAPTER_CONFIG, HRMController, load_adapter  # noqa: E402
-from reasoning_gym_wrapper import Example, Reserve, make_tasks, unreserved  # noqa: E402
+from reasoning_gym_wrapper import Example, Reserve, beyond_reserve, make_tasks  # noqa: E402
 from run_logging import Progress  # noqa: E402
 from run_setup import pick_device, pick_precision, task_config, task_names  # noqa: E402
 from script_tools import ScriptParser, run_script, staged  # noqa: E402
@@ -366,7 +366,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         most, best = off[max(off)], max(off.values(), key=lambda row: row["solved"])
         lines.append(f"{task}: best with {best['segments']} segments, {100 * best['solved']:.1f} %; with "
                      f"{most['segments']} {100 * (most['solved'] - best['solved']):+.1f} points")
-        for readout, name in (("on", "halting"), ("settled", "halting, and stopping what has settled,")):
+        for readout, name in (("on", "halting"), ("settled", "stopping what has settled (and halting)")):
             on = next((row for row in whole if row["task"] == task and row["readout"] == readout
                        and row["segments"] == most["segments"]), None)
             if on:
@@ -395,8 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load(args)
     run = loaded.folder.parent.parent if loaded.folder.parent.name == FOLDER else loaded.folder
     output = args.output or run / "depth"
-    if args.eval_n > loaded.opts.eval_n:
-        print(unreserved(loaded.opts.eval_n), file=sys.stderr)
+    if args.eval_n > loaded.opts.eval_n and not loaded.opts.curriculum:  # a curriculum's items are all reserved
+        for line in beyond_reserve(sorted({example.task for example in loaded.examples}), loaded.opts.eval_n):
+            print(line, file=sys.stderr)
     found = groups(loaded, difficulties(loaded.examples, loaded.format, args.difficulty))
     act = bool(loaded.opts.use_act)
     readouts = ["last"] + ["on", "best_halt"] * act + ["settled"] * (args.halt_settled > 0)

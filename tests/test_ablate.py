@@ -227,23 +227,44 @@ def fake_run(runs: Path, name: str, task: str, scores: list[float]) -> None:
 
 
 def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_host, tmp_path, capsys):
+    """Also where the number of batches was measured, with as many processes as there may be now; and on fewer."""
     shape = {name: TINY[name] for name in ("d_h", "n_heads", "inner_T")}
-    common = {name: value for name, value in TINY.items() if name not in shape}
-    path = grid_file(tmp_path, common={**common, "model_name": str(tiny_host)},
-                     arms={"cab": shape, "bare": {"adapter": "none"}})
+    common = {name: value for name, value in TINY.items() if name not in (*shape, "max_steps")}
+    path = grid_file(tmp_path, common={**common, "model_name": str(tiny_host)}, minutes=0.002, calibration_steps=8,
+                     arms={"cab": {**shape, "segments": 2}, "bare": {"adapter": "none"}}, tasks=["toy_add+chain_sum"])
+    call = [str(path), "--output", str(tmp_path / "out")]
+    run = tmp_path / "out" / "runs" / "cab--toy_add+chain_sum--seed0"
+    assert script.main([*call, "--threads", "1"]) == 0
+    trained = (run / "metrics.jsonl").read_text()
+
+    def evaluated():
+        return {(row["arm"], row["task"]): row["n"] for row in table(tmp_path / "out")}
+
+    assert set(evaluated().values()) == {"6", "12"}
+    capsys.readouterr()
+    for n in (9, 4):
+        assert script.main([*call, "--threads", "2", "--eval_n", str(n)]) == 0
+        err = capsys.readouterr().err
+        assert err.count(f"evaluated on {n} items") == 2
+        assert ("cab--toy_add+chain_sum--seed0: WARNING: training kept off the first 6" in err) == (n == 9)
+        assert "bare--toy_add+chain_sum--seed0: WARNING" not in err
+        assert evaluated() == {(arm, task): str(n * (1 + (task == "overall"))) for arm in ("cab", "bare")
+                               for task in ("toy_add", "chain_sum", "overall")}
+        assert len(ablation.item_scores(run, "toy_add")) == n and len(ablation.item_scores(run, "overall")) == 2 * n
+        assert {row["segments_used"] for row in table(tmp_path / "out") if row["arm"] == "cab"} == {"2"}
+    assert (run / "metrics.jsonl").read_text() == trained
+    assert script.main([*call, "--threads", "2", "--eval_n", "4"]) == 0
+    assert "evaluated on" not in capsys.readouterr().err
+
+
+def test_an_evaluation_that_fails_is_told_and_counted(tiny_host, tmp_path, capsys):
+    path = grid_file(tmp_path, common={**TINY, "model_name": str(tiny_host)}, arms={"cab": {}})
     call = [str(path), "--output", str(tmp_path / "out"), "--threads", "1"]
     assert script.main(call) == 0
-    trained = (tmp_path / "out" / "runs" / "cab--toy_add--seed0" / "metrics.jsonl").read_text()
-    assert [row["n"] for row in table(tmp_path / "out")] == ["6", "6"]
-    assert script.main([*call, "--eval_n", "9"]) == 0
-    assert "training kept off the first 6 evaluation items" in capsys.readouterr().err
-    rows = table(tmp_path / "out")
-    assert [(row["arm"], row["n"]) for row in rows] == [("cab", "9"), ("bare", "9")]
-    assert (tmp_path / "out" / "runs" / "cab--toy_add--seed0" / "metrics.jsonl").read_text() == trained
-    assert len(ablation.item_scores(tmp_path / "out" / "runs" / "cab--toy_add--seed0", "toy_add")) == 9
-    capsys.readouterr()
-    assert script.main([*call, "--eval_n", "9"]) == 0
-    assert "evaluated on" not in capsys.readouterr().err
+    for weights in (tmp_path / "out" / "runs").glob("*/checkpoints/*/adapter_model.safetensors"):
+        weights.unlink()
+    assert script.main([*call, "--eval_n", "9"]) == 1
+    assert "was not evaluated again, exit status 2: train.py: error: " in capsys.readouterr().err
 
 
 def test_the_table_pairs_the_same_items_and_averages_over_seeds(tmp_path):
@@ -254,7 +275,7 @@ def test_the_table_pairs_the_same_items_and_averages_over_seeds(tmp_path):
             rate = sum(score == 1 for score in scores) / 4
             rows.append({"arm": arm, "train_tasks": "gcd", "task": "gcd", "seed": seed, "solved": rate, "ci_low": 0,
                          "ci_high": 1, "run": f"{arm}{seed}", "bare": 0.25, "train_minutes": 1.0, "steps": 5,
-                         "trainable": 10, "segments_used": 1})
+                         "trainable": 10, "segments_used": 1, "n": 4})
     base, better = ablation.summarise(rows, tmp_path, "base")
     assert base.difference is None and base.solved.value == pytest.approx(0.375)
     assert (base.solved.low, base.solved.high) == (0.0, 1.0)  # t over two seeds would say -121 to 196 %

@@ -94,6 +94,27 @@ def test_a_task_begins_at_its_first_level_with_enough_questions_to_learn_from():
     assert only.levels == {"letter_counting": 0}
 
 
+def test_items_that_are_too_long_do_not_hide_how_many_questions_a_level_has():
+    """What `fits` leaves out is out of the evaluation; it says nothing of how much there is to learn from."""
+    seen = []
+
+    def fits(examples):
+        seen.append(len(examples))
+        return examples[1:]
+
+    assert Curriculum([Task("chain_sum")], 0.5, 24, 10**9, highest=2, fits=fits).starts == {"chain_sum": 1}
+    assert max(seen) == 48
+
+
+def test_a_run_says_that_it_does_not_begin_at_the_bottom(tiny_host, tmp_path, capsys):
+    few = ("--task=chain_sum", "--curriculum", "--eval_every=9", "--max_steps=1", "--eval_n=4", "--curriculum_levels=1",
+           "--max_new_tokens=2")
+    assert train.main(arguments(tiny_host, tmp_path, *few)) == 0
+    out, err = capsys.readouterr()
+    assert "curriculum: chain_sum begins at level 1, the first of 1,000 questions or more" in err
+    assert "curriculum level: chain_sum 1 of 1" in out
+
+
 def test_a_task_that_never_has_enough_questions_begins_at_the_bottom(monkeypatch):
     configs = [{"max_value": 5}, {"max_value": 9}]
     monkeypatch.setattr("curriculum.level_configs", lambda task, highest: configs)
@@ -147,7 +168,8 @@ def solves_everything(monkeypatch):
 def test_a_run_climbs_and_its_resume_is_exact(tiny_host, tmp_path, solves_everything, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(arguments(tiny_host, whole, *FAST)) == 0
-    assert "curriculum goes up to level gcd 1 of 3" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "curriculum goes up to level gcd 1 of 3" in err and "begins at level" not in err
     assert train.main(arguments(tiny_host, parts, *FAST, "--save_every=3", "--lr_scheduler=cosine")) == 0
     run = only_run(parts)
     for folder in (run / "checkpoints").glob("step-*"):

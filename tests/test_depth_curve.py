@@ -199,7 +199,7 @@ def measured(tiny_host, tmp_path_factory):
     assert train.main(arguments(tiny_host, folder, *more)) == 0
     run = only_run(folder)
     assert script.main([str(newest(run)), "--segments", "1,2,3", "--num_threads", "1", "--device", "cpu",
-                        "--halt_settled", "0.5"]) == 0
+                        "--halt_settled", "0.999"]) == 0
     with open(run / "depth" / "depth.csv", newline="") as file:
         return run, list(csv.DictReader(file))
 
@@ -219,6 +219,8 @@ def test_every_readout_is_measured_at_every_depth_and_difficulty(measured):
     assert [float(row["segments_used"]) for row in last] == [1, 2, 3]
     assert all(0 < float(row["z_high_change"]) < 10 and 0 <= float(row["ece"]) <= 1 for row in last)
     assert all(float(row["segments_used"]) <= int(row["segments"]) for row in whole)
+    used = {(row["readout"], row["segments"]): float(row["segments_used"]) for row in whole}
+    assert used["settled", "3"] < used["on", "3"] == 3, "this head stops nobody; the second segment changes less than 0.999"
     for name in ("depth.png", "reliability.png"):
         assert (run / "depth" / name).read_bytes().startswith(b"\x89PNG")
 

@@ -633,6 +633,17 @@ def test_an_example_stops_at_the_first_segment_that_hardly_changes_its_z(use_act
         torch.testing.assert_close(z_high[row][mask[row]], walk[segment - 1][row][mask[row]], atol=1e-4, rtol=0)
 
 
+def test_settling_takes_nothing_back_that_the_halting_head_stopped():
+    controller, expected = halting_controller(state_mix="sum", init_state="fixed")
+    controller.config.halt_settled = 1e-9  # nothing settles: the head alone stops
+    (ids, mask) = left_padded(prompts(QUESTIONS))
+    with torch.no_grad():
+        assert controller(ids, mask, prompt_mask=mask).segments_used.tolist() == expected.tolist()
+        controller.config.halt_settled = 0.999
+        both = controller(ids, mask, prompt_mask=mask).segments_used
+    assert bool((both <= expected).all()) and both.max() < expected.max()
+
+
 def test_segments_used_are_logged_on_request():
     controller, (ids, mask), log = tiny_controller(segments=3), left_padded(prompts()), []
     controller(ids, mask, prompt_mask=mask, segments_log=log)

@@ -244,7 +244,7 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
     ("--act_penalty 0.1", "--act_penalty 0.1 does nothing without --use_act"),
     ("--halt_max_segments 2", "--halt_max_segments 2 does nothing without --use_act"),
     ("--halt_settled 0.1 --segments 2", "--halt_settled 0.1 saves nothing with fewer than 3 segments at evaluation: "
-     "choose more by --segments or --eval_segments"),
+     "choose more by --segments, --eval_segments or, with --use_act, --halt_max_segments"),
     ("--halt_settled 0.1 --segments 4 --use_act --eval_readout best_halt",
      "--halt_settled stops examples and --eval_readout best_halt runs every segment: keep one"),
     ("--carry_state 0", "--carry_state 0 does nothing with one supervised segment: choose more by --segments or "
