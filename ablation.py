@@ -249,16 +249,12 @@ def write_record(run: Path, flags: Mapping[str, Any], status: str, eval_n: int |
         file.write(json.dumps({"flags": flags, "status": status, **again}, indent=1).encode())
 
 
-def finished_job(job: Job, runs: Path, length_is_measured: bool) -> Job | None:
-    """The job as its finished run was made, None where there is none or its flags are others.
-
-    With `length_is_measured` the number of batches came from a calibration and is taken from the run.
-    """
+def finished_job(job: Job, runs: Path) -> Job | None:
+    """The job of a timed grid with the number of batches that its finished run had; None without such a run."""
     record = read_record(runs / job.name)
     if record is None or record["status"] != "finished":
         return None
-    measured = {"max_steps", "warmup_steps"} if length_is_measured else set()
-    ours, made = ({name: value for name, value in flags.items() if name not in measured}
+    ours, made = ({name: value for name, value in flags.items() if name not in ("max_steps", "warmup_steps")}
                   for flags in (json.loads(json.dumps(job.flags)), record["flags"]))
     return dataclasses.replace(job, flags=record["flags"]) if ours == made else None
 

@@ -90,9 +90,9 @@ class Curriculum:
         self.starts: dict[str, int] = {}
         self.reserve = Reserve([], 0, by_group=by_group)
         for task in tasks:
-            steps, items, start = [], [], None
+            steps, items = [], []
             for step in ladder(task, highest):
-                wanted = 2 * n if start is not None else max(2 * n, ENOUGH)
+                wanted = 2 * n if task.name in self.starts else max(2 * n, ENOUGH)
                 found = Reserve([step], wanted, seed, must_fill=False, by_group=by_group).examples
                 try:
                     drawn = fits(found[:2 * n])
@@ -100,12 +100,12 @@ class Curriculum:
                     if not steps:
                         raise
                     break
-                if start is None and len(found) >= ENOUGH:
-                    start = len(steps)
+                if len(found) >= ENOUGH:
+                    self.starts.setdefault(task.name, len(steps))
                 steps.append(step)
                 items.append(drawn[:min(n, max(len(drawn) // 2, 1))])
             self.ladders[task.name], self.held_out[task.name] = steps, items
-            self.starts[task.name] = start or 0
+            self.starts.setdefault(task.name, 0)
             self.reserve.examples += [example for level in items for example in level]
         self.reserve.questions = {normalise(example.question) for example in self.reserve.examples}
         self.levels = dict(self.starts)

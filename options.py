@@ -147,20 +147,21 @@ def _defaults(flag: Flag) -> str:
 def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
     """Values out of range and flags that contradict each other, one line each; flags in `skip` are not looked at.
 
-    A flag out of range is told once: the cross checks that read it are left out.
+    A flag out of range, or of another system or adapter, is told once: the cross checks that read it are left out.
     """
     illegal = [flag for flag in FLAGS if flag.name not in skip and not flag.allows(getattr(opts, flag.name))]
     found = [f"--{flag.name} {_illegal(flag, getattr(opts, flag.name))}" for flag in illegal]
     unsure = {flag.name for flag in illegal} | skip
-    told = [tell(opts) for reads, tell in RULES if not unsure & set(reads.split())]
     typed = getattr(opts, "explicit", set()) - unsure
-    told += [f"--{flag.name} does nothing with --arch {opts.arch}, only with {' and '.join(flag.archs)}: leave it out"
-             for flag in FLAGS if flag.name in typed and opts.arch in ARCHS and opts.arch not in flag.archs]
-    told += [f"--{flag.name} does nothing with --adapter {opts.adapter}, only with {' and '.join(known)}: leave it out"
-             for flag in FLAGS if flag.name in typed and opts.arch == "addon"
+    idle = {flag.name: f"--{flag.name} does nothing with --arch {opts.arch}, only with {' and '.join(flag.archs)}: "
+            "leave it out" for flag in FLAGS
+            if flag.name in typed and opts.arch in ARCHS and opts.arch not in flag.archs}
+    idle |= {flag.name: f"--{flag.name} does nothing with --adapter {opts.adapter}, only with {' and '.join(known)}: "
+             "leave it out" for flag in FLAGS if flag.name in typed and opts.arch == "addon"
              and opts.adapter not in (known := ADAPTER_FLAGS.get(flag.name, (opts.adapter,)))
-             and getattr(opts, flag.name) != default_of(flag, opts.arch)]
-    return found + [line for line in told if line]
+             and getattr(opts, flag.name) != default_of(flag, opts.arch)}
+    told = [tell(opts) for reads, tell in RULES if not (unsure | idle.keys()) & set(reads.split())]
+    return found + [line for line in (*told, *idle.values()) if line]
 
 
 def dump(opts: argparse.Namespace) -> str:
@@ -212,8 +213,7 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
     ("carry_state segments supervised_segments", lambda o: "--carry_state 0 does nothing with one supervised segment: "
      "choose more by --segments or --supervised_segments"
-     if not o.carry_state and o.adapter == "hrm" and not o.eval_only and (o.supervised_segments or o.segments) < 2
-     else None),
+     if not o.carry_state and not o.eval_only and (o.supervised_segments or o.segments) < 2 else None),
     ("segments_sampling segments", lambda o: f"--segments_sampling {o.segments_sampling} has nothing to draw from with "
      f"--segments {o.segments}: choose at least 2" if o.segments_sampling != "fixed" and o.segments < 2 else None),
     ("share_hl h_layers l_layers", lambda o: f"--share_hl makes one block of H and L: --h_layers {o.h_layers} and "
@@ -228,7 +228,7 @@ RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
      "segment: keep one" if o.halt_settled > 0 and o.eval_readout == "best_halt" else None),
     ("halt_settled segments eval_segments halt_max_segments", lambda o: f"--halt_settled {o.halt_settled} "
      "saves nothing with fewer than 3 segments at evaluation: choose more by --segments, --eval_segments or, with "
-     "--use_act, --halt_max_segments" if o.halt_settled > 0 and o.adapter == "hrm"
+     "--use_act, --halt_max_segments" if o.halt_settled > 0
      and (o.halt_max_segments or o.eval_segments or o.segments) < 3 else None),
     ("halt_max_segments use_act", lambda o: f"--halt_max_segments {o.halt_max_segments} does nothing without --use_act"
      if o.halt_max_segments > 0 and not o.use_act else None),

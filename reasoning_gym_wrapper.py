@@ -374,12 +374,12 @@ class Reserve:
         return held_out or example.question in self
 
 
-def beyond_reserve(names: Sequence[str], reserved: int) -> list[str]:
+def beyond_reserve(names: Sequence[str], reserved: int, by_group: bool) -> list[str]:
     """What to know of items beyond the `reserved` first that a run of these tasks drew before it trained.
 
-    Nothing for tasks of which whole groups are kept for evaluation, see `GROUPS`.
+    Nothing where whole groups of each task were kept for evaluation, see `Reserve`.
     """
-    if all(name in GROUPS for name in names):
+    if by_group and all(name in GROUPS for name in names):
         return []
     return [f"WARNING: training kept off the first {reserved} evaluation items of each task: others evaluated now may "
             "have been trained on"]

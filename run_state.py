@@ -16,16 +16,13 @@ from checkpointing import (
     STEP_NAME,
     atomic_write_text,
     mark_best,
-    pack_optimizer,
-    pack_rng,
     read_checkpoint,
     rotate,
     step_folder,
-    unpack_optimizer,
-    unpack_rng,
     write_checkpoint,
 )
 from optimization import BaseTrainer
+from optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
 from reasoning_gym_wrapper import beyond_reserve
 
 STATE, CONFIG = "training_state", "config.resolved.yaml"
@@ -144,8 +141,8 @@ def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
     other = any(getattr(opts, name) != before.get(name) for name in ("eval_seed", "task_config"))
     if not other and opts.eval_n <= before.get("eval_n", 0):
         return []
-    names = options.names(opts.tasks) or [opts.task]
-    return beyond_reserve(names, before.get("eval_n", 0))
+    names = options.names(opts.tasks) or [opts.task]  # None: the default tasks, which have no groups
+    return beyond_reserve(names, before.get("eval_n", 0), before.get("group_split", False))
 
 
 def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]

@@ -408,8 +408,9 @@ def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> i
         if record is not None and record["status"] == "finished" and record.get("eval_n", before) != n:
             todo.append(dataclasses.replace(job, flags={"eval_only": True, "eval_n": n}))
             if before < n and job.flags.get("adapter") != "none":
-                reserved = beyond_reserve(job.task.split("+"), before)
-                print("\n".join(f"{job.name}: {line}" for line in reserved), end="\n" * bool(reserved), file=sys.stderr)
+                split = bool(job.flags.get("group_split", options.FIND["group_split"].default))
+                for line in beyond_reserve(job.task.split("+"), before, split):
+                    print(f"{job.name}: {line}", file=sys.stderr)
     with Board(todo, 0, None, runner.jobs) as board:
         for child in runner.work(todo, runs, "", board):
             status, name = child.process.returncode, child.job.name
@@ -437,13 +438,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output = args.output.resolve()
     with stoppable() as stop, Runner(output, args.jobs, args.threads, stop) as runner:
-        runs, measured = output / "runs", bool(grid.minutes)
-        made = [ablation.finished_job(job, runs, measured) if args.eval_n else None for job in jobs]
-        left = [job for job, done in zip(jobs, made, strict=True) if done is None]
         if grid.minutes:
-            left = calibrated(grid, left, runner)
-        rest = iter(left)
-        jobs = [done or next(rest) for done in made]
+            made = {job.name: done for job in jobs
+                    if args.eval_n and (done := ablation.finished_job(job, output / "runs"))}
+            sized = calibrated(grid, [job for job in jobs if job.name not in made], runner)
+            made |= {job.name: job for job in sized}
+            jobs = [made[job.name] for job in jobs]
         failed = train_all(grid, jobs, runner)
         if args.eval_n and not stop.asked:
             failed += evaluate_again(grid, jobs, runner, args.eval_n)

@@ -24,7 +24,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reasoning_gym_wrapper import EVAL_SEED, MAX_REJECTED, Reserve, make_tasks, normalise, task_problems, task_warnings  # noqa: E402
+from reasoning_gym_wrapper import (  # noqa: E402
+    EVAL_SEED,
+    MAX_REJECTED,
+    Reserve,
+    make_tasks,
+    normalise,
+    task_problems,
+    task_warnings,
+)
 from run_logging import Progress  # noqa: E402
 from script_tools import ScriptParser, run_script, staged  # noqa: E402
 from training_stream import TrainStream, train_seed  # noqa: E402

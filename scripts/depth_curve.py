@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     run = loaded.folder.parent.parent if loaded.folder.parent.name == FOLDER else loaded.folder
     output = args.output or run / "depth"
     if args.eval_n > loaded.opts.eval_n and not loaded.opts.curriculum:  # a curriculum's items are all reserved
-        for line in beyond_reserve(sorted({example.task for example in loaded.examples}), loaded.opts.eval_n):
+        for line in beyond_reserve(task_names(loaded.opts), loaded.opts.eval_n, loaded.opts.group_split):
             print(line, file=sys.stderr)
     found = groups(loaded, difficulties(loaded.examples, loaded.format, args.difficulty))
     act = bool(loaded.opts.use_act)

@@ -27,11 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 from checkpointing import (  # noqa: E402
     atomic_write_text,
-    pack_optimizer,
     read_checkpoint,
-    unpack_optimizer,
     write_checkpoint,
 )
+from optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
 from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks  # noqa: E402
 from run_logging import Progress  # noqa: E402
 from training_stream import train_seed  # noqa: E402

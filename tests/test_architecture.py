@@ -43,6 +43,7 @@ FLOORS = {
     "hybrid_blocks": 1,
     "injector": 1,
     "optimization": 1,
+    "optimizer_state": 1,
     "options": 1,
     "rewards": 1,
     "ablation": 2,

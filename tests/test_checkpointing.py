@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import checkpointing as ck
 from checkpointing import CheckpointError
+from optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
 
 TENSORS = {"adapter_model": {"w": torch.arange(6.0).reshape(2, 3), "scale": torch.tensor(2.0)},
            "training_state": {"ema/w": torch.ones(2, 3), "step": torch.tensor(7)}}
@@ -371,8 +372,8 @@ def train(model, optimizer, steps: int) -> None:
 def test_a_resumed_optimizer_steps_as_the_uninterrupted_one(tmp_path, kind, dtype):
     model, optimizer, order = model_and_optimizer(kind, dtype)
     train(model, optimizer, 3)
-    moments, document = ck.pack_optimizer(optimizer, order)
-    states, rng = ck.pack_rng()
+    moments, document = pack_optimizer(optimizer, order)
+    states, rng = pack_rng()
     folder = ck.write_checkpoint(tmp_path / "step-3",
                                  {"training_state": {**moments, **states}, "m": model.state_dict()},
                                  {"training_state.json": json.dumps({"optimizer": document, "rng": rng})})
@@ -384,12 +385,12 @@ def test_a_resumed_optimizer_steps_as_the_uninterrupted_one(tmp_path, kind, dtyp
     read = ck.read_checkpoint(folder)
     saved = json.loads(read.documents["training_state.json"])
     resumed.load_state_dict(read.tensors["m"])
-    ck.unpack_optimizer(other, order, read.tensors["training_state"], saved["optimizer"])
-    assert ck.unpack_rng(read.tensors["training_state"], saved["rng"]) == []
+    unpack_optimizer(other, order, read.tensors["training_state"], saved["optimizer"])
+    assert unpack_rng(read.tensors["training_state"], saved["rng"]) == []
     train(resumed, other, 3)
 
     assert all(same(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-    left, right = (ck.pack_optimizer(o, order) for o in (optimizer, other))
+    left, right = (pack_optimizer(o, order) for o in (optimizer, other))
     assert left[1] == right[1] and set(left[0]) == set(right[0])
     assert all(same(left[0][key], right[0][key]) for key in left[0])
     assert [type(o.param_groups[0]["betas"]) for o in (optimizer, other)] == [tuple, tuple]
@@ -401,10 +402,10 @@ def test_a_resumed_optimizer_steps_as_the_uninterrupted_one(tmp_path, kind, dtyp
 def test_restored_moments_share_no_memory_with_what_was_read():
     model, optimizer, order = model_and_optimizer("adamw")
     train(model, optimizer, 1)
-    tensors, document = ck.pack_optimizer(optimizer, order)
+    tensors, document = pack_optimizer(optimizer, order)
     copy = {key: value.clone() for key, value in tensors.items()}
     other_model, other, _ = model_and_optimizer("adamw")
-    ck.unpack_optimizer(other, order, copy, document)
+    unpack_optimizer(other, order, copy, document)
     before = {key: value.clone() for key, value in copy.items()}
     train(other_model, other, 1)
     assert all(same(before[key], copy[key]) for key in copy)
@@ -413,22 +414,22 @@ def test_restored_moments_share_no_memory_with_what_was_read():
 def test_a_different_optimizer_or_model_is_named_and_changes_nothing():
     model, optimizer, order = model_and_optimizer("adamw")
     train(model, optimizer, 2)
-    tensors, document = ck.pack_optimizer(optimizer, order)
+    tensors, document = pack_optimizer(optimizer, order)
     _, fresh, _ = model_and_optimizer("adamw")
     renamed = [order[0], "gate", *order[2:]]
-    fails(lambda: ck.unpack_optimizer(fresh, renamed, tensors, document), "2.weight", "gate", "parameter 1")
+    fails(lambda: unpack_optimizer(fresh, renamed, tensors, document), "2.weight", "gate", "parameter 1")
     wide = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(80, 65))])
-    fails(lambda: ck.unpack_optimizer(wide, order[:1], tensors, document), "[80, 64]", "[80, 65]")
+    fails(lambda: unpack_optimizer(wide, order[:1], tensors, document), "[80, 64]", "[80, 65]")
     one = torch.optim.AdamW([{"params": group["params"]} for group in fresh.param_groups[:1]])
-    fails(lambda: ck.unpack_optimizer(one, order[:2], tensors, document), "0.bias", "no parameter")
+    fails(lambda: unpack_optimizer(one, order[:2], tensors, document), "0.bias", "no parameter")
     flat = torch.optim.AdamW([p for group in fresh.param_groups for p in group["params"]])
-    fails(lambda: ck.unpack_optimizer(flat, order, tensors, document), "0.bias [80] of group 1", "of group 0")
+    fails(lambda: unpack_optimizer(flat, order, tensors, document), "0.bias [80] of group 1", "of group 0")
     sgd = torch.optim.SGD(fresh.param_groups[0]["params"])
-    fails(lambda: ck.unpack_optimizer(sgd, order[:2], tensors, document), "AdamW", "SGD", "--optimizer")
+    fails(lambda: unpack_optimizer(sgd, order[:2], tensors, document), "AdamW", "SGD", "--optimizer")
     short = {key: value for key, value in tensors.items() if key != "optimizer/0.bias/exp_avg"}
-    fails(lambda: ck.unpack_optimizer(fresh, order, short, document), "optimizer/0.bias/exp_avg", "missing")
+    fails(lambda: unpack_optimizer(fresh, order, short, document), "optimizer/0.bias/exp_avg", "missing")
     extra = tensors | {"optimizer/x/exp_avg": torch.zeros(1)}
-    fails(lambda: ck.unpack_optimizer(fresh, order, extra, document), "optimizer/x/exp_avg", "does not belong")
+    fails(lambda: unpack_optimizer(fresh, order, extra, document), "optimizer/x/exp_avg", "does not belong")
     assert not fresh.state
 
 
@@ -439,11 +440,11 @@ def test_random_numbers_continue_where_they_stopped():
     def draw() -> tuple:
         return torch.rand(5).tolist(), random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist()
 
-    tensors, document = ck.pack_rng()
+    tensors, document = pack_rng()
     document = json.loads(json.dumps(document))
     expected = draw()
     assert draw() != expected
-    ck.unpack_rng(tensors, document)
+    unpack_rng(tensors, document)
     assert draw() == expected
-    notes = ck.unpack_rng({**tensors, "rng/cuda/0": torch.get_rng_state()}, document)
+    notes = unpack_rng({**tensors, "rng/cuda/0": torch.get_rng_state()}, document)
     assert torch.cuda.is_available() or "1 CUDA devices, this machine 0" in notes[0]

@@ -548,3 +548,10 @@ def test_a_named_task_is_refused_when_reasoning_gym_is_missing(no_reasoning_gym)
 def test_the_default_tasks_are_quiet_when_it_is_there(capsys):
     assert rg.default_tasks() == ["chain_sum", "basic_arithmetic"]
     assert capsys.readouterr().err == ""
+
+
+def test_items_beyond_the_reserve_are_told_unless_whole_groups_are_kept_apart():
+    (line,) = rg.beyond_reserve(["mini_sudoku"], 4, by_group=False)
+    assert line.startswith("WARNING: training kept off the first 4 evaluation items of each task")
+    assert rg.beyond_reserve(["mini_sudoku"], 4, by_group=True) == []
+    assert rg.beyond_reserve(["mini_sudoku", "gcd"], 4, by_group=True) == [line]
