@@ -253,7 +253,8 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
     ("--adapter lora --d_h 64", "--d_h does nothing with --adapter lora, only with hrm and mlp: "
                                 "leave it out"),
     ("--adapter mlp --segments 3", "--segments does nothing with --adapter mlp, only with hrm: leave it out"),
-    ("--adapter lora --halt_settled 0.1", "--halt_settled does nothing with --adapter lora, only with hrm: leave it out"),
+    ("--adapter lora --halt_settled 0.1", "--halt_settled does nothing with --adapter lora, only with hrm: leave it "
+                                          "out"),
     ("--virtual_tokens 3", "--virtual_tokens does nothing with --adapter hrm, only with prompt: leave it out"),
     ("--adapter none --dry_run", "--dry_run makes no sense with --adapter none: nothing trains"),
     ("--adapter none --match_params 5", "--match_params makes no sense with --adapter none: nothing trains"),
