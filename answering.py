@@ -9,20 +9,20 @@ from typing import Protocol
 
 import torch
 
-from baselines import load_controller
+from addon.baselines import load_controller
 from batching import PromptFormat
-from checkpointing import read_checkpoint, resolve_resume
-from enhanced import EnhancedHRMForCausalLM
-from enhanced_config import CycleMeter, EnhancedHRMConfig
+from engine.checkpoints import read_checkpoint, resolve_resume
+from engine.machine import pick_device
+from enhanced.config import CycleMeter, EnhancedHRMConfig
+from enhanced.model import EnhancedHRMForCausalLM
+from enhanced.reasoning_format import split_completion
 from evaluation import Decoding, generate_texts
 from host import load_tokenizer
-from hybrid import HybridConfig, HybridModel
-from hybrid_text import HybridText
-from hybrid_training import CONFIG_JSON, TOKENIZER_JSON, HybridTrainer
+from hybrid.model import HybridConfig, HybridModel
+from hybrid.text import HybridText
+from hybrid.training import CONFIG_JSON, TOKENIZER_JSON, HybridTrainer
 from model import ADAPTER_CONFIG
 from options import read_resolved
-from reasoning_format import split_completion
-from run_setup import pick_device
 
 RESOLVED = "config.resolved.yaml"
 

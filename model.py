@@ -30,11 +30,11 @@ from transformers.utils import ModelOutput
 
 from backbone import HostStates, HRMAddonConfig, HRMBackbone
 from batching import Batch
-from checkpointing import read_checkpoint
+from engine.checkpoints import read_checkpoint
+from engine.optimization import check_fit
 from host import add_lora, freeze, host_logits, load_host, without_lora
 from hrm_blocks import IGNORE, Carry, all_correct, last_state, token_positions
 from injector import Slots, Thought
-from optimization import check_fit
 
 ADDON_PREFIX = "model.addon."
 

@@ -53,18 +53,18 @@ def main(argv: list[str] | None = None) -> int:
 def run_of(opts: options.Options) -> type:
     """The class of a system's runs. transformers loads here, after the cheap checks."""
     if opts.objective == "grpo" and not (opts.eval_only or opts.dry_run):
-        from grpo_run import GrpoRun
+        from grpo.run import GrpoRun
 
         return GrpoRun
     if opts.arch == "enhanced":
-        from enhanced_run import EnhancedRun
+        from grpo.warm_start import EnhancedRun
 
         return EnhancedRun
     if opts.arch == "hybrid":
-        from hybrid_run import HybridRun
+        from hybrid.run import HybridRun
 
         return HybridRun
-    from run import Run
+    from addon_run import Run
 
     return Run
 
@@ -93,7 +93,7 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
         arch = saved.get("arch", "addon")
         return opts, None, [f"{checkpoint} is a checkpoint of --arch {arch}, not of --arch {opts.arch}: leave --arch "
                             "out or name another checkpoint"]
-    from run_setup import check
+    from engine.machine import check
 
     found += matched(opts, asked) if opts.match_params and not found else []
     shape = other_shape(opts, saved, checkpoint) if checkpoint else []
@@ -102,7 +102,7 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
 
 def matched(opts: options.Options, asked: options.Options) -> list[str]:
     """Sizes the adapter by --match_params, and says how. At most one problem; `asked` holds what this call set."""
-    from param_matching import match
+    from addon.param_matching import match
 
     sizes = {"d_h", "lora_rank", "virtual_tokens"}
     unmatched = {"lora_rank"} if opts.lora_layers else set()
@@ -129,7 +129,7 @@ def find_checkpoint(opts: options.Options) -> Path | None:
     """The checkpoint this call goes on from: `--resume`, or by itself that of an existing `--run_name`."""
     if opts.resume is None and opts.run_name is None:
         return None
-    from checkpointing import FOLDER, resolve_resume
+    from engine.checkpoints import FOLDER, resolve_resume
 
     run = Path(opts.save_dir) / (opts.run_name or "")
     if opts.resume is None or (opts.resume == "auto" and opts.run_name):
@@ -146,7 +146,7 @@ def find_checkpoint(opts: options.Options) -> Path | None:
 
 def own_checkpoint(opts: options.Options) -> Path | None:
     """The newest checkpoint of the run that `--run_name` names."""
-    from checkpointing import newest_checkpoint
+    from engine.checkpoints import newest_checkpoint
 
     run = Path(opts.save_dir) / opts.run_name
     return newest_checkpoint(run) if run.is_dir() else None
@@ -158,7 +158,7 @@ def saved_options(checkpoint: Path, shape_only: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: a broken or foreign checkpoint.
     """
-    from checkpointing import read_checkpoint
+    from engine.checkpoints import read_checkpoint
 
     text = read_checkpoint(checkpoint, stems=[]).documents["config.resolved.yaml"]
     saved = options.read_resolved(text)

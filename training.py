@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batching import IGNORE, Batch
-from checkpointing import Checkpoint
+from engine.checkpoints import Checkpoint
+from engine.optimization import BaseTrainer, build_optimizers
 from host import HostError
 from model import (
     ADAPTER,
@@ -31,7 +32,6 @@ from model import (
     check_adapter,
     check_fingerprint,
 )
-from optimization import BaseTrainer, build_optimizers
 
 
 def segments_of_step(opts: argparse.Namespace, step: int, progress: float = 1.0) -> int:

@@ -34,12 +34,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import ablation  # noqa: E402
+import ablation_grid as ablation  # noqa: E402
 import options  # noqa: E402
-from ablation import Grid, GridError, Job  # noqa: E402
-from figures import new_figure, save_figure  # noqa: E402
+from ablation_grid import Grid, GridError, Job  # noqa: E402
+from engine.figures import new_figure, save_figure  # noqa: E402
+from engine.files import staged  # noqa: E402
 from reasoning_gym_wrapper import beyond_reserve  # noqa: E402
-from script_tools import ScriptParser, run_script, staged  # noqa: E402
+from script_tools import ScriptParser, run_script  # noqa: E402
 
 POLL_S = 0.2
 LINE_S = 60.0  # between lines of progress where there is no terminal

@@ -28,9 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from documents import read_documents, source_files  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
-from text_encoder import load_tokenizer  # noqa: E402
+from text_data.documents import read_documents, source_files  # noqa: E402
+from text_data.tokenizer import load_tokenizer  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -24,6 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.files import staged  # noqa: E402
+from engine.logs import Progress  # noqa: E402
 from reasoning_gym_wrapper import (  # noqa: E402
     EVAL_SEED,
     MAX_REJECTED,
@@ -33,8 +35,7 @@ from reasoning_gym_wrapper import (  # noqa: E402
     task_problems,
     task_warnings,
 )
-from run_logging import Progress  # noqa: E402
-from script_tools import ScriptParser, run_script, staged  # noqa: E402
+from script_tools import ScriptParser, run_script  # noqa: E402
 from training_stream import TrainStream, train_seed  # noqa: E402
 
 HUB = {

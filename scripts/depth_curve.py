@@ -38,19 +38,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
+from addon.curriculum import Curriculum  # noqa: E402
+from addon.halting import calibration_error, reliability  # noqa: E402
 from batching import PromptFormat  # noqa: E402
-from checkpointing import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
-from curriculum import Curriculum  # noqa: E402
+from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
+from engine.figures import new_figure, save_figure, style  # noqa: E402
+from engine.files import staged  # noqa: E402
+from engine.logs import Progress  # noqa: E402
+from engine.machine import pick_device, pick_precision, task_config, task_names  # noqa: E402
 from evaluation import OVERALL, Answer, Decoding, answer, answer_budget, wilson  # noqa: E402
-from figures import new_figure, save_figure, style  # noqa: E402
-from halting import calibration_error, reliability  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from hrm_blocks import relative_change  # noqa: E402
 from model import ADAPTER_CONFIG, HRMController, load_adapter  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, beyond_reserve, make_tasks  # noqa: E402
-from run_logging import Progress  # noqa: E402
-from run_setup import pick_device, pick_precision, task_config, task_names  # noqa: E402
-from script_tools import ScriptParser, run_script, staged  # noqa: E402
+from script_tools import ScriptParser, run_script  # noqa: E402
 
 COLUMNS = (
     *("task", "difficulty", "readout", "segments", "n", "solved", "ci_low", "ci_high", "segments_used"),

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from figures import new_figure, save_figure, style  # noqa: E402
+from engine.figures import new_figure, save_figure, style  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 
 WINDOWS = 40  # the loss is averaged over 1 / WINDOWS of a run's logged steps

@@ -24,10 +24,11 @@ from typing import Any, BinaryIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from documents import Document, read_documents, source_files  # noqa: E402
-from run_logging import Progress  # noqa: E402
-from script_tools import ScriptParser, run_script, sha256, staged  # noqa: E402
-from text_encoder import (  # noqa: E402
+from engine.files import staged  # noqa: E402
+from engine.logs import Progress  # noqa: E402
+from script_tools import ScriptParser, run_script, sha256  # noqa: E402
+from text_data.documents import Document, read_documents, source_files  # noqa: E402
+from text_data.tokenizer import (  # noqa: E402
     LEAST_VOCABULARY,
     SPECIAL,
     byte_counter,

@@ -25,14 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpointing import (  # noqa: E402
+from engine.checkpoints import (  # noqa: E402
     atomic_write_text,
     read_checkpoint,
     write_checkpoint,
 )
-from optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
+from engine.logs import Progress  # noqa: E402
+from engine.optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
 from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks  # noqa: E402
-from run_logging import Progress  # noqa: E402
 from training_stream import train_seed  # noqa: E402
 
 # Short prompts, fast to draw, gold answers, stable under PYTHONHASHSEED, and no scorer or item that executes code.

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+import addon_run as run
 import generate
-import run
 import train
 from tiny_runs import ROOT, arguments, command, error_lines, newest, records
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import addon_run as run
 import options
-import run
-import run_loop
 import train
 from batching import PromptFormat
+from engine import loop as run_loop
 from tiny_runs import ROOT, TINY, error_lines, newest, only_run, records
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import options
 from batching import IGNORE, Batch, PromptFormat, pad
+from engine.optimization import MAX_SCALER_SKIPS, Ema, NonFiniteError, build_optimizers, learning_rate, seed_of_step
 from host import HostError, host_logits
 from injector import Thought
 from model import build_model
-from optimization import MAX_SCALER_SKIPS, Ema, NonFiniteError, build_optimizers, learning_rate, seed_of_step
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
 from tiny_runs import TINY

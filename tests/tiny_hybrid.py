@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hybrid import HybridConfig, HybridModel
-from prepared_data import SimpleTokenizer, Triple, pad_batch
+from hybrid.model import HybridConfig, HybridModel
+from text_data.triples import SimpleTokenizer, Triple, pad_batch
 
 VOCABULARY = 40
 SHAPE = {

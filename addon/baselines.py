@@ -1,0 +1,283 @@
+"""What HRM is compared with, on the same frozen LLM: LoRA, prompt tuning, and the LLM as it is.
+
+`BaselineController` trains and answers through the interface of `HRMController`: `encode`, `forward(states=...)`,
+`generate`, `bare`, `addon_parameters`, `addon_state`, `load_addon_state`. Adapters are peft's:
+
+    lora    LoRA (arXiv 2106.09685) on every linear map of every decoder layer, rank `lora_rank`, alpha twice that
+    prompt  prompt tuning (arXiv 2104.08691): `virtual_tokens` learned embeddings before every prompt, which start as
+            those of random tokens
+    none    the bare LLM; nothing trains
+
+LoRA starts as the bare LLM. Prompt tuning cannot: whatever stands before a prompt is attended to. Both run the LLM
+forward and backward in every step, so nothing of it can be cached. The single pass, `mlp`, is an `HRMController` with
+another core (single_pass.py). Shapes: B batch, N tokens, S prompt tokens, T target tokens, D LLM width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
+
+from batching import Batch
+from engine.optimization import check_fit
+from host import add_lora, decoder_layers, freeze, host_logits, load_host, without_lora
+from hrm_blocks import IGNORE, all_correct, token_positions
+from model import (
+    ControllerOutput,
+    HRMController,
+    adapter_of,
+    build_model,
+    check_fingerprint,
+    load_adapter,
+    read_adapter,
+)
+
+PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "none": "NONE"}
+SHAPE_FIELDS = ("adapter", "lora_rank", "virtual_tokens")
+
+
+class BaselineConfig(PreTrainedConfig):
+    """Which baseline, beside the host's own config."""
+
+    model_type = "hrm_baseline"
+    sub_configs = {"base_config": AutoConfig}
+
+    def __init__(self, base_config: PreTrainedConfig | None = None, base_model_name: str = "", adapter: str = "none",
+                 lora_rank: int = 8, virtual_tokens: int = 20, **kwargs: Any):
+        # A copy: transformers sets the attention of sub-configs to None below, which the host must not share.
+        self.base_config = base_config = copy.deepcopy(base_config)
+        self.base_model_name, self.adapter = base_model_name, adapter
+        self.lora_rank, self.virtual_tokens = lora_rank, virtual_tokens
+        kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The host's text config: cache creation asks it for layers and heads."""
+        return self.base_config.get_text_config(*args, **kwargs) if self.base_config is not None else self
+
+
+class BaselineController(PreTrainedModel, GenerationMixin):
+    """A frozen LLM with LoRA, with virtual tokens, or as it is."""
+
+    config_class = BaselineConfig
+    base_model_prefix = "host"
+    recurrent = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: BaselineConfig, host: PreTrainedModel):
+        super().__init__(config)
+        self.host = host
+        self.generation_config = copy.deepcopy(host.generation_config)
+        self.prompt: nn.Module | None = None
+        self.post_init()
+        freeze(host)
+        if config.adapter == "lora":
+            add_lora(host, len(decoder_layers(host)[1]), config.lora_rank)
+        elif config.adapter == "prompt":
+            self.prompt = prompt_embedding(host, config.virtual_tokens)
+
+    @classmethod
+    def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
+                  **settings: Any) -> BaselineController:
+        """A new baseline on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
+        host = load_host(name, load_in, trust_remote_code, device)
+        controller = cls(BaselineConfig(copy.deepcopy(host.config), name, **settings), host)
+        for part in (controller.prompt, host if settings.get("adapter") == "lora" and load_in == "none" else None):
+            if part is not None:
+                part.to(device)
+        return controller
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to do: peft initialises its parts, and the host comes with its weights."""
+
+    def train(self, mode: bool = True) -> BaselineController:
+        """The host stays in evaluation mode, its dropout off."""
+        super().train(mode)
+        self.host.eval()
+        return self
+
+    # --- what every adapter tells of itself ---
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the adapter takes before the prompt."""
+        return self.config.virtual_tokens if self.prompt is not None else 0
+
+    @property
+    def title(self) -> str:
+        named = {"lora": f"LoRA rank {self.config.lora_rank}", "prompt": f"{self.virtual_tokens} virtual tokens"}
+        return named.get(self.config.adapter, "no adapter")
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Name -> module of what trains, for counting."""
+        return {"lora": {"lora": self.host}, "prompt": {"prompt": self.prompt}}.get(self.config.adapter, {})
+
+    def shape(self) -> dict[str, Any]:
+        """What of an adapter document says how to build this baseline anew."""
+        fields = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
+        return {"peft_type": PEFT_TYPES[self.config.adapter], "baseline": fields}
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[PreTrainedModel]:
+        """The bare LLM, LoRA switched off inside."""
+        with without_lora(self.host):
+            yield self.host
+
+    def addon_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that trains: never one of the LLM."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def addon_state(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything a checkpoint keeps."""
+        return {name: p.detach() for name, p in self.addon_parameters().items()}
+
+    def load_addon_state(self, state: dict[str, Tensor]) -> None:
+        """Restores `addon_state`. Raises ValueError naming the first difference in names or shapes."""
+        check_fit(self.addon_state(), state)
+        self.load_state_dict(state, strict=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.host.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.host.get_output_embeddings()
+
+    # --- running the host ---
+
+    def run_host(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, use_cache: bool = False
+                 ) -> tuple[Tensor, Any]:
+        """(last hidden states (B, N, D) of the ids alone, cache), virtual tokens in front where the cache is empty.
+
+        `attention_mask` (B, past + N) does not know of virtual tokens. Positions come from the mask, as HRM's do, so
+        that padding changes nothing; peft's own prompt tuning lets the host count pads.
+        """
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = attention_mask
+        if self.prompt is not None:
+            mask = torch.cat([mask.new_ones(len(mask), self.virtual_tokens), mask], dim=1)
+        decoder, arguments = self.host.base_model, {"attention_mask": mask, "use_cache": use_cache}
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
+            arguments["position_ids"] = token_positions(mask)[:, past:]
+        if self.prompt is not None and not past:
+            embedded = self.get_input_embeddings()(input_ids)
+            virtual = self.prompt(torch.arange(self.virtual_tokens, device=embedded.device)).to(embedded.dtype)
+            virtual = virtual.expand(len(embedded), -1, -1)
+            arguments["inputs_embeds"] = torch.cat([virtual, embedded], dim=1)
+        else:
+            arguments["input_ids"] = input_ids
+        with self._precision(input_ids.device.type):
+            out = decoder(past_key_values=cache, **arguments)
+        return out.last_hidden_state[:, -input_ids.shape[1] :], out.past_key_values
+
+    def _precision(self, device: str) -> contextlib.AbstractContextManager:
+        """Autocast as it is for what trains; the bare LLM runs in its own dtype."""
+        return torch.autocast(device, enabled=False) if self.config.adapter == "none" else contextlib.nullcontext()
+
+    # --- training ---
+
+    def encode(self, batch: Batch) -> Batch:
+        """Nothing can be said of a batch before its forward pass: the adapter takes part in it."""
+        return batch
+
+    def segment(self, batch: Batch, labels: Tensor, denominator: float | None) -> ControllerOutput:
+        """Loss and logits (labelled tokens, V) of a batch: what `HRMController.segment` gives, without a carry.
+
+        Columns S - 1 to S + T - 2 predict the T target tokens.
+        """
+        last, _ = self.run_host(batch.input_ids[:, :-1], batch.attention_mask[:, :-1])
+        labelled = labels != IGNORE
+        logits = host_logits(self.host, last[:, -labels.shape[1] :][labelled])
+        target = labels[labelled]
+        loss = F.cross_entropy(logits, target, reduction="sum") / (denominator or max(len(target), 1))
+        return ControllerOutput(loss=loss, logits=logits, metrics={"correct": all_correct(logits, labels)})
+
+    # --- the causal LM ---
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        states: Batch | None = None,
+        carry: None = None,
+        denominator: float | None = None,
+        segments_log: list[Tensor] | None = None,  # accepted and left as it is: there are no segments
+        position_ids: Tensor | None = None,  # accepted and ignored: positions come from the mask
+        **_: Any,
+    ) -> ControllerOutput:
+        """With `states`: one training step's forward, see `segment`. Else an ordinary causal LM call: logits
+        (B, N or logits_to_keep, V), and with `labels` (B, N) their mean loss."""
+        if states is not None:
+            return self.segment(states, labels, denominator)
+        past = past_key_values.get_seq_length() - self.virtual_tokens if past_key_values is not None else 0
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), max(past, 0) + input_ids.shape[1])
+        last, cache = self.run_host(input_ids, attention_mask, past_key_values, bool(use_cache))
+        logits = host_logits(self.host, last[:, -logits_to_keep:] if labels is None else last)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        return ControllerOutput(loss=loss, logits=logits, past_key_values=cache)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Raises ValueError for a static cache, whose tokens cannot be counted."""
+        if isinstance(kwargs.get("past_key_values"), StaticCache):
+            raise ValueError("static caches are refused: virtual tokens are counted by the cache's length")
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+def prompt_embedding(host: PreTrainedModel, tokens: int) -> nn.Module:
+    """peft's table of `tokens` virtual tokens in float32, which starts as the embeddings of random tokens."""
+    from peft import PromptEmbedding, PromptTuningConfig
+
+    table = host.get_input_embeddings()
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=tokens, token_dim=table.weight.shape[-1],
+        num_transformer_submodules=1, prompt_tuning_init="SAMPLE_VOCAB",
+    )
+    return PromptEmbedding(config, table).requires_grad_(True)
+
+
+# --- options to adapters, checkpoints to adapters ---------------------------------------------------------------------
+
+Controller = HRMController | BaselineController
+
+
+def build_controller(opts: argparse.Namespace, device: str) -> Controller:
+    """The adapter that the options describe, on its LLM: the only place that maps options to it. Raises HostError."""
+    if opts.adapter not in PEFT_TYPES:
+        return build_model(opts, device)
+    settings = {name: getattr(opts, name) for name in SHAPE_FIELDS}
+    return BaselineController.from_base(opts.model_name, opts.load_in, opts.trust_remote_code, device, **settings)
+
+
+def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool = False
+                    ) -> tuple[Controller, dict[str, Any]]:
+    """The controller of a checkpoint of any adapter, in evaluation mode, and its adapter document.
+
+    Raises:
+        ValueError: a broken checkpoint, or a base model that is missing or another one.
+    """
+    document, tensors = read_adapter(folder)
+    if adapter_of(document) not in PEFT_TYPES:
+        return load_adapter(folder, device, trust_remote_code)
+    controller = BaselineController.from_base(
+        document["base_model_name_or_path"], trust_remote_code=trust_remote_code, device=device, **document["baseline"]
+    )
+    check_fingerprint(controller.host, document, folder)
+    controller.load_addon_state(tensors)
+    return controller.eval(), document

@@ -1,0 +1,1 @@
+"""What every run shares: loop, optimizer, checkpoints, logs, intervals."""

@@ -1,0 +1,356 @@
+"""GRPO reward functions with TRL's signature: `f(prompts, completions, completion_ids=None, **columns) -> list[float]`.
+
+Pure; each value lies in [0, 1], a right and well-formed answer gets 1.0 of each, and no completion makes one raise.
+Prompts and completions are strings or chat message lists. Columns they read: `COLUMNS`. A row without what a reward
+needs scores 0 there. `build_rewards` binds settings and checks what would silently score 0 throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from enhanced.reasoning_format import (
+    REASONING_TOKENS,
+    Parsed,
+    format_rate,
+    format_score,
+    split_completion,
+    without_tags,
+)
+from grpo.arithmetic import divisions, is_plain, numbers, sound_share
+from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError, normalise
+from sandbox.runner import CodeJob, confinement, run_many
+
+__all__ = ["COLUMNS", "REWARDS", "RewardSettings", "build_rewards", "item_text", "repetition"]
+__all__ += ["Parsed", "format_rate", "split_completion"]  # the parser's, for those who score
+
+PARSES = 0.2  # what code that parses is worth without passing a test
+NGRAM = 4
+FREE_REPETITION = 0.1  # share of repeated n-grams that plain prose and arithmetic have
+CHARACTERS_PER_TOKEN = 4  # where completion ids are not handed in
+LONGEST_ANSWER = 1_000  # characters; longer text holds no number that is the answer
+LONGEST_ITEM_ANSWER = 20_000  # characters shown to a task's scorer; some take time quadratic in them
+LONGEST_CODE = 50_000  # characters
+LONGEST_COUNTED = 100_000  # characters in which repetition is counted
+
+# Columns a reward reads beside prompts and completions; (needed, optional).
+COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "format": ((), ()),
+    "math": (("answer",), ()),
+    "brevity": ((), ()),
+    "code": (("tests",), ("setup",)),
+    "chain_of_thought": ((), ()),
+    "verifier": (("task", "item"), ()),
+}
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What the rewards may be told.
+
+    tags: without them (False) a completion that holds no reasoning tag is itself thought and solution. free_tokens: a
+    completion this long loses nothing for brevity; one of max_tokens gets 0. code_*: limits of one code run, runs at a
+    time (0: one per core). tasks: the tasks items were drawn from, where their configs differ from the default.
+    """
+
+    tags: bool = True
+    free_tokens: int = 256
+    max_tokens: int = 1024
+    code_timeout: float = 5.0
+    code_memory_mb: int = 512
+    code_workers: int = 0
+    allow_unconfined_code: bool = False
+    allow_code_tasks: bool = False
+    tasks: tuple[Task, ...] = ()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, one clause each."""
+        found = []
+        if not 0 < self.free_tokens < self.max_tokens:
+            found.append(f"need 0 < free_tokens < max_tokens, got {self.free_tokens} and {self.max_tokens}")
+        if not self.code_timeout > 0:
+            found.append(f"code_timeout must be above 0, got {self.code_timeout}")
+        if self.code_memory_mb < 64:
+            found.append(f"code_memory_mb must be at least 64, got {self.code_memory_mb}")
+        if self.code_workers < 0:
+            found.append(f"code_workers must be 0 or more, got {self.code_workers}")
+        return found
+
+
+DEFAULTS = RewardSettings()
+
+
+# --- what TRL hands in ------------------------------------------------------------------------------------------------
+
+
+def text_of(value: Any, roles: Sequence[str] = ()) -> str:
+    """A string as it is; of a message list the contents, of `roles` alone where given; "" for anything else."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return ""
+    chosen = [m for m in value if isinstance(m, Mapping) and (not roles or m.get("role") in roles)]
+    return "\n".join(filter(None, (_content(message.get("content")) for message in chosen)))
+
+
+def _content(content: Any) -> str:
+    """A message's content: text, or a list of parts of which the textual ones count."""
+    if isinstance(content, list | tuple):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        return "\n".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
+def parse(completion: Any, settings: RewardSettings) -> Parsed:
+    """A completion's parts; bare text is both parts where tags are not asked for."""
+    text = text_of(completion)
+    if not settings.tags and not any(tag in text for tag in REASONING_TOKENS):
+        bare = without_tags(text).strip()
+        return Parsed(bare, bare, False)
+    return split_completion(text)
+
+
+def _column(columns: Mapping[str, Any], name: str, rows: int) -> list[Any]:
+    """The column's values, None where there are none."""
+    values = columns.get(name)
+    values = list(values) if isinstance(values, list | tuple) else []
+    return (values + [None] * rows)[:rows]
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def format_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
+    """1.0 for `<think>..</think><SOLUTION>..</SOLUTION>` and nothing more, up to 0.6 for parts of it."""
+    return [format_score(text_of(completion)) for completion in completions]
+
+
+def math_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
+    """1.0 where the solution's one number equals the column `answer`, else 0.0. See `same_answer`.
+
+    A division that the prompt asks for is no answer to it, though it is worth as much: `24 / 2` for 12.
+    """
+    answers = _column(columns, "answer", len(completions))
+    asked = _column({"prompts": prompts}, "prompts", len(completions))
+    solutions = [parse(completion, settings).solution for completion in completions]
+    return [
+        float(same_answer(solution, answer) and not _copied(solution, answer, text_of(prompt, ("user",))))
+        for solution, answer, prompt in zip(solutions, answers, asked, strict=True)
+    ]
+
+
+def _copied(solution: str, answer: Any, prompt: str) -> bool:
+    """Whether the solution is a division of the prompt's that the answer is not written as."""
+    return bool(divisions(solution) & divisions(prompt) - divisions(str(answer)))
+
+
+def same_answer(solution: str, answer: Any) -> bool:
+    """Whether the solution holds exactly one number and it is the answer's (behind `####`, where it has that mark).
+
+    Units, currency, thousands separators, fractions and words around it do not matter; a percent sign must stand in
+    both or in neither. An answer that is not one number is compared as normalised text, and so is a solution whose
+    number is changed by what stands at it (√9, 3², 12 million).
+    """
+    if answer is None or len(solution) > LONGEST_ANSWER:
+        return False
+    wanted = str(answer).rpartition("####")[2].strip()
+    gold = numbers(wanted)
+    if len(gold) == 1 and is_plain(solution) and is_plain(wanted):
+        return numbers(solution) == gold
+    return bool(wanted) and normalise(solution) == normalise(wanted)
+
+
+def brevity_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
+    """1.0 for a short completion that does not repeat itself; 0.0 for one without a word in it."""
+    ids = _column({"ids": completion_ids}, "ids", len(completions))
+    return [_brevity(text_of(c), row, settings) for c, row in zip(completions, ids, strict=True)]
+
+
+def _brevity(text: str, ids: Any, settings: RewardSettings) -> float:
+    content = without_tags(text)
+    if re.search(r"\w", content) is None:
+        return 0.0
+    length = len(ids) if isinstance(ids, list | tuple) and ids else len(text) / CHARACTERS_PER_TOKEN
+    room = (settings.max_tokens - length) / (settings.max_tokens - settings.free_tokens)
+    if room <= 0:
+        return 0.0
+    excess = max(repetition(content) - FREE_REPETITION, 0.0) / (1.0 - FREE_REPETITION)
+    return min(room, 1.0) * (1.0 - excess)
+
+
+def repetition(text: str) -> float:
+    """Share of the text's word 4-grams that occurred before in it, in [0, 1); long words count as pieces of them."""
+    words = re.findall(r"\w{1,8}|[^\w\s]", text[:LONGEST_COUNTED].lower())
+    grams = list(zip(*(words[start:] for start in range(NGRAM)), strict=False))
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def code_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
+    """0.2 where the solution parses, and the rest by the share of column `tests` it passes (after column `setup`).
+
+    Runs confined; a machine that cannot confine scores 0.0, of which `build_rewards` warns by raising.
+    """
+    rows = len(completions)
+    jobs: list[CodeJob | None] = []
+    for completion, tests, setup in zip(
+        completions, _column(columns, "tests", rows), _column(columns, "setup", rows), strict=True
+    ):
+        code = program(parse(completion, settings).solution)
+        usable = isinstance(tests, list | tuple) and tests and all(isinstance(test, str) for test in tests)
+        written = any(line.strip() and not line.lstrip().startswith("#") for line in code.splitlines())
+        setup = setup if isinstance(setup, str) else ""
+        jobs.append(CodeJob(code, tuple(tests), setup) if usable and written and len(code) <= LONGEST_CODE else None)
+    distinct = list(dict.fromkeys(job for job in jobs if job is not None))
+    limits = (settings.code_workers, settings.code_timeout, settings.code_memory_mb, settings.allow_unconfined_code)
+    scores: dict[CodeJob | None, float] = {None: 0.0}
+    for job, result in zip(distinct, run_many(distinct, *limits), strict=True):
+        parses = result.status not in ("syntax", "refused")
+        scores[job] = parses * (PARSES + (1.0 - PARSES) * result.passed_tests / result.total_tests)
+    return [scores[job] for job in jobs]
+
+
+def program(solution: str) -> str:
+    """The solution without a Markdown fence around it."""
+    text = solution.strip()
+    if not text.startswith("```"):
+        return solution
+    return text.partition("\n")[2].rstrip().removesuffix("```")
+
+
+def chain_of_thought_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
+    """Share of the thought's equations that are right and follow from the prompt: `arithmetic_text.sound_share`."""
+    asked = _column({"prompts": prompts}, "prompts", len(completions))
+    return [
+        sound_share(parse(completion, settings).thought, text_of(prompt, ("user",)))
+        for completion, prompt in zip(completions, asked, strict=True)
+    ]
+
+
+def verifier_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
+    """What the task's own scorer says of the solution: columns `task` (a name) and `item` (see `item_text`)."""
+    rows = len(completions)
+    tasks, items = _column(columns, "task", rows), _column(columns, "item", rows)
+    solutions = [parse(completion, settings).solution for completion in completions]
+    return [_verified(*row, settings) for row in zip(solutions, tasks, items, strict=True)]
+
+
+def _verified(solution: str, name: Any, text: Any, settings: RewardSettings) -> float:
+    barred = name in EXECUTES_CODE and not settings.allow_code_tasks if isinstance(name, str) else True
+    if not solution or barred or len(solution) > LONGEST_ITEM_ANSWER:
+        return 0.0
+    task = next((task for task in settings.tasks if task.name == name), None) or _default_task(name)
+    entry = read_item(text) if isinstance(text, str) else None
+    if task is None or entry is None:
+        return 0.0
+    return Example(entry["question"], entry.get("answer"), name, entry, task).verify(solution).score
+
+
+@functools.cache
+def _default_task(name: str) -> Task | None:
+    try:
+        return Task(name)
+    except TaskError:
+        return None
+
+
+# --- items as text ----------------------------------------------------------------------------------------------------
+
+
+def item_text(entry: Mapping[str, Any]) -> str:
+    """The JSON text of a data set entry (`Example.entry`), for the column `item`.
+
+    Tuples, sets and keys that are no strings come back from `read_item` as they were; plain JSON would turn them into
+    what some scorers do not accept.
+    """
+    return json.dumps(_packed(entry), ensure_ascii=False)
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _packed(part) for key, part in value.items()}
+        return {"__dict__": [[_packed(key), _packed(part)] for key, part in value.items()]}
+    if isinstance(value, list):
+        return [_packed(part) for part in value]
+    for kind in (tuple, set, frozenset):
+        if isinstance(value, kind):
+            return {f"__{kind.__name__}__": [_packed(part) for part in value]}
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _unpacked(value: dict[str, Any]) -> Any:
+    """`json.loads`' object hook: inner values are unpacked already."""
+    builders: dict[str, Callable] = {"__tuple__": tuple, "__set__": set, "__frozenset__": frozenset, "__dict__": dict}
+    if len(value) == 1 and (tag := next(iter(value))) in builders:
+        return builders[tag](value[tag])
+    return value
+
+
+@functools.lru_cache(maxsize=4096)
+def read_item(text: str) -> dict[str, Any] | None:
+    """The entry of an `item_text`, or of plain JSON; None if it is none. Shared: scorers only read it."""
+    try:
+        entry = json.loads(text, object_hook=_unpacked)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("question"), str) else None
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+Reward = Callable[..., list[float]]
+REWARDS: dict[str, Reward] = {
+    "format": format_reward,
+    "math": math_reward,
+    "brevity": brevity_reward,
+    "code": code_reward,
+    "chain_of_thought": chain_of_thought_reward,
+    "verifier": verifier_reward,
+}
+
+
+def build_rewards(weights: Mapping[str, float], **settings: Any) -> tuple[list[Reward], list[float]]:
+    """Reward functions, each named as its reward (TRL logs it so), and their weights, in the order given.
+
+    Raises:
+        ValueError: one line with every problem: unknown rewards or settings, weights that are negative, not finite or
+            all 0, values out of range, the code reward where code cannot be confined.
+    """
+    problems = [f"unknown reward {name!r}: choose from {', '.join(REWARDS)}" for name in weights if name not in REWARDS]
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            problems.append(f"the weight of {name} must be a finite number of 0 or more, got {weight!r}")
+    if not any(weights.values()):
+        problems.append("no reward has a weight above 0")
+    fields = {field.name for field in dataclasses.fields(RewardSettings)}
+    problems += [
+        f"unknown setting {name!r}: choose from {', '.join(sorted(fields))}" for name in settings if name not in fields
+    ]
+    bound = RewardSettings(**{name: value for name, value in settings.items() if name in fields})
+    problems += bound.problems()
+    if "code" in weights and not bound.allow_unconfined_code and (reason := confinement()) is not None:
+        problems.append(f"the code reward cannot run: {reason}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return [_bind(name, bound) for name in weights], [float(weight) for weight in weights.values()]
+
+
+def _bind(name: str, settings: RewardSettings) -> Reward:
+    reward = REWARDS[name]
+
+    def function(prompts, completions, completion_ids=None, **columns) -> list[float]:
+        columns.pop("settings", None)  # a data set's column of that name is none of ours
+        return reward(prompts, completions, completion_ids, settings=settings, **columns)
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = reward.__doc__
+    return function

@@ -1,0 +1,1 @@
+"""Runs generated code with its tests in a confined process."""

@@ -1,0 +1,165 @@
+"""`train.py --objective grpo` as a command: the add-on's stage, the warm start's records, all five stages."""
+
+from __future__ import annotations
+
+import csv
+import importlib.machinery
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import addon_run
+import options
+import train
+from grpo import rewards
+from grpo import run as grpo_run
+from grpo.rewards import text_of
+from grpo.stages import PUBLISHED
+from sandbox.runner import confinement
+from tiny_runs import arguments, command, error_lines, newest, tensors
+
+ROOT = Path(options.__file__).parent
+SUMS = {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}}
+ENHANCED = (
+    "--arch enhanced --objective grpo --d_model 16 --n_heads 2 --n_planner_layers 1 --n_worker_layers 1 --max_cycles 2 "
+    "--thought_dim 8 --batch_size 4 --max_steps 2 --warmup_steps 1 --eval_n 2 --mixed_precision none --log_steps 1 "
+    "--num_threads 1 --device cpu --max_completion_length 4"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    """Drawing takes longer than a tiny run."""
+    monkeypatch.setattr(addon_run, "draw_curve", lambda *arguments: None)
+    monkeypatch.setattr(grpo_run, "draw_curve", lambda *arguments: None)
+
+
+def rows_of(run: Path) -> dict[tuple[str, str, str], list[str]]:
+    """(step, task, metric) -> the values in the CSV."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    with open(run / "eval.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault((row["step"], row["task"], row["metric"]), []).append(row["value"])
+    return found
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def length_reward(prompts, completions, completion_ids=None, **columns) -> list[float]:
+    """Differs inside groups, whatever a random model writes."""
+    return [len(text_of(completion)) % 7 / 6 for completion in completions]
+
+
+def test_the_add_on_goes_on_from_its_deep_supervision_checkpoint_and_moves_alone(
+    tiny_host, tmp_path, capsys, monkeypatch
+):
+    deep = arguments(tiny_host, tmp_path, "--segments", "2", "--supervised_segments", "0", "--run_name", "deep")
+    assert train.main(deep) == 0
+    checkpoint = newest(tmp_path / "deep")
+    before = tensors(checkpoint, "adapter_model")
+    monkeypatch.setitem(rewards.REWARDS, "brevity", length_reward)
+    stages = {"task": {"size": 4, "eval_n": 2, "rewards": {"verifier": 1, "brevity": 1}}}
+    words = ["--objective", "grpo", "--resume", str(checkpoint), "--save_dir", str(tmp_path), "--grpo_lr", "1e-6",
+             "--num_generations", "4", "--max_completion_length", "6", "--stages", json.dumps(stages)]
+    opts, found_checkpoint, problems = train.understand(words)
+    assert problems == [] and opts.supervised_segments == 0
+    run = grpo_run.GrpoRun(opts, found_checkpoint)
+    assert run.go() == 0
+    assert run.progress.step == 3 + 2 and newest(tmp_path / "deep").name == "step-00000005"
+    after = tensors(newest(tmp_path / "deep"), "adapter_model")
+    assert after.keys() == before.keys()
+    change = {name: (after[name] - before[name]).abs().max() for name in before}
+    assert 0 < max(change.values()) < 1e-4  # two steps of 1e-6 away from the checkpoint's weights
+    host = AutoModelForCausalLM.from_pretrained(tiny_host).state_dict()
+    assert host.keys() == run.model.host.state_dict().keys()
+    assert all(torch.equal(tensor, host[name]) for name, tensor in run.model.host.state_dict().items())
+    rows = rows_of(tmp_path / "deep")
+    for metric in ("solved", "mean_length", "reward_verifier", "reward_brevity"):
+        assert len(rows["3", "task", metric]) == len(rows["5", "task", metric]) == 1
+    assert ("3", "toy_add", "solved") in rows  # the deep supervision's own
+    capsys.readouterr()
+
+    kept = everything_in(tmp_path)
+    assert train.main(["--arch", "enhanced", "--objective", "grpo", "--resume", str(checkpoint)]) == 2
+    (line,) = error_lines(capsys.readouterr().err)
+    assert "is a checkpoint of --arch addon, not of --arch enhanced" in line
+    assert everything_in(tmp_path) == kept
+
+    again = ["--resume", str(newest(tmp_path / "deep")), "--reset_progress", "--run_name", "anew"]
+    anew = [*arguments(tiny_host, tmp_path), *words, *again]
+    assert train.main(anew) == 0
+    assert newest(tmp_path / "anew").name == "step-00000002"
+    assert everything_in(tmp_path / "deep") == {path: kept[path] for path in kept if "deep" in path.parts}
+
+
+def stand_in_for_wandb(monkeypatch) -> list[tuple[str, dict]]:
+    """Installs a module with wandb's three calls; returns what they are called with."""
+    calls: list[tuple[str, dict]] = []
+    run = types.SimpleNamespace(log=lambda numbers, step: calls.append(("log", numbers | {"step": step})),
+                                finish=lambda: calls.append(("finish", {})))
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.init = lambda **options: calls.append(("init", options)) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return calls
+
+
+def test_a_stage_s_start_is_recorded_though_the_warm_start_s_evaluation_was_cut_short(tmp_path, tiny_host, monkeypatch):
+    """The second run is followed by wandb, too, offline."""
+    stages = json.dumps({"format": {"size": 2, "epochs": 1, "levels": [SUMS]}})
+    words = [*ENHANCED, "--tokenizer", str(tiny_host), "--stages", stages, "--save_dir", str(tmp_path)]
+    assert train.main([*words, "--run_name", "whole"]) == 0
+    name = "step-00000002"
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / name, tmp_path / "cut" / "checkpoints" / name)
+    calls = stand_in_for_wandb(monkeypatch)
+    assert train.main([*words, "--run_name", "cut", "--trackers", "wandb"]) == 0
+    assert [name for name, _ in calls] == ["init", "log", "log", "finish"] and calls[0][1]["mode"] == "offline"
+    assert [numbers["step"] for _, numbers in calls[1:3]] == [3, 4] and "reward_format" in calls[1][1]
+    whole, cut = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
+    for step in ("2", "4"):
+        for metric in ("solved", "format_rate", "mean_length", "reward_format", "reward_brevity"):
+            assert cut[step, "format", metric] == whole[step, "format", metric]
+            assert len(cut[step, "format", metric]) == 1
+
+
+@pytest.mark.slow
+def test_all_five_stages_run_as_a_command_with_what_each_leaves_behind(tmp_path, tiny_host):
+    stages = json.dumps({name: {"size": 2, "epochs": 1, "eval_n": 5} for name in PUBLISHED})
+    words = ["--config", "configs/enhanced_grpo.yaml", *ENHANCED, "--tokenizer", str(tiny_host), "--stages", stages,
+             "--max_seq_len", "4096", "--checkpoint_limit", "0", "--save_dir", str(tmp_path), "--run_name", "r"]
+    words += ["--allow_unconfined_code"] if confinement() is not None else []
+    first = command(*words)
+    out, told = first.communicate(timeout=1200)
+    assert first.returncode == 0, told
+    run, rows = tmp_path / "r", rows_of(tmp_path / "r")
+    for index, (name, published) in enumerate(PUBLISHED.items()):
+        start, end = str(2 + 2 * index), str(4 + 2 * index)
+        measured = ["solved", "format_rate", "mean_length", *(f"reward_{reward}" for reward in published["rewards"])]
+        for metric in measured:
+            assert len(rows[start, name, metric]) == len(rows[end, name, metric]) == 1, (name, metric)
+        assert (run / "checkpoints" / f"step-{int(end):08d}" / "model.safetensors").exists()
+        assert len((run / "samples" / f"{name}.jsonl").read_text().splitlines()) == 5
+        assert f"\n{name} " in out
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in logged if "stage" in line] == [name for name in PUBLISHED for _ in range(2)]
+
+    again = command(*words)
+    _, told = again.communicate(timeout=600)
+    assert again.returncode == 0
+    assert [line for line in told.splitlines() if "skipped" in line] == [
+        f"stage {name} is finished, skipped" for name in PUBLISHED]
+    assert rows_of(run) == rows
+    shown = command("--checkpoint", str(run), "--prompt", "1 + 1", "--compare", "--max_new_tokens", "4",
+                    script="generate.py")
+    out, _ = shown.communicate(timeout=300)
+    assert shown.returncode == 0 and "thought" in out and "solution" in out

@@ -1,0 +1,213 @@
+"""suite_scoring and final_number: what counts as an answer, and the intervals of what is measured."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluation import wilson
+from suite.questions import final_number
+from suite.scoring import (
+    bootstrap,
+    choose_option,
+    corpus_bleu,
+    exact,
+    language_estimates,
+    proportion,
+    rationale_of,
+    rouge_l,
+    same_number,
+    strip_fences,
+)
+
+# --- the final number
+
+SAFE = st.characters(exclude_categories=["Nd", "No", "Nl"], exclude_characters="#-\u2212.,$")
+NUMBERLESS = st.text(SAFE, max_size=20)
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("#### 72", "72"), ("#### $1,234.50.", "1234.5"), ("so 3 + 4 = 7", "7"), ("12.0", "12"), ("12.", "12"),
+    ("It costs $-5", "-5"), ("-$5", "-5"), ("\u22127", "-7"), ("10-5", "5"), ("pages 3-4", "4"), ("x = -3", "-3"),
+    (".50", "0.5"), ("-0", "0"), ("007", "7"), ("1,234,567", "1234567"), ("1, 2, 3", "3"), ("50%", "50"),
+    ("#### 5\n\nNext: 1 + 1\n#### 2", "5"), ("12 is it ####", "12"), ("7 #### none", "7"), ("1,2345", "2345"),
+    ("**18**", "18"), ("", None), ("no number", None), ("\u0663", None), ("(-4)", "-4"), ("is 5.", "5"),
+    ("3.5.", "3.5"), ("$ 20", "20"), ("A1-2", "2"), ("2^-3", "-3")])
+def test_the_final_number(text, number):
+    assert final_number(text) == number
+
+
+@given(st.decimals(-10**9, 10**9, allow_nan=False, places=3), NUMBERLESS, st.sampled_from(["", "$"]), st.booleans(),
+       st.sampled_from(["", ".", " dollars", "\n"]), st.booleans())
+def test_a_written_number_is_found_whatever_its_dress(number, before, currency, commas, after, marked):
+    shown = f"{abs(number):,}" if commas else str(abs(number))
+    text = f"{before} {'#### ' if marked else ''}{'-' if number < 0 else ''}{currency}{shown}{after}"
+    assert Decimal(final_number(text)) == number and same_number(text, str(number))
+    wrong = Decimal(number) + 1
+    assert not same_number(text, str(wrong))
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), NUMBERLESS)
+def test_the_marked_number_wins_else_the_last(first, last, between):
+    assert final_number(f"{last} #### {first} {between} {last}") == str(first)
+    assert final_number(f"{first} {between} {last}") == str(last)
+
+
+@given(st.text(max_size=60))
+def test_any_text_gives_plain_digits_or_nothing(text):
+    found = final_number(text)
+    assert found is None or (Decimal(found).is_finite() and final_number(found) == found)
+
+
+def test_no_number_is_never_right():
+    assert not same_number("none", "none") and not same_number("", "3") and same_number("12.0", "12")
+
+
+@pytest.mark.parametrize(("text", "right"), [("19", True), (" 19.\n", True), ("12 + 7 = 19", False), ("190", False)])
+def test_exact_is_the_answer_and_nothing_else(text, right):
+    assert exact(text, "19") is right
+
+
+# --- code
+
+
+@pytest.mark.parametrize("text", [
+    "```python\ndef f():\n    return 1\n```", "Here:\n```python\ndef f():\n    return 1\n```\nIt works:\n```\n1\n```",
+    "```\ndef f():\n    return 1\n```", "```py\ndef f():\n    return 1\n", "def f():\n    return 1\n",
+    "  ```python3\ndef f():\n    return 1\n  ```"])
+def test_fences_are_stripped(text):
+    assert strip_fences(text) == "def f():\n    return 1\n"
+
+
+@given(st.text(st.characters(exclude_characters="`\r", codec="ascii"), max_size=80), st.text("ab \n", max_size=10))
+def test_fenced_code_comes_back_as_it_was(code, around):
+    assert strip_fences(f"{around}\n```python\n{code}\n```\n{around}") == code + "\n"
+    assert strip_fences(code) == code
+
+
+# --- options
+
+CHOICES = ("a solid", "a liquid", "a gas", "Both a solid and a liquid")
+
+
+@pytest.mark.parametrize(("text", "place"), [
+    ("B", 1), ("(C)", 2), ("c)", 2), ("A.", 0), ("B: a liquid", 1), ("The answer is (B).", 1), ("The answer is B", 1),
+    ("Answer: C\nBecause it expands.", 2), ("It flows, so (A) is wrong and the answer is (B).", 1),
+    ("The answer is a gas.", 2), ("a gas", 2), ("A gas.", 2), ("It is a liquid because it flows.", 1),
+    ("The lecture of it.\nThe answer is (D).", 3), ("Both a solid and a liquid", 3), ("**B**", 1), ("(b)", 1),
+    ("**Answer:** **C**", 2), ("Option B", 1), ("A force acts on it.", None), ("", None), ("(E)", None), ("Z", None),
+    ("It may be a solid or a gas.", None), ("I think (B) it is", 1), ("The answer is clear: (C)", 2), ("a", None),
+    ("The correct answer is (B) a liquid. The wrong answer is obvious.", 1), ("B, since it flows", 1),
+    ("The answer is B because it flows.", 1), ("The answer is A because it is hard.", 0), ("A lot of it flows", None)])
+def test_the_option_is_found(text, place):
+    assert choose_option(text, CHOICES) == place
+
+
+@given(st.lists(st.text("abcdefgh ", min_size=1, max_size=9).filter(str.strip), min_size=2, max_size=5,
+                unique_by=lambda text: " ".join(text.split())), st.data())
+def test_the_letter_names_the_option_whatever_the_options_say(choices, data):
+    place = data.draw(st.integers(0, len(choices) - 1))
+    letter = "ABCDE"[place]
+    for text in (f"({letter})", f"The answer is ({letter}).", f"{choices[0]} it is not.\nThe answer is ({letter})."):
+        assert choose_option(text, choices) == place
+
+
+@given(st.lists(st.text("xyz", min_size=2, max_size=4), min_size=2, max_size=5, unique=True), st.data())
+def test_an_option_is_named_by_its_words(choices, data):
+    place = data.draw(st.integers(0, len(choices) - 1))
+    for text in (choices[place], f"It is {choices[place]}.", f"The answer is {choices[place]}, is it not?"):
+        assert choose_option(text, choices) == place
+
+
+@given(st.text(max_size=50))
+def test_any_text_gives_an_option_or_none(text):
+    assert choose_option(text, CHOICES) in (None, 0, 1, 2, 3)
+
+
+def test_options_of_numbers_and_signs():
+    assert choose_option("1/4", ("1/4", "0/4", "4/4")) == 0
+    assert choose_option("The answer is 4/4.", ("1/4", "0/4", "4/4")) == 2
+    assert choose_option("it is -3 degrees", ("-3 degrees", "13 degrees")) == 0
+
+
+def test_options_that_differ_in_case_alone_and_letters_before_words():
+    choices = ("Dear ms. Allen,", "Dear Ms. Allen,")
+    assert [choose_option(choice, choices) for choice in choices] == [0, 1]
+    assert choose_option("The answer is Dear Ms. Allen,", choices) == 1
+    assert choose_option("Answer: B. BECAUSE: is it inside? The answer is yes.", ("yes", "no")) == 1
+    assert choose_option("nothing", ("no", "yes")) is None
+
+
+def test_the_rationale_is_what_is_said_beside_the_option():
+    assert rationale_of("Water flows. It is wet.\nThe answer is (B).") == "Water flows. It is wet."
+    assert rationale_of("B\nBecause: water flows.") == "water flows."
+    assert rationale_of("The answer is (B).") == "" == rationale_of("(B)")
+
+
+# --- estimates
+
+
+def test_a_proportion_has_the_wilson_interval():
+    found = proportion([True, False, True, True])
+    assert (found.value, found.n, found.low, found.high) == (0.75, 4, *wilson(3, 4))
+
+
+def test_the_bootstrap_is_seeded_and_covers_as_often_as_it_says():
+    random = np.random.default_rng(0)
+
+    def mean(sums):
+        return sums[0] / sums[1]
+
+    covered = 0
+    for trial in range(60):
+        sample = np.stack([random.normal(5, 2, 40), np.ones(40)], axis=1)
+        found = bootstrap(sample, mean, 40, trial, resamples=200)
+        covered += found.low <= 5 <= found.high
+        assert found.value == pytest.approx(sample[:, 0].mean())
+    assert 50 <= covered <= 60
+    again = [bootstrap(sample, mean, 40, seed) for seed in (1, 1, 2)]
+    assert again[0] == again[1] != again[2]
+    alone = bootstrap(sample[:1], mean, 1, 0)
+    assert (alone.low, alone.high) == (None, None)
+
+
+def test_perplexity_and_bits_of_a_uniform_model():
+    documents = [(-math.log(8) * tokens, tokens, 2 * tokens) for tokens in (3, 10, 7)]
+    found = language_estimates(documents, 0)
+    assert found["perplexity"].value == pytest.approx(8) and found["perplexity"].n == 20
+    assert found["bits_per_byte"].value == pytest.approx(1.5) and found["bits_per_byte"].n == 40
+    assert found["perplexity"].low == pytest.approx(8) == found["perplexity"].high
+    uneven = language_estimates([(-5.0, 3, 9), (-40.0, 10, 30)], 0)["perplexity"]
+    assert uneven.value == pytest.approx(math.exp(45 / 13)) and uneven.low < uneven.value < uneven.high
+    assert language_estimates([(-1e9, 1, 1)], 0)["perplexity"].value == math.inf
+
+
+TEXTS = ["the water is warm and it flows down", "a gas fills its whole container", "", "it is a solid"]
+GOLDS = ["the water is warm so it flows down", "a gas fills all of its container", "it melts", "it is a solid rock"]
+
+
+def test_bleu_is_that_of_the_whole_corpus():
+    from sacrebleu.metrics import BLEU
+
+    found = corpus_bleu(TEXTS, GOLDS, 0)
+    assert found.value == pytest.approx(BLEU().corpus_score(TEXTS, [GOLDS]).score) and found.n == 4
+    assert found.low < found.value < found.high and corpus_bleu(GOLDS, GOLDS, 0).value == pytest.approx(100)
+
+
+def test_rouge_l_is_the_mean_longest_common_subsequence():
+    def f1(text: str, gold: str) -> float:
+        a, b = text.split(), gold.split()
+        longest = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+        for i, x in enumerate(a, 1):
+            for j, y in enumerate(b, 1):
+                longest[i][j] = longest[i - 1][j - 1] + 1 if x == y else max(longest[i - 1][j], longest[i][j - 1])
+        return 2 * longest[-1][-1] / (len(a) + len(b))
+
+    found = rouge_l(TEXTS, GOLDS, 0)
+    assert found.value == pytest.approx(np.mean([f1(*pair) for pair in zip(TEXTS, GOLDS, strict=True)]))
+    assert found.n == 4 and found.low < found.value < found.high

@@ -1,0 +1,1 @@
+"""Text on disk: documents, the tokenizer of prepared data, triples."""
