@@ -14,14 +14,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from flags import ADAPTER_FLAGS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, METAVARS, Flag, default_of, names
 
 __all__ = ["FLAGS", "GROUPS", "INVOCATION", "Flag", "names"]  # handed on, beside what is defined here
 
 PROG = "train.py"
+Part = TypeVar("Part")  # a dataclass
 BOOLS = {"0": False, "1": True, "false": False, "true": True}
 # What YAML may give for each type (else text); PyYAML reads 1e-3 as text.
 YAML_TYPES = {"int": int, "float": (int, float, str), "bool": (bool, int), "list": (str, list), "json": (str, dict)}
@@ -162,6 +163,18 @@ def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozens
              and getattr(opts, flag.name) != default_of(flag, opts.arch)}
     told = [tell(opts) for reads, tell in RULES if not (unsure | idle.keys()) & set(reads.split())]
     return found + [line for line in (*told, *idle.values()) if line]
+
+
+def part(kind: type[Part], opts: argparse.Namespace, **given: Any) -> Part:
+    """A dataclass made from the flags that its fields are named after; `given` are fields that no flag holds.
+
+    The part of the program that needs it then says by its type what it needs, and never sees the other flags.
+
+    Raises:
+        TypeError: a field without a default that is neither a flag nor given.
+    """
+    values = {each.name: getattr(opts, each.name) for each in fields(kind) if hasattr(opts, each.name)}
+    return kind(**values | given)
 
 
 def dump(opts: argparse.Namespace) -> str:

@@ -1,0 +1,40 @@
+"""Work on items of different lengths, in batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def by_length(
+    items: Sequence[Item],
+    lengths: Sequence[int],
+    batch_size: int,
+    run: Callable[[list[Item]], Sequence[Result]],
+) -> list[Result]:
+    """Runs `run` on batches of items of similar length; returns its results in the order of `items`.
+
+    Batches of similar length waste little padding. Items of equal length keep their order, so the batches, and with
+    them every random draw inside `run`, depend on the items alone.
+
+    Args:
+        items: what to work on, in any order.
+        lengths: one length for each item, in any unit.
+        batch_size: most items of one batch.
+        run: takes a batch, returns one result for each of its items, in their order.
+
+    Raises:
+        ValueError: not one length for each item, or not one result for each item of a batch.
+    """
+    if len(items) != len(lengths):
+        raise ValueError(f"{len(lengths)} lengths for {len(items)} items: give one for each")
+    order = sorted(range(len(items)), key=lengths.__getitem__)
+    results: dict[int, Result] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = run([items[index] for index in chosen])
+        results.update(zip(chosen, batch, strict=True))
+    return [results[index] for index in range(len(items))]

@@ -1,0 +1,84 @@
+"""Checkpoints that an earlier version wrote: each still loads with its own values, answers, and can be trained on.
+
+`fixtures/old_checkpoints` was written by the version in which every module lay at the root.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+import train
+from tiny_runs import ROOT, newest, tensors
+
+OLD = Path(__file__).parent / "fixtures" / "old_checkpoints"
+SYSTEMS = ("addon", "hybrid", "enhanced")
+STEMS = {"addon": "adapter_model", "hybrid": "model", "enhanced": "model"}
+
+
+@pytest.fixture(params=SYSTEMS)
+def old_run(request, tmp_path) -> Path:
+    """A copy of the old run's folder, named after its system."""
+    return shutil.copytree(OLD / request.param, tmp_path / request.param)
+
+
+def test_an_old_checkpoint_is_evaluated_with_its_own_weights(old_run, capsys):
+    assert train.main(["--resume", str(old_run), "--eval_only", "--device", "cpu"]) == 0
+    assert str(old_run) in capsys.readouterr().out
+
+
+def test_an_old_run_goes_on_where_it_stopped(old_run):
+    steps = int(newest(old_run).name.removeprefix("step-"))
+    before = tensors(newest(old_run))
+    shape = json.loads((newest(old_run) / "training_state.json").read_text())["optimizers"]
+    assert train.main(["--resume", str(old_run), "--max_steps", str(steps + 1), "--warmup_steps", "0",
+                       "--device", "cpu"]) == 0
+    assert newest(old_run).name == f"step-{steps + 1:08d}"
+    after = tensors(newest(old_run))
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith("raw/"))
+    again = json.loads((newest(old_run) / "training_state.json").read_text())["optimizers"]
+    assert [each["class"] for each in again] == [each["class"] for each in shape]
+    ours = safetensors.torch.load_file(newest(old_run) / f"{STEMS[old_run.name]}.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in ours.values())
+
+
+def test_an_old_hybrid_keeps_the_sizes_it_was_saved_with():
+    from transformers import AutoConfig
+
+    import hybrid  # noqa: F401 registers the architecture
+
+    config = AutoConfig.from_pretrained(newest(OLD / "hybrid"))
+    assert (config.d_model, config.n_heads, config.encoder_layers, config.decoder_layers) == (16, 4, 2, 2)
+    assert (config.state_size, config.d_h, config.h_len, config.l_len) == (32, 16, 8, 16)
+
+
+def test_an_old_add_on_keeps_its_recurrence():
+    from addon.baselines import load_controller
+
+    controller, document = load_controller(newest(OLD / "addon"))
+    config = controller.config
+    assert (config.segments, config.inner_T, config.injector, config.d_h) == (2, 1, "grb", 8)
+    assert (config.init_state, config.state_mix, config.grad_horizon) == ("zero", "gated", "full")
+    assert document["base_model_name_or_path"] == "assets/tiny_host"
+
+
+def test_a_record_from_before_a_setting_existed_has_what_was_then_the_only_choice(tmp_path):
+    """Before `state_mix` and `init_state` were flags, states were summed and began as fixed vectors."""
+    from addon.baselines import load_controller
+    from engine.checkpoints import read_checkpoint, step_folder, write_checkpoint
+    from tiny_runs import tiny_model
+
+    saved = read_checkpoint(newest(OLD / "addon"))
+    document = json.loads(saved.documents["adapter_config.json"])
+    settings = {name: value for name, value in document["hrm"].items() if name not in ("state_mix", "init_state")}
+    first = tiny_model(ROOT / "assets" / "tiny_host", state_mix="sum", init_state="fixed", d_h=8, injector="grb")
+    folder = write_checkpoint(step_folder(tmp_path, 4), {"adapter_model": first.addon_state()}, {
+        "adapter_config.json": json.dumps(document | {"hrm": settings})})
+    again, _ = load_controller(folder)
+    assert (again.config.state_mix, again.config.init_state) == ("sum", "fixed")
