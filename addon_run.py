@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,19 @@ import torch
 from accelerate.utils import gather_object
 
 from addon.baselines import build_controller
-from addon.curriculum import ENOUGH, Curriculum
+from addon.curriculum import ENOUGH, Curriculum, curriculum_problems
 from addon.halting import HaltingAlarm, evaluation_collapse
 from addon.hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
 from batching import Batch, PromptFormat, TrainBatches
 from engine.checkpoints import step_folder
 from engine.logs import Progress, draw_curve, format_table
 from engine.loop import RunLoop, closing_words
-from engine.machine import task_config, task_names
+from engine.machine import MachineConfig, machine_problems, raised
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate, solved_rate
 from host import load_config, load_tokenizer
-from reasoning_gym_wrapper import Example, Reserve, make_tasks, task_warnings
+from options import names, part
+from reasoning_gym_wrapper import Example, Reserve, default_tasks, make_tasks, task_problems, task_warnings
+from suite.measure import spec_problems
 from text_model import CausalTextModel
 from training import Trainer
 from training_stream import EpochStream, training_examples
@@ -29,8 +32,52 @@ from training_stream import EpochStream, training_examples
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
 
 
+def task_names(opts: argparse.Namespace) -> list[str]:
+    """The chosen tasks, or the default ones."""
+    return names(opts.tasks) or ([opts.task] if opts.task else default_tasks())
+
+
+def task_config(opts: argparse.Namespace) -> str:
+    """`--task_config`, which is `small` when no task is named and `default` otherwise."""
+    return opts.task_config or ("default" if opts.task or opts.tasks else "small")
+
+
+def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
+    """Everything wrong with a run of the add-on that can be found without loading a model, one line each."""
+    chosen = task_names(opts)
+    lines = task_problems(chosen, task_config(opts), opts.allow_code_tasks, not opts.eval_only)
+    if opts.curriculum and not lines:
+        lines += curriculum_problems(chosen)
+
+    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
+    lines += machine_problems(part(MachineConfig, opts), checkpoint)
+    return lines + raised([lambda: _check_host(opts)])
+
+
+def _check_host(opts: argparse.Namespace) -> None:
+    """Raises ValueError for an LLM that cannot be read, or has too few layers or positions for the flags."""
+    config = load_config(opts.model_name, opts.trust_remote_code).get_text_config()
+    if opts.lora_layers > config.num_hidden_layers:
+        raise ValueError(
+            f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
+        )
+    positions = getattr(config, "max_position_embeddings", None) or opts.max_seq_len
+    virtual = opts.virtual_tokens if opts.adapter == "prompt" else 0
+    if opts.max_seq_len + virtual > positions and virtual:
+        raise ValueError(
+            f"--max_seq_len {opts.max_seq_len} and --virtual_tokens {virtual} are more than the {positions} positions "
+            f"of {opts.model_name}: lower one"
+        )
+    if opts.max_seq_len > positions:
+        raise ValueError(
+            f"--max_seq_len {opts.max_seq_len} is more than the {positions} positions of {opts.model_name}: lower it"
+        )
+
+
 class Run(RunLoop):
     """The add-on's run: see `RunLoop`."""
+
+    problems = staticmethod(problems)
 
     def build_data(self) -> None:
         opts = self.opts

@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_of(opts: options.Options) -> type:
-    """The class of a system's runs. transformers loads here, after the cheap checks."""
-    if opts.objective == "grpo" and not (opts.eval_only or opts.dry_run):
+    """The class of a system's runs, which knows what is wrong with one (`problems`). transformers loads here."""
+    if opts.objective == "grpo":
         from grpo.run import GrpoRun
 
         return GrpoRun
@@ -93,11 +93,9 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
         arch = saved.get("arch", "addon")
         return opts, None, [f"{checkpoint} is a checkpoint of --arch {arch}, not of --arch {opts.arch}: leave --arch "
                             "out or name another checkpoint"]
-    from engine.machine import check
-
     found += matched(opts, asked) if opts.match_params and not found else []
     shape = other_shape(opts, saved, checkpoint) if checkpoint else []
-    return opts, checkpoint, found + shape + check(opts, checkpoint)
+    return opts, checkpoint, found + shape + run_of(opts).problems(opts, checkpoint)
 
 
 def matched(opts: options.Options, asked: options.Options) -> list[str]:

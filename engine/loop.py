@@ -32,7 +32,7 @@ NON_FINITE_EXIT = 3
 
 
 class RunLoop:
-    """A run from its options (see `engine.machine.check`), new or going on from `checkpoint`.
+    """A run from its options, new or going on from `checkpoint`.
 
     Subclasses implement what stands under "a system's own".
 

@@ -1,40 +1,46 @@
-"""What a run needs before and around its loop: checks of the configuration, device, precision, signals."""
+"""The machine a run is on: device, precision, places to write, signals, memory, and what is wrong with them."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import options
-from addon.curriculum import curriculum_problems
 from engine.checkpoints import FOLDER, disk_check
 from engine.logs import check_csv, check_trackers
-from enhanced.tokenizer import reasoning_tokenizer
-from grpo.stages import stages_of
-from host import load_config
-from hybrid.data import data_problems
-from reasoning_gym_wrapper import default_tasks, make_tasks, task_problems
-from suite.measure import check_code_runner
-from suite.questions import parse_suite, suite_problems
+from flags import names
 
 
-def task_names(opts: argparse.Namespace) -> list[str]:
-    """The chosen tasks, or the default ones."""
-    return options.names(opts.tasks) or ([opts.task] if opts.task else default_tasks())
+@dataclass(frozen=True)
+class MachineConfig:
+    """Where a run computes and writes; each field is the flag of its name.
 
+    device: auto, cpu, cuda or mps.
+    mixed_precision: auto, none, bf16 or fp16.
+    trackers: comma list of where else to log; "" = nowhere.
+    save_dir: folder of all runs.
+    run_name: the run's folder in it; None = still to be named.
+    log_csv: the evaluation table; None = eval.csv in the run's folder.
+    reset_progress: True begins a new run from the weights of a checkpoint.
+    dry_run: True writes nothing.
+    """
 
-def task_config(opts: argparse.Namespace) -> str:
-    """`--task_config`, which is `small` when no task is named and `default` otherwise."""
-    return opts.task_config or ("default" if opts.task or opts.tasks else "small")
+    device: str = "auto"
+    mixed_precision: str = "auto"
+    trackers: str = ""
+    save_dir: str = "runs"
+    run_name: str | None = None
+    log_csv: str | None = None
+    reset_progress: bool = False
+    dry_run: bool = False
 
 
 def pick_device(name: str) -> str:
@@ -57,82 +63,50 @@ def pick_precision(name: str, device: str) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "none"
 
 
-def run_folder(opts: argparse.Namespace, checkpoint: Path | None) -> Path | None:
+def run_folder(config: MachineConfig, checkpoint: Path | None) -> Path | None:
     """The folder of the run that `checkpoint` lies in, else of the named one; None: a new one that is still to name."""
-    if checkpoint and checkpoint.parent.name == FOLDER and not opts.reset_progress:
+    if checkpoint and checkpoint.parent.name == FOLDER and not config.reset_progress:
         return checkpoint.parent.parent
-    return Path(opts.save_dir) / opts.run_name if opts.run_name else None
+    return Path(config.save_dir) / config.run_name if config.run_name else None
 
 
-def check(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
-    """All problems that can be found without loading a model, one line each."""
-    checks = [(_check_device, opts), (check_trackers, options.names(opts.trackers))]
-    if opts.arch == "hybrid":
-        found = data_problems(opts)
-    elif opts.arch == "enhanced":
-        found = stages_of(opts)[1] + _tokenizer_problems(opts)
-    else:
-        found = task_problems(task_names(opts), task_config(opts), opts.allow_code_tasks, not opts.eval_only)
-        found += curriculum_problems(task_names(opts)) if opts.curriculum and not found else []
-        checks.append((_check_host, opts))
-        if opts.objective == "grpo" and checkpoint is None:
-            found.append("--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce")
-        if opts.objective == "grpo" and not found:
-            found += stages_of(opts, make_tasks(task_names(opts), task_config(opts)))[1]
-    if opts.eval_suite:
-        found += suite_problems(opts.eval_suite) or _code_problems(opts)
-    if not opts.dry_run and os.environ.get("RANK", "0") == "0":  # ranks would take away each other's probe
-        folder = run_folder(opts, checkpoint) or Path(opts.save_dir)
-        csv = Path(opts.log_csv or folder / "eval.csv")
-        checks += [(disk_check, place) for place in dict.fromkeys((folder, csv.parent))] + [(check_csv, csv)]
-    for problem_of, what in checks:
+def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> list[str]:
+    """What is wrong with device, trackers and places to write, one line each. Leaves nothing behind.
+
+    Args:
+        config: the flags of the run.
+        checkpoint: the checkpoint that the run goes on from; None for a new run.
+    """
+    checks: list[Callable[[], None]] = [
+        lambda: check_device(config.device, config.mixed_precision),
+        lambda: check_trackers(names(config.trackers)),
+    ]
+    if config.dry_run or os.environ.get("RANK", "0") != "0":  # ranks would take away each other's probe
+        return raised(checks)
+
+    folder = run_folder(config, checkpoint) or Path(config.save_dir)
+    csv = Path(config.log_csv or folder / "eval.csv")
+    checks += [lambda: disk_check(folder), lambda: check_csv(csv)]
+    if csv.parent != folder:
+        checks.append(lambda: disk_check(csv.parent))
+    return raised(checks)
+
+
+def raised(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """Calls each check; the messages of those that raise ValueError or OSError, one line each."""
+    messages = []
+    for check in checks:
         try:
-            problem_of(what)
+            check()
         except (ValueError, OSError) as error:
-            found.append(str(error))
-    return found
+            messages.append(str(error))
+    return messages
 
 
-def _tokenizer_problems(opts: argparse.Namespace) -> list[str]:
-    """At most one line: a tokenizer that cannot hold the reasoning tags."""
-    try:
-        reasoning_tokenizer(opts.tokenizer)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _code_problems(opts: argparse.Namespace) -> list[str]:
-    """At most one line: the suite would run generated code that nothing confines."""
-    try:
-        check_code_runner(parse_suite(opts.eval_suite), opts.allow_unconfined_code)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
-def _check_device(opts: argparse.Namespace) -> None:
-    if pick_device(opts.device) != "cuda" and opts.mixed_precision == "fp16":
+def check_device(device: str, mixed_precision: str) -> None:
+    """Raises ValueError for a device that is not here, or a precision that it cannot train in."""
+    if pick_device(device) != "cuda" and mixed_precision == "fp16":
         raise ValueError("--mixed_precision fp16 needs CUDA (no loss scaling elsewhere): use bf16, auto or none")
-
-
-def _check_host(opts: argparse.Namespace) -> None:
-    config = load_config(opts.model_name, opts.trust_remote_code).get_text_config()
-    if opts.lora_layers > config.num_hidden_layers:
-        raise ValueError(
-            f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
-        )
-    positions = getattr(config, "max_position_embeddings", None) or opts.max_seq_len
-    virtual = opts.virtual_tokens if opts.adapter == "prompt" else 0
-    if opts.max_seq_len + virtual > positions and virtual:
-        raise ValueError(
-            f"--max_seq_len {opts.max_seq_len} and --virtual_tokens {virtual} are more than the {positions} positions "
-            f"of {opts.model_name}: lower one"
-        )
-    if opts.max_seq_len > positions:
-        raise ValueError(
-            f"--max_seq_len {opts.max_seq_len} is more than the {positions} positions of {opts.model_name}: lower it"
-        )
 
 
 class Stop:

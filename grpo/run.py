@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import addon_run
 import options
 from addon_run import Run
 from engine.checkpoints import (
@@ -27,11 +28,13 @@ from engine.machine import interruptible
 from engine.optimization import NonFiniteError, model_weights
 from engine.state import CONFIG
 from enhanced.training import model_documents
+from grpo import warm_start
 from grpo.measure import Measured, change_table, measure
 from grpo.problems import training
 from grpo.stages import Held, Stage, hold_out, rewards_of, stages_of
 from grpo.warm_start import EnhancedRun, unreserved
 from model import ADAPTER, adapter_document
+from reasoning_gym_wrapper import make_tasks
 from training_stream import train_seed
 
 PROGRESS = "grpo.json"  # in a checkpoint: which stages lie behind it
@@ -50,6 +53,21 @@ class Progress:
     elapsed_s: float = 0.0
 
 
+def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
+    """Everything wrong with a GRPO run that can be found without loading a model, one line each."""
+    if opts.arch == "enhanced":
+        return warm_start.problems(opts, checkpoint)
+
+    lines = addon_run.problems(opts, checkpoint)
+    if checkpoint is None:
+        return ["--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce", *lines]
+    try:
+        tasks = make_tasks(addon_run.task_names(opts), addon_run.task_config(opts))
+    except ValueError:  # what is wrong with the tasks is among the lines
+        return lines
+    return lines + stages_of(opts, tasks)[1]
+
+
 class GrpoRun:
     """A run of `--objective grpo`, new or going on from `checkpoint`.
 
@@ -57,13 +75,17 @@ class GrpoRun:
         ValueError: the user's mistakes.
     """
 
+    problems = staticmethod(problems)
+
     def __init__(self, opts: argparse.Namespace, checkpoint: Path | None):
         self.opts, self.checkpoint = opts, checkpoint
         self.addon = opts.arch == "addon"
         self.loop: RunLoop | None = None
 
     def go(self) -> int:
-        """Runs what is left to do. Returns the exit status."""
+        """Runs what is left to do, or what --eval_only and --dry_run ask for. Returns the exit status."""
+        if self.opts.eval_only or self.opts.dry_run:  # of the supervised run
+            return (Run if self.addon else EnhancedRun)(self.opts, self.checkpoint).go()
         goes_on = self.checkpoint and not self.opts.reset_progress
         progress = read_progress(self.checkpoint) if goes_on else None
         opts = self.opts

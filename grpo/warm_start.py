@@ -6,8 +6,10 @@ could pick out.
 
 from __future__ import annotations
 
+import argparse
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from batching import PromptFormat
 from engine.checkpoints import read_checkpoint, step_folder
 from engine.logs import Progress, draw_curve
 from engine.loop import RunLoop, closing_words
+from engine.machine import MachineConfig, machine_problems, raised
 from engine.state import CONFIG
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
@@ -23,8 +26,9 @@ from enhanced.training import EnhancedTrainer, token_batch
 from grpo.measure import Measured, measure
 from grpo.problems import FileSource, Problem, stream
 from grpo.stages import Stage, hold_out, rewards_of, stages_of
-from options import Options, read_resolved
+from options import Options, part, read_resolved
 from reasoning_gym_wrapper import normalise
+from suite.measure import spec_problems
 from text_model import CausalTextModel
 from training_stream import train_seed
 
@@ -97,9 +101,18 @@ class StageEvaluation:
         return sum(solved) / len(solved)
 
 
+def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
+    """Everything wrong with a run of the planner/worker LM that can be found without building one, one line each."""
+    lines = stages_of(opts)[1]
+    lines += raised([lambda: reasoning_tokenizer(opts.tokenizer)])
+    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
+    return lines + machine_problems(part(MachineConfig, opts), checkpoint)
+
+
 class EnhancedRun(RunLoop):
     """The run of `--arch enhanced`, supervised: see `RunLoop`."""
 
+    problems = staticmethod(problems)
     in_stages = True  # of a GRPO run, whose suite waits for the last stage
 
     def build_data(self) -> None:

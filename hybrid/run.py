@@ -12,15 +12,26 @@ import torch
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
+import options
 from engine.checkpoints import step_folder
 from engine.logs import Progress, draw_curve
 from engine.loop import RunLoop, closing_words
+from engine.machine import MachineConfig, machine_problems
 from evaluation import question_hash, wilson
 from hrm_blocks import IGNORE
-from hybrid.data import SYNTHETIC, HybridData, open_data, training_batches, validation_batches, workers_of
+from hybrid.data import (
+    SYNTHETIC,
+    HybridData,
+    data_problems,
+    open_data,
+    training_batches,
+    validation_batches,
+    workers_of,
+)
 from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
 from hybrid.training import HybridTrainer
+from suite.measure import spec_problems
 from suite.questions import SuiteItem
 from text_data.triples import synthetic_questions
 
@@ -84,9 +95,17 @@ class HybridEvaluation:
         return "\n".join(lines)
 
 
+def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
+    """Everything wrong with a run of the hybrid that can be found without building a model, one line each."""
+    lines = data_problems(opts)
+    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
+    return lines + machine_problems(options.part(MachineConfig, opts), checkpoint)
+
+
 class HybridRun(RunLoop):
     """The hybrid's run: see `RunLoop`. Every validation is followed by a checkpoint."""
 
+    problems = staticmethod(problems)
     metric = "negative_validation_loss"
     unit = "tok"
     compared_with = "gate shut"

@@ -40,12 +40,13 @@ sys.path.insert(0, str(ROOT))
 import options  # noqa: E402
 from addon.curriculum import Curriculum  # noqa: E402
 from addon.halting import calibration_error, reliability  # noqa: E402
+from addon_run import task_config, task_names  # noqa: E402
 from batching import PromptFormat  # noqa: E402
 from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
 from engine.figures import new_figure, save_figure, style  # noqa: E402
 from engine.files import staged  # noqa: E402
 from engine.logs import Progress  # noqa: E402
-from engine.machine import pick_device, pick_precision, task_config, task_names  # noqa: E402
+from engine.machine import pick_device, pick_precision  # noqa: E402
 from evaluation import OVERALL, Answer, Decoding, answer, answer_budget, wilson  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from hrm_blocks import relative_change  # noqa: E402

@@ -293,6 +293,23 @@ def check_code_runner(items: Sequence[SuiteItem], allow_unconfined: bool) -> Non
                          "--eval_suite, or accept the risk with --allow_unconfined_code")
 
 
+def spec_problems(text: str | None, allow_unconfined: bool) -> list[str]:
+    """Everything wrong with an `--eval_suite` spec here, one line each; None is no suite.
+
+    A suite that would run generated code which nothing confines is told when all else is right.
+    """
+    if not text:
+        return []
+    lines = suite_problems(text)
+    if lines:
+        return lines
+    try:
+        check_code_runner(parse_suite(text), allow_unconfined)
+    except SuiteError as error:
+        return [str(error)]
+    return []
+
+
 def run_suite(
     model: TextModel,
     items: Sequence[SuiteItem],

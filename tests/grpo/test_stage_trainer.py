@@ -250,7 +250,7 @@ def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(st
                                                                               tmp_path):
     import train
 
-    monkeypatch.setattr(train, "run_of", lambda opts: pytest.fail("a run was built"))
+    monkeypatch.setattr("grpo.run.GrpoRun.__init__", lambda *given: pytest.fail("a run was built"))
     words = [*ENHANCED.split(), "--stages", json.dumps(stages), "--save_dir", str(tmp_path / "runs")]
     assert train.main(words) == 2 and not (tmp_path / "runs").exists()
     lines = error_lines(capsys.readouterr().err)
