@@ -1,4 +1,4 @@
-"""Numbers and equations in running text, read exactly: rational values, no floating point, time linear in the text."""
+"""Equations in running text, read exactly: rational values, no floating point, time linear in the text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-LONGEST = 20_000  # characters of a text that are read
+from text_data.numbers import DIGITS, LONGEST, PROSE, ascii_signs, numbers, value_of
+
 LEFT, RIGHT = 160, 60  # characters read on either side of an equals sign
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!\d|,\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
-_NUMBER = re.compile(rf"(?<![A-Za-z_])(?:{_DIGITS})(?:[eE][-+]?\d{{1,2}}(?!\w))?", re.A)
-_TOKEN = re.compile(rf"(?P<space>[\s$]+)|(?P<number>{_DIGITS})|(?P<operator>[-+*/x])|(?P<other>.)", re.A | re.S)
-_SIGN = re.compile(r"(?<![\w)])-\s{0,2}\$?\s?\Z|\$-\Z|\b(?:minus|negative)\s{1,2}\$?\Z", re.I)
-SIGN_SPAN = 12  # characters before a number in which its sign stands
-_CHANGED = re.compile(  # what makes another number of the one it stands at
-    r"[√∛]|\\sqrt|[\d}][⁰¹²³⁴-⁹½⅓⅔¼¾]|\d\s?(?:k|(?:hundred|thousand|million|billion|trillion|dozen)s?)\b", re.I
-)
-_FRACTION = re.compile(r"\\[dt]?frac\s?\{([^{}]{1,40})\}\s?\{([^{}]{1,40})\}")
-_MARKUP = re.compile(r"\\[A-Za-z]+|\\.|[{}]")
-_PLAIN = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "⁄": "/"} | dict.fromkeys("‐‑‒﹣－", "-"))
+_TOKEN = re.compile(rf"(?P<space>[\s$]+)|(?P<number>{DIGITS})|(?P<operator>[-+*/x])|(?P<other>.)", re.A | re.S)
 _WORDS = dict(
     zip(
         (
@@ -32,14 +23,6 @@ _WORDS = dict(
         strict=True,
     )
 )
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number of a text: its value as written, and whether a percent sign follows it (12% is not 12, nor 0.12)."""
-
-    value: Fraction
-    percent: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,46 +45,9 @@ class Step:
         return (tuple(sorted(self.operands)) if swaps else self.operands), self.operators, self.result
 
 
-def _value(text: str) -> Fraction:
-    return Fraction(text.replace(",", ""))
-
-
-def numbers(text: str) -> list[Number]:
-    """Every number of the text, in order; a fraction (1/2, 1 1/2, LaTeX) is one number, a division by 0 none."""
-    text = text[:LONGEST].translate(_PLAIN)
-    text = _MARKUP.sub(" ", _FRACTION.sub(r" \1/\2 ", text).replace("\\%", "%").replace("\\$", "$"))
-    matches = list(_NUMBER.finditer(text))
-    found, place = [], 0
-    while place < len(matches):
-        first = last = matches[place]
-        value = _value(first[0])
-        near = matches[place : place + 3]
-        gap = [text[a.end() : b.start()] for a, b in zip(near, near[1:], strict=False)]
-        if gap and gap[0].strip() == "/":
-            place, last = place + 1, matches[place + 1]
-            value = value / _value(last[0]) if _value(last[0]) else None
-        elif len(gap) == 2 and gap[0].isspace() and gap[1] == "/" and _value(matches[place + 2][0]):
-            value += _value(matches[place + 1][0]) / _value(matches[place + 2][0])
-            place, last = place + 2, matches[place + 2]
-        place += 1
-        if value is not None:
-            negative = _SIGN.search(text[max(first.start() - SIGN_SPAN, 0) : first.start()])
-            percent = text[last.end() : last.end() + 9].lstrip().startswith(("%", "percent"))
-            found.append(Number(-value if negative else value, percent))
-    return found
-
-
-def is_plain(text: str) -> bool:
-    """Whether no root, power or word of size (12 million) changes a number of the text: `numbers` does not read them.
-
-    Units such as m² are no change.
-    """
-    return _CHANGED.search(text) is None
-
-
 def divisions(text: str) -> set[tuple[str, str]]:
     """(dividend, divisor) of every division that the text shows, as written but for signs and separators."""
-    text = text[:LONGEST].translate(_PLAIN).replace(",", "")
+    text = ascii_signs(text[:LONGEST]).replace(",", "")
     return set(re.findall(r"(?=(?<![\d.])(\d+(?:\.\d+)?)\s*/\s*-?\s*(\d+(?:\.\d+)?))", text, re.A))
 
 
@@ -113,7 +59,7 @@ def mentioned(prompt: str) -> set[Fraction]:
         found |= {abs(number.value), *[abs(number.value) / 100, Fraction(100)] * number.percent}
     words = {word.removesuffix("s") for word in re.findall(r"[a-z]+", prompt[:LONGEST].lower())}
     found |= {Fraction(_WORDS[word]) for word in words & set(_WORDS)}
-    return found | {_value(match[0]) for match in _NUMBER.finditer(prompt[:LONGEST])}  # fractions' parts too
+    return found | {value_of(match[0]) for match in PROSE.unsigned.finditer(prompt[:LONGEST])}  # fractions' parts too
 
 
 # --- equations --------------------------------------------------------------------------------------------------------
@@ -122,7 +68,7 @@ def mentioned(prompt: str) -> set[Fraction]:
 def steps(text: str) -> Iterator[Step]:
     """Equations `a op b = c` of the text with + - * /, chains too; what cannot be read whole (brackets, powers, units
     between the operands) is passed over."""
-    text = text[:LONGEST].translate(_PLAIN).replace("==", "=")
+    text = ascii_signs(text[:LONGEST]).replace("==", "=")
     parts = text.split("=")
     for before, after in zip(parts, parts[1:], strict=False):
         left = _suffix(_tokens(("_" if len(before) > LEFT else "") + before[-LEFT:].rpartition("\n")[2]))
@@ -144,7 +90,7 @@ def _suffix(tokens: list[tuple[str, str]]) -> tuple[tuple[Fraction, ...], str] |
     operands: list[Fraction] = []
     operators = ""
     while tokens and tokens[-1][0] == "number":
-        operands.insert(0, _value(tokens.pop()[1]))
+        operands.insert(0, value_of(tokens.pop()[1]))
         if not tokens or tokens[-1][0] != "operator":
             break
         operator = tokens.pop()[1]
@@ -172,7 +118,7 @@ def _prefix(tokens: list[tuple[str, str]]) -> tuple[tuple[Fraction, ...], str] |
         if place >= len(tokens) or tokens[place][0] != "number":
             operators = operators[: max(len(operands) - 1, 0)]  # the operator was punctuation
             break
-        operands.append(sign * _value(tokens[place][1]))
+        operands.append(sign * value_of(tokens[place][1]))
         place += 1
         if place >= len(tokens) or tokens[place][0] != "operator":
             break
@@ -199,7 +145,7 @@ def _evaluate(operands: tuple[Fraction, ...], operators: str) -> Fraction | None
 
 def _rounds(exact: Fraction, given: Fraction, right: tuple[tuple[Fraction, ...], str], text: str) -> bool:
     """Whether `given` is `exact` rounded to the decimals it is written with, at least two."""
-    written = _NUMBER.search(text[:RIGHT])
+    written = PROSE.unsigned.search(text[:RIGHT])
     decimals = len(written[0].partition(".")[2]) if written and not right[1] else 0
     return decimals >= 2 and abs(exact - given) <= Fraction(1, 2 * 10**decimals)
 

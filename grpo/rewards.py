@@ -24,9 +24,11 @@ from enhanced.reasoning_format import (
     split_completion,
     without_tags,
 )
-from grpo.arithmetic import divisions, is_plain, numbers, sound_share
+from grpo.arithmetic import divisions, sound_share
 from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError, normalise
 from sandbox.runner import CodeJob, confinement, run_many
+from text_data.fences import without_outer_fence
+from text_data.numbers import is_plain, numbers
 
 __all__ = ["COLUMNS", "REWARDS", "RewardSettings", "build_rewards", "item_text", "repetition"]
 __all__ += ["Parsed", "format_rate", "split_completion"]  # the parser's, for those who score
@@ -204,7 +206,7 @@ def code_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
     for completion, tests, setup in zip(
         completions, _column(columns, "tests", rows), _column(columns, "setup", rows), strict=True
     ):
-        code = program(parse(completion, settings).solution)
+        code = without_outer_fence(parse(completion, settings).solution)
         usable = isinstance(tests, list | tuple) and tests and all(isinstance(test, str) for test in tests)
         written = any(line.strip() and not line.lstrip().startswith("#") for line in code.splitlines())
         setup = setup if isinstance(setup, str) else ""
@@ -216,14 +218,6 @@ def code_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
         parses = result.status not in ("syntax", "refused")
         scores[job] = parses * (PARSES + (1.0 - PARSES) * result.passed_tests / result.total_tests)
     return [scores[job] for job in jobs]
-
-
-def program(solution: str) -> str:
-    """The solution without a Markdown fence around it."""
-    text = solution.strip()
-    if not text.startswith("```"):
-        return solution
-    return text.partition("\n")[2].rstrip().removesuffix("```")
 
 
 def chain_of_thought_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:

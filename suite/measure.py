@@ -34,8 +34,8 @@ from suite.scoring import (
     rationale_of,
     rouge_l,
     same_number,
-    strip_fences,
 )
+from text_data.fences import first_block
 from text_model import CausalTextModel, TextModel
 
 __all__ = ["CausalTextModel", "Estimate", "SuiteError", "SuiteItem", "SuiteResult", "TextModel", "parse_suite",
@@ -170,7 +170,7 @@ def _score_mbpp(questions: Sequence[Question], texts: Sequence[str], settings: S
     """An item is solved when its code passes all its tests."""
     from sandbox.runner import CodeJob, run_many
 
-    jobs = [CodeJob(strip_fences(text), question.tests, question.setup)
+    jobs = [CodeJob(first_block(text), question.tests, question.setup)
             for text, question in zip(texts, questions, strict=True)]
     right = [result.passed for result in run_many(jobs, allow_unconfined=settings.allow_unconfined)]
     return {"passed": proportion(right)}, [float(hit) for hit in right]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from text_data.numbers import final_number
+
 WINDOW = 512  # characters that are predicted at a time
 CONTEXT_WINDOWS = 2  # windows before them that are read
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -115,32 +117,6 @@ READERS: dict[str, tuple[Callable[[int, dict[str, Any]], Question | None], str]]
 }
 NAMES = ("perplexity", *READERS)
 NO_FILE_NEEDED = ("synthetic",)
-
-NUMBER = re.compile(
-    r"(?P<sign>(?<![0-9A-Za-z.)\]%])[-\u2212+])?(?:\$ ?(?P<inner>[-\u2212])?)?"
-    r"(?:(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.(?P<part>[0-9]+))?|(?<![0-9])\.(?P<bare>[0-9]+))"
-)
-
-
-def final_number(text: str) -> str | None:
-    """The final number of a worked answer in plain digits, such as `-1234.5`; None where there is none.
-
-    The first number after the first `####` (GSM8K's mark), else the last number of the text. `$`, commas between
-    thousands, trailing points and zeros after the point are dropped; a hyphen after a digit or letter is no sign.
-    """
-    found = None
-    marked = text.partition("####")[2]
-    if marked:
-        found = NUMBER.search(marked)
-    if found is None:
-        found = next(iter(reversed(list(NUMBER.finditer(text)))), None)
-    if found is None:
-        return None
-    whole = (found["whole"] or "").replace(",", "").lstrip("0") or "0"
-    part = (found["part"] or found["bare"] or "").rstrip("0")
-    number = f"{whole}.{part}" if part else whole
-    negative = (found["sign"] or found["inner"] or "+") in "-\u2212" and number != "0"
-    return "-" + number if negative else number
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation import wilson
-from suite.questions import LETTERS, final_number
+from suite.questions import LETTERS
+from text_data.numbers import final_number
 
 RESAMPLES = 1000
-FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+(?:is|would be|should be))?\s*[:=]?\s*", re.IGNORECASE)
 CUE = re.compile(r"^\W*(?:because|rationale|explanation|reason|solution)\s*[:.,]\s*", re.IGNORECASE)
 
@@ -61,12 +61,6 @@ def same_number(text: str, gold: str) -> bool:
 def exact(text: str, gold: str) -> bool:
     """The text is the answer, up to white space around it and one trailing point."""
     return text.strip().removesuffix(".") == gold.strip().removesuffix(".")
-
-
-def strip_fences(text: str) -> str:
-    """The code of the first fenced block, closed or cut off; without a fence the text as it is."""
-    block = FENCE.search(text)
-    return block[1] if block else text
 
 
 OPENING_LETTER = re.compile(

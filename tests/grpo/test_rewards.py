@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from enhanced.reasoning_format import END_MARKS, REASONING_TOKENS, format_rate, format_score, split_completion
 from grpo import rewards
-from grpo.arithmetic import numbers, steps
+from grpo.arithmetic import steps
 from grpo.rewards import (
     COLUMNS,
     REWARDS,
@@ -29,6 +29,7 @@ from grpo.rewards import (
 )
 from reasoning_gym_wrapper import Example, Task
 from sandbox.runner import confinement
+from text_data.numbers import numbers
 
 UNCONFINED = {"allow_unconfined_code": confinement() is not None}
 PROMPT = "Ann has 12 apples and buys half as many again, then 7 more. How many has she?"

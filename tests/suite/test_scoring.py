@@ -1,4 +1,4 @@
-"""suite_scoring and final_number: what counts as an answer, and the intervals of what is measured."""
+"""suite.scoring: what counts as an answer, and the intervals of what is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation import wilson
-from suite.questions import final_number
 from suite.scoring import (
     bootstrap,
     choose_option,
@@ -22,24 +21,13 @@ from suite.scoring import (
     rationale_of,
     rouge_l,
     same_number,
-    strip_fences,
 )
+from text_data.numbers import final_number
 
 # --- the final number
 
 SAFE = st.characters(exclude_categories=["Nd", "No", "Nl"], exclude_characters="#-\u2212.,$")
 NUMBERLESS = st.text(SAFE, max_size=20)
-
-
-@pytest.mark.parametrize(("text", "number"), [
-    ("#### 72", "72"), ("#### $1,234.50.", "1234.5"), ("so 3 + 4 = 7", "7"), ("12.0", "12"), ("12.", "12"),
-    ("It costs $-5", "-5"), ("-$5", "-5"), ("\u22127", "-7"), ("10-5", "5"), ("pages 3-4", "4"), ("x = -3", "-3"),
-    (".50", "0.5"), ("-0", "0"), ("007", "7"), ("1,234,567", "1234567"), ("1, 2, 3", "3"), ("50%", "50"),
-    ("#### 5\n\nNext: 1 + 1\n#### 2", "5"), ("12 is it ####", "12"), ("7 #### none", "7"), ("1,2345", "2345"),
-    ("**18**", "18"), ("", None), ("no number", None), ("\u0663", None), ("(-4)", "-4"), ("is 5.", "5"),
-    ("3.5.", "3.5"), ("$ 20", "20"), ("A1-2", "2"), ("2^-3", "-3")])
-def test_the_final_number(text, number):
-    assert final_number(text) == number
 
 
 @given(st.decimals(-10**9, 10**9, allow_nan=False, places=3), NUMBERLESS, st.sampled_from(["", "$"]), st.booleans(),
@@ -52,18 +40,6 @@ def test_a_written_number_is_found_whatever_its_dress(number, before, currency, 
     assert not same_number(text, str(wrong))
 
 
-@given(st.integers(0, 10**6), st.integers(0, 10**6), NUMBERLESS)
-def test_the_marked_number_wins_else_the_last(first, last, between):
-    assert final_number(f"{last} #### {first} {between} {last}") == str(first)
-    assert final_number(f"{first} {between} {last}") == str(last)
-
-
-@given(st.text(max_size=60))
-def test_any_text_gives_plain_digits_or_nothing(text):
-    found = final_number(text)
-    assert found is None or (Decimal(found).is_finite() and final_number(found) == found)
-
-
 def test_no_number_is_never_right():
     assert not same_number("none", "none") and not same_number("", "3") and same_number("12.0", "12")
 
@@ -71,23 +47,6 @@ def test_no_number_is_never_right():
 @pytest.mark.parametrize(("text", "right"), [("19", True), (" 19.\n", True), ("12 + 7 = 19", False), ("190", False)])
 def test_exact_is_the_answer_and_nothing_else(text, right):
     assert exact(text, "19") is right
-
-
-# --- code
-
-
-@pytest.mark.parametrize("text", [
-    "```python\ndef f():\n    return 1\n```", "Here:\n```python\ndef f():\n    return 1\n```\nIt works:\n```\n1\n```",
-    "```\ndef f():\n    return 1\n```", "```py\ndef f():\n    return 1\n", "def f():\n    return 1\n",
-    "  ```python3\ndef f():\n    return 1\n  ```"])
-def test_fences_are_stripped(text):
-    assert strip_fences(text) == "def f():\n    return 1\n"
-
-
-@given(st.text(st.characters(exclude_characters="`\r", codec="ascii"), max_size=80), st.text("ab \n", max_size=10))
-def test_fenced_code_comes_back_as_it_was(code, around):
-    assert strip_fences(f"{around}\n```python\n{code}\n```\n{around}") == code + "\n"
-    assert strip_fences(code) == code
 
 
 # --- options
