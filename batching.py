@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrm_blocks import IGNORE
+from engine.batches import IGNORE
 from reasoning_gym_wrapper import Example
 
 PLAIN_CUE = "\nAnswer:"

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from engine.batches import IGNORE
+
 NORM_EPS = 1e-5
-IGNORE = -100  # labels that carry no loss
 HALT_BIAS = -5.0  # a bias near 0 halts every example at once and fails most runs (arXiv 2604.21999)
 
 

@@ -30,10 +30,11 @@ from transformers.utils import ModelOutput
 
 from backbone import HostStates, HRMAddonConfig, HRMBackbone
 from batching import Batch
+from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
 from engine.optimization import check_fit
 from host import add_lora, freeze, host_logits, load_host, without_lora
-from hrm_blocks import IGNORE, Carry, all_correct, last_state, token_positions
+from hrm_blocks import Carry, all_correct, last_state, token_positions
 from injector import Slots, Thought
 
 ADDON_PREFIX = "model.addon."

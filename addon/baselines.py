@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from batching import Batch
+from engine.batches import IGNORE
 from engine.optimization import check_fit
 from host import add_lora, decoder_layers, freeze, host_logits, load_host, without_lora
-from hrm_blocks import IGNORE, all_correct, token_positions
+from hrm_blocks import all_correct, token_positions
 from model import (
     ControllerOutput,
     HRMController,

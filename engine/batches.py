@@ -1,9 +1,12 @@
-"""Work on items of different lengths, in batches of similar length."""
+"""What all batches share: the label that is ignored, and work on items of different lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+# A label that no loss counts: padding, and tokens that are read but not learned. torch's losses ignore it by default.
+IGNORE = -100
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

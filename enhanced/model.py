@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 
+from engine.batches import IGNORE
 from enhanced.config import CycleMeter, EnhancedBackboneOutput, EnhancedHRMConfig, EnhancedOutput
 from enhanced.layers import CausalLayer, Chosen, Cycle, GateHead, Slots, ThoughtHead, causal_mask, usable_cache
 from enhanced.tokenizer import check_reasoning_tokenizer, reasoning_tokenizer
 from hrm_blocks import rms_norm, rope
-
-IGNORE = -100
 
 
 class EnhancedHRMPreTrainedModel(PreTrainedModel):

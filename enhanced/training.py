@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from batching import PromptFormat, pad
+from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, build_optimizers, load_weights, model_weights
 from enhanced.model import EnhancedHRMForCausalLM
-from hrm_blocks import IGNORE
 
 CONFIG_JSON = "config.json"
 

@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from hrm_blocks import IGNORE, all_correct, token_positions
+from engine.batches import IGNORE
+from hrm_blocks import all_correct, token_positions
 from hybrid.layers import (
     BankCore,
     Bridge,

@@ -13,12 +13,12 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
 import options
+from engine.batches import IGNORE
 from engine.checkpoints import step_folder
 from engine.logs import Progress, draw_curve
 from engine.loop import RunLoop, closing_words
 from engine.machine import MachineConfig, machine_problems
 from evaluation import question_hash, wilson
-from hrm_blocks import IGNORE
 from hybrid.data import (
     SYNTHETIC,
     HybridData,

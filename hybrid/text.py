@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from hrm_blocks import IGNORE
+from engine.batches import IGNORE
 from hybrid.model import HybridModel
 from text_data.triples import Triple, pad_batch
 

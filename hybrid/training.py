@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, build_optimizers, load_weights, model_weights
-from hrm_blocks import IGNORE
 from hybrid.model import HybridModel, TrainingLoss, Weights, is_hrm_parameter
 
 CONFIG_JSON, TOKENIZER_JSON = "config.json", "tokenizer.json"

@@ -28,11 +28,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.batches import IGNORE  # noqa: E402
 from engine.files import staged  # noqa: E402
 from engine.logs import Progress  # noqa: E402
 from script_tools import ScriptParser, run_script, sha256  # noqa: E402
 from text_data.tokenizer import byte_counter, load_tokenizer  # noqa: E402
-from text_data.triples import IGNORE, SPLITS, parse_line, read_meta  # noqa: E402
+from text_data.triples import SPLITS, parse_line, read_meta  # noqa: E402
 
 BLOCK = min(1024, os.sysconf("SC_IOV_MAX"))  # lines handed to the system in one write
 FORGET = 1 << 26  # bytes after which the mapped pages of the sources are given back

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-IGNORE = -100
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.batches import IGNORE  # noqa: E402
+
 FOLD = 10  # one in ten rows of the training data fits the interpolation weight
 MOST_WEIGHT = 0.999  # of the bigram: some mass always stays with the unigram, which knows every token
 

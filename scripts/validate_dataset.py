@@ -14,10 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.batches import IGNORE  # noqa: E402
 from engine.logs import Progress  # noqa: E402
 from script_tools import ScriptParser, run_script, sha256  # noqa: E402
 from text_data.tokenizer import load_tokenizer, vocabulary_size  # noqa: E402
-from text_data.triples import IGNORE, SPLITS, LineIndex, parse_line, read_meta  # noqa: E402
+from text_data.triples import SPLITS, LineIndex, parse_line, read_meta  # noqa: E402
 
 SHOWN = 10  # bad lines named per split
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from batching import IGNORE, PLAIN_CUE, Batch, PromptFormat, TrainBatches, pad
+from batching import PLAIN_CUE, Batch, PromptFormat, TrainBatches, pad
 from conftest import SPECIAL, build_tokenizer
+from engine.batches import IGNORE
 from reasoning_gym_wrapper import Example, Reserve, Task
 from training_stream import EpochStream, TrainStream, training_examples
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import HRMAddonConfig, token_positions
-from batching import IGNORE, Batch, pad
+from batching import Batch, pad
+from engine.batches import IGNORE
 from hrm_blocks import Carry, relative_change
 from model import HRMController, all_correct, is_addon_parameter, prompt_before
 from tiny_families import EOS, FAMILIES, SCALED, VOCABULARY, left_padded, random_ids, tiny_controller, tiny_host

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
-from batching import IGNORE, Batch, PromptFormat, pad
+from batching import Batch, PromptFormat, pad
+from engine.batches import IGNORE
 from engine.optimization import MAX_SCALER_SKIPS, Ema, NonFiniteError, build_optimizers, learning_rate, seed_of_step
 from host import HostError, host_logits
 from injector import Thought

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from engine.batches import IGNORE
+
 SPLITS = ("train", "val")
 COUNTS = ("vocab_size", "pad_id", "bos_id", "eos_id", "max_seq_len")
 ANCHOR_BITS = 12  # one index entry per 4 KiB of file: 16 bytes of memory each, and at most 4 KiB read in excess

@@ -19,7 +19,8 @@ import train
 from addon.baselines import BaselineConfig, BaselineController, build_controller, load_controller
 from addon.param_matching import Size, match
 from backbone import HRMAddonConfig
-from batching import IGNORE, PromptFormat
+from batching import PromptFormat
+from engine.batches import IGNORE
 from evaluation import Decoding, answer
 from model import HRMController
 from reasoning_gym_wrapper import Reserve, make_tasks

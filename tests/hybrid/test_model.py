@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM
 
-from hrm_blocks import IGNORE
+from engine.batches import IGNORE
 from hybrid import layers as hybrid_blocks
 from hybrid.layers import BankCore, Bridge, Gate, Mamba2Encoder, Memory, TransformerEncoder, key_mask, pooled_state
 from hybrid.model import HybridConfig, HybridModel, Weights, is_hrm_parameter, shifted

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import options
+from engine.batches import IGNORE
 from engine.optimization import NonFiniteError, learning_rate
-from hrm_blocks import IGNORE
 from hybrid import data as hybrid_data
 from hybrid.data import data_problems, dev_sets, open_data, training_batches, validation_batches, workers_of
 from hybrid.model import HybridModel, Weights, is_hrm_parameter

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from engine.batches import IGNORE
 from text_data.triples import (
-    IGNORE,
     LineIndex,
     PreparedBatches,
     PreparedData,
