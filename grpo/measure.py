@@ -7,95 +7,141 @@ every test passed for code, the right number for anything else.
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from batching import PromptFormat, pad
+from engine.batches import by_length
 from enhanced.config import CycleMeter
-from enhanced.reasoning_format import split_completion
+from enhanced.reasoning_format import format_rate
 from evaluation import Decoding, question_hash, wilson
 from grpo.problems import Problem
 from grpo.rewards import RewardSettings, parse, repetition, same_answer
 
+RATES = ("solved", "format_rate")  # shares of the questions, which get an interval
+
 
 @dataclass
 class Measured:
-    """The completions of one stage's held-out questions and their judgements, all in the same order."""
+    """The completions of one stage's held-out questions and their judgements. All lists are in the same order.
+
+    Args:
+        stage: the stage's name.
+        problems: the questions.
+        completions: what the model wrote.
+        lengths: tokens of each completion, the end of sequence included.
+        finished: whether it ended by itself, and was not cut off.
+        solved: the verdict on its solution.
+        rewards: reward name -> its value of each completion, in [0, 1].
+        cycles: mean cycles (add-on: segments) spent on a token; None where the model counts none.
+    """
 
     stage: str
     problems: Sequence[Problem]
     completions: list[str]
-    lengths: list[int]  # tokens, the end of sequence included
+    lengths: list[int]
     finished: list[bool]
     solved: list[bool]
     rewards: dict[str, list[float]]
-    cycles: float | None  # mean cycles (add-on: segments) spent on a token
+    cycles: float | None
 
     @property
     def rate(self) -> float:
+        """Share of questions solved."""
         return _mean(self.solved)
 
     @property
     def format_rate(self) -> float:
-        return _mean([split_completion(text).well_formed for text in self.completions])
+        """Share of well-formed completions."""
+        return format_rate(self.completions)
 
     def means(self) -> dict[str, float]:
         """Metric -> value, as the CSV names them."""
-        return {
+        finished = sum(self.finished)
+        means = {
             "solved": self.rate,
             "format_rate": self.format_rate,
             "mean_length": _mean(self.lengths),
-            "truncated": _mean([not done for done in self.finished]),
-            "repetition": _mean([repetition(text) for text in self.completions]),
-            **{f"reward_{name}": _mean(values) for name, values in self.rewards.items()},
+            "truncated": (len(self.finished) - finished) / max(len(self.finished), 1),
+            "repetition": _mean(list(map(repetition, self.completions))),
         }
+        for name, values in self.rewards.items():
+            means[f"reward_{name}"] = _mean(values)
+        return means
 
-    def rows(self, step: int, start: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    def rows(self, step: int, start: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
         """Long-form CSV rows; the column `bare` holds the value at the start of the stage."""
-        rows = []
         n = len(self.problems)
+        rows = []
         for metric, value in self.means().items():
-            rate = metric in ("solved", "format_rate")
-            low, high = wilson(round(value * n), n) if rate else (None, None)
-            rows.append({"step": step, "task": self.stage, "metric": metric, "value": value, "n": n, "ci_low": low,
-                         "ci_high": high, "bare": (start or {}).get(metric), "segments_used": self.cycles})
+            row = {"step": step, "task": self.stage, "metric": metric, "value": value, "n": n}
+            row["bare"] = (start or {}).get(metric)
+            row["segments_used"] = self.cycles
+            if metric in RATES:
+                row["ci_low"], row["ci_high"] = wilson(round(value * n), n)
+            rows.append(row)
         return rows
 
     def predictions(self, step: int) -> list[dict[str, Any]]:
         """One line per question, which paired statistics need."""
-        return [
-            {"step": step, "id": f"{self.stage}/{index:05d}", "task": self.stage,
-             "prompt_hash": question_hash(problem.question), "prediction": text, "score": float(solved),
-             "finished": finished}
-            for index, (problem, text, solved, finished) in enumerate(
-                zip(self.problems, self.completions, self.solved, self.finished, strict=True))
-        ]
+        lines = []
+        for index, problem in enumerate(self.problems):
+            line = {
+                "step": step,
+                "id": f"{self.stage}/{index:05d}",
+                "task": self.stage,
+                "prompt_hash": question_hash(problem.question),
+                "prediction": self.completions[index],
+                "score": float(self.solved[index]),
+                "finished": self.finished[index],
+            }
+            lines.append(line)
+        return lines
 
     def samples(self, count: int = 12) -> list[dict[str, Any]]:
         """The first questions with their completions and rewards."""
-        return [
-            {"question": p.question, "answer": p.answer, "completion": text, "solved": solved,
-             "rewards": {name: values[index] for name, values in self.rewards.items()}}
-            for index, (p, text, solved) in enumerate(
-                itertools.islice(zip(self.problems, self.completions, self.solved, strict=True), count))
-        ]
+        samples = []
+        for index, problem in enumerate(self.problems[:count]):
+            sample = {
+                "question": problem.question,
+                "answer": problem.answer,
+                "completion": self.completions[index],
+                "solved": self.solved[index],
+                "rewards": {name: values[index] for name, values in self.rewards.items()},
+            }
+            samples.append(sample)
+        return samples
 
-    def line(self, start: dict[str, float] | None = None) -> str:
-        """The measurement for people."""
+    def line(self, start: Mapping[str, float] | None = None) -> str:
+        """The measurement for people; `start` holds the metrics at the start of the stage."""
         low, high = wilson(sum(self.solved), len(self.solved))
         before = f" (before {100 * start['solved']:.1f} %)" if start else ""
-        rewards = ", ".join(f"{name} {_mean(values):.2f}" for name, values in self.rewards.items())
         solved = f"solved {100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]{before} of {len(self.problems)}"
+        rewards = ", ".join(f"{name} {_mean(values):.2f}" for name, values in self.rewards.items())
         return (f"{self.stage}: {solved}, format {100 * self.format_rate:.1f} %, {_mean(self.lengths):.1f} tokens; "
                 f"{rewards}")
 
 
-# name, weight of each reward, number of questions, metrics at the start and at the end
-Change = tuple[str, Mapping[str, float], int, Mapping[str, float], Mapping[str, float]]
+@dataclass(frozen=True)
+class Change:
+    """What a stage did to its own held-out questions.
+
+    Args:
+        stage: the stage's name.
+        weights: reward name -> its weight in training.
+        n: number of questions.
+        start: metrics before the stage, as `Measured.means`.
+        end: metrics after it.
+    """
+
+    stage: str
+    weights: Mapping[str, float]
+    n: int
+    start: Mapping[str, float]
+    end: Mapping[str, float]
 
 
 def change_table(changes: Sequence[Change]) -> str:
@@ -104,14 +150,19 @@ def change_table(changes: Sequence[Change]) -> str:
     `reward` is the mean over the questions of all rewards, weighted as in training, as a share of the most there is.
     """
     table = [("stage", "n", "solved", "format", "reward")]
-    for name, weights, n, start, end in changes:
-        solved, written = (" -> ".join(_rate(part[metric], n) for part in (start, end))
-                           for metric in ("solved", "format_rate"))
-        reward = " -> ".join(f"{_reward(part, weights):.3f}" for part in (start, end))
-        table.append((name, str(n), solved, written, reward))
+    for change in changes:
+        moments = (change.start, change.end)
+        solved, well_formed = (" -> ".join(_rate(moment[rate], change.n) for moment in moments) for rate in RATES)
+        reward = " -> ".join(f"{_reward(moment, change.weights):.3f}" for moment in moments)
+        table.append((change.stage, str(change.n), solved, well_formed, reward))
+
+    # Columns as wide as their widest cell.
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in table)
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _rate(value: float, n: int) -> str:
@@ -120,7 +171,8 @@ def _rate(value: float, n: int) -> str:
 
 
 def _reward(metrics: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    return sum(weight * metrics[f"reward_{name}"] for name, weight in weights.items()) / sum(weights.values())
+    total = sum(weight * metrics[f"reward_{name}"] for name, weight in weights.items())
+    return total / sum(weights.values())
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -129,31 +181,40 @@ def _mean(values: Sequence[float]) -> float:
 
 @torch.no_grad()
 def completions(
-    model: Any, prompt_format: PromptFormat, questions: Sequence[str], longest: int, batch_size: int = 128,
-    progress: Callable[[int], None] = lambda done: None,
+    model: Any, prompt_format: PromptFormat, questions: Sequence[str], longest: int, batch_size: int = 128
 ) -> tuple[list[str], list[int], list[bool], float | None]:
-    """(texts, their tokens, whether each ended by itself, mean cycles or segments), greedy, in the order asked."""
+    """Greedy completions of `longest` tokens at most, in the order of `questions`, which are batched by length.
+
+    Returns (texts, their tokens, whether each ended by itself, mean cycles or segments).
+    """
     device = next(model.parameters()).device
     prompts = prompt_format.prompts(questions)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found: dict[int, tuple[str, int, bool]] = {}
-    meter, segments = CycleMeter(), []
-    extra = {"cycles_log": meter} if hasattr(model, "all_cycles") else {"segments_log": segments}
     eos = prompt_format.tokenizer.eos_token_id
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids, mask = pad([prompts[i] for i in chosen], prompt_format.pad_id, "left")
+
+    # The planner/worker LM counts the cycles of every token, the add-on the segments of every example.
+    meter = CycleMeter()
+    segments: list[torch.Tensor] = []
+    extra = {"cycles_log": meter} if hasattr(model, "all_cycles") else {"segments_log": segments}
+
+    def complete(batch: list[list[int]]) -> list[tuple[str, int, bool]]:
+        ids, mask = pad(batch, prompt_format.pad_id, "left")
         out = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=longest, **Decoding().arguments(),
             pad_token_id=prompt_format.pad_id, eos_token_id=eos, **extra,
-        )[:, ids.shape[1] :]
-        for index, row in zip(chosen, out, strict=True):
+        )
+        answers = []
+        for row in out[:, ids.shape[1] :]:
             text, finished = prompt_format.answer_text(row)
             length = row.tolist().index(eos) + 1 if finished else len(row)
-            found[index] = (text, length, finished)
-        progress(len(found))
-    used = torch.cat(segments).float().mean().item() if segments else meter.mean if meter.tokens else None
-    texts, lengths, finished = zip(*(found[i] for i in range(len(questions))), strict=True)
+            answers.append((text, length, finished))
+        return answers
+
+    answers = by_length(prompts, list(map(len, prompts)), batch_size, complete)
+    texts, lengths, finished = zip(*answers, strict=True)
+    if segments:
+        used = torch.cat(segments).float().mean().item()
+    else:
+        used = meter.mean if meter.tokens else None
     return list(texts), list(lengths), list(finished), used
 
 
@@ -161,31 +222,50 @@ def measure(
     model: Any, prompt_format: PromptFormat, stage: str, problems: Sequence[Problem], functions: Sequence[Any],
     longest: int, tags: bool = True, batch_size: int = 128, autocast: contextlib.AbstractContextManager | None = None,
 ) -> Measured:
-    """Answers and judges `problems`; `functions` are the stage's rewards. Leaves the model's mode as it was."""
+    """Answers and judges `problems`. Leaves the model's mode as it was.
+
+    Args:
+        model: either system's causal LM.
+        prompt_format: renders the questions.
+        stage: the stage's name.
+        problems: held-out questions.
+        functions: the stage's reward functions.
+        longest: longest completion in tokens.
+        tags: False where a completion without reasoning tags is itself the solution.
+        batch_size: completions generated at a time.
+        autocast: the context that the model runs in; None = full precision.
+    """
     was_training = model.training
     model.eval()
-    every = model.all_cycles() if hasattr(model, "all_cycles") else contextlib.nullcontext()
+    every_cycle = model.all_cycles() if hasattr(model, "all_cycles") else contextlib.nullcontext()
     try:
-        with every, autocast or contextlib.nullcontext():
+        with every_cycle, autocast or contextlib.nullcontext():
             questions = [problem.question for problem in problems]
             texts, lengths, finished, cycles = completions(model, prompt_format, questions, longest, batch_size)
     finally:
         model.train(was_training)
+
+    # Tests judge a program; they run only where the stage has the code reward.
     rewards = judge(problems, texts, functions)
-    passed = [score == 1.0 for score in rewards.get("code", [0.0] * len(problems))]
-    solved = [passed[i] if p.tests else _solved(p, texts[i], tags) for i, p in enumerate(problems)]
+    code_scores = rewards.get("code", [0.0] * len(problems))
+    solved = []
+    for problem, text, code_score in zip(problems, texts, code_scores, strict=True):
+        solved.append(code_score == 1.0 if problem.tests else _solved(problem, text, tags))
     return Measured(stage, problems, texts, lengths, finished, solved, rewards, cycles)
 
 
 def judge(problems: Sequence[Problem], texts: Sequence[str], functions: Sequence[Any]) -> dict[str, list[float]]:
-    """Reward name -> one value per completion."""
+    """Reward name -> one value in [0, 1] per completion."""
     rows = [problem.row() for problem in problems]
-    columns = {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+    columns: dict[str, list[Any]] = {}
+    if rows:
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt", [])
     return {function.__name__: function(prompts, list(texts), **columns) for function in functions}
 
 
 def _solved(problem: Problem, text: str, tags: bool) -> bool:
+    """The task's own verdict where there is one, else whether the solution is the gold answer."""
     solution = parse(text, RewardSettings(tags=tags)).solution
     if problem.example is not None:
         return problem.example.verify(solution).solved

@@ -1,16 +1,18 @@
-"""What GRPO's stages ask: problems with a gold answer, worked examples of them, and questions held out from training.
+"""What GRPO's stages ask: problems with a gold answer, their worked examples, draws for evaluation and training.
 
-A source is endless and made from a seed alone. Held-out questions are drawn first, over all stages, and every training
-draw rejects them, compared as normalised text.
+A source is endless and made from a seed alone. Questions for evaluation are drawn first, over all stages, and every
+training draw rejects them, compared as normalised text.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import operator
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +22,24 @@ from grpo.rewards import item_text
 from reasoning_gym_wrapper import MAX_REJECTED, Example, Task, for_evaluation, normalise
 
 HELD_OUT_SHARE = 5  # of a finite source, one in so many problems is kept for evaluation at most
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _SUM = re.compile(r"-?\d+(?:\s*[-+*]\s*-?\d+)+")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `thought` and `answer` make its worked example; `item`, `tests` and `setup` are for rewards."""
+    """One question.
+
+    Args:
+        question: what the model is asked.
+        answer: the gold answer as text; "" where there is none and `tests` judge alone.
+        task: name of the Reasoning Gym task; "code" where tests judge, "file" for other rows of a prepared file.
+        thought: the steps that lead to the answer, for the worked example; "" = the answer stands for them.
+        item: the Reasoning Gym entry as `item_text` packs it, which the task's verifier needs.
+        tests: Python assertions that a program must pass.
+        setup: Python code that runs before them.
+        example: the Reasoning Gym item itself.
+    """
 
     question: str
     answer: str
@@ -49,7 +63,10 @@ class Problem:
 
     def worked(self, guessed: bool = False) -> str:
         """A well-formed completion that is right; `guessed`: without the steps that lead there."""
-        thought = guess(self.answer) if guessed else self.thought or self.answer
+        if guessed:
+            thought = guess(self.answer)
+        else:
+            thought = self.thought or self.answer
         return f"{THINK}{thought}{END_THINK}{SOLUTION}{self.answer}{END_SOLUTION}"
 
 
@@ -76,9 +93,15 @@ def problem_of(example: Example) -> Problem:
 
 def thought_of(question: str, answer: str) -> str:
     """The steps of a sum or product, left to right, one line each; for anything else the answer in a sentence."""
-    found = _SUM.findall(question)
-    steps = sum_steps(found[-1]) if found else None
-    return "\n".join(steps) if steps and steps[-1].endswith(f"= {answer}") else guess(answer)
+    sums = _SUM.findall(question)
+    if not sums:
+        return guess(answer)
+
+    # The question proper comes last. Steps that miss the gold answer were read wrongly, so they are not shown.
+    steps = sum_steps(sums[-1])
+    if steps and steps[-1].endswith(f"= {answer}"):
+        return "\n".join(steps)
+    return guess(answer)
 
 
 def guess(answer: str) -> str:
@@ -88,25 +111,43 @@ def guess(answer: str) -> str:
 
 def sum_steps(expression: str) -> list[str] | None:
     """`3 + 4 - 9` -> [`3 + 4 = 7`, `7 - 9 = -2`]; None where an operator would bind tighter than one before it."""
-    parts = re.findall(r"-?\d+|[-+*]", re.sub(r"\s+", " ", expression))
-    numbers, operators = [], []
-    for part in parts:
-        wants_operator = len(numbers) > len(operators)
-        if wants_operator and part.startswith("-") and len(part) > 1:  # `3 -4`: a sign that stands for the operator
-            operators.append("-")
-            numbers.append(int(part[1:]))
-        elif wants_operator == (part in "+-*"):
-            (operators if wants_operator else numbers).append(part if wants_operator else int(part))
-        else:
-            return None
+    terms = _sum_terms(expression)
+    if terms is None:
+        return None
+    numbers, operators = terms
+
+    # From left to right is right only where no product follows a sum.
     if len(numbers) != len(operators) + 1 or "*" in operators[1:]:
         return None
-    total, steps = numbers[0], []
-    for operator, number in zip(operators, numbers[1:], strict=True):
-        result = {"+": total + number, "-": total - number, "*": total * number}[operator]
-        steps.append(f"{total} {operator} {number} = {result}")
+
+    steps = []
+    total = numbers[0]
+    for sign, number in zip(operators, numbers[1:], strict=True):
+        result = _OPERATIONS[sign](total, number)
+        steps.append(f"{total} {sign} {number} = {result}")
         total = result
     return steps
+
+
+def _sum_terms(expression: str) -> tuple[list[int], list[str]] | None:
+    """(numbers, operators between them) of a text; None where the two do not take turns."""
+    numbers: list[int] = []
+    operators: list[str] = []
+    for part in re.findall(r"-?\d+|[-+*]", re.sub(r"\s+", " ", expression)):
+        wants_operator = len(numbers) > len(operators)
+        is_operator = part in _OPERATIONS
+
+        # `3 -4`: here the sign of the number stands for the operator.
+        if wants_operator and part.startswith("-") and not is_operator:
+            operators.append("-")
+            numbers.append(int(part[1:]))
+        elif wants_operator and is_operator:
+            operators.append(part)
+        elif not wants_operator and not is_operator:
+            numbers.append(int(part))
+        else:
+            return None
+    return numbers, operators
 
 
 @dataclass(frozen=True)
@@ -118,6 +159,8 @@ class TaskSource:
 
     def problems(self, seed: int) -> Iterator[Problem]:
         streams = [task.items(seed) for task in self.tasks]
+
+        # One item of each task in turn keeps their parts equal; some items have no gold answer.
         while True:
             for stream in streams:
                 example = next(stream)[1]
@@ -134,7 +177,7 @@ def task_source(level: Mapping[str, Mapping[str, Any] | None]) -> TaskSource:
 
 NAMES = ("solve", "compute", "run", "apply", "work", "make", "get", "find", "f", "g", "h", "func", "result", "value")
 LETTERS = "abcdeklmnpqrstuvwxyz"
-_INTS = ((3, 5), (10, -4), (0, 7), (-6, -2), (12, 12))
+_PAIRS = ((3, 5), (10, -4), (0, 7), (-6, -2), (12, 12))
 _LISTS = ([3, 1, 2], [5], [9, -2, 4, 4], [0, 8])
 _TEXTS = ("abc", "Hello", "x", "Ab cd")
 # (what it returns, expression, kind of the arguments); {a}, {b} are argument names and {k} a constant.
@@ -171,25 +214,46 @@ class CodeSource:
     def problems(self, seed: int) -> Iterator[Problem]:
         draw = random.Random(f"code/{seed}")
         while True:
-            told, expression, kind = draw.choice(FUNCTIONS)
-            name, (a, b), k = draw.choice(NAMES), draw.sample(LETTERS, 2), draw.randint(2, 99 if kind == "one" else 5)
-            told, expression = told.format(a=a, b=b, k=k), expression.format(a=a, b=b, k=k)
-            heads = f"{a}, {b}" if kind == "two" else a
-            code = f"def {name}({heads}): return {expression}"
-            question = f"Write a Python function {name}({heads}) that returns {told}."
+            # The order of these draws fixes the problems of a seed.
+            description, expression, kind = draw.choice(FUNCTIONS)
+            name = draw.choice(NAMES)
+            a, b = draw.sample(LETTERS, 2)
+            k = draw.randint(2, 99 if kind == "one" else 5)
+
+            expression = expression.format(a=a, b=b, k=k)
+            arguments = f"{a}, {b}" if kind == "two" else a
+            code = f"def {name}({arguments}): return {expression}"
+            returned = description.format(a=a, b=b, k=k)
+            question = f"Write a Python function {name}({arguments}) that returns {returned}."
             yield Problem(question, code, "code", f"return {expression}", tests=_tests(name, code, kind, k))
 
 
 def _tests(name: str, code: str, kind: str, k: int) -> tuple[str, ...]:
     """Assertions that hold for the reference `code`, which comes from FUNCTIONS alone.
 
-    Numbers on both sides of the constant `k` are asked, too: `return False` must not pass for `x > k`.
+    Numbers on both sides of the constant `k` are tested, too: `return False` must not pass for `x > k`.
     """
     scope: dict[str, Any] = {}
     exec(code, scope)  # noqa: S102 - our own table's text, never a model's
-    calls = {"two": _INTS, "one": [(a,) for a in (3, 0, -6, k, k + 1)], "list": [(v,) for v in _LISTS],
-             "text": [(v,) for v in _TEXTS]}
-    return tuple(f"assert {name}({', '.join(map(repr, call))}) == {scope[name](*call)!r}" for call in calls[kind])
+    function = scope[name]
+
+    # Arguments of each call, by what the function takes.
+    calls: Sequence[tuple[Any, ...]]
+    if kind == "two":
+        calls = _PAIRS
+    elif kind == "one":
+        calls = [(number,) for number in (3, 0, -6, k, k + 1)]
+    elif kind == "list":
+        calls = [(numbers,) for numbers in _LISTS]
+    else:
+        calls = [(text,) for text in _TEXTS]
+
+    # What the reference returns is what the test expects.
+    lines = []
+    for call in calls:
+        shown = ", ".join(map(repr, call))
+        lines.append(f"assert {name}({shown}) == {function(*call)!r}")
+    return tuple(lines)
 
 
 # --- prepared files ---------------------------------------------------------------------------------------------------
@@ -220,99 +284,123 @@ def file_source(path: Path) -> FileSource:
     Raises:
         ValueError: no such file, or a line that is no such record.
     """
-    rows = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8"
         raise ValueError(f"{path} cannot be read: {reason}") from error
+
+    # A broken line ends the run before it begins: a silent gap would change what is trained on.
+    rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            question = str(record.get("prompt") or record.get("question") or "").strip()
-            tests = list(map(str, record.get("tests") or ()))
-            answer = next((a for a in (record.get("answer"), record.get("code")) if a not in (None, "")), "")
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: line {number} is no JSON record: correct it or take it out") from error
-        if not question or not (tests or answer != ""):  # an answer may be 0
-            raise ValueError(f"{path}: line {number} needs a prompt, and tests or an answer")
-        setup = str(record.get("setup") or "")
-        rows.append(Problem(question, str(answer), "code" if tests else "file", tests=tuple(tests), setup=setup))
+        if line.strip():
+            rows.append(_file_problem(line, f"{path}: line {number}"))
     if len(rows) < 2:
         raise ValueError(f"{path} holds {len(rows)} problems: at least 2 are needed, one of them to evaluate on")
     return FileSource(Path(path), tuple(rows))
 
 
+def _file_problem(line: str, place: str) -> Problem:
+    """The problem of one line. Raises ValueError, which names the `place`, where it holds none."""
+    try:
+        record = json.loads(line)
+        question = str(record.get("prompt") or record.get("question") or "").strip()
+        tests = tuple(map(str, record.get("tests") or ()))
+        setup = str(record.get("setup") or "")
+        answers = [record.get("answer"), record.get("code")]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{place} is no JSON record: correct it or take it out") from error
+
+    # An answer may be the number 0, which is false.
+    answer = next((str(answer) for answer in answers if answer not in (None, "")), "")
+    if not question or not (tests or answer):
+        raise ValueError(f"{place} needs a prompt, and tests or an answer")
+    return Problem(question, answer, "code" if tests else "file", tests=tests, setup=setup)
+
+
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
-def held_out(levels: Sequence[Source], n: int, seed: int) -> list[Problem]:
+def evaluation_problems(levels: Sequence[Source], n: int, seed: int) -> list[Problem]:
     """`n` problems with distinct questions, in equal parts from every level.
 
     Raises:
         ValueError: a level has fewer distinct questions than its part, or would have nothing left to train on.
     """
     drawn: list[Problem] = []
-    seen: set[str] = set()
-    for index, level in enumerate(levels):
-        wanted = n * (index + 1) // len(levels) - n * index // len(levels)
-        if level.size is not None:
-            wanted = min(wanted, max(level.size // HELD_OUT_SHARE, 1))
-        drawn += _fresh(level, wanted, seed, seen)
+    seen: set[str] = set()  # over all levels: an easy level's question may come back in a harder one
+    for level, part in zip(levels, _equal_parts(n, len(levels)), strict=True):
+        if level.size is not None:  # a file must keep questions to train on
+            part = min(part, max(level.size // HELD_OUT_SHARE, 1))
+        drawn += _distinct(level, part, seed, seen)
     return drawn
 
 
-def training(levels: Sequence[Source], n: int, seed: int, reserved: set[str]) -> list[Problem]:
+def training_problems(levels: Sequence[Source], n: int, seed: int, reserved: set[str]) -> list[Problem]:
     """`n` problems in the order of the levels, none of them reserved; questions may come twice where a level is small.
 
     Raises:
         ValueError: (nearly) every question of a level is reserved.
     """
     drawn: list[Problem] = []
-    for index, level in enumerate(levels):
-        wanted = n * (index + 1) // len(levels) - n * index // len(levels)
-        drawn += list(stream(level, seed, reserved, wanted))
+    for level, part in zip(levels, _equal_parts(n, len(levels)), strict=True):
+        drawn += itertools.islice(stream(level, seed, reserved), part)
     return drawn
 
 
-def stream(source: Source, seed: int, reserved: set[str], n: int | None = None) -> Iterator[Problem]:
-    """Problems that are not reserved, `n` of them or without end. Raises ValueError as `training`."""
-    rejected, given = 0, 0
-    for problem in source.problems(seed):
-        if n is not None and given >= n:
-            return
-        if normalise(problem.question) in reserved or _of_evaluated_group(problem):
-            rejected += 1
-            if rejected >= MAX_REJECTED:
-                raise ValueError("nearly all questions are held out, nothing is left to train on: lower eval_n")
-            continue
-        rejected, given = 0, given + 1
-        yield problem
+def _equal_parts(n: int, count: int) -> list[int]:
+    """`n` as `count` numbers that differ by 1 at most."""
+    return [n * (index + 1) // count - n * index // count for index in range(count)]
 
 
-def _fresh(source: Source, n: int, seed: int, seen: set[str]) -> list[Problem]:
-    """`n` problems whose questions are not in `seen`, which grows by them."""
-    drawn: list[Problem] = []
-    rejected = 0
-    for problem in source.problems(seed):
-        if len(drawn) >= n:
-            return drawn
+def stream(source: Source, seed: int, reserved: set[str]) -> Iterator[Problem]:
+    """Problems without end, none of them reserved. Raises ValueError as `training_problems`."""
+
+    def is_free(problem: Problem) -> bool:
+        return normalise(problem.question) not in reserved and not _of_evaluated_group(problem)
+
+    yield from _accepted(source, seed, is_free)
+    raise ValueError("nearly all questions are held out, nothing is left to train on: lower eval_n")
+
+
+def _distinct(source: Source, n: int, seed: int, seen: set[str]) -> list[Problem]:
+    """`n` problems whose questions are not in `seen`, which grows by them.
+
+    Raises:
+        ValueError: the source does not have so many.
+    """
+
+    def is_new(problem: Problem) -> bool:
         question = normalise(problem.question)
         if question in seen or _of_evaluated_group(problem) is False:
-            rejected += 1
-            if rejected >= MAX_REJECTED:
-                raise ValueError(f"only {len(drawn)} distinct questions of {problem.task}, {n} were asked for: lower "
-                                 "eval_n or raise the difficulty")
-            continue
-        rejected = 0
+            return False
         seen.add(question)
-        drawn.append(problem)
+        return True
+
+    drawn = list(itertools.islice(_accepted(source, seed, is_new), n))
+    if len(drawn) < n:
+        task = next(source.problems(seed)).task
+        raise ValueError(
+            f"only {len(drawn)} distinct questions of {task}, {n} were asked for: lower eval_n or raise the difficulty"
+        )
     return drawn
+
+
+def _accepted(source: Source, seed: int, accepts: Callable[[Problem], bool]) -> Iterator[Problem]:
+    """The problems that `accepts` takes; ends after MAX_REJECTED in a row that it does not."""
+    rejected = 0
+    for problem in source.problems(seed):
+        if accepts(problem):
+            rejected = 0
+            yield problem
+        else:
+            rejected += 1
+            if rejected >= MAX_REJECTED:  # a source of few questions would be searched for ever
+                return
 
 
 def _of_evaluated_group(problem: Problem) -> bool | None:
     """Whether the problem's solution is one for evaluation alone, see `GROUPS`; None where solutions are many."""
-    group = problem.example.group if problem.example else None
-    return None if group is None else for_evaluation(problem.task, group)
+    if problem.example is None or problem.example.group is None:
+        return None
+    return for_evaluation(problem.task, problem.example.group)

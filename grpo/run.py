@@ -29,9 +29,9 @@ from engine.optimization import NonFiniteError, model_weights
 from engine.state import CONFIG
 from enhanced.training import model_documents
 from grpo import warm_start
-from grpo.measure import Measured, change_table, measure
-from grpo.problems import training
-from grpo.stages import Held, Stage, hold_out, rewards_of, stages_of
+from grpo.measure import Change, Measured, change_table, measure
+from grpo.problems import training_problems
+from grpo.stages import HeldOut, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from grpo.warm_start import EnhancedRun, unreserved
 from model import ADAPTER, adapter_document
 from reasoning_gym_wrapper import make_tasks
@@ -65,7 +65,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
         tasks = make_tasks(addon_run.task_names(opts), addon_run.task_config(opts))
     except ValueError:  # what is wrong with the tasks is among the lines
         return lines
-    return lines + stages_of(opts, tasks)[1]
+    return lines + stages_of(options.part(StagesConfig, opts), tasks)[1]
 
 
 class GrpoRun:
@@ -107,14 +107,19 @@ class GrpoRun:
         if getattr(self.loop.trainer, "ema", None):
             self.loop.trainer.ema.settle()  # the averaged weights are those that were evaluated and saved
         self.loop.trainer.ema, self.loop.trainer.optimizers = None, []  # the supervised run is over
-        if self.addon and "max_completion_length" not in self.opts.explicit:
-            self.opts.max_completion_length = self.loop.budget
         return self._stages(folder)
 
     # --- stages ---
 
     def _stages(self, folder: Path) -> int:
-        stages, problems = stages_of(self.opts, self.loop.tasks if self.addon else ())
+        if self.addon and "max_completion_length" not in self.opts.explicit:
+            # The answers of the tasks are as long as the evaluation of the checkpoint's run found. On a copy, since
+            # the options are the caller's; checkpoints keep the number.
+            explicit = self.opts.explicit
+            self.opts = options.Options(**vars(self.opts) | {"max_completion_length": self.loop.budget})
+            self.opts.explicit = explicit
+        config = options.part(StagesConfig, self.opts)
+        stages, problems = stages_of(config, self.loop.tasks if self.addon else ())
         if problems:
             raise ValueError("; ".join(problems))
         held = hold_out(stages, self.opts.eval_seed)
@@ -138,7 +143,7 @@ class GrpoRun:
             self.loop._suite()
         return 0
 
-    def _keep_apart(self, held: Held) -> None:
+    def _keep_apart(self, held: HeldOut) -> None:
         """Reserves what the deep supervision evaluates, too; says which questions it may have trained on."""
         kept = self.loop.reserve.questions
         new = len(held.reserved - kept)
@@ -146,13 +151,14 @@ class GrpoRun:
             self.loop.say(unreserved(new, len(held.reserved)))
         held.reserved |= kept
 
-    def _stage(self, stage: Stage, held: Held, index: int, stop: Any) -> int:
+    def _stage(self, stage: Stage, held: HeldOut, index: int, stop: Any) -> int:
         """Runs one stage to its end. Returns 0, or the exit status of an early but orderly end."""
         from grpo.stage_trainer import StageRun, forget, newest_state, train_stage  # 7 s, and only where it is needed
 
         opts, base, place = self.opts, self.progress.step, self.folder / STAGES / stage.name
-        functions, weights = rewards_of(stage, opts, tags=not self.addon)
-        problems = training(stage.levels, int(stage.size), train_seed(opts.seed + SEED_OF_STAGE + index), held.reserved)
+        functions, weights = rewards_of(stage, tags=not self.addon)
+        seed = train_seed(opts.seed + SEED_OF_STAGE + index)
+        problems = training_problems(stage.levels, stage.size, seed, held.reserved)
         self._open_stage(place, base)
         resumed = newest_state(place)
         steps = int(resumed.name.split("-")[1]) if resumed else 0
@@ -161,10 +167,10 @@ class GrpoRun:
         self.loop.say(f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
                       + (f", going on from {resumed.name}" if resumed else ""))
         run = StageRun(
-            stage, opts, place, functions, weights,
+            stage, place, functions, weights,
             log=lambda step, numbers: self._log(stage.name, base + step, numbers),
             stopped=lambda: stop.signal is not None,
-            precision=self.loop.precision, device=self.loop.device.type, tags=not self.addon,
+            precision=self.loop.precision, device=self.loop.device.type,
         )
         try:
             finished, steps = train_stage(self.model, self.format, problems, run)
@@ -194,7 +200,7 @@ class GrpoRun:
         place.mkdir(parents=True, exist_ok=True)
         atomic_write_text(mark, json.dumps(base))
 
-    def _start_of(self, stage: Stage, held: Held, functions: Any, place: Path) -> dict[str, float]:
+    def _start_of(self, stage: Stage, held: HeldOut, functions: Any, place: Path) -> dict[str, float]:
         """The stage's held-out metrics before its first step; measured once, and written down unless known already.
 
         Here the weights are those, of an interrupted stage as well: other questions or rewards are measured anew.
@@ -228,9 +234,9 @@ class GrpoRun:
         self.loop.say(f"stage {stage} step {step}  {told}  {numbers.get('mean_length', 0):.0f} tokens  "
                       f"{numbers.get('step_time', 0):.1f} s a step")
 
-    def _measure(self, stage: Stage, held: Held, functions: Any) -> Measured:
+    def _measure(self, stage: Stage, held: HeldOut, functions: Any) -> Measured:
         return measure(self.model, self.format, stage.name, held.problems[stage.name], functions,
-                       stage.value(self.opts, "max_completion_length"), not self.addon, self.opts.eval_batch_size,
+                       stage.config.max_completion_length, not self.addon, self.opts.eval_batch_size,
                        self.loop.trainer.autocast())
 
     def _record(self, stage: Stage, after: Measured, before: dict[str, float]) -> None:
@@ -271,22 +277,23 @@ class GrpoRun:
         return (f"---\nlibrary_name: {library}\ntags: [hrm, grpo]\n---\n\n{title}\n\nStep {self.progress.step}; GRPO "
                 f"stages done: {stages}.\n\n```\n{after.line(self.progress.start.get(after.stage))}\n```\n")
 
-    def _finish(self, stages: list[Stage], held: Held) -> None:
+    def _finish(self, stages: list[Stage], held: HeldOut) -> None:
         """The closing words: start and end of each stage, files, next command."""
         if not self.loop.is_main:
             return
-        changes = [
-            (stage.name, asked["rewards"], asked["n"], self.progress.start[stage.name], self.progress.done[stage.name])
-            for stage in stages if stage.name in self.progress.start
-            for asked in [self.progress.asked.get(stage.name) or asked_of(stage, held)]
-        ]
+        changes = []
+        for stage in stages:
+            if stage.name in self.progress.start:
+                asked = self.progress.asked.get(stage.name) or asked_of(stage, held)
+                start, end = self.progress.start[stage.name], self.progress.done[stage.name]
+                changes.append(Change(stage.name, asked["rewards"], asked["n"], start, end))
         print(change_table(changes))
         curve = draw_curve(self.folder, self.log.csv_path)
         print(closing_words(self.log.csv_path, self.checkpoint, curve, held.problems[stages[-1].name][0].question,
                             samples=self.folder / SAMPLES))
 
 
-def asked_of(stage: Stage, held: Held) -> dict[str, Any]:
+def asked_of(stage: Stage, held: HeldOut) -> dict[str, Any]:
     """What a stage's held-out metrics are of: reward weights, number of questions, a digest of them."""
     problems = held.problems[stage.name]
     digest = hashlib.sha256("\n".join(problem.question for problem in problems).encode()).hexdigest()[:16]

@@ -1,13 +1,15 @@
 """One stage of GRPO on TRL's `GRPOTrainer`, for the planner/worker LM and for the frozen LLM with its add-on.
 
-TRL imports slowly (7 s): import this module where GRPO really runs. What TRL is told differently from its habits:
-prompts are rendered as everywhere here, completions are generated in evaluation mode with every cycle run (so that
-generated and scored log-probabilities are those of one function), and the add-on is shown where the prompt ends.
+TRL imports slowly (7 s): import this module where GRPO really runs. GRPO is DeepSeekMath's (arXiv 2402.03300): several
+completions of each question are sampled, and those rewarded above their group's mean become likelier.
+
+Three things differ from TRL's habits. Prompts are rendered as everywhere in this repository. Completions are generated
+in evaluation mode with every cycle run, so that generated and scored log-probabilities are those of one function. The
+add-on is shown where the prompt ends.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import math
@@ -30,10 +32,10 @@ from batching import PromptFormat
 from engine.optimization import NonFiniteError, learning_rate
 from grpo.problems import Problem
 from grpo.rewards import repetition, text_of
-from grpo.stages import Stage
+from grpo.stages import GrpoConfig, Stage
 from model import HRMController, prompt_before
 
-__all__ = ["StageRun", "StageTrainer", "end_of_prompt", "grpo_config", "newest_state", "rollout_mode", "train_stage"]
+__all__ = ["StageRun", "StageTrainer", "end_of_prompt", "newest_state", "rollout_mode", "train_stage", "trl_config"]
 
 WARMUP_STEPS = 5
 ALIKE = 1e-6  # total rewards nearer to each other than this are equal
@@ -54,40 +56,49 @@ DROPPED = ("num_tokens", "total_flos", "train_runtime", "train_samples_per_secon
 
 @dataclass
 class StageRun:
-    """What a stage is run with. `log(step, numbers)` and `stopped()` connect it to the run around it."""
+    """What a stage is run with. `log` and `stopped` connect it to the run around it.
+
+    Args:
+        stage: what to train on and how.
+        folder: where the states lie that an interrupted stage goes on from.
+        functions: reward functions with TRL's signature.
+        weights: the weight of each of them.
+        log: called as `log(step, numbers)` with the metrics of every logged optimizer step of the stage.
+        stopped: whether somebody asked for an orderly end after the step at hand.
+        precision: none, bf16 or fp16.
+        device: device type, such as cpu or cuda.
+    """
 
     stage: Stage
-    opts: argparse.Namespace
-    folder: Path  # of the states an interrupted stage goes on from
+    folder: Path
     functions: Sequence[Callable[..., list[float]]]
     weights: Sequence[float]
     log: Callable[[int, dict[str, float]], None]
     stopped: Callable[[], bool]
     precision: str = "none"
     device: str = "cpu"
-    tags: bool = True
 
 
-def grpo_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
-    """TRL's configuration of a stage."""
-    stage, opts = run.stage, run.opts
-    value = functools.partial(stage.value, opts)
+def trl_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
+    """TRL's configuration of a stage; it keeps the newest `steps_kept` states of the stage."""
+    stage = run.stage
+    config = stage.config
     return GRPOConfig(
         output_dir=str(run.folder),
         num_train_epochs=float(stage.epochs),
-        learning_rate=value("grpo_lr"),
-        per_device_train_batch_size=value("grpo_batch_size"),
-        gradient_accumulation_steps=value("grpo_accum_steps"),
-        num_generations=value("num_generations"),
-        max_completion_length=value("max_completion_length"),
-        temperature=value("temperature"),
-        loss_type=value("loss_type"),
-        beta=value("beta"),
+        learning_rate=config.grpo_lr,
+        per_device_train_batch_size=config.grpo_batch_size,
+        gradient_accumulation_steps=config.grpo_accum_steps,
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        loss_type=config.loss_type,
+        beta=config.beta,
         reward_weights=list(run.weights),
-        max_grad_norm=opts.grad_clip or math.inf,
+        max_grad_norm=config.grad_clip or math.inf,
         weight_decay=0.0,
-        adam_beta1=opts.beta1,
-        adam_beta2=opts.beta2,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
         bf16=run.precision == "bf16",
         fp16=run.precision == "fp16",
         use_cpu=run.device == "cpu",
@@ -95,38 +106,50 @@ def grpo_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
         disable_dropout=True,
         shuffle_dataset=len(stage.levels) == 1,  # else the order is the rising difficulty
         remove_unused_columns=False,
-        logging_steps=opts.log_steps,
+        logging_steps=config.log_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=opts.grpo_save_every,
+        save_steps=config.grpo_save_every,
         save_total_limit=steps_kept,
         report_to="none",
         disable_tqdm=True,
-        seed=opts.seed,
+        seed=config.seed,
         ddp_find_unused_parameters=True,
     )
 
 
 class StageTrainer(GRPOTrainer):
-    """TRL's trainer with the prompts of `PromptFormat`, rollouts in evaluation mode, and two more metrics."""
+    """TRL's trainer with the prompts of `PromptFormat`, rollouts in evaluation mode, and two more metrics.
 
-    def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, opts: argparse.Namespace, **kwargs: Any):
+    Args:
+        prompt_format: renders questions, and holds the tokenizer.
+        cycles: cycles (add-on: segments) of a token where the model does not count them.
+        config: the schedule of the learning rate.
+        args, kwargs: as TRL takes them.
+    """
+
+    def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, config: GrpoConfig, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.format, self.cycles, self.opts = prompt_format, cycles, opts
-        self.thought: list[torch.Tensor] = []  # segments (B,) of each rollout: a halting head may end them early
+        self.format = prompt_format
+        self.cycles = cycles
+        self.config = config
+        self.segments: list[torch.Tensor] = []  # (B,) of each rollout: a halting head may end them early
+
+        # The reference model scores, too, and needs the prompt's end for that; only rollouts of the model are counted.
         for model in filter(None, (self.model, self.ref_model)):
             if isinstance(model, HRMController):
-                end_of_prompt(model, self.thought if model is self.model else None)
+                end_of_prompt(model, self.segments if model is self.model else None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our schedule over the stage (`learning_rate`): a rate that falls takes the last steps' noise out again."""
-        if self.lr_scheduler is None:
-            warmup = min(WARMUP_STEPS, num_training_steps // 2)
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        warmup = min(WARMUP_STEPS, num_training_steps // 2)
 
-            def share(step: int) -> float:
-                return learning_rate(self.opts, step, step / num_training_steps, warmup) / self.opts.lr
+        def share(step: int) -> float:
+            return learning_rate(self.config, step, step / num_training_steps, warmup) / self.config.lr
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
         return self.lr_scheduler
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
@@ -141,26 +164,35 @@ class StageTrainer(GRPOTrainer):
             self.model.train(was_training)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        mode = "train" if self.model.training else "eval"
+        """(B, rewards) values as TRL's; on the way, notes the metrics that TRL does not have."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
         texts = [text_of(completion) for completion in completions]
-        self._metrics[mode]["completions/repetition"].append(sum(map(repetition, texts)) / max(len(texts), 1))
-        used, self.thought[:] = self.thought and torch.cat(self.thought).float().mean().item(), []
-        self._metrics[mode]["cycles_used"].append(float(used or self.cycles))
+        metrics["completions/repetition"].append(sum(map(repetition, texts)) / max(len(texts), 1))
+
+        # Segments of the rollouts since the last call; a model that does not count runs all its cycles.
+        used = float(self.cycles)
+        if self.segments:
+            used = torch.cat(self.segments).float().mean().item() or used
+            self.segments.clear()
+        metrics["cycles_used"].append(used)
+
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+        # A group teaches nothing where all its completions are worth the same.
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, self.num_generations)
         alike = total.amax(dim=1) - total.amin(dim=1) < ALIKE
-        self._metrics[mode]["groups_alike"].append(alike.float().mean().item())
+        metrics["groups_alike"].append(alike.float().mean().item())
         return rewards
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the folder holds states to resume from, the checkpoint proper has its own card."""
 
 
-def end_of_prompt(model: HRMController, thought: list[torch.Tensor] | None = None) -> None:
+def end_of_prompt(model: HRMController, segments: list[torch.Tensor] | None = None) -> None:
     """Wraps `model.forward`, so that TRL's joined sequences come with the mask of their prompts.
 
     TRL marks what it scores by labels and left-pads prompts: what is attended before a row's first label is its prompt.
-    `thought` is handed the segments (B,) of each call that thinks while generating.
+    The segments (B,) of each call that thinks while generating are appended to `segments`.
     """
     inner = model.forward
 
@@ -169,8 +201,8 @@ def end_of_prompt(model: HRMController, thought: list[torch.Tensor] | None = Non
         if kwargs.get("fused_lm_head"):
             kwargs["prompt_mask"] = prompt_before(kwargs["labels"], kwargs.get("attention_mask"))
         out = inner(*args, **kwargs)
-        if thought is not None and getattr(out, "segments_used", None) is not None:
-            thought.append(out.segments_used)
+        if segments is not None and getattr(out, "segments_used", None) is not None:
+            segments.append(out.segments_used)
         return out
 
     model.forward = forward
@@ -183,14 +215,15 @@ def rollout_mode(model: Any) -> Iterator[None]:
         if hasattr(model, "all_cycles"):
             stack.enter_context(model.all_cycles())
         if isinstance(model, HRMController):
-            core, config = model.model.addon.core, model.config
-            stack.enter_context(_set(core, "init_state", "fixed"))
+            config = model.config
+            stack.enter_context(_set(model.model.addon.core, "init_state", "fixed"))
             stack.enter_context(_set(config, "train_injector_scale", config.eval_injector_scale))
         yield
 
 
 @contextlib.contextmanager
 def _set(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, the attribute has this value."""
     before = getattr(holder, name)
     setattr(holder, name, value)
     try:
@@ -203,14 +236,18 @@ class Reporter(TrainerCallback):
     """Hands TRL's metrics on, ends the stage in order when asked, and says when nothing is learnt."""
 
     def __init__(self, run: StageRun):
-        self.run, self.alike = run, 0
+        self.run = run
+        self.steps_alike = 0  # logged steps in a row in which no group had a difference
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Saves and stops after this step where the run is to end."""
         if self.run.stopped() and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+            control.should_training_stop = True
         return control
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Raises NonFiniteError before a step with a gradient that is no number."""
         if args.fp16:  # its scaling overflows now and then by design, and skips that step itself
             return
         for name, parameter in model.named_parameters():
@@ -218,15 +255,21 @@ class Reporter(TrainerCallback):
                 raise NonFiniteError(f"stage {self.run.stage.name}, step {state.global_step}: gradient of {name}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Logs a step's metrics, and warns after every PATIENCE of them without a difference inside any group."""
         if not logs or "reward" not in logs:
             return
         numbers = metrics_of(logs, args.beta)
         self.run.log(state.global_step, numbers)
-        self.alike = self.alike + 1 if numbers.get("frac_reward_zero_std", 0.0) >= 1.0 else 0
-        if self.alike and self.alike % PATIENCE == 0 and state.is_world_process_zero:
-            told = NOTHING_LEARNT.format(stage=self.run.stage.name, step=state.global_step, count=self.alike,
-                                         group=args.num_generations)
-            print(told, file=sys.stderr, flush=True)
+
+        if numbers.get("frac_reward_zero_std", 0.0) < 1.0:
+            self.steps_alike = 0
+            return
+        self.steps_alike += 1
+        if self.steps_alike % PATIENCE == 0 and state.is_world_process_zero:
+            warning = NOTHING_LEARNT.format(
+                stage=self.run.stage.name, step=state.global_step, count=self.steps_alike, group=args.num_generations
+            )
+            print(warning, file=sys.stderr, flush=True)
 
 
 def metrics_of(logs: dict[str, Any], beta: float) -> dict[str, float]:
@@ -237,8 +280,12 @@ def metrics_of(logs: dict[str, Any], beta: float) -> dict[str, float]:
             continue
         if name.startswith("rewards/"):
             _, reward, kind = name.split("/")
-            name = f"reward_{reward}" + ("" if kind == "mean" else f"_{kind}")
+            name = f"reward_{reward}"
+            if kind != "mean":
+                name += f"_{kind}"
         numbers[RENAMED.get(name, name.replace("/", "_"))] = value
+
+    # Two of TRL's numbers say less than they seem to.
     if "groups_alike" in numbers:  # TRL takes a rounding error (of 0.2, say) for a difference
         numbers["frac_reward_zero_std"] = numbers.pop("groups_alike")
     if "loss" in numbers and "policy_loss" not in numbers:
@@ -248,8 +295,13 @@ def metrics_of(logs: dict[str, Any], beta: float) -> dict[str, float]:
 
 def newest_state(folder: Path) -> Path | None:
     """The newest whole `checkpoint-N` of an interrupted stage: one whose last file, the trainer's state, is there."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    states = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(states, key=step_of_state, default=None)
+
+
+def step_of_state(state: Path) -> int:
+    """The optimizer step of the stage after which `checkpoint-N` was saved."""
+    return int(state.name.split("-")[1])
 
 
 def train_stage(
@@ -264,36 +316,44 @@ def train_stage(
         NonFiniteError: before an optimizer step that would have spoilt the weights.
     """
     transformers.logging.set_verbosity_error()
+    config = run.stage.config
     with rollout_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL still says gradient_checkpointing where transformers has renamed it
-        if run.stage.value(run.opts, "beta") > 0:  # TRL reads the reference model from the folder this names
+
+        if config.beta > 0:  # TRL reads the reference model from the folder this names
             model.config._name_or_path = str(save_reference(model, run.folder))
+
         trainer = StageTrainer(
             model=model,
             reward_funcs=list(run.functions),
-            args=grpo_config(run),
+            args=trl_config(run),
             train_dataset=Dataset.from_list([problem.row() for problem in problems]),
             processing_class=prompt_format.tokenizer,
             callbacks=[Reporter(run)],
             prompt_format=prompt_format,
-            opts=run.opts,
+            config=config,
             cycles=getattr(model.config, "max_cycles", None) or getattr(model.config, "segments", 1),
         )
+        # They print what `Reporter` hands to the run's own log.
         for callback in (transformers.trainer_callback.PrinterCallback, transformers.trainer_callback.ProgressCallback):
             trainer.remove_callback(callback)
+
+        # States of the stage are TRL's own checkpoints: weights, optimizer, random state, position in the questions.
         state = newest_state(run.folder)
         try:
             trainer.train(resume_from_checkpoint=str(state) if state else None)
         finally:
             for name in ("forward", "_original_forward"):
                 model.__dict__.pop(name, None)  # TRL's and accelerate's wrappings, which no later stage may find
+
     done = trainer.state.global_step
     return done >= trainer.state.max_steps, done
 
 
 def save_reference(model: Any, folder: Path) -> Path:
     """The folder with the model as the stage began, written once and whole; a resumed stage keeps it."""
-    place, aside = folder / "reference", folder / "reference.partial"
+    place = folder / "reference"
+    aside = folder / "reference.partial"
     with PartialState().main_process_first():
         if not place.exists():
             shutil.rmtree(aside, ignore_errors=True)

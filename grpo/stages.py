@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from flags import FIND
-from grpo.problems import CodeSource, Problem, Source, TaskSource, file_source, held_out, task_source
+from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, file_source, task_source
 from grpo.rewards import build_rewards
 from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError, normalise
 
@@ -44,139 +43,296 @@ OVERRIDES = (
     *("grpo_lr", "grpo_batch_size", "grpo_accum_steps", "num_generations", "max_completion_length"),
     *("temperature", "loss_type", "beta"),
 )
+# All that YAML may set for a stage.
+KEYS = ("epochs", "size", "levels", "rewards", "eval_n", "warm", "guess", *OVERRIDES)
+
+
+# --- what a stage needs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """How one stage of GRPO trains. Every field has the name, the range and the default of a flag.
+
+    Args:
+        grpo_lr: peak learning rate, above 0.
+        grpo_batch_size: completions per micro-batch, 1 or more.
+        grpo_accum_steps: micro-batches per optimizer step, 1 or more.
+        num_generations: completions of each question, which are compared with each other; 2 or more.
+        max_completion_length: longest completion in tokens, 1 or more.
+        temperature: sampling temperature of completions, above 0.
+        loss_type: how token losses are averaged, one of the flag's choices.
+        beta: weight of the KL divergence from the model as the stage began; 0 = none.
+        grpo_save_every: optimizer steps between the states that an interrupted stage goes on from, 1 or more.
+        log_steps: optimizer steps between logged lines, 1 or more.
+        grad_clip: largest gradient norm; 0 = no clipping.
+        beta1: first beta of AdamW, in [0, 1).
+        beta2: second beta of AdamW, in [0, 1).
+        lr: peak learning rate of the supervised schedule. Its shape over time is kept, its height is `grpo_lr`.
+        lr_scheduler: that schedule after the warmup: cosine, linear or constant.
+        lr_min_ratio: its final rate as a share of the peak, in [0, 1].
+        seed: seed of sampling and of the order of questions.
+    """
+
+    grpo_lr: float = 5e-5
+    grpo_batch_size: int = 4
+    grpo_accum_steps: int = 2
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    loss_type: str = "dapo"
+    beta: float = 0.0
+    grpo_save_every: int = 50
+    log_steps: int = 20
+    grad_clip: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    lr: float = 3e-3
+    lr_scheduler: str = "cosine"
+    lr_min_ratio: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StagesConfig(GrpoConfig):
+    """What the flags say of the stages. The fields of `GrpoConfig` hold for each stage that does not set its own.
+
+    Args:
+        arch: the system that is trained: enhanced (the planner/worker LM) or addon.
+        stages: JSON object of stage name -> settings; None = all stages as published.
+        eval_n: evaluation questions of each stage, 1 or more.
+        allow_unconfined_code: whether the code reward may run programs where nothing can confine them.
+        allow_code_tasks: whether tasks may be used whose verifier executes code.
+    """
+
+    arch: str = "enhanced"
+    stages: str | None = None
+    eval_n: int = 256
+    allow_unconfined_code: bool = False
+    allow_code_tasks: bool = False
+
+    def with_settings(self, settings: Mapping[str, Any]) -> GrpoConfig:
+        """The training of a stage that sets `settings`, which are keys of `OVERRIDES`, for itself."""
+        values = {each.name: getattr(self, each.name) for each in fields(GrpoConfig)}
+        return GrpoConfig(**values | dict(settings))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `levels` are sources from easy to hard; `warm` its share of the warm start's examples.
+    """One stage, with every value resolved.
 
-    `guess` is the share of these examples that give the answer without its steps: GRPO then has to find out that
-    writing steps pays.
+    Args:
+        name: a key of `PUBLISHED` or `ADDON_STAGES`.
+        epochs: passes over the questions, above 0.
+        size: training questions, 1 or more.
+        levels: where the questions come from, from easy to hard.
+        rewards: reward name -> weight of 0 or more.
+        eval_n: evaluation questions, 1 or more.
+        warm: weight of this stage among the warm start's examples; 0 = none of them.
+        guess: share, in [0, 1], of these examples that give the answer without its steps. GRPO then has to find out
+            that writing steps pays.
+        config: how the stage trains.
+        allow_unconfined_code: as in `StagesConfig`.
     """
 
     name: str
     epochs: float
-    size: int  # questions
+    size: int
     levels: tuple[Source, ...]
     rewards: Mapping[str, float]
     eval_n: int
     warm: float
     guess: float = 0.0
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def value(self, opts: argparse.Namespace, name: str) -> Any:
-        """The stage's own setting, else the flag's."""
-        return self.settings.get(name, getattr(opts, name))
+    config: GrpoConfig = field(default_factory=GrpoConfig)
+    allow_unconfined_code: bool = False
 
     @property
-    def tasks(self) -> tuple[Any, ...]:
+    def tasks(self) -> tuple[Task, ...]:
         """Reasoning Gym tasks of the levels, whose scorers the rewards need."""
         return tuple(task for level in self.levels if isinstance(level, TaskSource) for task in level.tasks)
 
 
-KEYS = ("epochs", "size", "levels", "rewards", "eval_n", "warm", "guess", *OVERRIDES)
+def rewards_of(stage: Stage, tags: bool = True) -> tuple[list[Any], list[float]]:
+    """Reward functions and weights of a stage, in the order the stage gives them.
+
+    `tags` False: a completion without reasoning tags is itself the solution.
+    """
+    longest = stage.config.max_completion_length
+    return build_rewards(
+        stage.rewards,
+        tags=tags,
+        tasks=stage.tasks,
+        free_tokens=max(longest // 4, 1),
+        max_tokens=max(longest, 2),
+        allow_unconfined_code=stage.allow_unconfined_code,
+    )
 
 
-def stages_of(opts: argparse.Namespace, own: Sequence[Task] = ()) -> tuple[list[Stage], list[str]]:
+# --- from YAML --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The numbers that a setting may be: `low` to `high`, without `low` itself where `above`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    whole: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is a finite number (a bool is none) within the limit. 8.0 is a whole number."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        if self.whole and value != int(value):
+            return False
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        if self.whole:
+            return f"a whole number of {self.low} or more"
+        if self.high < math.inf:
+            return f"in {self.low}..{self.high}"
+        return f"above {self.low}" if self.above else f"{self.low} or more"
+
+
+# Problems are told in this order.
+LIMITS = {
+    "epochs": Limit(0, above=True),
+    "size": Limit(1, whole=True),
+    "eval_n": Limit(1, whole=True),
+    "warm": Limit(0),
+    "guess": Limit(0, high=1),
+    "grpo_lr": Limit(0, above=True),
+    "grpo_batch_size": Limit(1, whole=True),
+    "grpo_accum_steps": Limit(1, whole=True),
+    "num_generations": Limit(2, whole=True),
+    "max_completion_length": Limit(1, whole=True),
+    "temperature": Limit(0, above=True),
+    "beta": Limit(0),
+}
+
+
+def stages_of(config: StagesConfig, own: Sequence[Task] = ()) -> tuple[list[Stage], list[str]]:
     """(stages in their published order, everything wrong with them in one line each); loads no model.
 
     A stage given in YAML takes the published values for what it leaves out; without `stages` all are run as published.
     `own` are the tasks that the flags name, which the level `tasks` stands for.
     """
-    known = ADDON_STAGES if opts.arch == "addon" else PUBLISHED
-    try:
-        given = json.loads(opts.stages) if opts.stages else {name: {} for name in known}
-    except ValueError as error:
-        return [], [f"--stages is no JSON object: {error}"]
-    found = [
-        f"stages: there is no stage {name!r}: choose from {', '.join(known)}" for name in given if name not in known
-    ]
+    published = ADDON_STAGES if config.arch == "addon" else PUBLISHED
+    given: dict[str, Any] = {name: {} for name in published}
+    if config.stages:
+        try:
+            given = json.loads(config.stages)
+        except ValueError as error:
+            return [], [f"--stages is no JSON object: {error}"]
+
+    # Names first: a misspelt stage would otherwise be left out in silence.
+    choices = ", ".join(published)
+    problems = []
+    for name in given:
+        if name not in published:
+            problems.append(f"stages: there is no stage {name!r}: choose from {choices}")
     if not given:
-        found.append(f"stages: none is given: choose from {', '.join(known)}")
+        problems.append(f"stages: none is given: choose from {choices}")
+
+    # The order is the published one, however the user wrote them: later stages build on earlier ones.
     stages = []
-    for name in (name for name in known if name in given):
-        stage, wrong = _stage(name, given[name], known[name], opts, own)
-        found += [f"stage {name}: {line}" for line in wrong]
-        stages += [stage] if stage else []
-    if not found and opts.arch == "enhanced" and not any(stage.warm for stage in stages):
-        found.append("stages: every warm is 0, so the warm start has no examples: raise one")
-    return stages, found
+    for name, defaults in published.items():
+        if name not in given:
+            continue
+        stage, lines = _stage(name, given[name], defaults, config, own)
+        problems += [f"stage {name}: {line}" for line in lines]
+        if stage is not None:
+            stages.append(stage)
+
+    # The warm start of the planner/worker LM draws its examples from the stages; the add-on has none.
+    if not problems and config.arch == "enhanced" and not any(stage.warm for stage in stages):
+        problems.append("stages: every warm is 0, so the warm start has no examples: raise one")
+    return stages, problems
 
 
 def _stage(
-    name: str, given: Any, published: dict[str, Any], opts: argparse.Namespace, own: Sequence[Task]
+    name: str, given: Any, published: dict[str, Any], config: StagesConfig, own: Sequence[Task]
 ) -> tuple[Stage | None, list[str]]:
+    """(the stage, no problems), or (None, its problems, one line each)."""
     if given is not None and not isinstance(given, dict):
         return None, [f"expected settings such as epochs and size, got {given!r}"]
-    merged = {"eval_n": opts.eval_n, "warm": 1.0, "guess": 0.0, **published, **(given or {})}
-    found = [f"unknown setting {key!r}: choose from {', '.join(KEYS)}" for key in merged if key not in KEYS]
-    found += [
-        f"{key} must be {told}, got {merged[key]!r}"
-        for key, (legal, told) in _LIMITS.items()
-        if key in merged and not (_is_number(merged[key]) and legal(merged[key]))
-    ]
-    if "loss_type" in merged and merged["loss_type"] not in FIND["loss_type"].choices:
-        found.append(f"loss_type must be {FIND['loss_type'].legal}, got {merged['loss_type']!r}")
+    # Later ones win: defaults, the published stage, the user's settings.
+    merged = {"eval_n": config.eval_n, "warm": 1.0, "guess": 0.0, **published, **(given or {})}
+
+    # Everything is checked before anything is said, so that one call shows every mistake.
+    problems = _setting_problems(merged)
     levels: tuple[Source, ...] = ()
     try:
-        levels = _levels(merged["levels"], opts, own)
+        levels = _levels(merged["levels"], config, own)
     except (ValueError, OSError) as error:
-        found.append(" ".join(str(error).split()))
-    found += _reward_problems(merged["rewards"], opts)
-    if not found:  # 8.0 is 8: libraries take whole numbers as int alone
-        merged |= {key: int(merged[key]) for key in WHOLE if key in merged}
-    settings = {key: merged[key] for key in OVERRIDES if key in merged}
-    if not found:
-        found = _batch_problems(settings, opts, merged["size"])
-    if found:
-        return None, found
-    parts = {key: merged[key] for key in ("epochs", "size", "rewards", "eval_n", "warm", "guess")}
-    return Stage(name, levels=levels, settings=settings, **parts), []
+        problems.append(" ".join(str(error).split()))
+    problems += _reward_problems(merged["rewards"], config)
+    if problems:
+        return None, problems
+
+    # YAML may write 8 as 8.0, and libraries take whole numbers as int alone.
+    for key, limit in LIMITS.items():
+        if key in merged and limit.whole:
+            merged[key] = int(merged[key])
+
+    # The batch is checked last: it needs values that are right one by one.
+    training = config.with_settings({key: merged[key] for key in OVERRIDES if key in merged})
+    problems = _batch_problems(training, merged["size"])
+    if problems:
+        return None, problems
+    values = {key: merged[key] for key in ("epochs", "size", "rewards", "eval_n", "warm", "guess")}
+    stage = Stage(
+        name, levels=levels, config=training, allow_unconfined_code=config.allow_unconfined_code, **values
+    )
+    return stage, []
 
 
-WHOLE = ("size", "eval_n", "grpo_batch_size", "grpo_accum_steps", "num_generations", "max_completion_length")
-_LIMITS = {
-    "epochs": (lambda v: v > 0, "above 0"),
-    "size": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
-    "eval_n": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
-    "warm": (lambda v: v >= 0, "0 or more"),
-    "guess": (lambda v: 0 <= v <= 1, "in 0..1"),
-    "grpo_lr": (lambda v: v > 0, "above 0"),
-    "grpo_batch_size": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
-    "grpo_accum_steps": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
-    "num_generations": (lambda v: v >= 2 and v == int(v), "a whole number of 2 or more"),
-    "max_completion_length": (lambda v: v >= 1 and v == int(v), "a whole number of 1 or more"),
-    "temperature": (lambda v: v > 0, "above 0"),
-    "beta": (lambda v: v >= 0, "0 or more"),
-}
+def _setting_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Keys that no stage knows and values out of range, one line each."""
+    problems = []
+    for key in settings:
+        if key not in KEYS:
+            problems.append(f"unknown setting {key!r}: choose from {', '.join(KEYS)}")
+    for key, limit in LIMITS.items():
+        if key in settings and not limit.allows(settings[key]):
+            problems.append(f"{key} must be {limit}, got {settings[key]!r}")
+
+    # The one setting that is a word; the flag's table holds its choices.
+    loss = FIND["loss_type"]
+    if "loss_type" in settings and settings["loss_type"] not in loss.choices:
+        problems.append(f"loss_type must be {loss.legal}, got {settings['loss_type']!r}")
+    return problems
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _reward_problems(weights: Any, opts: argparse.Namespace) -> list[str]:
+def _reward_problems(weights: Any, config: StagesConfig) -> list[str]:
+    """At most one line: what `build_rewards` refuses."""
     if not isinstance(weights, dict):
         return [f"rewards must be a mapping of names to weights, got {weights!r}"]
     try:
-        build_rewards(weights, allow_unconfined_code=opts.allow_unconfined_code)
+        build_rewards(weights, allow_unconfined_code=config.allow_unconfined_code)
     except ValueError as error:
         return [str(error)]
     return []
 
 
-def _batch_problems(settings: Mapping[str, Any], opts: argparse.Namespace, questions: int) -> list[str]:
-    size, accum, group = (
-        settings.get(name, getattr(opts, name)) for name in ("grpo_batch_size", "grpo_accum_steps", "num_generations")
-    )
-    if size * accum % group == 0:
-        needed = size * accum // group
-        return [f"size {questions} is less than the {needed} questions of one step"] if questions < needed else []
-    return [f"grpo_batch_size {size} x grpo_accum_steps {accum} = {size * accum} completions a step are not divisible "
-            f"by num_generations {group}: change one"]
+def _batch_problems(config: GrpoConfig, questions: int) -> list[str]:
+    """At most one line: a step must hold whole groups of completions, and the stage enough questions for one step."""
+    completions = config.grpo_batch_size * config.grpo_accum_steps
+    group = config.num_generations
+    if completions % group:
+        return [
+            f"grpo_batch_size {config.grpo_batch_size} x grpo_accum_steps {config.grpo_accum_steps} = {completions} "
+            f"completions a step are not divisible by num_generations {group}: change one"
+        ]
+    needed = completions // group
+    if questions < needed:
+        return [f"size {questions} is less than the {needed} questions of one step"]
+    return []
 
 
-def _levels(given: Any, opts: argparse.Namespace, own: Sequence[Task]) -> tuple[Source, ...]:
+def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Source, ...]:
     """`code`, `tasks` (those of the flags), a YAML file of levels, a JSON-lines file of problems, or levels as a list.
 
     Raises:
@@ -186,20 +342,28 @@ def _levels(given: Any, opts: argparse.Namespace, own: Sequence[Task]) -> tuple[
         return (CodeSource(),)
     if given == "tasks" and own:
         return (TaskSource(tuple(own)),)
+
+    # A path is one of the user's, or of this repository's files wherever the command was started.
     if isinstance(given, str):
-        path = Path(given) if Path(given).exists() else Path(__file__).parent.parent / given
+        path = Path(given)
+        if not path.exists():
+            path = Path(__file__).parent.parent / given
         if path.suffix in (".jsonl", ".json"):
             return (file_source(path),)
         given = _read_levels(path)
+
     if not isinstance(given, list) or not given or not all(isinstance(level, dict) and level for level in given):
         raise ValueError("levels must be a list of {task: settings}, a YAML file of one, a .jsonl file, or `code`")
-    barred = [name for level in given for name in level if name in EXECUTES_CODE and not opts.allow_code_tasks]
-    if barred:
-        raise TaskError(f"{barred[0]} executes code ({EXECUTES_CODE[barred[0]]}): choose another task")
+    # A task of this kind would run a model's text as a program of this process, which nothing confines.
+    for level in given:
+        for name in level:
+            if name in EXECUTES_CODE and not config.allow_code_tasks:
+                raise TaskError(f"{name} executes code ({EXECUTES_CODE[name]}): choose another task")
     return tuple(task_source(level) for level in given)
 
 
 def _read_levels(path: Path) -> Any:
+    """The tree of a YAML file. Raises ValueError where it cannot be read."""
     import yaml
 
     try:
@@ -208,29 +372,35 @@ def _read_levels(path: Path) -> Any:
         raise ValueError(f"levels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+# --- questions for evaluation -----------------------------------------------------------------------------------------
+
+
 @dataclass
-class Held:
-    """The questions kept for evaluation: of each stage, and all of them as normalised text."""
+class HeldOut:
+    """The questions kept for evaluation.
+
+    Args:
+        problems: stage name -> its evaluation problems.
+        reserved: all their questions as normalised text, which no training draw may give.
+    """
 
     problems: dict[str, list[Problem]]
     reserved: set[str]
 
 
-def hold_out(stages: Sequence[Stage], seed: int) -> Held:
-    """Draws every stage's evaluation questions before anything is trained on. Raises ValueError as `held_out`."""
+def hold_out(stages: Sequence[Stage], seed: int) -> HeldOut:
+    """Draws every stage's evaluation questions before anything is trained on.
+
+    Raises:
+        ValueError: as `evaluation_problems`, with the stage's name.
+    """
     problems = {}
+    reserved = set()
     for stage in stages:
         try:
-            problems[stage.name] = held_out(stage.levels, stage.eval_n, seed)
+            drawn = evaluation_problems(stage.levels, stage.eval_n, seed)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
-    return Held(problems, {normalise(p.question) for drawn in problems.values() for p in drawn})
-
-
-def rewards_of(stage: Stage, opts: argparse.Namespace, tags: bool = True) -> tuple[list[Any], list[float]]:
-    """Reward functions and weights of a stage; `tags` False: a completion without tags is itself the solution."""
-    longest = stage.value(opts, "max_completion_length")
-    return build_rewards(
-        stage.rewards, tags=tags, tasks=stage.tasks, free_tokens=max(longest // 4, 1), max_tokens=max(longest, 2),
-        allow_unconfined_code=opts.allow_unconfined_code,
-    )
+        problems[stage.name] = drawn
+        reserved |= {normalise(problem.question) for problem in drawn}
+    return HeldOut(problems, reserved)

@@ -25,7 +25,7 @@ from enhanced.tokenizer import reasoning_tokenizer
 from enhanced.training import EnhancedTrainer, token_batch
 from grpo.measure import Measured, measure
 from grpo.problems import FileSource, Problem, stream
-from grpo.stages import Stage, hold_out, rewards_of, stages_of
+from grpo.stages import Stage, StagesConfig, hold_out, rewards_of, stages_of
 from options import Options, part, read_resolved
 from reasoning_gym_wrapper import normalise
 from suite.measure import spec_problems
@@ -103,7 +103,7 @@ class StageEvaluation:
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """Everything wrong with a run of the planner/worker LM that can be found without building one, one line each."""
-    lines = stages_of(opts)[1]
+    lines = stages_of(part(StagesConfig, opts))[1]
     lines += raised([lambda: reasoning_tokenizer(opts.tokenizer)])
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
     return lines + machine_problems(part(MachineConfig, opts), checkpoint)
@@ -117,7 +117,7 @@ class EnhancedRun(RunLoop):
 
     def build_data(self) -> None:
         opts = self.opts
-        stages, problems = stages_of(opts)
+        stages, problems = stages_of(part(StagesConfig, opts))
         if problems:
             raise ValueError("; ".join(problems))
         self.stages = stages
@@ -135,7 +135,7 @@ class EnhancedRun(RunLoop):
         if opts == self.opts:
             return
         try:
-            kept = hold_out(stages_of(opts)[0], opts.eval_seed).reserved
+            kept = hold_out(stages_of(part(StagesConfig, opts))[0], opts.eval_seed).reserved
         except ValueError:  # its files are gone
             kept = set()
         new = len(self.held.reserved - kept)
@@ -221,14 +221,14 @@ class EnhancedRun(RunLoop):
 
     def _measured(self, stage: Stage) -> Measured:
         """One stage's held-out questions, measured and written down."""
-        functions, _ = rewards_of(stage, self.opts)
-        part = measure(
+        functions, _ = rewards_of(stage)
+        measured = measure(
             self.model, self.format, stage.name, self.held.problems[stage.name], functions,
-            stage.value(self.opts, "max_completion_length"), True, self.opts.eval_batch_size, self.trainer.autocast(),
+            stage.config.max_completion_length, True, self.opts.eval_batch_size, self.trainer.autocast(),
         )
-        self.log.eval_rows(part.rows(self.step))
-        self.log.predictions(part.predictions(self.step))
-        return part
+        self.log.eval_rows(measured.rows(self.step))
+        self.log.predictions(measured.predictions(self.step))
+        return measured
 
     def _train(self) -> int:
         """As every run; a GRPO run's first rows are those of the random model, which writes no format yet."""
@@ -247,7 +247,7 @@ class EnhancedRun(RunLoop):
         with self.trainer.evaluation_weights():
             for stage in self.stages:
                 one = self.held.problems[stage.name][:1]
-                longest = stage.value(self.opts, "max_completion_length")
+                longest = stage.config.max_completion_length
                 found = measure(self.model, self.format, stage.name, one, [], longest, autocast=self.trainer.autocast())
                 progress.say(f"[step {self.step}] {one[0].question!r}\n  {found.completions[0]!r}")
 

@@ -22,21 +22,21 @@ from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.reasoning_format import REASONING_TOKENS, format_score, split_completion
 from enhanced.tokenizer import reasoning_tokenizer
 from enhanced.training import token_batch
-from grpo.measure import Measured, change_table, completions, judge, measure
+from grpo.measure import Change, Measured, change_table, completions, judge, measure
 from grpo.problems import (
     FUNCTIONS,
     CodeSource,
     Problem,
     _tests,
+    evaluation_problems,
     file_source,
-    held_out,
     problem_of,
     sum_steps,
     task_source,
-    training,
+    training_problems,
 )
 from grpo.rewards import build_rewards
-from grpo.stages import PUBLISHED, Stage, hold_out, rewards_of, stages_of
+from grpo.stages import PUBLISHED, GrpoConfig, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from model import HRMController
 from reasoning_gym_wrapper import Reserve, for_evaluation, normalise
 from sandbox.runner import confinement
@@ -51,6 +51,10 @@ def parsed(words: str = ENHANCED, **changes) -> options.Options:
     opts = options.parse(words.split())
     vars(opts).update(changes)
     return opts
+
+
+def given_stages(opts: options.Options) -> tuple[list[Stage], list[str]]:
+    return stages_of(options.part(StagesConfig, opts))
 
 
 def stage(levels=(SUMS,), **changes) -> Stage:
@@ -153,7 +157,7 @@ def test_the_solutions_of_a_task_with_few_are_split_between_evaluation_and_train
     evaluated = {problem.example.group for problem in held.problems["reasoning"]}
     assert len(held.problems["reasoning"]) == 20
     assert all(for_evaluation("mini_sudoku", group) for group in evaluated)
-    trained = {problem.example.group for problem in training(grids.levels, 60, 0, held.reserved)}
+    trained = {problem.example.group for problem in training_problems(grids.levels, 60, 0, held.reserved)}
     assert not any(for_evaluation("mini_sudoku", group) for group in trained)
 
 
@@ -184,17 +188,17 @@ def test_no_question_held_out_for_any_stage_is_trained_on_in_any(tmp_path):
     held = hold_out(stages, 10**9)
     assert [len(held.problems[s.name]) for s in stages] == [30, 30, 4]
     for each in stages:
-        drawn = training(each.levels, 200, 0, held.reserved)
+        drawn = training_problems(each.levels, 200, 0, held.reserved)
         assert len(drawn) == 200
         assert not {normalise(problem.question) for problem in drawn} & held.reserved
 
 
 def test_levels_come_in_the_order_given():
     levels = [task_source({"chain_sum": {"min_terms": n, "max_terms": n}}) for n in (2, 3, 4)]
-    drawn = training(levels, 10, 0, set())
+    drawn = training_problems(levels, 10, 0, set())
     terms = [problem.example.entry["metadata"]["num_terms"] for problem in drawn]
     assert terms == sorted(terms) and set(terms) == {2, 3, 4}
-    assert len(held_out(levels, 10, 1)) == 10
+    assert len(evaluation_problems(levels, 10, 1)) == 10
 
 
 @pytest.mark.parametrize(("text", "told"), [
@@ -217,14 +221,15 @@ def test_a_broken_file_of_problems_is_refused_in_one_line(tmp_path, text, told):
 def test_the_published_stages_have_the_published_epochs_sizes_and_settings():
     opts = options.parse(["--config", str(ROOT / "configs" / "enhanced_grpo.yaml")])
     for asked in (opts, parsed()):
-        stages, problems = stages_of(asked)
+        stages, problems = given_stages(asked)
         assert problems == []
         assert [s.name for s in stages] == ["format", "math", "reasoning", "code", "chain_of_thought"]
         assert [(s.epochs, s.size) for s in stages] == [(2, 200), (5, 500), (4, 500), (3, 300), (3, 400)]
         for each in stages:
             values = ("grpo_batch_size", "grpo_accum_steps", "num_generations", "max_completion_length", "grpo_lr")
-            assert [each.value(asked, name) for name in values] == [4, 2, 8, 256, 5e-5]
-            assert [each.value(asked, name) for name in ("temperature", "loss_type", "beta")] == [1.0, "dapo", 0.0]
+            assert [getattr(each.config, name) for name in values] == [4, 2, 8, 256, 5e-5]
+            config = each.config
+            assert [getattr(config, name) for name in ("temperature", "loss_type", "beta")] == [1.0, "dapo", 0.0]
             assert each.rewards == PUBLISHED[each.name]["rewards"]
         shape = ("d_model", "n_heads", "n_planner_layers", "n_worker_layers", "max_cycles", "thought_dim")
         assert [getattr(asked, name) for name in shape] == [getattr(EnhancedHRMConfig(), name) for name in shape]
@@ -261,9 +266,9 @@ def test_every_bad_stage_is_told_in_one_line_and_nothing_is_loaded_or_written(st
 
 def test_whole_numbers_written_as_decimals_are_whole_numbers():
     given = {"size": 20.0, "eval_n": 4.0, "num_generations": 8.0, "max_completion_length": 6.0, "grpo_batch_size": 8.0}
-    (chosen,), problems = stages_of(parsed(stages=json.dumps({"math": given})))
+    (chosen,), problems = given_stages(parsed(stages=json.dumps({"math": given})))
     assert problems == []
-    for value in (chosen.size, chosen.eval_n, *chosen.settings.values()):
+    for value in (chosen.size, chosen.eval_n, *(getattr(chosen.config, name) for name in list(given)[2:])):
         assert isinstance(value, int)
 
 
@@ -273,10 +278,10 @@ def test_a_stage_takes_its_problems_from_a_prepared_file(tmp_path):
     path = tmp_path / "mbpp.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"Write f, number {n}.", **row}) + "\n" for n in range(9)))
     opts = parsed(stages=json.dumps({"code": {"levels": str(path)}}), allow_unconfined_code=confinement() is not None)
-    (code,), problems = stages_of(opts)
+    (code,), problems = given_stages(opts)
     assert problems == [] and code.levels == (file_source(path),)
     problem = next(code.levels[0].problems(0))
-    functions, _ = rewards_of(code, opts)
+    functions, _ = rewards_of(code)
     assert judge([problem], [problem.worked()], functions) == {"code": [1.0], "format": [1.0]}
 
 
@@ -300,8 +305,8 @@ def tricks(problem: Problem) -> dict[str, str]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_no_trick_earns_as_much_as_a_right_answer(name):
     opts = parsed(allow_unconfined_code=confinement() is not None)
-    (chosen,) = [each for each in stages_of(opts)[0] if each.name == name]
-    functions, weights = rewards_of(chosen, opts)
+    (chosen,) = [each for each in given_stages(opts)[0] if each.name == name]
+    functions, weights = rewards_of(chosen)
     problem = next(chosen.levels[0].problems(3))
     texts = {"right": problem.worked(), **tricks(problem)}
     parts = judge([problem] * len(texts), list(texts.values()), functions)
@@ -419,7 +424,7 @@ def test_measuring_counts_what_the_verifier_and_the_format_say(reasoner):
     problems = [problem_of(example) for _, (_, example) in
                 zip(range(3), task_source(SUMS).tasks[0].items(3), strict=False)]
     model, prompt_format = taught(reasoner, problems)
-    functions, _ = rewards_of(stage(rewards={"math": 1.0, "format": 1.0}), parsed())
+    functions, _ = rewards_of(stage(rewards={"math": 1.0, "format": 1.0}))
     model.train()
     found = measure(model, prompt_format, "math", problems, functions, 40)
     assert model.training
@@ -526,7 +531,7 @@ def test_grpo_on_the_add_on_keeps_off_what_its_deep_supervision_evaluates(capsys
 def test_the_closing_table_shows_each_stage_from_its_start_to_its_end_with_intervals():
     start = {"solved": 0.25, "format_rate": 0.5, "reward_math": 0.25, "reward_format": 1.0}
     end = {"solved": 0.75, "format_rate": 1.0, "reward_math": 0.75, "reward_format": 1.0}
-    head, row = change_table([("math", {"math": 1.0, "format": 0.5}, 100, start, end)]).splitlines()
+    head, row = change_table([Change("math", {"math": 1.0, "format": 0.5}, 100, start, end)]).splitlines()
     assert head.split() == ["stage", "n", "solved", "format", "reward"]
     assert row.split("  ")[0].split() == ["math"] and " 100 " in row
     assert "25.0 % [17.5, 34.3] -> 75.0 % [65.7, 82.5]" in row and "-> 100.0 % [96.3, 100.0]" in row
@@ -539,15 +544,13 @@ def test_the_closing_table_shows_each_stage_from_its_start_to_its_end_with_inter
 class Everything:
     """What a stage is run with, and what it logged."""
 
-    def __init__(self, folder: Path, the_stage: Stage, opts, functions=None, stop_after: int | None = None,
-                 tags: bool = True):
+    def __init__(self, folder: Path, the_stage: Stage, functions, stop_after: int | None = None):
         from grpo.stage_trainer import StageRun
 
         self.lines: list[tuple[int, dict]] = []
-        functions, weights = (functions, [1.0] * len(functions)) if functions else rewards_of(the_stage, opts, tags)
-        self.run = StageRun(the_stage, opts, folder, functions, weights,
+        self.run = StageRun(the_stage, folder, functions, [1.0] * len(functions),
                             log=lambda step, numbers: self.lines.append((step, numbers)),
-                            stopped=lambda: stop_after is not None and self.seen >= stop_after, tags=tags)
+                            stopped=lambda: stop_after is not None and self.seen >= stop_after)
 
     @property
     def seen(self) -> int:
@@ -559,14 +562,14 @@ def length_reward(prompts, completions, completion_ids=None, **columns):
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def settings(**changes):
+def settings(**changes) -> GrpoConfig:
     base = {"max_completion_length": 6, "grpo_batch_size": 4, "grpo_accum_steps": 2, "num_generations": 4,
             "log_steps": 1, "grpo_save_every": 100, "grpo_lr": 1e-3}
-    return parsed(**(base | changes))
+    return options.part(GrpoConfig, parsed(**(base | changes)))
 
 
 def problems_of(n: int) -> list[Problem]:
-    return training([task_source(SUMS)], n, 0, set())
+    return training_problems([task_source(SUMS)], n, 0, set())
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -578,7 +581,7 @@ def test_a_stage_moves_the_weights_and_logs_every_metric(reasoner, tmp_path):
 
     model = tiny(reasoner)
     before, adaptive = weights_of(model), model.config.adaptive_cycles
-    everything = Everything(tmp_path, stage(), settings(), [length_reward, *rewards_of(stage(), parsed())[0]])
+    everything = Everything(tmp_path, stage(config=settings()), [length_reward, *rewards_of(stage())[0]])
     finished, steps = train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run)
     assert finished and steps == len(everything.lines) == 2  # 4 questions x 4 completions / 8
     moved = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, before[name])}
@@ -616,7 +619,7 @@ def test_every_loss_type_takes_a_step(reasoner, tmp_path, loss_type):
 
     model = tiny(reasoner)
     before = weights_of(model)
-    everything = Everything(tmp_path, stage(), settings(loss_type=loss_type), [length_reward])
+    everything = Everything(tmp_path, stage(config=settings(loss_type=loss_type)), [length_reward])
     assert train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run) == (True, 2)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
 
@@ -625,9 +628,9 @@ def test_every_loss_type_takes_a_step(reasoner, tmp_path, loss_type):
 def test_a_stage_follows_the_schedule_of_the_flags_from_its_first_step_on(scheduler):
     from grpo.stage_trainer import StageTrainer
 
-    opts = parsed(lr_scheduler=scheduler, lr_min_ratio=0.0, lr=7.0)
     trainer = StageTrainer.__new__(StageTrainer)
-    trainer.opts, trainer.lr_scheduler = opts, None
+    trainer.config = GrpoConfig(lr_scheduler=scheduler, lr_min_ratio=0.0, lr=7.0)
+    trainer.lr_scheduler = None
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     schedule = trainer.create_scheduler(20, optimizer)
     rates = []
@@ -649,8 +652,8 @@ def test_what_is_rewarded_becomes_likelier(reasoner, tmp_path):
 
     problems = problems_of(4)
     model, prompt_format = taught(reasoner, problems, steps=80, guessed=(False, True))
-    opts = settings(grpo_batch_size=32, grpo_accum_steps=1, num_generations=8, max_completion_length=12)
-    everything = Everything(tmp_path, stage(epochs=12), opts, [steps])
+    config = settings(grpo_batch_size=32, grpo_accum_steps=1, num_generations=8, max_completion_length=12)
+    everything = Everything(tmp_path, stage(epochs=12, config=config), [steps])
     train_stage(model, prompt_format, problems, everything.run)
     shares = [numbers["reward_steps"] for _, numbers in everything.lines]
     assert len(shares) == 12 and shares[0] < 0.8 and shares[-1] > 0.95
@@ -664,7 +667,7 @@ def test_an_interrupted_stage_goes_on_inside_it_and_ends_where_an_uninterrupted_
         folder, done = tmp_path / str(len(stops)), []
         for stop_after in stops:
             model = tiny(reasoner)
-            everything = Everything(folder, stage(), settings(), [length_reward], stop_after)
+            everything = Everything(folder, stage(config=settings()), [length_reward], stop_after)
             done.append(train_stage(model, PromptFormat(reasoner), problems_of(6), everything.run))
         assert done[-1] == (True, 3)
         ends.append(weights_of(model))
@@ -679,7 +682,7 @@ def test_the_kl_term_is_measured_against_the_start_of_the_stage(system, tmp_path
     from grpo.stage_trainer import train_stage
 
     model, prompt_format = system
-    everything = Everything(tmp_path, stage(settings={"beta": 0.5}), settings(grpo_lr=1e-2), [length_reward])
+    everything = Everything(tmp_path, stage(config=settings(grpo_lr=1e-2, beta=0.5)), [length_reward])
     train_stage(model, prompt_format, problems_of(6), everything.run)
     kl = [numbers["kl"] for _, numbers in everything.lines]
     assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[-1] > 1e-5
@@ -691,7 +694,7 @@ def test_groups_rewarded_alike_are_told_in_plain_words(reasoner, tmp_path, capsy
     monkeypatch.setattr(grpo, "PATIENCE", 2)
     model = tiny(reasoner)
     before = weights_of(model)
-    everything = Everything(tmp_path, stage(), settings(), [lambda completions, **rest: [0.2] * len(completions)])
+    everything = Everything(tmp_path, stage(config=settings()), [lambda completions, **rest: [0.2] * len(completions)])
     grpo.train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run)
     assert "nothing is learnt" in capsys.readouterr().err
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
@@ -703,7 +706,7 @@ def test_a_gradient_that_is_no_number_ends_the_stage_before_its_step(reasoner, t
 
     model = tiny(reasoner)
     before = weights_of(model)
-    everything = Everything(tmp_path, stage(), settings(), [lambda completions, **rest: [1e38, -1e38] * 4])
+    everything = Everything(tmp_path, stage(config=settings()), [lambda completions, **rest: [1e38, -1e38] * 4])
     model.model.skip.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(NonFiniteError, match="gradient of model"):
         train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run)
@@ -719,7 +722,7 @@ def test_only_the_add_on_moves(tiny_host, tokenizer, tmp_path):
 
     model = tiny_model(tiny_host, init_state="random")
     before = weights_of(model)
-    everything = Everything(tmp_path, stage(), settings(), [length_reward], tags=False)
+    everything = Everything(tmp_path, stage(config=settings()), [length_reward])
     train_stage(model, PromptFormat(tokenizer), problems_of(4), everything.run)
     moved = {name for name, tensor in weights_of(model).items() if not torch.equal(tensor, before[name])}
     assert moved and all(is_addon_parameter(name) for name in moved)
@@ -733,7 +736,7 @@ def test_segments_that_a_halting_head_saves_are_not_reported_as_used(tiny_host, 
     model = tiny_model(tiny_host, use_act=True, segments=3)
     torch.nn.init.zeros_(model.model.addon.core.halt.weight)
     torch.nn.init.constant_(model.model.addon.core.halt.bias, 5.0)  # enough after the first
-    everything = Everything(tmp_path, stage(), settings(), [length_reward], tags=False)
+    everything = Everything(tmp_path, stage(config=settings()), [length_reward])
     train_stage(model, PromptFormat(tokenizer), problems_of(2), everything.run)
     assert [numbers["cycles_used"] for _, numbers in everything.lines] == [1.0] * len(everything.lines) != []
 
