@@ -1,4 +1,4 @@
-"""The README's commands as a user types them, in processes of their own, on tiny settings; two processes as one."""
+"""The commands of docs/addon.md as a user types them, on tiny settings; two processes as one."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ SMALL = ("--max_steps 2 --train_n 12 --eval_n 3 --batch_size 2 --eval_batch_size
          "--max_seq_len 400 --overlong drop --num_threads 1").split()
 
 
-def readme_commands() -> list[list[str]]:
-    """The words of every `python train.py` and `python generate.py` line of the README's `Use it` block."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Use it")[2].partition("\n## ")[0]
+def documented_commands() -> list[list[str]]:
+    """The words of every `python train.py` and `python generate.py` line of the `Use it` block of docs/addon.md."""
+    text = (ROOT / "docs" / "addon.md").read_text(encoding="utf-8").partition("## Use it")[2].partition("\n## ")[0]
     lines = re.findall(r"^    (python3? (?:train|generate)\.py.*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
 def published() -> list[list[str]]:
     """The five commands that were published, as typed."""
-    return [words for words in readme_commands() if "generate.py" not in words and "--dry_run" not in words]
+    return [words for words in documented_commands() if "generate.py" not in words and "--dry_run" not in words]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tiny_host, tmp_path_factory):
-    """What each README command printed: those that train at once, then those that need their run."""
+    """What each of these commands printed: those that train at once, then those that need their run."""
     save_dir = tmp_path_factory.mktemp("readme")
     found: dict[str, tuple[int, str, str]] = {}
 
@@ -56,13 +56,13 @@ def outcomes(tiny_host, tmp_path_factory):
             out, err = process.communicate(timeout=600)
             found[text] = (process.returncode, out, err)
 
-    later = [words for words in readme_commands() if "PATH" in words or "generate.py" in words]
-    run_all([words for words in readme_commands() if words not in later])
+    later = [words for words in documented_commands() if "PATH" in words or "generate.py" in words]
+    run_all([words for words in documented_commands() if words not in later])
     run_all(later)
     return found
 
 
-def test_the_readme_shows_the_five_published_commands():
+def test_the_docs_show_the_five_published_commands():
     words = [" ".join(line[2:]) for line in published()]
     assert len(words) == 5
     assert words[:3] == [
@@ -75,8 +75,8 @@ def test_the_readme_shows_the_five_published_commands():
     assert re.fullmatch(hub + "--segments 4 --inner_T 4 --use_act --batch_size 2 --lr 1e-4 --max_steps 1000", words[4])
 
 
-@pytest.mark.parametrize("text", [" ".join(words) for words in readme_commands()])
-def test_a_command_of_the_readme_works_as_typed(outcomes, text):
+@pytest.mark.parametrize("text", [" ".join(words) for words in documented_commands()])
+def test_a_documented_command_works_as_typed(outcomes, text):
     status, out, err = outcomes[text]
     assert status == 0, err[-2000:]
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""The README's commands of the hybrid, in their order, as a user types them: files made small, steps cut."""
+"""The commands of docs/hybrid.md, in their order, as a user types them: files made small, steps cut."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ STORY = ("The number of birds on the old wall was {0}. When the wind rose, {1} o
          "hill and the rest stayed to sing until the evening came. ")
 
 
-def readme_commands() -> list[list[str]]:
-    """The words of every command of the README's hybrid chapter."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The hybrid")[2].partition("\n## ")[0]
+def documented_commands() -> list[list[str]]:
+    """The words of every command of docs/hybrid.md."""
+    text = (ROOT / "docs" / "hybrid.md").read_text(encoding="utf-8")
     return [shlex.split(line, comments=True) for line in re.findall(r"^    python (.*)$", text, re.MULTILINE)]
 
 
@@ -72,8 +72,8 @@ def small(words: list[str], folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_readmes_hybrid_chapter_runs_from_raw_files_to_the_suite(sources):
-    commands = readme_commands()
+def test_the_documented_commands_run_from_raw_files_to_the_suite(sources):
+    commands = documented_commands()
     assert [sum(words[0].endswith(name) for words in commands) for name in (
         "train.py", "generate.py", "build_reasoning_dataset.py", "merge_prepared_batches.py")] == [6, 1, 1, 1]
     for words in commands:
