@@ -7,8 +7,6 @@ here sees a gold answer before the verifier does.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +14,10 @@ from typing import Any
 import torch
 
 from batching import PromptFormat, pad
-from reasoning_gym_wrapper import Example, normalise
+from engine.intervals import wilson
+from engine.records import question_hash
+from reasoning_gym_wrapper import Example
 
-Z95 = 1.959963984540054
 TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
 OVERALL = "overall"
 
@@ -149,21 +148,6 @@ METRICS: dict[str, Callable[[Sequence[Answer]], float]] = {
     "truncated": lambda answers: sum(not a.finished for a in answers) / len(answers),
     "scorer_errors": lambda answers: sum(a.raised for a in answers) / len(answers),
 }
-
-
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a proportion; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    rate, spread = successes / n, z * z / n
-    middle = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
-    return max(min(middle - half, rate), 0.0), min(max(middle + half, rate), 1.0)  # rounding must not pass the rate
-
-
-def question_hash(question: str) -> str:
-    """First 16 hex digits of the SHA-256 of the normalised question."""
-    return hashlib.sha256(normalise(question).encode()).hexdigest()[:16]
 
 
 def answer_budget(prompt_format: PromptFormat, examples: Sequence[Example], asked: int) -> int:

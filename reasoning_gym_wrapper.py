@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.records import normalise
+
 EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see training_stream.py
 CHUNK = 500  # items of one data set object; some tasks cannot be indexed past their size
 MAX_REJECTED = 5_000  # consecutive rejected draws that end a search for new questions
@@ -95,11 +97,6 @@ class Example:
         except Exception:  # noqa: BLE001 - foreign scorers raise anything on odd text; counted by the caller
             return Verdict(0.0, raised=True)
         return Verdict(min(max(score, 0.0), 1.0) if score == score else 0.0)
-
-
-def normalise(question: str) -> str:
-    """The form in which questions are compared: lower case, runs of white space as one space."""
-    return " ".join(question.lower().split())
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from reasoning_gym_wrapper import Example, Reserve, Task, TaskError, normalise
+from engine.records import normalise
+from reasoning_gym_wrapper import Example, Reserve, Task, TaskError
 
 Fits = Callable[[list[Example]], list[Example]]
 

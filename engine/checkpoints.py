@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import hashlib
 import json
 import math
@@ -20,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import safetensors.torch
 from torch import Tensor
+
+from engine.files import process_lives, reason_of, sync_folder, write_problem, write_synced, write_text_aside
 
 FORMAT, VERSION = "hrm-checkpoint", 1
 MANIFEST, BEST, FOLDER = "manifest.json", "best.json", "checkpoints"
@@ -50,52 +50,6 @@ def step_folder(run: Path, step: int) -> Path:
     return Path(run) / FOLDER / f"step-{step:08d}"
 
 
-def _reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(text.split())
-
-
-def _no_write(what: Path, error: OSError, needed: int = 0) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(next(place for place in what.absolute().parents if place.exists())).free
-        return CheckpointError(f"cannot write {what}: the disk is full: {needed / 1e6:.3f} MB needed, "
-                               f"{free / 1e6:.3f} MB free; free some space or choose another --save_dir")
-    return CheckpointError(f"cannot write {what}: {_reason(error)}; choose a --save_dir that can be written")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(handle)
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def atomic_write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` so that a crash leaves the old content or the new. Raises CheckpointError."""
-    path = Path(os.path.realpath(path))  # a link stays a link: its target is replaced
-    content, temporary = text.encode(), path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        _write_file(temporary, content)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _no_write(path, error, len(content)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
 def disk_check(folder: Path) -> None:
     """Raises CheckpointError when `folder` cannot be created or written. Leaves nothing behind, either way."""
     folder = Path(folder).absolute()
@@ -103,9 +57,9 @@ def disk_check(folder: Path) -> None:
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_file(probe, b"can this folder be written?\n" * 128)
+        write_synced(probe, b"can this folder be written?\n" * 128)
     except OSError as error:
-        raise _no_write(folder, error, 4096) from error
+        raise CheckpointError(write_problem(folder, error, 4096)) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -123,11 +77,11 @@ def _fill(temporary: Path, tensors: dict[str, dict[str, Tensor]], documents: dic
         plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.get(Path(name).stem, {}).items()}
         content = (documents[name].encode() if name in documents
                    else safetensors.torch.save(plain, metadata={"format": "pt"}))
-        _write_file(temporary / name, content)
+        write_synced(temporary / name, content)
         files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     manifest = {"format": FORMAT, "version": VERSION, "files": files}
-    _write_file(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    _sync_folder(temporary)
+    write_synced(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    sync_folder(temporary)
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
@@ -141,8 +95,8 @@ def _swap_in(temporary: Path, folder: Path) -> None:
     finally:
         if aside.exists() and not folder.exists():
             os.rename(aside, folder)
-    _sync_folder(folder.parent)
-    _sync_folder(folder.parent.parent)  # `checkpoints` itself may be new
+    sync_folder(folder.parent)
+    sync_folder(folder.parent.parent)  # `checkpoints` itself may be new
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -162,7 +116,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], docume
     except OSError as error:
         needed = sum(t.nbytes for group in tensors.values() for t in group.values())
         shutil.rmtree(temporary, ignore_errors=True)  # before free space is measured for the message
-        raise _no_write(folder, error, needed + sum(map(len, documents.values()))) from error
+        needed += sum(map(len, documents.values()))
+        raise CheckpointError(write_problem(folder, error, needed)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -181,7 +136,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         files = {Path(name).name: {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
                  for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {_reason(error)}); {EARLIER}") from error
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {reason_of(error)}); {EARLIER}") from error
     if found != (FORMAT, VERSION):
         raise CheckpointError(f"{folder} has format {found[0]} version {found[1]}, this program reads {FORMAT} version "
                               f"{VERSION}; use the release that wrote it")
@@ -198,7 +153,7 @@ def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
             raise CheckpointError(f"{path} is {state}: {size} bytes, expected {expected['bytes']}; {EARLIER}")
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(error)}; check its permissions") from error
+        raise CheckpointError(f"cannot read {path}: {reason_of(error)}; check its permissions") from error
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise CheckpointError(f"{path} is damaged or was edited: its sha256 differs from {MANIFEST}; {EARLIER}")
     return content
@@ -257,7 +212,7 @@ def _tidy(run: Path, delete: bool) -> None:
         match = LEFTOVER_NAME.fullmatch(path.name)
         with contextlib.suppress(FileNotFoundError):
             # this process writes and tidies in turn, so what bears its own number is a dead run's
-            if not match or (int(match[3]) != os.getpid() and psutil.pid_exists(int(match[3]))):
+            if not match or (int(match[3]) != os.getpid() and process_lives(int(match[3]))):
                 continue
             target = path.with_name(match[2])
             if match[1] == "old" and not target.exists() and _defect(path) is None:
@@ -293,16 +248,16 @@ def rotate(run: Path, limit: int, keep: Collection[Path] = ()) -> list[Path]:
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
     except OSError as error:
-        raise CheckpointError(f"cannot remove old checkpoints of {run}: {_reason(error)}; do it by hand") from error
+        raise CheckpointError(f"cannot remove old checkpoints of {run}: {reason_of(error)}; do it by hand") from error
     return removed
 
 
 def mark_best(run: Path, folder: Path, metric: str, value: float) -> None:
-    """Records `folder`, a checkpoint of `run`, as its best by `metric`. Raises CheckpointError."""
+    """Records `folder`, a checkpoint of `run`, as its best by `metric`. Raises CheckpointError, WriteError."""
     if not math.isfinite(value):
         raise CheckpointError(f"{metric} is {value}, which cannot be a best value; evaluate again")
     record = json.dumps({"checkpoint": Path(folder).name, "metric": metric, "value": float(value)})
-    atomic_write_text(Path(run) / BEST, record + "\n")
+    write_text_aside(Path(run) / BEST, record + "\n")
 
 
 def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
@@ -314,7 +269,7 @@ def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
         record = json.loads(path.read_bytes())
         name, metric, value = str(record["checkpoint"]), str(record["metric"]), float(record["value"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({_reason(error)}); remove it, evaluation rewrites it") from error
+        raise CheckpointError(f"{path} is damaged ({reason_of(error)}); remove it, evaluation rewrites it") from error
     folder = Path(run) / FOLDER / name
     return (folder, metric, value) if STEP_NAME.fullmatch(name) and folder.is_dir() else None
 

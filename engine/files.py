@@ -1,55 +1,189 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the reader of JSON lines. Imports nothing heavy.
+
+Every writer here writes to `.tmp-NAME-PID` beside the file, syncs it to the disk and renames it, so that a crash at
+any moment leaves the old content or the new. What a killed process left behind, the next writer removes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
-
-import psutil
+from typing import Any, BinaryIO
 
 MARK = ".tmp-"
+BUFFER = 1 << 20  # bytes; large writes are few
 
 
-def _tidy(folder: Path, names: Sequence[str]) -> None:
-    """Removes what killed runs left beside `names`; a run that is still alive keeps its files."""
-    for left in folder.glob(MARK + "*"):
-        name, _, process = left.name[len(MARK):].rpartition("-")
-        if name in names and process.isdigit() and not psutil.pid_exists(int(process)):
-            left.unlink(missing_ok=True)
+class WriteError(ValueError):
+    """A file cannot be written; one line for the user."""
+
+
+class JsonLineError(ValueError):
+    """A line of a file is not JSON.
+
+    The cause (`__cause__`) is a JSONDecodeError, a UnicodeDecodeError, or a RecursionError for absurd nesting.
+
+    Attributes:
+        number: the line's number in the file, from 1.
+    """
+
+    def __init__(self, path: Path, number: int, cause: Exception):
+        super().__init__(f"{path}, line {number} is not JSON ({cause})")
+        self.number = number
+
+
+def process_lives(process: int) -> bool:
+    """Whether a process of this machine has the number `process`."""
+    import psutil  # here, because a writer rarely meets what another process left
+
+    return psutil.pid_exists(process)
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, on one line: the system's words for an OSError, else the error's own."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+def write_problem(path: Path, error: OSError, needed: int = 0, flag: str = "--save_dir") -> str:
+    """One line for the user: why `path` cannot be written, and what to do.
+
+    Args:
+        path: the file or folder.
+        error: what the system answered.
+        needed: bytes that were to be written; told where the disk is full.
+        flag: the command's option that chooses where `path` lies.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        existing = next(place for place in path.absolute().parents if place.exists())
+        free = shutil.disk_usage(existing).free
+        return (f"cannot write {path}: the disk is full: {needed / 1e6:.3f} MB needed, {free / 1e6:.3f} MB free; "
+                f"free some space or choose another {flag}")
+    return f"cannot write {path}: {reason_of(error)}; choose a {flag} that can be written"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` durable. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes `content` to `path` in place and waits until the disk has it. Raises OSError."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove_leftovers(folder: Path, names: Sequence[str]) -> None:
+    """Removes what killed processes left of `names`; a process that is still alive keeps its files."""
+    for leftover in folder.glob(MARK + "*"):
+        name, _, process = leftover.name.removeprefix(MARK).rpartition("-")
+        if name in names and process.isdigit() and not process_lives(int(process)):
+            leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def staged(folder: Path, names: Sequence[str]) -> Iterator[list[BinaryIO]]:
     """Files to write for `names` in `folder`, in that order; they get their names together, once all are on disk.
 
-    The last name is the seal, the one readers ask for first: its old version goes before any file is replaced, its new
-    one comes last, so that a crash in between leaves a folder without it, never a mix that looks whole. Nothing stays
-    when the block raises; what a killed run left is removed by the next.
+    The last name is the seal: readers ask for it first. Its old version goes before any file is replaced and its new
+    one comes last, so a crash in between leaves a folder without a seal, never a mix that looks whole. When the block
+    raises, nothing stays.
 
     Raises:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _tidy(folder, names)
+    _remove_leftovers(folder, names)
     temporary = [folder / f"{MARK}{name}-{os.getpid()}" for name in names]
     try:
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path, "wb", buffering=1 << 20)) for path in temporary]
+            files = [stack.enter_context(open(path, "wb", buffering=BUFFER)) for path in temporary]
             yield files
+
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
+
         if len(names) > 1:
             (folder / names[-1]).unlink(missing_ok=True)
         for path, name in zip(temporary, names, strict=True):
             os.replace(path, folder / name)
-        handle = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-            os.fsync(handle)
-        os.close(handle)
+        sync_folder(folder)
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def write_bytes_aside(path: Path, content: bytes, flag: str = "--save_dir") -> None:
+    """Replaces `path` by `content` so that a crash leaves the old content or the new; its folder is made if missing.
+
+    A link stays a link: its target is replaced.
+
+    Args:
+        path: the file.
+        content: all that it shall hold.
+        flag: the command's option that chooses where `path` lies, named in the error.
+
+    Raises:
+        WriteError: the disk refuses; nothing has changed.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        with staged(target.parent, [target.name]) as (file,):
+            file.write(content)
+    except OSError as error:
+        raise WriteError(write_problem(target, error, len(content), flag)) from error
+
+
+def write_text_aside(path: Path, text: str, flag: str = "--save_dir") -> None:
+    """As `write_bytes_aside`, of UTF-8 text. Raises WriteError."""
+    write_bytes_aside(path, text.encode(), flag)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line of JSON in a UTF-8 file, read one at a time; blank lines are left out.
+
+    Only a newline ends a line: texts may hold U+2028 and its like.
+
+    Args:
+        path: the file.
+        skip_damaged: for records of a run that may have crashed: a line that is not JSON is left out, bytes that are
+            not UTF-8 are replaced, and a file that is missing has no lines.
+
+    Raises:
+        OSError: the file cannot be read.
+        JsonLineError: a line is not JSON, or not UTF-8.
+    """
+    if skip_damaged and not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8-sig", "replace" if skip_damaged else "strict"))
+            except (ValueError, RecursionError) as error:
+                if skip_damaged:
+                    continue
+                raise JsonLineError(path, number, error) from error
+            yield number, value

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from engine.figures import new_figure, save_figure
+from engine.files import json_lines, staged
+
 EVAL_HEADER = ("step", "task", "metric", "value", "n", "ci_low", "ci_high", "bare", "segments_used", "elapsed_s")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 Tracker = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]  # log(step, numbers), close()
@@ -83,17 +86,11 @@ def _rewind(path: Path, step: int, header: int = 0) -> None:
     kept = lines[:header] + [line for line in lines[header:] if _step(line) <= step]
     if kept == lines:
         return
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with staged(path.parent, [path.name]) as (file,):
+            file.writelines(line.encode() for line in kept)
     except OSError as error:
         raise ValueError(f"cannot rewrite {path}: {error.strerror}; free some space and resume again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[str]:
@@ -367,10 +364,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _losses(folder: Path) -> list[tuple[int, float]]:
-    path, points = folder / "metrics.jsonl", []
-    for line in _lines(path):
+    points = []
+    for _, record in json_lines(folder / "metrics.jsonl", skip_damaged=True):
         try:
-            record = json.loads(line)
             points.append((int(record["step"]), float(record["loss"])))
         except (ValueError, KeyError, TypeError):  # a line without a loss, or a loss that was not finite
             continue
@@ -413,12 +409,7 @@ def draw_curve(folder: Path, csv_path: Path | None = None) -> Path | None:
     losses, tasks = _losses(folder), _solved(Path(csv_path) if csv_path else folder / "eval.csv")
     if not losses and not tasks:
         return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)  # no pyplot, no display
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(2)
     if losses:
         steps, values = zip(*losses, strict=True)
         window = max(1, len(values) // 25)
@@ -433,10 +424,5 @@ def draw_curve(folder: Path, csv_path: Path | None = None) -> Path | None:
     for axes, drawn in ((left, losses), (right, tasks)):
         axes.grid(alpha=0.3)
         axes.set_visible(bool(drawn))
-    temporary = folder / f".tmp-curve-{os.getpid()}.png"
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, folder / "curve.png")
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, [folder / "curve.png"])
     return folder / "curve.png"

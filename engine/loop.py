@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 import options
-from engine.checkpoints import atomic_write_text
+from engine.files import write_text_aside
 from engine.logs import Progress, RunLog
 from engine.machine import interruptible, peak_memory, pick_device, pick_precision, run_folder
 from engine.optimization import BaseTrainer, NonFiniteError, learning_rate
@@ -348,7 +348,7 @@ class RunLoop:
         self.save()
         path = self.folder / "bad_batch.json"
         if self.is_main:
-            atomic_write_text(path, json.dumps({"step": self.step, "examples": self.describe(batches)}, indent=1))
+            write_text_aside(path, json.dumps({"step": self.step, "examples": self.describe(batches)}, indent=1))
         self.say(f"{options.PROG}: {error}: stopped before the step; the weights are saved, the batch is in {path}")
         return NON_FINITE_EXIT
 

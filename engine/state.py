@@ -14,13 +14,13 @@ import torch
 import options
 from engine.checkpoints import (
     STEP_NAME,
-    atomic_write_text,
     mark_best,
     read_checkpoint,
     rotate,
     step_folder,
     write_checkpoint,
 )
+from engine.files import write_text_aside
 from engine.optimization import BaseTrainer
 from engine.optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
 from reasoning_gym_wrapper import beyond_reserve
@@ -80,7 +80,7 @@ def save_run(
             "README.md": card,
         },
     )
-    atomic_write_text(run / CONFIG, settings)
+    write_text_aside(run / CONFIG, settings)
     if is_best:
         mark_best(run, folder, metric, state.best)
     rotate(run, opts.checkpoint_limit, keep=[folder])

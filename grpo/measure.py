@@ -15,9 +15,11 @@ import torch
 
 from batching import PromptFormat, pad
 from engine.batches import by_length
+from engine.intervals import wilson
+from engine.records import question_hash
 from enhanced.config import CycleMeter
 from enhanced.reasoning_format import format_rate
-from evaluation import Decoding, question_hash, wilson
+from evaluation import Decoding
 from grpo.problems import Problem
 from grpo.rewards import RewardSettings, parse, repetition, same_answer
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import operator
 import random
 import re
@@ -17,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.files import JsonLineError, json_lines
+from engine.records import normalise
 from enhanced.reasoning_format import END_SOLUTION, END_THINK, SOLUTION, THINK
 from grpo.rewards import item_text
-from reasoning_gym_wrapper import MAX_REJECTED, Example, Task, for_evaluation, normalise
+from reasoning_gym_wrapper import MAX_REJECTED, Example, Task, for_evaluation
 
 HELD_OUT_SHARE = 5  # of a finite source, one in so many problems is kept for evaluation at most
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -277,6 +278,18 @@ class FileSource:
             yield from order
 
 
+def _file_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The lines of a file of problems with their numbers. Raises ValueError naming the first that is wrong."""
+    try:
+        yield from json_lines(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except JsonLineError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise ValueError(f"{path} cannot be read: is not UTF-8") from error
+        raise ValueError(f"{path}: line {error.number} is no JSON record: correct it or take it out") from error
+
+
 @functools.lru_cache
 def file_source(path: Path) -> FileSource:
     """Reads lines `{"prompt": TEXT, "tests": [TEXT, ..], "setup": TEXT, "answer": TEXT}`; tests or an answer at least.
@@ -284,31 +297,21 @@ def file_source(path: Path) -> FileSource:
     Raises:
         ValueError: no such file, or a line that is no such record.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8"
-        raise ValueError(f"{path} cannot be read: {reason}") from error
-
     # A broken line ends the run before it begins: a silent gap would change what is trained on.
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(_file_problem(line, f"{path}: line {number}"))
+    rows = [_file_problem(record, f"{path}: line {number}") for number, record in _file_records(path)]
     if len(rows) < 2:
         raise ValueError(f"{path} holds {len(rows)} problems: at least 2 are needed, one of them to evaluate on")
     return FileSource(Path(path), tuple(rows))
 
 
-def _file_problem(line: str, place: str) -> Problem:
-    """The problem of one line. Raises ValueError, which names the `place`, where it holds none."""
+def _file_problem(record: Any, place: str) -> Problem:
+    """The problem of one record. Raises ValueError, which names the `place`, where it holds none."""
     try:
-        record = json.loads(line)
         question = str(record.get("prompt") or record.get("question") or "").strip()
         tests = tuple(map(str, record.get("tests") or ()))
         setup = str(record.get("setup") or "")
         answers = [record.get("answer"), record.get("code")]
-    except (ValueError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{place} is no JSON record: correct it or take it out") from error
 
     # An answer may be the number 0, which is false.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.records import normalise
 from enhanced.reasoning_format import (
     REASONING_TOKENS,
     Parsed,
@@ -25,7 +26,7 @@ from enhanced.reasoning_format import (
     without_tags,
 )
 from grpo.arithmetic import divisions, sound_share
-from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError, normalise
+from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError
 from sandbox.runner import CodeJob, confinement, run_many
 from text_data.fences import without_outer_fence
 from text_data.numbers import is_plain, numbers

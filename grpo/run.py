@@ -15,13 +15,13 @@ import addon_run
 import options
 from addon_run import Run
 from engine.checkpoints import (
-    atomic_write_text,
     newest_checkpoint,
     read_checkpoint,
     rotate,
     step_folder,
     write_checkpoint,
 )
+from engine.files import write_text_aside
 from engine.logs import RunLog, draw_curve
 from engine.loop import NON_FINITE_EXIT, RunLoop, closing_words
 from engine.machine import interruptible
@@ -198,7 +198,7 @@ class GrpoRun:
         if place.exists() and (not mark.exists() or json.loads(mark.read_text()) != base):
             forget(place)
         place.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(mark, json.dumps(base))
+        write_text_aside(mark, json.dumps(base))
 
     def _start_of(self, stage: Stage, held: HeldOut, functions: Any, place: Path) -> dict[str, float]:
         """The stage's held-out metrics before its first step; measured once, and written down unless known already.
@@ -214,7 +214,7 @@ class GrpoRun:
                     self.log.eval_rows(start.rows(self.progress.step))
                     self.log.predictions(start.predictions(self.progress.step))
                 known = {"asked": asked, "metrics": start.means()}
-                atomic_write_text(path, json.dumps(known))
+                write_text_aside(path, json.dumps(known))
                 self.loop.say(f"before {start.line()}")
             self.progress.start[stage.name], self.progress.asked[stage.name] = known["metrics"], asked
         return self.progress.start[stage.name]
@@ -248,7 +248,7 @@ class GrpoRun:
             place = self.folder / SAMPLES
             place.mkdir(exist_ok=True)
             lines = [json.dumps(sample, ensure_ascii=False) for sample in after.samples()]
-            atomic_write_text(place / f"{stage.name}.jsonl", "\n".join(lines) + "\n")
+            write_text_aside(place / f"{stage.name}.jsonl", "\n".join(lines) + "\n")
 
     def _save(self, after: Measured) -> None:
         """The checkpoint at the end of a stage."""
@@ -266,7 +266,7 @@ class GrpoRun:
             weights = {"model": model_weights(self.model)}
             documents |= model_documents(self.model, self.format.tokenizer)
         folder = write_checkpoint(step_folder(self.folder, self.progress.step), weights, documents)
-        atomic_write_text(self.folder / CONFIG, settings)
+        write_text_aside(self.folder / CONFIG, settings)
         rotate(self.folder, self.opts.checkpoint_limit, keep=[folder])
         self.checkpoint = folder
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from engine.records import normalise
 from flags import FIND
 from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, file_source, task_source
 from grpo.rewards import build_rewards
-from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError, normalise
+from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError
 
 ADDON_STAGE = "task"  # the add-on's one stage, on the tasks of its checkpoint
 SUMS = {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}}

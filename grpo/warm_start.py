@@ -19,6 +19,7 @@ from engine.checkpoints import read_checkpoint, step_folder
 from engine.logs import Progress, draw_curve
 from engine.loop import RunLoop, closing_words
 from engine.machine import MachineConfig, machine_problems, raised
+from engine.records import normalise
 from engine.state import CONFIG
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
@@ -27,7 +28,6 @@ from grpo.measure import Measured, measure
 from grpo.problems import FileSource, Problem, stream
 from grpo.stages import Stage, StagesConfig, hold_out, rewards_of, stages_of
 from options import Options, part, read_resolved
-from reasoning_gym_wrapper import normalise
 from suite.measure import spec_problems
 from text_model import CausalTextModel
 from training_stream import train_seed

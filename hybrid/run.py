@@ -15,10 +15,11 @@ from torch import Tensor
 import options
 from engine.batches import IGNORE
 from engine.checkpoints import step_folder
+from engine.intervals import wilson
 from engine.logs import Progress, draw_curve
 from engine.loop import RunLoop, closing_words
 from engine.machine import MachineConfig, machine_problems
-from evaluation import question_hash, wilson
+from engine.records import question_hash
 from hybrid.data import (
     SYNTHETIC,
     HybridData,

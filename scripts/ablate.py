@@ -38,7 +38,7 @@ import ablation_grid as ablation  # noqa: E402
 import options  # noqa: E402
 from ablation_grid import Grid, GridError, Job  # noqa: E402
 from engine.figures import new_figure, save_figure  # noqa: E402
-from engine.files import staged  # noqa: E402
+from engine.files import write_text_aside  # noqa: E402
 from reasoning_gym_wrapper import beyond_reserve  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 
@@ -297,8 +297,7 @@ def calibrated(grid: Grid, jobs: Sequence[Job], runner: Runner) -> list[Job]:
                 raise GridError(f"arm {child.job.arm} cannot be calibrated: {last_words(child.log)} (see {child.log})")
             seconds = ablation.seconds_per_step(child.folder)
             known[speed_key(child.job, runner)] = seconds
-            with staged(runner.output, [path.name]) as (file,):
-                file.write(json.dumps(known, indent=1).encode())
+            write_text_aside(path, json.dumps(known, indent=1), "--output")
             shutil.rmtree(child.folder)
             told = "nothing to train" if seconds is None else f"{seconds:.3f} s a step"
             board.say(f"{child.job.arm} on {child.job.task}: {told}")
@@ -343,8 +342,7 @@ def write_results(grid: Grid, jobs: Sequence[Job], runs: Path) -> list[ablation.
     results = ablation.summarise(rows, runs, grid.baseline)
     for name, text in (("results.csv", ablation.csv_text(rows)),
                        ("summary.md", ablation.markdown(results, grid, left))):
-        with staged(runs.parent, [name]) as (file,):
-            file.write(text.encode())
+        write_text_aside(runs.parent / name, text, "--output")
     return results
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import options
-from engine.files import staged
+from engine.files import json_lines, write_text_aside
 from engine.intervals import Interval, mean_interval, paired_seeds
 from reasoning_gym_wrapper import task_problems
 
@@ -204,7 +204,7 @@ def calibration_job(job: Job, steps: int) -> Job:
 
 def seconds_per_step(folder: Path) -> float | None:
     """Mean seconds of a batch in a finished calibration, its first ones left out; None where nothing was trained."""
-    times = [record["elapsed_s"] for record in _json_lines(folder / "metrics.jsonl")]
+    times = [record["elapsed_s"] for record in _records(folder / "metrics.jsonl")]
     first = len(times) // WARM
     return (times[-1] - times[first]) / (len(times) - 1 - first) if len(times) >= 2 * WARM else None
 
@@ -221,15 +221,9 @@ def with_steps(job: Job, minutes: float, seconds: float | None) -> Job:
 # --- what runs came to ------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> list[dict[str, Any]]:
     """The records of a file; a line that a crash cut off is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    return [record for _, record in json_lines(path, skip_damaged=True)]
 
 
 def read_record(run: Path) -> dict[str, Any] | None:
@@ -245,8 +239,7 @@ def write_record(run: Path, flags: Mapping[str, Any], status: str, eval_n: int |
     """Notes a run's flags, whether it is `waiting`, `interrupted`, `failed` or `finished`, and n of a later evaluation.
     """
     again = {} if eval_n is None else {"eval_n": eval_n}
-    with staged(run, [RECORD]) as (file,):
-        file.write(json.dumps({"flags": flags, "status": status, **again}, indent=1).encode())
+    write_text_aside(run / RECORD, json.dumps({"flags": flags, "status": status, **again}, indent=1), "--output")
 
 
 def finished_job(job: Job, runs: Path) -> Job | None:
@@ -263,7 +256,7 @@ def run_rows(job: Job, run: Path, status: str) -> list[dict[str, Any]]:
     """One row of `COLUMNS` per evaluated task of a run; one without figures where nothing was evaluated."""
     shared: dict[str, Any] = {"arm": job.arm, "train_tasks": job.task, "seed": job.seed, "status": status,
                               "run": job.name}
-    metrics = _json_lines(run / "metrics.jsonl")
+    metrics = _records(run / "metrics.jsonl")
     if metrics:
         last = metrics[-1]
         shared |= {"train_minutes": last["elapsed_s"] / 60,
@@ -308,7 +301,7 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def item_scores(run: Path, task: str) -> dict[str, float]:
     """Item -> 1.0 if solved, at the run's last evaluation; `overall` is all tasks."""
-    lines = _json_lines(run / "predictions.jsonl")
+    lines = _records(run / "predictions.jsonl")
     last = max((line["step"] for line in lines), default=0)
     lines = [line for line in lines if line["step"] == last]
     begins = max((i for i, line in enumerate(lines) if line["id"] == lines[0]["id"]), default=0)  # of the last one

@@ -44,7 +44,7 @@ from addon.hidden_cache import GB, HiddenCache, cache_key, plan_cache  # noqa: E
 from addon.param_matching import lora_parameters  # noqa: E402
 from backbone import HRMAddonConfig  # noqa: E402
 from batching import Batch, PromptFormat, TrainBatches  # noqa: E402
-from engine.checkpoints import atomic_write_text  # noqa: E402
+from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from host import DEFAULT_HOST, freeze, load_host, load_tokenizer  # noqa: E402
 from model import HRMController  # noqa: E402
@@ -338,7 +338,7 @@ def main() -> int:
         print(table(name, found, size, tokens, asked.clock), flush=True)
         del arms, host
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(asked.output, json.dumps(everything, indent=1) + "\n")
+    write_text_aside(asked.output, json.dumps(everything, indent=1) + "\n", "--output")
     print(f"written: {asked.output}")
     return 0
 

@@ -24,14 +24,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.files import staged  # noqa: E402
+from engine.files import JsonLineError, json_lines, staged  # noqa: E402
 from engine.logs import Progress  # noqa: E402
+from engine.records import normalise  # noqa: E402
 from reasoning_gym_wrapper import (  # noqa: E402
     EVAL_SEED,
     MAX_REJECTED,
     Reserve,
     make_tasks,
-    normalise,
     task_problems,
     task_warnings,
 )
@@ -110,16 +110,12 @@ def raw_items(options: argparse.Namespace) -> Iterator[Raw]:
 
 
 def _lines(path: Path) -> Iterator[Raw]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error}): give the file as upstream has it, one "
-                                 "object a line") from error
+    try:
+        for number, item in json_lines(path):
             yield f"{path} line {number}", item
+    except JsonLineError as error:
+        raise ValueError(f"{path} line {error.number} is not JSON ({error.__cause__}): give the file as upstream has "
+                         "it, one object a line") from error
 
 
 def _problems(path: Path) -> Iterator[Raw]:

@@ -44,10 +44,11 @@ from addon_run import task_config, task_names  # noqa: E402
 from batching import PromptFormat  # noqa: E402
 from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
 from engine.figures import new_figure, save_figure, style  # noqa: E402
-from engine.files import staged  # noqa: E402
+from engine.files import write_text_aside  # noqa: E402
+from engine.intervals import wilson  # noqa: E402
 from engine.logs import Progress  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
-from evaluation import OVERALL, Answer, Decoding, answer, answer_budget, wilson  # noqa: E402
+from evaluation import OVERALL, Answer, Decoding, answer, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from hrm_blocks import relative_change  # noqa: E402
 from model import ADAPTER_CONFIG, HRMController, load_adapter  # noqa: E402
@@ -384,8 +385,7 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    with staged(path.parent, [path.name]) as (file,):
-        file.write(text.getvalue().encode())
+    write_text_aside(path, text.getvalue(), "--output")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.batches import IGNORE  # noqa: E402
+from engine.files import JsonLineError, json_lines  # noqa: E402
 
 FOLD = 10  # one in ten rows of the training data fits the interpolation weight
 MOST_WEIGHT = 0.999  # of the bigram: some mass always stays with the unigram, which knows every token
@@ -138,18 +139,16 @@ def label_rows(decoder_input_ids: Sequence[int], labels: Sequence[int]) -> Itera
 
 def read_label_rows(path: Path) -> Iterator[list[int]]:
     """Label rows of a prepared JSONL file. Raises ValueError naming the line that is wrong."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    expected = "expected decoder_input_ids and labels, lists of token ids of one length"
+    try:
+        for number, example in json_lines(path):
             try:
-                example = json.loads(line)
                 yield from label_rows(example["decoder_input_ids"], example["labels"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected decoder_input_ids and labels, lists of token ids of one length "
-                    f"({error}); prepare the data anew"
-                ) from error
+                raise ValueError(f"{path}, line {number}: {expected} ({error}); prepare the data anew") from error
+    except JsonLineError as error:
+        reason = f"{path}, line {error.number}: {expected} ({error.__cause__})"
+        raise ValueError(f"{reason}; prepare the data anew") from error
 
 
 def baseline_perplexities(folder: Path | str, vocab_size: int | None = None) -> dict[str, float]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.figures import new_figure, save_figure, style  # noqa: E402
+from engine.files import json_lines  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 
 WINDOWS = 40  # the loss is averaged over 1 / WINDOWS of a run's logged steps
@@ -66,13 +66,12 @@ def read_run(folder: Path, label: str) -> RunCurves:
                 if row.get("metric") == "solved" and _all_numbers(row, ("step", "value", "elapsed_s")):
                     numbers = {key: float(row[key]) for key in NUMBERS if _all_numbers(row, (key,))}
                     found.solved.setdefault(row["task"], []).append(numbers)
-    for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n") if metrics.exists() else ():
+    for _, record in json_lines(metrics, skip_damaged=True):
         try:
-            record = json.loads(line)
             loss = record.get("answer_loss", record["loss"])
             found.loss.append({"step": float(record["step"]), "elapsed_s": float(record["elapsed_s"]),
                                "value": float(loss)})
-        except (ValueError, KeyError, TypeError):  # cut off, or a loss that was not finite
+        except (ValueError, KeyError, TypeError):  # no loss, or a loss that was not finite
             continue
     if not found.solved and not found.loss:
         raise ValueError(f"{folder} has recorded nothing yet: wait for its first logged step")

@@ -25,11 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.checkpoints import (  # noqa: E402
-    atomic_write_text,
-    read_checkpoint,
-    write_checkpoint,
-)
+from engine.checkpoints import read_checkpoint, write_checkpoint  # noqa: E402
+from engine.files import write_text_aside  # noqa: E402
 from engine.logs import Progress  # noqa: E402
 from engine.optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
 from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks  # noqa: E402
@@ -323,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = json.dumps({k: str(v) for k, v in vars(options).items() if k not in ("threads", "save_every")})
     if (work / "settings.json").exists() and (work / "settings.json").read_text() != settings:
         raise SystemExit(f"pretrain_host.py: error: {work} holds a run with other settings: delete it or repeat those")
-    atomic_write_text(work / "settings.json", settings)
+    write_text_aside(work / "settings.json", settings, "--output")
     documents = load_documents(options, work)
     tokenizer = train_tokenizer(documents, options.vocab_size)
     rows = encode_documents(tokenizer, documents, options.seed)
@@ -343,7 +340,7 @@ def load_documents(options: argparse.Namespace, work: Path) -> list[tuple[str, s
     path = work / "documents.json"
     if not path.exists():
         drawn = draw_documents(options.tasks.split(","), options.documents, options.seed)
-        atomic_write_text(path, json.dumps(drawn))
+        write_text_aside(path, json.dumps(drawn), "--output")
     return [tuple(pair) for pair in json.loads(path.read_text())]
 
 
@@ -352,7 +349,7 @@ def save(options: argparse.Namespace, model, tokenizer, card: str) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    atomic_write_text(options.output / "README.md", card)
+    write_text_aside(options.output / "README.md", card, "--output")
 
 
 if __name__ == "__main__":

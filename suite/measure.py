@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evaluation import question_hash
+from engine.intervals import Interval, proportion
+from engine.records import question_hash
 from reasoning_gym_wrapper import Reserve, make_tasks
 from suite.questions import (
     Question,
@@ -25,12 +26,10 @@ from suite.questions import (
     window_pairs,
 )
 from suite.scoring import (
-    Estimate,
     choose_option,
     corpus_bleu,
     exact,
     language_estimates,
-    proportion,
     rationale_of,
     rouge_l,
     same_number,
@@ -38,7 +37,7 @@ from suite.scoring import (
 from text_data.fences import first_block
 from text_model import CausalTextModel, TextModel
 
-__all__ = ["CausalTextModel", "Estimate", "SuiteError", "SuiteItem", "SuiteResult", "TextModel", "parse_suite",
+__all__ = ["CausalTextModel", "SuiteError", "SuiteItem", "SuiteResult", "TextModel", "parse_suite",
            "run_suite", "suite_problems"]
 
 BUDGETS = {"synthetic": 16, "gsm8k": 320, "mbpp": 384, "science_qa": 192}  # new tokens of an answer
@@ -66,8 +65,8 @@ class Part:
     """One entry of the suite as measured."""
 
     task: str
-    estimates: dict[str, Estimate]
-    bare: dict[str, Estimate]
+    estimates: dict[str, Interval]
+    bare: dict[str, Interval]
     predictions: list[Prediction]
     segments_used: float | None
 
@@ -131,7 +130,7 @@ class SuiteResult:
         return lines
 
 
-def _shown(metric: str, found: Estimate | None) -> str:
+def _shown(metric: str, found: Interval | None) -> str:
     if found is None:
         return "-"
     scale, unit, form = (100, " %", ".1f") if metric in PERCENT else (1, "", ".4g")
@@ -142,7 +141,7 @@ def _shown(metric: str, found: Estimate | None) -> str:
 
 # --- scoring, entry by entry ------------------------------------------------------------------------------------------
 
-Scores = tuple[dict[str, Estimate], list[float]]  # estimates, score of each item
+Scores = tuple[dict[str, Interval], list[float]]  # estimates, score of each item
 
 
 @dataclass(frozen=True)
@@ -271,7 +270,7 @@ def _run_questions(model: TextModel, name: str, questions: list[Question], bare:
     texts = model.generate(prompts, budget, lambda done: progress(name, done, len(prompts)))
     used = model.segments_used
     estimates, scores = SCORERS[name](questions, texts, settings)
-    bare_estimates: dict[str, Estimate] = {}
+    bare_estimates: dict[str, Interval] = {}
     paired: Sequence[float | None] = [None] * len(questions)
     if bare is not None:
         theirs = bare.generate(prompts, budget, lambda done: progress(name + BARE, done, len(prompts)))

@@ -6,7 +6,6 @@ Every reader takes the rows of `scripts/build_reasoning_dataset.py` and the publ
 from __future__ import annotations
 
 import difflib
-import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.files import JsonLineError, json_lines
 from text_data.numbers import final_number
 
 WINDOW = 512  # characters that are predicted at a time
@@ -125,23 +125,21 @@ NO_FILE_NEEDED = ("synthetic",)
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of a JSONL file, or of one JSON object that holds the rows by id. Raises SuiteError."""
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise SuiteError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-                if number == 1 and len(row) and all(isinstance(value, dict) for value in row.values()):
-                    yield from ((f"{path}, entry {key}", value) for key, value in row.items())
-                else:
-                    yield f"{path}, line {number}", row
+        for number, row in json_lines(path):
+            if not isinstance(row, dict):
+                raise SuiteError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            if number == 1 and len(row) and all(isinstance(value, dict) for value in row.values()):
+                yield from ((f"{path}, entry {key}", value) for key, value in row.items())
+            else:
+                yield f"{path}, line {number}", row
     except OSError as error:
         raise SuiteError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SuiteError(f"{path} is no UTF-8 text: {error.reason}") from error
-    except json.JSONDecodeError as error:
-        raise SuiteError(f"{path}, line {number}: no JSON ({error.msg}); expected one object a line") from error
+    except JsonLineError as error:
+        cause = error.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            raise SuiteError(f"{path} is no UTF-8 text: {cause.reason}") from error
+        reason = getattr(cause, "msg", None) or str(cause)
+        raise SuiteError(f"{path}, line {error.number}: no JSON ({reason}); expected one object a line") from error
 
 
 def read_questions(item: SuiteItem, first_only: bool = False) -> list[Question]:

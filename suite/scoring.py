@@ -4,49 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation import wilson
+from engine.intervals import Interval, bootstrap
 from suite.questions import LETTERS
 from text_data.numbers import final_number
 
-RESAMPLES = 1000
 STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+(?:is|would be|should be))?\s*[:=]?\s*", re.IGNORECASE)
 CUE = re.compile(r"^\W*(?:because|rationale|explanation|reason|solution)\s*[:.,]\s*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value, the n it comes from and its 95 % interval (None where one unit alone was measured)."""
-
-    value: float
-    n: int
-    low: float | None
-    high: float | None
-
-
-def proportion(outcomes: Sequence[bool]) -> Estimate:
-    """Share of true outcomes with the Wilson interval."""
-    hits = sum(map(bool, outcomes))
-    return Estimate(hits / len(outcomes), len(outcomes), *wilson(hits, len(outcomes)))
-
-
-def bootstrap(
-    columns: np.ndarray, statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int = RESAMPLES
-) -> Estimate:
-    """`statistic` of the column sums (k,) of `columns` (units, k), with the percentile interval over drawn units."""
-    columns = np.asarray(columns, dtype=np.float64)
-    units = len(columns)
-    value = statistic(columns.sum(axis=0))
-    if units < 2:
-        return Estimate(value, n, None, None)
-    random = np.random.default_rng(seed)
-    drawn = [statistic(columns[random.integers(0, units, units)].sum(axis=0)) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(value, n, float(low), float(high))
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -146,7 +113,7 @@ def rationale_of(text: str) -> str:
 # --- rationales -------------------------------------------------------------------------------------------------------
 
 
-def corpus_bleu(texts: Sequence[str], references: Sequence[str], seed: int) -> Estimate:
+def corpus_bleu(texts: Sequence[str], references: Sequence[str], seed: int) -> Interval:
     """sacrebleu's corpus BLEU, 0 to 100 (13a tokens, exponential smoothing), bootstrapped over items."""
     from sacrebleu.metrics import BLEU
 
@@ -161,7 +128,7 @@ def corpus_bleu(texts: Sequence[str], references: Sequence[str], seed: int) -> E
     return bootstrap(columns, of, len(texts), seed)
 
 
-def rouge_l(texts: Sequence[str], references: Sequence[str], seed: int) -> Estimate:
+def rouge_l(texts: Sequence[str], references: Sequence[str], seed: int) -> Interval:
     """Mean sentence-level ROUGE-L F1, 0 to 1 (rouge-score, no stemming), bootstrapped over items."""
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -174,7 +141,7 @@ def rouge_l(texts: Sequence[str], references: Sequence[str], seed: int) -> Estim
 # --- language ---------------------------------------------------------------------------------------------------------
 
 
-def language_estimates(documents: Sequence[tuple[float, int, int]], seed: int) -> dict[str, Estimate]:
+def language_estimates(documents: Sequence[tuple[float, int, int]], seed: int) -> dict[str, Interval]:
     """Perplexity per token and bits per byte from each document's (sum of log p in nats, tokens, bytes)."""
     columns = np.array(documents, dtype=np.float64)
 

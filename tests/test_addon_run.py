@@ -20,8 +20,8 @@ import options
 import train
 from engine import checkpoints as checkpointing
 from engine.checkpoints import MANIFEST
+from engine.records import normalise
 from evaluation import Evaluation
-from reasoning_gym_wrapper import normalise
 from tiny_runs import (
     ROOT,
     arguments,

@@ -43,10 +43,8 @@ LEFT_BEHIND = {
     "engine.loop (row 3) imports text_model (row 9)",
     "engine.state (row 3) imports reasoning_gym_wrapper (row 6)",
     "single_pass is in no row",
-    "suite.measure (row 5) imports evaluation (row 8)",
     "suite.measure (row 5) imports reasoning_gym_wrapper (row 6)",
     "suite.measure (row 5) imports text_model (row 9)",
-    "suite.scoring (row 5) imports evaluation (row 8)",
     "training_stream is in no row",
 }
 # Hidden by a root module or package of the same name even where they are not installed.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from batching import PromptFormat, pad
+from engine.intervals import wilson
+from engine.records import question_hash
 from evaluation import (
     OVERALL,
     TARGET_MARGIN,
@@ -23,9 +22,7 @@ from evaluation import (
     answer_budget,
     evaluate,
     generate_texts,
-    question_hash,
     solved_rate,
-    wilson,
 )
 from reasoning_gym_wrapper import Example, Reserve, make_tasks
 from tiny_runs import tiny_model
@@ -359,27 +356,3 @@ def test_predictions_are_one_line_per_item_paired_with_the_bare_score():
     assert [line["bare_score"] for line in Evaluation(ours).predictions(9)] == [None] * 3
     with pytest.raises(ValueError):
         Evaluation(ours, bare[:2]).predictions(9)
-
-
-# --- the interval
-
-
-@pytest.mark.parametrize("successes,n,low,high", [  # Newcombe 1998, table I, method 3
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
-def test_wilson_equals_published_values(successes, n, low, high):
-    assert wilson(successes, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
-
-
-@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_holds_the_rate_and_mirrors(pair):
-    successes, n = pair
-    low, high = wilson(successes, n)
-    assert 0 <= low <= successes / n <= high <= 1
-    mirrored = wilson(n - successes, n)
-    assert math.isclose(low, 1 - mirrored[1], abs_tol=1e-12) and math.isclose(high, 1 - mirrored[0], abs_tol=1e-12)
-    narrower = wilson(successes * 4, n * 4)
-    assert narrower[1] - narrower[0] < high - low
-
-
-def test_wilson_of_nothing_knows_nothing():
-    assert wilson(0, 0) == (0.0, 1.0)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import options
 import reasoning_gym_wrapper as rg
+from engine.records import normalise
 from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError
 from training_stream import SEED_GAP, EpochStream, TrainStream, train_seed, training_examples
 
@@ -101,7 +102,7 @@ def test_the_split_by_grid_does_not_depend_on_how_many_are_evaluated():
 
 
 def test_questions_are_compared_as_normalised_text():
-    assert rg.normalise("  What IS\n\t1 + 2? ") == rg.normalise("what is 1 + 2?") == "what is 1 + 2?"
+    assert normalise("  What IS\n\t1 + 2? ") == normalise("what is 1 + 2?") == "what is 1 + 2?"
     reserve = Reserve([toy(max_value=1)], 1)
     [example] = reserve.examples
     assert example.question.upper().replace(" ", "  ") in reserve
@@ -123,8 +124,8 @@ def test_a_larger_reserve_starts_with_the_smaller_one(small, large, seed):
     for place in range(len(tasks)):
         of = [r.examples[place * n : (place + 1) * n] for r, n in ((few, small), (many, large))]
         assert text_of(of[0]) == text_of(of[1][:small])
-        assert len({rg.normalise(example.question) for example in of[1]}) == large
-    assert few.questions <= many.questions == {rg.normalise(example.question) for example in many.examples}
+        assert len({normalise(example.question) for example in of[1]}) == large
+    assert few.questions <= many.questions == {normalise(example.question) for example in many.examples}
 
 
 def test_a_reserve_larger_than_all_questions_is_a_clear_error():

@@ -11,11 +11,12 @@ A text longer than MAX_CHARS is handed out in pieces, so that memory stays flat;
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from engine.files import JsonLineError, json_lines
 
 MAX_CHARS = 1 << 20
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -143,17 +144,17 @@ def _row(row: dict[str, Any]) -> Iterator[Document]:
 
 
 def _json_lines(path: Path) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+    try:
+        for number, row in json_lines(path):
             try:
-                row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
                 yield from _row(row)
             except ValueError as error:
                 raise ValueError(f"{path} line {number}: {error}: each line must be a JSON object") from error
+    except JsonLineError as error:
+        reason = f"{path} line {error.number}: {error.__cause__}"
+        raise ValueError(f"{reason}: each line must be a JSON object") from error
 
 
 def _parquet(path: Path) -> Iterator[Document]:

@@ -12,7 +12,8 @@ import pytest
 import options
 import train
 from addon.curriculum import Curriculum, curriculum_problems, ladder, level_configs
-from reasoning_gym_wrapper import Reserve, Task, TaskError, normalise
+from engine.records import normalise
+from reasoning_gym_wrapper import Reserve, Task, TaskError
 from tiny_runs import arguments, assert_same_run, error_lines, only_run
 from training_stream import TrainStream
 

@@ -235,16 +235,6 @@ def test_a_full_disk_says_what_was_needed_and_leaves_nothing(tmp_path, monkeypat
 def test_a_file_in_the_way_is_one_line(tmp_path):
     (tmp_path / "run").write_text("")
     fails(lambda: write(tmp_path / "run", 1), "cannot write", "--save_dir")
-    fails(lambda: ck.atomic_write_text(tmp_path / "run" / "a.txt", "x"), "cannot write")
-
-
-def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    ck.atomic_write_text(path, "old é")
-    assert path.read_text(encoding="utf-8") == "old é"
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
-    fails(lambda: ck.atomic_write_text(path, "new"), "Input/output error")
-    assert path.read_text(encoding="utf-8") == "old é" and names(tmp_path) == ["a.txt"]
 
 
 def test_disk_check_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -259,7 +249,7 @@ def test_disk_check_leaves_nothing_behind(tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(ck, "_write_file", refused)
+    monkeypatch.setattr(ck, "write_synced", refused)
     fails(lambda: ck.disk_check(tmp_path / "new" / "deep"), "Read-only")
     assert names(tmp_path) == ["runs"] and names(tmp_path / "runs") == ["mine"]
 

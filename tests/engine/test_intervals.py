@@ -1,4 +1,4 @@
-"""Intervals over seeds and paired differences, held against slow truths and published tables."""
+"""Intervals of shares, means, statistics and paired differences, held against slow truths and published tables."""
 
 from __future__ import annotations
 
@@ -7,13 +7,54 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.intervals import mean_interval, paired_bootstrap, paired_seeds, student_cdf, student_quantile
+from engine.intervals import (
+    bootstrap,
+    mean_interval,
+    paired_bootstrap,
+    paired_seeds,
+    proportion,
+    student_cdf,
+    student_quantile,
+    wilson,
+)
 
 NUMBERS = st.floats(-100, 100, allow_nan=False)
+
+# --- shares
+
+
+@pytest.mark.parametrize("successes,n,low,high", [  # Newcombe 1998, table I, method 3
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+def test_wilson_equals_published_values(successes, n, low, high):
+    assert wilson(successes, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_rate_and_mirrors(pair):
+    successes, n = pair
+    low, high = wilson(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1
+    mirrored = wilson(n - successes, n)
+    assert math.isclose(low, 1 - mirrored[1], abs_tol=1e-12) and math.isclose(high, 1 - mirrored[0], abs_tol=1e-12)
+    narrower = wilson(successes * 4, n * 4)
+    assert narrower[1] - narrower[0] < high - low
+
+
+def test_wilson_of_nothing_knows_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_a_proportion_has_the_wilson_interval():
+    found = proportion([True, False, True, True])
+    assert (found.value, found.n, found.low, found.high) == (0.75, 4, *wilson(3, 4))
+
+
+# --- means over seeds
 
 
 @pytest.mark.parametrize(
@@ -70,6 +111,28 @@ def test_95_of_100_intervals_over_seeds_hold_the_true_mean():
         for found in (mean_interval([draw.gauss(3.0, 2.0) for _ in range(3)]) for _ in range(2000))
     )
     assert 1860 <= held <= 1940
+
+
+# --- bootstraps
+
+
+def test_the_bootstrap_is_seeded_and_covers_as_often_as_it_says():
+    random = np.random.default_rng(0)
+
+    def mean(sums):
+        return sums[0] / sums[1]
+
+    covered = 0
+    for trial in range(60):
+        sample = np.stack([random.normal(5, 2, 40), np.ones(40)], axis=1)
+        found = bootstrap(sample, mean, 40, trial, resamples=200)
+        covered += found.low <= 5 <= found.high
+        assert found.value == pytest.approx(sample[:, 0].mean())
+    assert 50 <= covered <= 60
+    again = [bootstrap(sample, mean, 40, seed) for seed in (1, 1, 2)]
+    assert again[0] == again[1] != again[2]
+    alone = bootstrap(sample[:1], mean, 1, 0)
+    assert (alone.low, alone.high) == (None, None)
 
 
 def exact_percentiles(differences):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import options
 from batching import PromptFormat, pad
+from engine.records import normalise
 from enhanced.config import EnhancedHRMConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.reasoning_format import REASONING_TOKENS, format_score, split_completion
@@ -38,7 +39,7 @@ from grpo.problems import (
 from grpo.rewards import build_rewards
 from grpo.stages import PUBLISHED, GrpoConfig, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from model import HRMController
-from reasoning_gym_wrapper import Reserve, for_evaluation, normalise
+from reasoning_gym_wrapper import Reserve, for_evaluation
 from sandbox.runner import confinement
 from tiny_runs import error_lines, tiny_model
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reasoning_gym_wrapper as rg
+from engine.records import normalise
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 spec = importlib.util.spec_from_file_location("build", ROOT / "scripts" / "build_reasoning_dataset.py")
@@ -199,7 +200,7 @@ def test_generated_rows_are_balanced_distinct_right_and_no_evaluation_question(o
     found = rows(output)
     tasks = rg.make_tasks(["chain_sum", "lcm"], "small")
     reserve = rg.Reserve(tasks, build.RESERVED, must_fill=False)
-    assert len({rg.normalise(row["prompt"]) for row in found}) == 60
+    assert len({normalise(row["prompt"]) for row in found}) == 60
     assert abs(sum(row["task"] == "lcm" for row in found) - 30) <= 10
     assert not any(row["prompt"] in reserve for row in found)
     for row in found:

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.files import staged
 from text_data import documents
 from text_data.documents import Document, key_of, read_documents, source_files
 from text_data.tokenizer import byte_counter, load_tokenizer, special_ids, train_tokenizer
@@ -496,27 +495,6 @@ def test_a_killed_prepare_leaves_no_final_file_and_runs_again(tmp_path, prepared
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
     assert {path.name for path in dest.iterdir()} == {"train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"}
     assert call(validate, dest) == 0
-
-
-def test_files_appear_together_the_seal_last_or_not_at_all(tmp_path, monkeypatch):
-    (tmp_path / "meta.json").write_text("old")
-    with pytest.raises(KeyError), staged(tmp_path, ["train.jsonl", "meta.json"]) as files:
-        files[0].write(b"half")
-        raise KeyError
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"meta.json": "old"}
-    replaced, real = [], os.replace
-
-    def crash(source, target):
-        if replaced:
-            raise OSError("the machine stopped here")
-        replaced.append(target)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="stopped"), staged(tmp_path, ["train.jsonl", "meta.json"]) as files:
-        files[0].write(b"new")
-        files[1].write(b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]  # without its seal: nobody reads it
 
 
 def test_documents_are_a_stream(tmp_path):

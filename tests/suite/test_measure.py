@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.intervals import wilson
 from engine.logs import EVAL_HEADER, RunLog
-from evaluation import question_hash, wilson
+from engine.records import question_hash
 from host import load_host
 from reasoning_gym_wrapper import Reserve, make_tasks
 from sandbox import runner as code_runner

@@ -10,14 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation import wilson
 from suite.scoring import (
-    bootstrap,
     choose_option,
     corpus_bleu,
     exact,
     language_estimates,
-    proportion,
     rationale_of,
     rouge_l,
     same_number,
@@ -109,30 +106,6 @@ def test_the_rationale_is_what_is_said_beside_the_option():
 
 
 # --- estimates
-
-
-def test_a_proportion_has_the_wilson_interval():
-    found = proportion([True, False, True, True])
-    assert (found.value, found.n, found.low, found.high) == (0.75, 4, *wilson(3, 4))
-
-
-def test_the_bootstrap_is_seeded_and_covers_as_often_as_it_says():
-    random = np.random.default_rng(0)
-
-    def mean(sums):
-        return sums[0] / sums[1]
-
-    covered = 0
-    for trial in range(60):
-        sample = np.stack([random.normal(5, 2, 40), np.ones(40)], axis=1)
-        found = bootstrap(sample, mean, 40, trial, resamples=200)
-        covered += found.low <= 5 <= found.high
-        assert found.value == pytest.approx(sample[:, 0].mean())
-    assert 50 <= covered <= 60
-    again = [bootstrap(sample, mean, 40, seed) for seed in (1, 1, 2)]
-    assert again[0] == again[1] != again[2]
-    alone = bootstrap(sample[:1], mean, 1, 0)
-    assert (alone.low, alone.high) == (None, None)
 
 
 def test_perplexity_and_bits_of_a_uniform_model():
