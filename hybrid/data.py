@@ -12,16 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 import options
-from text_data.triples import (
-    PreparedBatches,
-    PreparedData,
-    SimpleTokenizer,
-    Triple,
-    build_synthetic_dataset,
-    pad_batch,
-    read_meta,
-    synthetic_questions,
-)
+from text_data.batches import PreparedBatches, pad_batch
+from text_data.synthetic import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
+from text_data.triples import PreparedData, Triple, read_meta
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_TRAIN = 9000  # about every pair of numbers that is not held out

@@ -276,7 +276,7 @@ class HybridModel(PreTrainedModel, GenerationMixin):
 
     def training_loss(self, batch: dict[str, Tensor], weights: Weights, tokens: float | None = None,
                       examples: float | None = None) -> TrainingLoss:
-        """Cross-entropy plus auxiliary losses of a batch as `text_data.triples.pad_batch` makes it.
+        """Cross-entropy plus auxiliary losses of a batch as `text_data.batches.pad_batch` makes it.
 
         Deep supervision: the loss of every earlier cycle's z_H, divided by the total weight. Halting: squared distance
         of the summed halting probabilities from the target, and BCE of each cycle's probability with "all labelled

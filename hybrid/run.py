@@ -34,7 +34,7 @@ from hybrid.text import HybridText
 from hybrid.training import HybridTrainer
 from suite.measure import spec_problems
 from suite.questions import SuiteItem
-from text_data.triples import synthetic_questions
+from text_data.synthetic import synthetic_questions
 
 VALIDATION = "validation"
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from engine.batches import IGNORE
 from hybrid.model import HybridModel
-from text_data.triples import Triple, pad_batch
+from text_data.batches import pad_batch
+from text_data.triples import Triple
 
 
 class HybridText:

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from hybrid.model import HybridConfig, HybridModel
-from text_data.triples import SimpleTokenizer, Triple, pad_batch
+from text_data.batches import pad_batch
+from text_data.synthetic import SimpleTokenizer
+from text_data.triples import Triple
 
 VOCABULARY = 40
 SHAPE = {

@@ -1,32 +1,25 @@
-"""Prepared data: JSON lines of token triples on disk, read by line number in flat memory, drawn as resumable batches.
+"""Prepared data on disk: JSON lines of token triples, read by line number in flat memory.
 
 A prepared folder holds `train.jsonl`, `val.jsonl`, `meta.json` and `tokenizer.json` (docs/data.md). Each line is one
-triple: what the encoder reads, what the decoder reads (bos first) and what it must say. Shapes: B batch, E encoder
-tokens, T decoder tokens. The synthetic task at the end needs no folder.
+triple: what the encoder reads, what the decoder reads (bos first) and what it must say.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import string
-import zlib
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from engine.batches import IGNORE
 
 SPLITS = ("train", "val")
-COUNTS = ("vocab_size", "pad_id", "bos_id", "eos_id", "max_seq_len")
+LEAST_COUNTS = {"vocab_size": 1, "pad_id": 0, "bos_id": 0, "eos_id": 0, "max_seq_len": 1}  # of meta.json
 ANCHOR_BITS = 12  # one index entry per 4 KiB of file: 16 bytes of memory each, and at most 4 KiB read in excess
+NEWLINE = 10
 
 
 class Triple(NamedTuple):
@@ -37,8 +30,7 @@ class Triple(NamedTuple):
     labels: list[int]
 
 
-def _integers(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and set(map(type, value)) == {int}
+# --- lines ------------------------------------------------------------------------------------------------------------
 
 
 def line_problem(row: Any, vocab_size: int) -> str | None:
@@ -49,28 +41,45 @@ def line_problem(row: Any, vocab_size: int) -> str | None:
     if missing:
         return f"has no {', '.join(missing)}"
     for key in Triple._fields:
-        if not _integers(row[key]):
-            return f"{key} must be a list of at least one integer"
-        low, high = min(row[key]), max(row[key])
-        if key == "labels" and low == IGNORE:
-            low = min((label for label in row[key] if label != IGNORE), default=None)
-            if low is None:
-                return f"every label is {IGNORE}, so nothing is learned from it"
-        if low < 0 or high >= vocab_size:
-            return f"{key} holds {low if low < 0 else high}, expected ids from 0 to {vocab_size - 1}"
-    read, said = row["decoder_input_ids"], row["labels"]
-    if len(read) != len(said):
-        return f"{len(read)} decoder_input_ids and {len(said)} labels, expected equally many"
-    if read[1:] != said[:-1]:
-        pairs = zip(read[1:], said, strict=False)
-        place = next((i for i, (seen, label) in enumerate(pairs) if label not in (IGNORE, seen)), None)
-        if place is not None:
-            return f"labels[{place}] is {said[place]}, but decoder_input_ids[{place + 1}] is {read[place + 1]}"
+        problem = _ids_problem(key, row[key], vocab_size)
+        if problem:
+            return problem
+    return _shift_problem(row["decoder_input_ids"], row["labels"])
+
+
+def _ids_problem(key: str, ids: Any, vocab_size: int) -> str | None:
+    """What is wrong with one side of a triple, or None. Labels may be IGNORE, but not all of them."""
+    if not isinstance(ids, list) or not ids or set(map(type, ids)) != {int}:
+        return f"{key} must be a list of at least one integer"
+    low = min(ids)
+    high = max(ids)
+    if key == "labels" and low == IGNORE:
+        low = min((label for label in ids if label != IGNORE), default=None)
+        if low is None:
+            return f"every label is {IGNORE}, so nothing is learned from it"
+    if low < 0 or high >= vocab_size:
+        return f"{key} holds {low if low < 0 else high}, expected ids from 0 to {vocab_size - 1}"
+    return None
+
+
+def _shift_problem(inputs: list[int], labels: list[int]) -> str | None:
+    """Teacher forcing: the decoder reads each label one place later. What contradicts it, or None."""
+    if len(inputs) != len(labels):
+        return f"{len(inputs)} decoder_input_ids and {len(labels)} labels, expected equally many"
+    if inputs[1:] == labels[:-1]:  # nearly every line, and fast
+        return None
+    for place, (label, following) in enumerate(zip(labels, inputs[1:], strict=False)):
+        if label not in (IGNORE, following):
+            return f"labels[{place}] is {label}, but decoder_input_ids[{place + 1}] is {following}"
     return None
 
 
 def parse_line(line: bytes, vocab_size: int) -> Triple:
-    """Raises ValueError with what is wrong; the caller knows the file and the line number."""
+    """The checked triple of one line.
+
+    Raises:
+        ValueError: what is wrong; the caller knows the file and the line number.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # undecodable bytes raise UnicodeDecodeError, which is one
@@ -79,6 +88,9 @@ def parse_line(line: bytes, vocab_size: int) -> Triple:
     if problem:
         raise ValueError(problem)
     return Triple(*(row[key] for key in Triple._fields))
+
+
+# --- meta.json --------------------------------------------------------------------------------------------------------
 
 
 def read_meta(folder: Path | str) -> dict[str, Any]:
@@ -91,34 +103,51 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no meta.json, so it is no (finished) prepared folder: "
-                         "make one with scripts/prepare_language_dataset.py") from None
+        raise ValueError(
+            f"{folder} has no meta.json, so it is no (finished) prepared folder: "
+            "make one with scripts/prepare_language_dataset.py"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): prepare the folder again") from error
-    problems = [] if isinstance(meta, dict) else [f"holds a {type(meta).__name__}, expected an object"]
-    if not problems:
-        least = {"vocab_size": 1, "max_seq_len": 1}
-        problems = [f"{key} is {meta.get(key)!r}, expected a whole number of at least {least.get(key, 0)}"
-                    for key in COUNTS if type(meta.get(key)) is not int or meta[key] < least.get(key, 0)]
-        if not problems:
-            problems = [f"{key} {meta[key]} is not below vocab_size {meta['vocab_size']}"
-                        for key in ("pad_id", "bos_id", "eos_id") if meta[key] >= meta["vocab_size"]]
-        if not isinstance(meta.get("tokenizer_sha256"), str):
-            problems.append("tokenizer_sha256 is missing")
-        splits = meta.get("splits")
-        for split in SPLITS:
-            entry = splits.get(split) if isinstance(splits, dict) else None
-            if not isinstance(entry, dict) or type(entry.get("samples")) is not int:
-                problems.append(f"splits.{split}.samples is missing")
+    problems = _meta_problems(meta)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}: prepare the folder again")
     return meta
 
 
+def _meta_problems(meta: Any) -> list[str]:
+    """What is wrong with a parsed meta.json, one phrase each."""
+    if not isinstance(meta, dict):
+        return [f"holds a {type(meta).__name__}, expected an object"]
+    problems = []
+    for key, least in LEAST_COUNTS.items():
+        if type(meta.get(key)) is not int or meta[key] < least:  # bool is an int to isinstance
+            problems.append(f"{key} is {meta.get(key)!r}, expected a whole number of at least {least}")
+
+    # Ids can be compared with the vocabulary only where both are numbers.
+    if not problems:
+        for key in ("pad_id", "bos_id", "eos_id"):
+            if meta[key] >= meta["vocab_size"]:
+                problems.append(f"{key} {meta[key]} is not below vocab_size {meta['vocab_size']}")
+
+    if not isinstance(meta.get("tokenizer_sha256"), str):
+        problems.append("tokenizer_sha256 is missing")
+    splits = meta.get("splits")
+    for split in SPLITS:
+        entry = splits.get(split) if isinstance(splits, dict) else None
+        if not isinstance(entry, dict) or type(entry.get("samples")) is not int:
+            problems.append(f"splits.{split}.samples is missing")
+    return problems
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
 class LineIndex:
     """The lines of a file by number, from a sparse index: memory is 0.4 % of the file, whatever the lines' lengths.
 
-    Only newline ends a line; a last line without one counts. Safe to read from several threads.
+    The index holds, for each block of 4 KiB in which a line starts, the first such line (the block's anchor). Only
+    newline ends a line; a last line without one counts. Safe to read from several threads.
 
     Raises:
         ValueError: the file cannot be read.
@@ -133,22 +162,38 @@ class LineIndex:
             raise ValueError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def _scan(self, chunk: int = 1 << 22) -> tuple[np.ndarray, np.ndarray, int]:
-        """(number of each anchor's line, its byte offset with the file's size at the end, lines in all)."""
-        lines, offsets, count, position, block = [], [], 0, 0, -1
-        carry = np.zeros(1, dtype=np.int64)  # the line start that the part before left over: first of all, 0
+        """(line number of each anchor, its byte offset with the file's size at the end, lines in all).
+
+        `chunk` is the number of bytes read at a time.
+        """
+        lines = [np.zeros(0, np.int64)]
+        offsets = []
+        count = 0  # lines before this chunk
+        position = 0  # bytes before this chunk
+        block = -1  # of the newest anchor
+        carry = np.zeros(1, dtype=np.int64)  # a line start that the chunk before left over; at first, byte 0
         while data := self._file.read(chunk):
-            starts = np.concatenate([carry, np.flatnonzero(np.frombuffer(data, np.uint8) == 10) + (position + 1)])
+            newlines = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE)
+            starts = np.concatenate([carry, newlines + (position + 1)])
             position += len(data)
+
+            # A line that would start where the chunk ends is there only if another chunk follows.
             carry = starts[starts == position]
             starts = starts[starts < position]
+
+            # The first line start of each block is its anchor; the first block may have one from the chunk before.
             blocks, first = np.unique(starts >> ANCHOR_BITS, return_index=True)
             if len(blocks) and blocks[0] == block:
-                blocks, first = blocks[1:], first[1:]
+                blocks = blocks[1:]
+                first = first[1:]
             lines.append(first + count)
             offsets.append(starts[first])
-            count, block = count + len(starts), blocks[-1] if len(blocks) else block
+
+            count += len(starts)
+            if len(blocks):
+                block = blocks[-1]
         offsets.append(np.array([position], dtype=np.int64))
-        return np.concatenate([np.zeros(0, np.int64), *lines]), np.concatenate(offsets), count
+        return np.concatenate(lines), np.concatenate(offsets), count
 
     def __len__(self) -> int:
         return self._count
@@ -158,13 +203,15 @@ class LineIndex:
         if not 0 <= number < self._count:
             raise IndexError(f"line {number} of {self._count} lines")
         anchor = int(np.searchsorted(self._lines, number, side="right")) - 1
-        start, end = int(self._offsets[anchor]), int(self._offsets[anchor + 1])
+        start = int(self._offsets[anchor])
+        end = int(self._offsets[anchor + 1])
         skipped = number - int(self._lines[anchor])
+        # pread leaves the file's position alone, which threads would share.
         return os.pread(self._file.fileno(), end - start, start).split(b"\n", skipped + 1)[skipped]
 
 
 class PreparedData:
-    """One split of a prepared folder: `data[i]` reads and checks line i from disk; nothing but a sparse index stays.
+    """One split of a prepared folder: `data[i]` reads and checks line i from disk; only a sparse index is in memory.
 
     A triple longer than `max_seq_len` (0: no limit) keeps the END of its encoder side, which is the nearest context,
     and the BEGINNING of its decoder side. With `on_bad_line="skip"` the next good line takes a bad one's place, so
@@ -183,7 +230,9 @@ class PreparedData:
         if max_seq_len < 0:
             raise ValueError(f"max_seq_len is {max_seq_len}, expected at least 1, or 0 for no limit")
         self.meta = read_meta(folder)
-        self.path, self.max_seq_len, self.on_bad_line = Path(folder) / f"{split}.jsonl", max_seq_len, on_bad_line
+        self.path = Path(folder) / f"{split}.jsonl"
+        self.max_seq_len = max_seq_len
+        self.on_bad_line = on_bad_line
         self._index = LineIndex(self.path)
         self._bad: set[int] = set()
         if not len(self._index):
@@ -198,22 +247,23 @@ class PreparedData:
         return len(self._bad)
 
     def __getitem__(self, number: int) -> Triple:
+        """Triple `number`; a negative number counts from the end."""
         if number < 0:
             number += len(self)
         if not 0 <= number < len(self):
             raise IndexError(f"item {number} of {len(self)} items")
         for step in range(len(self)):
-            place = (number + step) % len(self)
-            triple = self.line(place)
+            triple = self.line((number + step) % len(self))
             if triple is not None:
                 return triple
-        raise ValueError(f"{self.path} has no good line; see them with: python scripts/validate_dataset.py "
-                         f"{self.path.parent}")
+        raise ValueError(f"{self.path} has no good line; see them with: {self._validation}")
 
     def __iter__(self) -> Iterator[Triple]:
         """The good triples in file order, each once."""
-        triples = (self.line(place) for place in range(len(self)))
-        return (triple for triple in triples if triple is not None)
+        for place in range(len(self)):
+            triple = self.line(place)
+            if triple is not None:
+                yield triple
 
     def line(self, place: int) -> Triple | None:
         """The triple of line `place` itself; None where it is bad and bad lines are skipped."""
@@ -221,206 +271,17 @@ class PreparedData:
             triple = parse_line(self._index[place], self.meta["vocab_size"])
         except ValueError as error:
             if self.on_bad_line == "error":
-                raise ValueError(f"{self.path} line {place + 1}: {error}; see all bad lines with: python "
-                                 f"scripts/validate_dataset.py {self.path.parent}") from error
+                raise ValueError(
+                    f"{self.path} line {place + 1}: {error}; see all bad lines with: {self._validation}"
+                ) from error
             self._bad.add(place)
             return None
-        limit = self.max_seq_len or None
-        return Triple(triple.encoder_ids[-limit:] if limit else triple.encoder_ids,
-                      triple.decoder_input_ids[:limit], triple.labels[:limit])
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
-def pad_batch(triples: Sequence[Triple], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded int64 tensors: encoder_ids, encoder_mask (B, E); decoder_input_ids, labels, decoder_mask (B, T).
-
-    Masks are 1 at tokens and 0 at pads; labels are IGNORE (-100) at pads.
-    """
-    sides = [*zip(*triples, strict=True)]
-    encoder, encoder_mask = _pad(sides[0], pad_id)
-    decoder, decoder_mask = _pad(sides[1], pad_id)
-    labels, _ = _pad(sides[2], IGNORE)
-    return {"encoder_ids": encoder, "decoder_input_ids": decoder, "labels": labels,
-            "encoder_mask": encoder_mask, "decoder_mask": decoder_mask}
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    ids = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = row
-        mask[number, : len(row)] = 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-class PreparedBatches:
-    """Endless batches of `size` triples per rank, from a PreparedData or a list of Triples, reshuffled every epoch.
-
-    The order is a function of `seed` and the epoch alone. Epochs are joined end to end, so every batch is full. Every
-    rank draws the same order and takes its share. With `bucket` > 1, that many batches are drawn together, sorted by
-    length, cut and put in random order, so that little is spent on padding. `workers` threads read ahead without
-    changing the order. Resuming from `state_dict()` gives exactly the batches an uninterrupted run would see.
-
-    Raises:
-        ValueError: no data, sizes out of range; from `next`, what reading raises.
-    """
-
-    def __init__(self, data: PreparedData | Sequence[Triple], size: int, seed: int, pad_id: int, rank: int = 0,
-                 world: int = 1, workers: int = 0, bucket: int = 1):
-        problems = [f"{name} is {value}, expected at least {least}" for name, value, least in
-                    (("size", size, 1), ("world", world, 1), ("bucket", bucket, 1), ("workers", workers, 0),
-                     ("seed", seed, 0), ("rank", rank, 0)) if value < least]
-        problems += [f"rank {rank} is not below world {world}"] if rank >= world >= 1 else []
-        problems += [] if len(data) else ["there is no data"]
-        if problems:
-            raise ValueError("; ".join(problems))
-        self.data, self.size, self.seed, self.pad_id = data, size, seed, pad_id
-        self.rank, self.world, self.workers, self.bucket = rank, world, workers, bucket
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prepared") if workers else None
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.uint32))
-        self._ahead: deque[Future[list[dict[str, Tensor]]]] = deque()
-        self._given = 0
-        self._rewind()
-
-    def _rewind(self) -> None:
-        while self._ahead:
-            self._ahead.popleft().cancel()
-        self._planned = self._given // self.bucket  # the next window to draw
-        self._window: list[dict[str, Tensor]] = []
+        limit = self.max_seq_len
+        if not limit:
+            return triple
+        return Triple(triple.encoder_ids[-limit:], triple.decoder_input_ids[:limit], triple.labels[:limit])
 
     @property
-    def epoch(self) -> int:
-        """Whole passes over the data, by all ranks together, in the batches handed out."""
-        return self._given * self.size * self.world // len(self.data)
-
-    def state_dict(self) -> dict[str, int]:
-        """The position; JSON-able. The same on every rank."""
-        return {"given": self._given, "seed": self.seed, "size": self.size, "world": self.world,
-                "bucket": self.bucket, "length": len(self.data)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError if the state belongs to other data or to batches of another shape."""
-        ours = self.state_dict()
-        changed = [f"{key} was {state.get(key)} and is {ours[key]}" for key in ours
-                   if key != "given" and state.get(key) != ours[key]]
-        if changed:
-            raise ValueError(f"the saved position belongs to other batches ({', '.join(changed)}): "
-                             "resume with the same data and options")
-        self._given = int(state["given"])
-        self._rewind()
-
-    def __iter__(self) -> PreparedBatches:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        if not self._window:
-            self._window = self._next_window()
-            self._window = self._window[self._given % self.bucket:]  # resumed inside a window
-        batch = self._window.pop(0)
-        self._given += 1
-        return batch
-
-    def _next_window(self) -> list[dict[str, Tensor]]:
-        if self._pool is None:
-            self._planned += 1
-            return self._load(self._planned - 1, self._indices(self._planned - 1))
-        while len(self._ahead) <= self.workers:
-            indices = self._indices(self._planned)  # planned here, in order; only reading goes to the threads
-            self._ahead.append(self._pool.submit(self._load, self._planned, indices))
-            self._planned += 1
-        return self._ahead.popleft().result()
-
-    def _indices(self, window: int) -> list[int]:
-        """The items of window `window`: the next bucket * size * world of all epochs joined end to end."""
-        count = self.bucket * self.size * self.world
-        found: list[int] = []
-        while len(found) < count:
-            epoch, place = divmod(window * count + len(found), len(self.data))
-            if self._order[0] != epoch:
-                order = np.arange(len(self.data), dtype=np.uint32)
-                np.random.default_rng([self.seed, 0, epoch]).shuffle(order)
-                self._order = (epoch, order)
-            found += self._order[1][place: place + count - len(found)].tolist()
-        return found
-
-    def _load(self, window: int, indices: list[int]) -> list[dict[str, Tensor]]:
-        """This rank's padded batches of one window."""
-        if self.bucket == 1:
-            return [pad_batch([self.data[i] for i in indices[self.rank:: self.world]], self.pad_id)]
-        triples = sorted((self.data[i] for i in indices), key=lambda triple: len(triple[0]) + len(triple[1]))
-        step = self.size * self.world
-        parts = [triples[start: start + step][self.rank:: self.world] for start in range(0, len(triples), step)]
-        order = np.random.default_rng([self.seed, 1, window]).permutation(len(parts))
-        return [pad_batch(parts[number], self.pad_id) for number in order]
-
-
-# --- the synthetic task -----------------------------------------------------------------------------------------------
-
-
-class SimpleTokenizer:
-    """Character-level tokenizer; `tokenizer` is the real `tokenizers.Tokenizer` behind it.
-
-    `PreTrainedTokenizerFast(tokenizer_file=...)` of a saved file gives the same ids. A character outside `characters`
-    (printable ASCII unless told) becomes the unknown token.
-    """
-
-    SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>")
-
-    def __init__(self, characters: str = string.printable):
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-        vocabulary = {token: number for number, token in enumerate([*self.SPECIAL, *dict.fromkeys(characters)])}
-        self.tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=self.SPECIAL[3]))
-        self.tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-        self.tokenizer.decoder = decoders.Fuse()
-        self.tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                           for token in self.SPECIAL])
-        self.pad_id, self.bos_id, self.eos_id, self.unk_id = range(4)
-        self.vocab_size = len(vocabulary)
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def save(self, path: Path | str) -> None:
-        self.tokenizer.save(str(path))
-
-
-def held_out(a: int, b: int) -> bool:
-    """Whether the UNORDERED pair {a, b} belongs to the held-out split: about one in ten, fixed for good."""
-    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 10 == 0
-
-
-def synthetic_questions(n: int, seed: int = 0, split: str = "train") -> list[tuple[str, str]]:
-    """`n` (prompt, answer) pairs of the addition task; every pair of numbers once before any comes again.
-
-    Raises:
-        ValueError: unknown split.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
-    pairs = [(a, b) for a in range(100) for b in range(100) if held_out(a, b) == (split == "val")]
-    draw, chosen = random.Random(f"{seed}/{split}"), []
-    while len(chosen) < n:
-        draw.shuffle(pairs)
-        chosen += pairs[: n - len(chosen)]
-    return [(f"What is {a} + {b}?", str(a + b)) for a, b in chosen]
-
-
-def build_synthetic_dataset(n: int, seed: int = 0, split: str = "train",
-                            tokenizer: SimpleTokenizer | None = None) -> list[Triple]:
-    """`n` triples of two-number addition (0 to 99): `What is 12 + 7?` to the encoder, `19` to the decoder.
-
-    Neither order of a pair held out for `val` ever stands in `train`.
-    """
-    tokenizer = tokenizer or SimpleTokenizer()
-    triples = []
-    for prompt, answer in synthetic_questions(n, seed, split):
-        target = tokenizer.encode(answer)
-        triples.append(Triple(tokenizer.encode(prompt), [tokenizer.bos_id, *target], [*target, tokenizer.eos_id]))
-    return triples
+    def _validation(self) -> str:
+        """The command that lists every bad line."""
+        return f"python scripts/validate_dataset.py {self.path.parent}"

@@ -25,7 +25,7 @@ from hybrid import run as hybrid_run
 from hybrid.model import HybridModel
 from hybrid.run import HybridRun, Part
 from hybrid.training import HybridTrainer
-from text_data.triples import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
+from text_data.synthetic import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
 from tiny_hybrid import RUN, rows_of, write_prepared
 from tiny_runs import assert_same_run, error_lines, newest, only_run, records, tensors
 

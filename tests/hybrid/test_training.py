@@ -23,7 +23,8 @@ from hybrid.model import HybridModel, Weights, is_hrm_parameter
 from hybrid.run import build_hybrid
 from hybrid.text import HybridText
 from hybrid.training import HybridTrainer, gate_scale, learns_by_muon
-from text_data.triples import PreparedData, SimpleTokenizer, held_out, synthetic_questions
+from text_data.synthetic import SimpleTokenizer, is_held_out, synthetic_questions
+from text_data.triples import PreparedData
 from tiny_hybrid import RUN, VOCABULARY, batch_of, logits_of, rows_of, tiny, triples, write_prepared
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -245,7 +246,7 @@ def test_the_synthetic_splits_share_no_pair_in_either_order():
         found = set()
         for prompt, answer in synthetic_questions(10_000, 0, split):
             a, b = (int(word.rstrip("?")) for word in prompt.removeprefix("What is ").split(" + "))
-            assert int(answer) == a + b and held_out(a, b) == held_out(b, a) == (split == "val")
+            assert int(answer) == a + b and is_held_out(a, b) == is_held_out(b, a) == (split == "val")
             found |= {(a, b), (b, a)}
         return found
 

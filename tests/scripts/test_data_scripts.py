@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from text_data import documents
+from text_data.batches import PreparedBatches
 from text_data.documents import Document, key_of, read_documents, source_files
 from text_data.tokenizer import byte_counter, load_tokenizer, special_ids, train_tokenizer
-from text_data.triples import PreparedBatches, PreparedData, read_meta
+from text_data.triples import PreparedData, read_meta
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
