@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from addon.baselines import build_controller
+from addon.adapters import build_controller
 from addon.curriculum import ENOUGH, Curriculum, curriculum_problems
 from addon.halting import HaltingAlarm, evaluation_collapse
 from addon.hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
-from batching import Batch, PromptFormat, TrainBatches
+from batching import Batch, EpochStream, PromptFormat, TrainBatches, training_examples
 from engine.checkpoints import step_folder
 from engine.logs import Progress, draw_curve, format_table
 from engine.loop import RunLoop, closing_words
@@ -27,7 +27,6 @@ from reasoning_gym_wrapper import Example, Reserve, default_tasks, make_tasks, t
 from suite.measure import spec_problems
 from text_model import CausalTextModel
 from training import Trainer
-from training_stream import EpochStream, training_examples
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
 
@@ -342,6 +341,6 @@ class Run(RunLoop):
             f"---\nlibrary_name: peft\ntags: [{self.opts.adapter}]\n---\n",
             f"# {self.model.title} for {self.opts.model_name}\n",
             f"Step {self.step}; tasks {names} at `{task_config(self.opts)}` difficulty.",
-            "Weights of the adapter alone; load with `baselines.load_controller` or `generate.py --checkpoint`.\n",
+            "Weights of the adapter alone; load with `addon.adapters.load_controller` or `generate.py --checkpoint`.\n",
         ]
         return "\n".join(lines) + (f"\n```\n{self.table(evaluation)}\n```\n" if evaluation else "")

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from addon.baselines import load_controller
+from addon.adapters import ADAPTER_CONFIG, load_controller
 from batching import PromptFormat
 from engine.checkpoints import read_checkpoint, resolve_resume
 from engine.machine import pick_device
@@ -21,7 +21,6 @@ from host import load_tokenizer
 from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
 from hybrid.training import CONFIG_JSON, TOKENIZER_JSON, HybridTrainer
-from model import ADAPTER_CONFIG
 from options import read_resolved
 
 RESOLVED = "config.resolved.yaml"

@@ -1,7 +1,7 @@
 """Reasoning Gym tasks as `Example`s: question, target, verifier, task.
 
 Evaluation items are drawn and deduplicated first; every source of training text rejects their questions
-(training_stream.py, and `scripts/pretrain_host.py` for the embedded LLM). Items of one data set are drawn with
+(`batching.TrainStream`, and `scripts/pretrain_host.py` for the embedded LLM). Items of one data set are drawn with
 `Random(seed + index)`, so neighbouring seeds share almost all of their items: training and evaluation seeds stay 10
 million and more apart, and because small tasks collide all the same, questions are compared as normalised text as well.
 Where a task has few solutions (`GROUPS`), items are split by solution too: a fixed share of the solutions is for
@@ -25,7 +25,8 @@ from typing import Any
 
 from engine.records import normalise
 
-EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see training_stream.py
+EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
+SEED_GAP = 10**7  # between the data seeds of two runs; a run draws fewer items of a task
 CHUNK = 500  # items of one data set object; some tasks cannot be indexed past their size
 MAX_REJECTED = 5_000  # consecutive rejected draws that end a search for new questions
 DEFAULT_TASKS = ("chain_sum", "basic_arithmetic")
@@ -310,6 +311,15 @@ def make_tasks(names: Sequence[str], config_text: str) -> list[Task]:
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def train_seed(seed: int) -> int:
+    """The data seed of training run `seed`: below 890,000,000, so far below every evaluation seed.
+
+    The first 89 runs lie SEED_GAP apart; later ones lie between them, as the data seeds that all tasks take run out.
+    """
+    lap, slot = divmod(seed, 89)
+    return slot * SEED_GAP + lap * 100_003 % SEED_GAP
 
 
 def for_evaluation(task: str, group: str) -> bool:

@@ -19,20 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from addon.adapters import ADAPTER, ADAPTER_CONFIG, adapter_document, check_adapter, check_fingerprint
 from batching import Batch
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, build_optimizers
 from host import HostError
-from model import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    ADDON_PREFIX,
-    HRMController,
-    adapter_document,
-    check_adapter,
-    check_fingerprint,
-)
+from model import ADDON_PREFIX, HRMController
 
 
 def segments_of_step(opts: argparse.Namespace, step: int, progress: float = 1.0) -> int:

@@ -10,17 +10,16 @@
 
 LoRA starts as the bare LLM. Prompt tuning cannot: whatever stands before a prompt is attended to. Both run the LLM
 forward and backward in every step, so nothing of it can be cached. The single pass, `mlp`, is an `HRMController` with
-another core (single_pass.py). Shapes: B batch, N tokens, S prompt tokens, T target tokens, D LLM width, V vocabulary.
+another core (`hrm_blocks.SinglePassCore`). Shapes: B batch, N tokens, S prompt tokens, T target tokens, D LLM width,
+V vocabulary.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,15 +32,7 @@ from engine.batches import IGNORE
 from engine.optimization import check_fit
 from host import add_lora, decoder_layers, freeze, host_logits, load_host, without_lora
 from hrm_blocks import all_correct, token_positions
-from model import (
-    ControllerOutput,
-    HRMController,
-    adapter_of,
-    build_model,
-    check_fingerprint,
-    load_adapter,
-    read_adapter,
-)
+from model import ControllerOutput
 
 PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "none": "NONE"}
 SHAPE_FIELDS = ("adapter", "lora_rank", "virtual_tokens")
@@ -251,34 +242,3 @@ def prompt_embedding(host: PreTrainedModel, tokens: int) -> nn.Module:
         num_transformer_submodules=1, prompt_tuning_init="SAMPLE_VOCAB",
     )
     return PromptEmbedding(config, table).requires_grad_(True)
-
-
-# --- options to adapters, checkpoints to adapters ---------------------------------------------------------------------
-
-Controller = HRMController | BaselineController
-
-
-def build_controller(opts: argparse.Namespace, device: str) -> Controller:
-    """The adapter that the options describe, on its LLM: the only place that maps options to it. Raises HostError."""
-    if opts.adapter not in PEFT_TYPES:
-        return build_model(opts, device)
-    settings = {name: getattr(opts, name) for name in SHAPE_FIELDS}
-    return BaselineController.from_base(opts.model_name, opts.load_in, opts.trust_remote_code, device, **settings)
-
-
-def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool = False
-                    ) -> tuple[Controller, dict[str, Any]]:
-    """The controller of a checkpoint of any adapter, in evaluation mode, and its adapter document.
-
-    Raises:
-        ValueError: a broken checkpoint, or a base model that is missing or another one.
-    """
-    document, tensors = read_adapter(folder)
-    if adapter_of(document) not in PEFT_TYPES:
-        return load_adapter(folder, device, trust_remote_code)
-    controller = BaselineController.from_base(
-        document["base_model_name_or_path"], trust_remote_code=trust_remote_code, device=device, **document["baseline"]
-    )
-    check_fingerprint(controller.host, document, folder)
-    controller.load_addon_state(tensors)
-    return controller.eval(), document

@@ -24,10 +24,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from backbone import HostStates
+from addon.adapters import PROMPT_FIELDS
 from batching import Batch, PromptFormat
 from hrm_blocks import token_positions
-from model import PROMPT_FIELDS, HRMController
+from model import HostStates, HRMController
 from reasoning_gym_wrapper import Example
 
 GB = 1e9

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from backbone import HRMAddon, HRMAddonConfig
 from host import add_lora, decoder_layers, load_config
+from model import HRMAddon, HRMAddonConfig
 
 TOLERANCE = 0.05
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import addon_run
 import options
+from addon.adapters import ADAPTER, adapter_document
 from addon_run import Run
 from engine.checkpoints import (
     newest_checkpoint,
@@ -33,9 +34,7 @@ from grpo.measure import Change, Measured, change_table, measure
 from grpo.problems import training_problems
 from grpo.stages import HeldOut, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from grpo.warm_start import EnhancedRun, unreserved
-from model import ADAPTER, adapter_document
-from reasoning_gym_wrapper import make_tasks
-from training_stream import train_seed
+from reasoning_gym_wrapper import make_tasks, train_seed
 
 PROGRESS = "grpo.json"  # in a checkpoint: which stages lie behind it
 STAGES, SAMPLES = "stages", "samples"  # folders in the run

@@ -28,9 +28,9 @@ from grpo.measure import Measured, measure
 from grpo.problems import FileSource, Problem, stream
 from grpo.stages import Stage, StagesConfig, hold_out, rewards_of, stages_of
 from options import Options, part, read_resolved
+from reasoning_gym_wrapper import train_seed
 from suite.measure import spec_problems
 from text_model import CausalTextModel
-from training_stream import train_seed
 
 PROBE = 64  # training examples whose prompts are measured against --max_seq_len before anything runs
 

@@ -39,19 +39,18 @@ import transformers  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
 import options  # noqa: E402
-from addon.baselines import BaselineConfig, BaselineController, Controller  # noqa: E402
+from addon.adapters import Controller  # noqa: E402
+from addon.baselines import BaselineConfig, BaselineController  # noqa: E402
 from addon.hidden_cache import GB, HiddenCache, cache_key, plan_cache  # noqa: E402
 from addon.param_matching import lora_parameters  # noqa: E402
-from backbone import HRMAddonConfig  # noqa: E402
-from batching import Batch, PromptFormat, TrainBatches  # noqa: E402
+from batching import Batch, PromptFormat, TrainBatches, training_examples  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from host import DEFAULT_HOST, freeze, load_host, load_tokenizer  # noqa: E402
-from model import HRMController  # noqa: E402
+from model import HRMAddonConfig, HRMController  # noqa: E402
 from reasoning_gym_wrapper import Reserve, default_tasks, make_tasks  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from training import Trainer  # noqa: E402
-from training_stream import training_examples  # noqa: E402
 
 HOSTS = ("embedded", "qwen2-0.5b")
 ARMS = ("hrm cached", "hrm", "mlp", "lora", "prompt")

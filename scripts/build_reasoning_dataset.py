@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from batching import TrainStream  # noqa: E402
 from engine.files import JsonLineError, json_lines, staged  # noqa: E402
 from engine.logs import Progress  # noqa: E402
 from engine.records import normalise  # noqa: E402
@@ -34,9 +35,9 @@ from reasoning_gym_wrapper import (  # noqa: E402
     make_tasks,
     task_problems,
     task_warnings,
+    train_seed,
 )
 from script_tools import ScriptParser, run_script  # noqa: E402
-from training_stream import TrainStream, train_seed  # noqa: E402
 
 HUB = {
     "gsm8k": ("openai/gsm8k", "main"),

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
+from addon.adapters import ADAPTER_CONFIG, load_adapter  # noqa: E402
 from addon.curriculum import Curriculum  # noqa: E402
 from addon.halting import calibration_error, reliability  # noqa: E402
 from addon_run import task_config, task_names  # noqa: E402
@@ -51,7 +52,7 @@ from engine.machine import pick_device, pick_precision  # noqa: E402
 from evaluation import OVERALL, Answer, Decoding, answer, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from hrm_blocks import relative_change  # noqa: E402
-from model import ADAPTER_CONFIG, HRMController, load_adapter  # noqa: E402
+from model import HRMController  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, beyond_reserve, make_tasks  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 

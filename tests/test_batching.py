@@ -10,11 +10,19 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from batching import PLAIN_CUE, Batch, PromptFormat, TrainBatches, pad
+from batching import (
+    PLAIN_CUE,
+    Batch,
+    EpochStream,
+    PromptFormat,
+    TrainBatches,
+    TrainStream,
+    pad,
+    training_examples,
+)
 from conftest import SPECIAL, build_tokenizer
 from engine.batches import IGNORE
 from reasoning_gym_wrapper import Example, Reserve, Task
-from training_stream import EpochStream, TrainStream, training_examples
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=30)

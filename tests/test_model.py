@@ -1,4 +1,4 @@
-"""model and backbone: the add-on on a frozen host. Generation has its own file, test_generation.py.
+"""model: the add-on on a frozen host. Generation has its own file, test_generation.py.
 
 Most checks are empty at step 0, where the injection is zero, so they run on controllers whose zero factors are random.
 """
@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import HRMAddonConfig, token_positions
 from batching import Batch, pad
 from engine.batches import IGNORE
-from hrm_blocks import Carry, relative_change
-from model import HRMController, all_correct, is_addon_parameter, prompt_before
+from hrm_blocks import Carry, relative_change, token_positions
+from model import HRMAddonConfig, HRMController, all_correct, is_addon_parameter, prompt_before
 from tiny_families import EOS, FAMILIES, SCALED, VOCABULARY, left_padded, random_ids, tiny_controller, tiny_host
 
 VARIANTS = {

@@ -59,7 +59,7 @@ def test_an_old_hybrid_keeps_the_sizes_it_was_saved_with():
 
 
 def test_an_old_add_on_keeps_its_recurrence():
-    from addon.baselines import load_controller
+    from addon.adapters import load_controller
 
     controller, document = load_controller(newest(OLD / "addon"))
     config = controller.config
@@ -70,7 +70,7 @@ def test_an_old_add_on_keeps_its_recurrence():
 
 def test_a_record_from_before_a_setting_existed_has_what_was_then_the_only_choice(tmp_path):
     """Before `state_mix` and `init_state` were flags, states were summed and began as fixed vectors."""
-    from addon.baselines import load_controller
+    from addon.adapters import load_controller
     from engine.checkpoints import read_checkpoint, step_folder, write_checkpoint
     from tiny_runs import tiny_model
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 import options
 import reasoning_gym_wrapper as rg
+from batching import EpochStream, TrainStream, training_examples
 from engine.records import normalise
-from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError
-from training_stream import SEED_GAP, EpochStream, TrainStream, train_seed, training_examples
+from reasoning_gym_wrapper import EVAL_SEED, SEED_GAP, Example, Reserve, Task, TaskError, train_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ["basic_arithmetic", "gsm_symbolic", "chain_sum", "simple_equations"]

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
+from addon.adapters import build_model
 from batching import Batch, PromptFormat, pad
 from engine.batches import IGNORE
 from engine.optimization import MAX_SCALER_SKIPS, Ema, NonFiniteError, build_optimizers, learning_rate, seed_of_step
 from host import HostError, host_logits
 from injector import Thought
-from model import build_model
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
 from tiny_runs import TINY

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from backbone import HRMAddonConfig
-from model import HRMController
+from model import HRMAddonConfig, HRMController
 
 VOCABULARY = 61
 PAD, BOS, EOS = 0, 1, 2

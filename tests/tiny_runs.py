@@ -15,7 +15,8 @@ import torch
 
 import options
 import train
-from model import HRMController, build_model
+from addon.adapters import build_model
+from model import HRMController
 from tiny_families import randomise
 
 ROOT = Path(train.__file__).parent

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 import generate
 import options
 import train
-from addon.baselines import BaselineConfig, BaselineController, build_controller, load_controller
+from addon.adapters import build_controller, load_controller
+from addon.baselines import BaselineConfig, BaselineController
 from addon.param_matching import Size, match
-from backbone import HRMAddonConfig
 from batching import PromptFormat
 from engine.batches import IGNORE
 from evaluation import Decoding, answer
-from model import HRMController
+from model import HRMAddonConfig, HRMController
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import FAMILIES, PAD, SCALED, left_padded, random_ids, randomise
 from tiny_families import tiny_host as tiny_llm

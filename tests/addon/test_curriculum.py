@@ -12,10 +12,10 @@ import pytest
 import options
 import train
 from addon.curriculum import Curriculum, curriculum_problems, ladder, level_configs
+from batching import TrainStream
 from engine.records import normalise
 from reasoning_gym_wrapper import Reserve, Task, TaskError
 from tiny_runs import arguments, assert_same_run, error_lines, only_run
-from training_stream import TrainStream
 
 FAST = ("--task=gcd", "--curriculum", "--eval_every=2", "--max_steps=6", "--eval_n=4", "--curriculum_levels=3",
         "--max_new_tokens=2", "--curriculum_threshold=0.5")

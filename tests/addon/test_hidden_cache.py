@@ -14,15 +14,14 @@ from accelerate import Accelerator
 
 import options
 from addon import hidden_cache
-from addon.baselines import build_controller
+from addon.adapters import build_controller
 from addon.hidden_cache import HiddenCache, cache_key, plan_cache, weights_digest
-from batching import PromptFormat, TrainBatches
+from batching import EpochStream, PromptFormat, TrainBatches, training_examples
 from host import load_tokenizer
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
 from tiny_runs import ROOT, arguments, assert_same_run, error_lines, newest, records
 from training import Trainer
-from training_stream import EpochStream, training_examples
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 

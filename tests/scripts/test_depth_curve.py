@@ -175,8 +175,8 @@ def test_best_halt_answers_from_the_segment_of_the_highest_halting_score(tiny_ho
 def test_a_detached_halting_head_reads_z_without_reshaping_it(tiny_host, detach):
     model, features, context = thinker(tiny_host, halt_detach=detach)
     model.train()
-    from backbone import HostStates
     from injector import Slots
+    from model import HostStates
 
     slots = Slots(torch.randn(3, 2, 32), torch.randn(3, 2, 32), torch.tensor([[5, 6]] * 3))
     out = model.segment(HostStates(features, context, slots), torch.ones(3, 2, dtype=torch.int64), None, None)

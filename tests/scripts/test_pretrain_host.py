@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import reasoning_gym_wrapper as rg
-import training_stream
 from batching import PromptFormat
 from conftest import SPECIAL
 
@@ -76,7 +75,7 @@ def test_half_of_it_is_small_and_half_default(corpus):
     seen = {"small": set(), "default": set()}
     for level in seen:
         [task] = rg.make_tasks(["chain_sum"], level)
-        stream = task.items(training_stream.train_seed(0))
+        stream = task.items(rg.train_seed(0))
         seen[level] = {next(stream)[1].question for _ in range(600)}
     asked = [question for question, _ in corpus if task_of(question) == "chain_sum"]
     assert all(question in seen["small"] | seen["default"] for question in asked)
