@@ -1,4 +1,4 @@
-"""How the evaluation suite sees a model, and every causal LM, bare or with the add-on, seen so.
+"""Every causal LM, bare or with the add-on, as text in, text out: what the evaluation suite asks of a model.
 
 Shapes: B batch, S context tokens, T continuation tokens, V vocabulary.
 """
@@ -10,38 +10,24 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batching import PromptFormat, pad
 from evaluation import Decoding, generate_texts
+from suite.text_model import TextModel
+
+__all__ = ["CausalTextModel", "TextModel", "adds_space"]
 
 MOST_LOGITS = 2**27  # of one batch, 0.5 GiB in float32: a large vocabulary makes batches smaller
 ANCHOR = "\n"
 Job = tuple[int, int, list[int], list[int]]  # place of the pair, start in its continuation, context ids, piece of ids
 
 
-class TextModel(Protocol):
-    """All that the suite knows of a model. `segments_used`: mean HRM segments of the latest call, None without HRM."""
-
-    segments_used: float | None
-
-    def generate(
-        self, prompts: Sequence[str], max_new_tokens: int, progress: Callable[[int], None] = lambda done: None
-    ) -> list[str]:
-        """The greedy answer to each prompt, in its order; `progress` is told how many are done."""
-
-    def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
-        """(sum of log p(continuation | context) in nats, continuation tokens) of each (context, continuation).
-
-        A token is predicted from the context and the continuation's earlier tokens alone.
-        """
-
-
 class CausalTextModel:
-    """Any Hugging Face causal LM, `HRMController` included, as a `TextModel`.
+    """Any Hugging Face causal LM, `HRMController` included, as a `suite.text_model.TextModel`.
 
     Prompts of `generate` are rendered by the prompt format; texts of `log_likelihoods` are taken as they are, and HRM
     reads the context. `bare` asks an `HRMController` for its bare LLM, in its own dtype; `autocast` makes the context

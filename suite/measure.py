@@ -34,10 +34,10 @@ from suite.scoring import (
     rouge_l,
     same_number,
 )
+from suite.text_model import TextModel
 from text_data.fences import first_block
-from text_model import CausalTextModel, TextModel
 
-__all__ = ["CausalTextModel", "SuiteError", "SuiteItem", "SuiteResult", "TextModel", "parse_suite",
+__all__ = ["SuiteError", "SuiteItem", "SuiteResult", "TextModel", "parse_suite",
            "run_suite", "suite_problems"]
 
 BUDGETS = {"synthetic": 16, "gsm8k": 320, "mbpp": 384, "science_qa": 192}  # new tokens of an answer

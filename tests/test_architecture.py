@@ -42,7 +42,6 @@ LEFT_BEHIND = {
     "engine.loop (row 3) imports text_model (row 9)",
     "engine.state (row 3) imports reasoning_gym_wrapper (row 6)",
     "suite.measure (row 5) imports reasoning_gym_wrapper (row 6)",
-    "suite.measure (row 5) imports text_model (row 9)",
 }
 # Hidden by a root module or package of the same name even where they are not installed.
 HIDEABLE = {

@@ -17,7 +17,6 @@ from host import load_host
 from reasoning_gym_wrapper import Reserve, make_tasks
 from sandbox import runner as code_runner
 from suite.measure import (
-    CausalTextModel,
     SuiteError,
     SuiteItem,
     parse_suite,
@@ -26,6 +25,7 @@ from suite.measure import (
     synthetic_questions,
 )
 from suite.questions import WINDOW, chosen, cut_windows, read_documents, read_questions, window_pairs
+from text_model import CausalTextModel
 from tiny_runs import tiny_model
 
 GSM8K = [
