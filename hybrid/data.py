@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,34 @@ from text_data.triples import PreparedData, Triple, read_meta
 SYNTHETIC = "synthetic"
 SYNTHETIC_TRAIN = 9000  # about every pair of numbers that is not held out
 RANDOM_VOCABULARY = 1000
+RANDOM_IDS = (0, 1, 2)  # pad, bos and eos of the random tokens
+
+
+@dataclass(frozen=True)
+class HybridDataConfig:
+    """Which data the hybrid uses and how they are batched. The fields are flags of `train.py --arch hybrid`.
+
+    Attributes:
+        dataset: "synthetic", a folder of prepared triples, or None for random tokens.
+        dev_sets: further prepared folders that are scored at each validation: `NAME=DIR,NAME=DIR`.
+        on_bad_line: what to do with a broken line of a prepared file: "error" or "skip".
+        max_seq_len: most tokens of each side of a triple.
+        eval_n: questions of the synthetic task that are held out.
+        eval_only: True where nothing is trained, so that no training split is opened.
+        seed: of the order of the training data, and of synthetic and random ones themselves.
+        batch_size: triples of one batch on one rank.
+        bucket_batches: batches drawn together and grouped by length; 1: none.
+    """
+
+    dataset: str | None = None
+    dev_sets: str | None = None
+    on_bad_line: str = "error"
+    max_seq_len: int = 512
+    eval_n: int = 256
+    eval_only: bool = False
+    seed: int = 0
+    batch_size: int = 32
+    bucket_batches: int = 1
 
 
 @dataclass
@@ -36,97 +63,147 @@ class HybridData:
     questions: list[tuple[str, str]]  # (prompt, answer) that validation answers by generation: the synthetic task's
 
 
-def dev_sets(text: str | None) -> dict[str, Path]:
+def dev_folders(dev_sets: str | None) -> dict[str, Path]:
     """`math=DIR,code=DIR` by name."""
-    return {name: Path(folder) for name, _, folder in (part.partition("=") for part in options.names(text))}
+    pairs = (part.partition("=") for part in options.names(dev_sets))
+    return {name: Path(folder) for name, _, folder in pairs}
 
 
-def data_problems(opts: argparse.Namespace) -> list[str]:
-    """Every reason why --dataset and --dev_sets cannot be used, one line each."""
-    folders = [Path(opts.dataset)] if opts.dataset not in (None, SYNTHETIC) else []
-    found, seals = [], set()
-    for folder in [*folders, *dev_sets(opts.dev_sets).values()]:
+def data_problems(dataset: str | None, dev_sets: str | None) -> list[str]:
+    """Every reason why `--dataset` and `--dev_sets` cannot be used, one line each."""
+    dev = dev_folders(dev_sets)
+    folders = list(dev.values())
+    if dataset not in (None, SYNTHETIC):
+        folders.insert(0, Path(dataset))
+
+    # Each folder alone: its meta.json and its tokenizer.
+    problems = []
+    tokenizers = set()  # SHA-256
+    for folder in folders:
         try:
-            seals.add(read_meta(folder)["tokenizer_sha256"])
+            tokenizers.add(read_meta(folder)["tokenizer_sha256"])
             (folder / "tokenizer.json").stat()
         except OSError:
-            found.append(f"{folder} has no tokenizer.json: prepare the folder again")
+            problems.append(f"{folder} has no tokenizer.json: prepare the folder again")
         except ValueError as error:
-            found.append(str(error))
-    found += [f"--dev_sets {name}=... would hide the run's own {name} rows: choose another name"
-              for name in dev_sets(opts.dev_sets) if name in ("validation", SYNTHETIC)]
-    if opts.dev_sets and opts.dataset == SYNTHETIC:
-        found.append("--dev_sets cannot join --dataset synthetic, whose tokenizer knows single characters")
-    if len(seals) > 1:
-        found.append("--dataset and --dev_sets were prepared with different tokenizers: prepare them with one")
-    return found
+            problems.append(str(error))
+
+    # The dev sets beside the rest: names of their own, one tokenizer for all.
+    for name in dev:
+        if name in ("validation", SYNTHETIC):
+            problems.append(f"--dev_sets {name}=... would hide the run's own {name} rows: choose another name")
+    if dev_sets and dataset == SYNTHETIC:
+        problems.append("--dev_sets cannot join --dataset synthetic, whose tokenizer knows single characters")
+    if len(tokenizers) > 1:
+        problems.append("--dataset and --dev_sets were prepared with different tokenizers: prepare them with one")
+    return problems
 
 
-def workers_of(opts: argparse.Namespace) -> tuple[int, str | None]:
-    """(threads that read ahead, a warning where fewer than asked)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if opts.dataset_workers <= cores:
-        return opts.dataset_workers, None
-    return cores, f"WARNING: --dataset_workers {opts.dataset_workers}: this machine has {cores} cores, using {cores}"
+def usable_workers(dataset_workers: int) -> tuple[int, str | None]:
+    """(threads that read ahead, at most one a core; a warning where that is fewer than asked for, else None)."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    if dataset_workers <= cores:
+        return dataset_workers, None
+    return cores, f"WARNING: --dataset_workers {dataset_workers}: this machine has {cores} cores, using {cores}"
 
 
-def open_data(opts: argparse.Namespace) -> HybridData:
-    """The data of `--dataset`. Raises ValueError: a broken folder."""
-    if opts.dataset == SYNTHETIC:
-        return _synthetic(opts)
-    if opts.dataset is None:
-        return _random(opts)
-    folder, meta = Path(opts.dataset), read_meta(opts.dataset)
+def open_data(config: HybridDataConfig) -> HybridData:
+    """The data that `config` names.
 
-    def split(where: Path, name: str) -> PreparedData:
-        return PreparedData(where, name, opts.max_seq_len, opts.on_bad_line)
+    Raises:
+        ValueError: a broken folder.
+    """
+    if config.dataset == SYNTHETIC:
+        return _synthetic_data(config)
+    if config.dataset is None:
+        return _random_data(config)
+    return _prepared_data(config, Path(config.dataset))
+
+
+def _prepared_data(config: HybridDataConfig, folder: Path) -> HybridData:
+    meta = read_meta(folder)
+
+    def split(place: Path, name: str) -> PreparedData:
+        return PreparedData(place, name, config.max_seq_len, config.on_bad_line)
 
     return HybridData(
-        train=None if opts.eval_only else split(folder, "train"), val=split(folder, "val"),
-        dev={name: split(where, "val") for name, where in dev_sets(opts.dev_sets).items()},
-        vocab_size=meta["vocab_size"], pad_id=meta["pad_id"], bos_id=meta["bos_id"], eos_id=meta["eos_id"],
-        tokenizer_json=(folder / "tokenizer.json").read_text(encoding="utf-8"), questions=[],
+        train=None if config.eval_only else split(folder, "train"),
+        val=split(folder, "val"),
+        dev={name: split(place, "val") for name, place in dev_folders(config.dev_sets).items()},
+        vocab_size=meta["vocab_size"],
+        pad_id=meta["pad_id"],
+        bos_id=meta["bos_id"],
+        eos_id=meta["eos_id"],
+        tokenizer_json=(folder / "tokenizer.json").read_text(encoding="utf-8"),
+        questions=[],
     )
 
 
-def _synthetic(opts: argparse.Namespace) -> HybridData:
+def _synthetic_data(config: HybridDataConfig) -> HybridData:
+    """Sums; the validation split does not depend on the seed, so that runs can be compared."""
     tokenizer = SimpleTokenizer()
     return HybridData(
-        train=build_synthetic_dataset(SYNTHETIC_TRAIN, opts.seed, "train", tokenizer),
-        val=build_synthetic_dataset(opts.eval_n, 0, "val", tokenizer), dev={}, vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
-        tokenizer_json=tokenizer.tokenizer.to_str(), questions=synthetic_questions(opts.eval_n, 0, "val"),
+        train=build_synthetic_dataset(SYNTHETIC_TRAIN, config.seed, "train", tokenizer),
+        val=build_synthetic_dataset(config.eval_n, 0, "val", tokenizer),
+        dev={},
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        tokenizer_json=tokenizer.tokenizer.to_str(),
+        questions=synthetic_questions(config.eval_n, 0, "val"),
     )
 
 
-def _random(opts: argparse.Namespace) -> HybridData:
+def _random_data(config: HybridDataConfig) -> HybridData:
     """Random tokens in full length, for --dry_run: the memory and time of the longest batch."""
-    draw = random.Random(opts.seed)
+    draw = random.Random(config.seed)
+    pad, bos, eos = RANDOM_IDS
 
     def row() -> list[int]:
-        return [draw.randrange(3, RANDOM_VOCABULARY) for _ in range(opts.max_seq_len)]
+        return [draw.randrange(len(RANDOM_IDS), RANDOM_VOCABULARY) for _ in range(config.max_seq_len)]
 
-    triples = [Triple(row(), [1, *labels[:-1]], labels) for labels in (row() for _ in range(opts.batch_size))]
-    return HybridData(triples, triples, {}, RANDOM_VOCABULARY, 0, 1, 2, None, [])
-
-
-def training_batches(data: HybridData, opts: argparse.Namespace, rank: int, world: int, workers: int
-                     ) -> PreparedBatches:
-    """Endless batches of `--batch_size` triples a rank."""
-    return PreparedBatches(data.train, opts.batch_size, opts.seed, data.pad_id, rank, world, workers,
-                           opts.bucket_batches)
+    triples = []
+    for _ in range(config.batch_size):
+        labels = row()
+        triples.append(Triple(row(), [bos, *labels[:-1]], labels))
+    return HybridData(triples, triples, {}, RANDOM_VOCABULARY, pad, bos, eos, None, [])
 
 
-def validation_batches(part: PreparedData | Sequence[Triple], size: int, pad_id: int, most: int, rank: int = 0,
-                       world: int = 1) -> Iterator[dict[str, Tensor]]:
+def training_batches(
+    data: HybridData, config: HybridDataConfig, rank: int = 0, world: int = 1, workers: int = 0
+) -> PreparedBatches:
+    """Endless batches of `config.batch_size` triples a rank; `workers` threads read ahead (see `usable_workers`)."""
+    return PreparedBatches(
+        data.train, config.batch_size, config.seed, data.pad_id, rank, world, workers, config.bucket_batches
+    )
+
+
+def validation_batches(
+    part: PreparedData | Sequence[Triple], size: int, pad_id: int, most: int, rank: int = 0, world: int = 1
+) -> Iterator[dict[str, Tensor]]:
     """The whole split in order (its first `most` samples, 0: all), in batches; each rank its share of the rows.
 
     A bad line that is skipped leaves its place empty: in training another takes it, here that would count twice.
+
+    Args:
+        part: the split.
+        size: triples of one batch on one rank.
+        pad_id: token that fills up shorter rows.
+        most: samples read, at most.
+        rank: this process, from 0.
+        world: number of processes.
     """
     end = min(most or len(part), len(part))
     for start in range(0, end, size * world):
         rows = range(start + rank, min(start + size * world, end), world)
-        triples = [part.line(index) if isinstance(part, PreparedData) else part[index] for index in rows]
-        triples = [triple for triple in triples if triple is not None]
+        if isinstance(part, PreparedData):
+            lines = [part.line(index) for index in rows]
+            triples = [triple for triple in lines if triple is not None]
+        else:
+            triples = [part[index] for index in rows]
         if triples:
             yield pad_batch(triples, pad_id)

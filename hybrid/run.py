@@ -23,11 +23,12 @@ from engine.records import question_hash
 from hybrid.data import (
     SYNTHETIC,
     HybridData,
+    HybridDataConfig,
     data_problems,
     open_data,
     training_batches,
+    usable_workers,
     validation_batches,
-    workers_of,
 )
 from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
@@ -37,6 +38,12 @@ from suite.questions import SuiteItem
 from text_data.synthetic import synthetic_questions
 
 VALIDATION = "validation"
+# Fields of HybridConfig that have the name of their flag.
+SHAPE_FLAGS = (
+    *("d_model", "n_heads", "encoder", "encoder_layers", "decoder_layers", "state_size"),
+    *("d_h", "h_layers", "l_layers", "h_len", "l_len", "h_cycles", "grad_horizon"),
+    *("bridge", "prefix_len", "use_halting", "halt_threshold"),
+)
 
 
 @dataclass
@@ -98,7 +105,7 @@ class HybridEvaluation:
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """Everything wrong with a run of the hybrid that can be found without building a model, one line each."""
-    lines = data_problems(opts)
+    lines = data_problems(opts.dataset, opts.dev_sets)
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
     return lines + machine_problems(options.part(MachineConfig, opts), checkpoint)
 
@@ -115,17 +122,17 @@ class HybridRun(RunLoop):
     # --- set up ---
 
     def build_data(self) -> None:
-        opts = self.opts
-        self.data: HybridData = open_data(opts)
-        workers, warning = workers_of(opts)
+        config = options.part(HybridDataConfig, self.opts)
+        self.data: HybridData = open_data(config)
+        workers, warning = usable_workers(self.opts.dataset_workers)
         if warning:
             self.say(warning)
         self.batches = None
         if self.data.train is not None:
-            self.batches = training_batches(self.data, opts, self.rank, self.world, workers)
+            self.batches = training_batches(self.data, config, self.rank, self.world, workers)
 
     def build_trainer(self) -> HybridTrainer:
-        self.model = build_hybrid(self.opts, self.data).to(self.device)
+        self.model = HybridModel(hybrid_config(self.opts, self.data)).to(self.device)
         trainer = HybridTrainer(self.opts, self.model, self.accelerator, self.precision, self.data.tokenizer_json)
         self.text = None
         if self.data.tokenizer_json:
@@ -328,13 +335,14 @@ class HybridRun(RunLoop):
         return "\n".join(lines) + (f"\n```\n{evaluation.lines()}\n```\n" if evaluation else "")
 
 
-def build_hybrid(opts: argparse.Namespace, data: HybridData) -> HybridModel:
-    """The model that the flags describe, for the data's vocabulary."""
-    return HybridModel(HybridConfig(
-        vocab_size=data.vocab_size, pad_token_id=data.pad_id, bos_token_id=data.bos_id, eos_token_id=data.eos_id,
-        l_steps=opts.inner_T, tie_word_embeddings=opts.tie_embeddings,
-        **{name: getattr(opts, name) for name in (
-            "d_model", "n_heads", "encoder", "encoder_layers", "decoder_layers", "state_size", "d_h", "h_layers",
-            "l_layers", "h_len", "l_len", "h_cycles", "grad_horizon", "bridge", "prefix_len", "use_halting",
-            "halt_threshold")},
-    ))
+def hybrid_config(opts: argparse.Namespace, data: HybridData) -> HybridConfig:
+    """The shape that the flags describe, for the data's vocabulary."""
+    return HybridConfig(
+        vocab_size=data.vocab_size,
+        pad_token_id=data.pad_id,
+        bos_token_id=data.bos_id,
+        eos_token_id=data.eos_id,
+        l_steps=opts.inner_T,
+        tie_word_embeddings=opts.tie_embeddings,
+        **{name: getattr(opts, name) for name in SHAPE_FLAGS},
+    )

@@ -9,26 +9,52 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from engine.batches import IGNORE
+from engine.batches import IGNORE, by_length
 from hybrid.model import HybridModel
 from text_data.batches import pad_batch
 from text_data.triples import Triple
 
+NO_TARGET = (0,)  # stands for the decoder's side where only the encoder's is needed; any id will do
+
+
+def _no_progress(done: int) -> None:
+    """Shows nothing."""
+
 
 class HybridText:
-    """A hybrid with its tokenizer (text of a `tokenizers` file). Prompts longer than `max_seq_len` keep their end.
+    """A hybrid with its tokenizer; it gives answers and log-likelihoods.
 
-    `gate_scale` replaces the model's own; 0 is the encoder-decoder without HRM. `segments_used` is the mean number of
-    cycles of the latest call.
+    Args:
+        model: the hybrid.
+        tokenizer_json: text of a `tokenizers` file.
+        batch_size: prompts of one batch, at most.
+        max_seq_len: most tokens of a prompt, whose END is kept; 0: no limit.
+        autocast: makes the context in which the model runs.
+        gate_scale: replaces the model's own while this object uses it; 0 is the encoder-decoder without HRM. None:
+            the model's own.
+
+    Attributes:
+        segments_used: mean number of HRM cycles over the examples of the latest call; None before any.
     """
 
-    def __init__(self, model: HybridModel, tokenizer_json: str, batch_size: int = 32, max_seq_len: int = 0,
-                 autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-                 gate_scale: float | None = None):
-        self.model, self.tokenizer = model, Tokenizer.from_str(tokenizer_json)
-        self.batch_size, self.max_seq_len, self.autocast = batch_size, max_seq_len, autocast
-        self.gate_scale, self.segments_used = gate_scale, None
+    def __init__(
+        self,
+        model: HybridModel,
+        tokenizer_json: str,
+        batch_size: int = 32,
+        max_seq_len: int = 0,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        gate_scale: float | None = None,
+    ):
+        self.model = model
+        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.batch_size = batch_size
+        self.max_seq_len = max_seq_len
+        self.autocast = autocast
+        self.gate_scale = gate_scale
+        self.segments_used: float | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special tokens."""
@@ -37,14 +63,18 @@ class HybridText:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids up to the end of sequence; ignored labels and special tokens left out."""
         eos = self.model.config.eos_token_id
-        kept = itertools.takewhile(lambda token: token != eos, (token for token in ids if token != IGNORE))
-        return self.tokenizer.decode(list(kept), skip_special_tokens=True)
+        labelled = (token for token in ids if token != IGNORE)
+        kept = list(itertools.takewhile(lambda token: token != eos, labelled))
+        return self.tokenizer.decode(kept, skip_special_tokens=True)
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[torch.device]:
-        was_training, scale = self.model.training, self.model.config.gate_scale
+        """Evaluation mode with this object's gate; gives the model's device and puts everything back."""
+        was_training = self.model.training
+        scale = self.model.config.gate_scale
         self.model.eval()
-        self.model.config.gate_scale = scale if self.gate_scale is None else self.gate_scale
+        if self.gate_scale is not None:
+            self.model.config.gate_scale = self.gate_scale
         try:
             with torch.no_grad(), self.autocast():
                 yield self.model.device
@@ -52,55 +82,98 @@ class HybridText:
             self.model.config.gate_scale = scale
             self.model.train(was_training)
 
-    def _triple(self, context: list[int], target: list[int]) -> Triple:
+    def _triple(self, context: Sequence[int], target: Sequence[int]) -> Triple:
+        """The end of a context (a lone bos where it is empty) for the encoder, the target for the decoder."""
         bos = self.model.config.bos_token_id
-        return Triple(context[-self.max_seq_len :] if self.max_seq_len else context, [bos, *target[:-1]], target)
+        context = list(context) or [bos]
+        if self.max_seq_len:
+            context = context[-self.max_seq_len :]
+        return Triple(context, [bos, *target[:-1]], list(target))
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int,
-                 progress: Callable[[int], None] = lambda done: None, **sampling: Any) -> list[str]:
-        """The answer to each prompt, in order: greedy unless `sampling` (arguments of `generate`) says otherwise."""
+    def _batch(self, triples: Sequence[Triple], device: torch.device) -> dict[str, Tensor]:
+        batch = pad_batch(triples, self.model.config.pad_token_id)
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        progress: Callable[[int], None] = _no_progress,
+        **sampling: Any,
+    ) -> list[str]:
+        """The answer to each prompt, in order.
+
+        Args:
+            prompts: the questions.
+            max_new_tokens: tokens of an answer, at most.
+            progress: called after each batch with the number of answers so far.
+            sampling: arguments of the model's `generate`; greedy without any.
+        """
         return self.generate_ids([self.encode(prompt) for prompt in prompts], max_new_tokens, progress, **sampling)
 
-    def generate_ids(self, prompts: Sequence[list[int]], max_new_tokens: int,
-                     progress: Callable[[int], None] = lambda done: None, **sampling: Any) -> list[str]:
+    def generate_ids(
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        progress: Callable[[int], None] = _no_progress,
+        **sampling: Any,
+    ) -> list[str]:
         """`generate` from token ids."""
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found: dict[int, str] = {}
-        used = 0.0
+        how = {"do_sample": False, "num_beams": 1} | sampling
+        cycles = 0
+        done = 0
+
         with self._ready() as device:
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                rows = [self._triple(prompts[index] or [self.model.config.bos_token_id], [0]) for index in chosen]
-                batch = pad_batch(rows, self.model.config.pad_token_id)
-                mask = batch["encoder_mask"].to(device)
-                encoded = self.model.encoder(batch["encoder_ids"].to(device), mask)
-                used += float(encoded.cycles_used.sum())
-                ids = self.model.generate(attention_mask=mask, encoder_outputs=encoded, max_new_tokens=max_new_tokens,
-                                          **({"do_sample": False, "num_beams": 1} | sampling))
-                found.update((index, self.decode(row[1:])) for index, row in zip(chosen, ids.tolist(), strict=True))
-                progress(len(found))
-        self.segments_used = used / max(len(prompts), 1)
-        return [found[index] for index in range(len(prompts))]
+
+            def answers(ids: list[list[int]]) -> list[str]:
+                nonlocal cycles, done
+                batch = self._batch([self._triple(prompt, NO_TARGET) for prompt in ids], device)
+                mask = batch["encoder_mask"]
+                encoded = self.model.encoder(batch["encoder_ids"], mask)
+                generated = self.model.generate(
+                    attention_mask=mask, encoder_outputs=encoded, max_new_tokens=max_new_tokens, **how
+                )
+                cycles += int(encoded.cycles_used.sum())
+                done += len(ids)
+                texts = [self.decode(row[1:]) for row in generated.tolist()]  # without the bos they start with
+                progress(done)
+                return texts
+
+            texts = by_length(prompts, list(map(len, prompts)), self.batch_size, answers)
+        self.segments_used = cycles / max(len(prompts), 1)
+        return texts
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         """(sum of log p(continuation | context) in nats, tokens) of each pair; the encoder reads the context."""
-        triples = [self._triple(self.encode(context) or [self.model.config.bos_token_id], self.encode(text))
-                   for context, text in pairs]
-        found: list[tuple[float, int]] = []
-        used = 0.0
+        sums: list[tuple[float, int]] = []
+        cycles = 0
         with self._ready() as device:
-            for start in range(0, len(triples), self.batch_size):
-                part = triples[start : start + self.batch_size]
-                batch = {name: tensor.to(device) for name, tensor in
-                         pad_batch([t if t.labels else self._triple(t.encoder_ids, [0]) for t in part],
-                                   self.model.config.pad_token_id).items()}
-                encoded = self.model.encoder(batch["encoder_ids"], batch["encoder_mask"])
-                used += float(encoded.cycles_used.sum())
-                logits = self.model(attention_mask=batch["encoder_mask"], encoder_outputs=encoded,
-                                    decoder_input_ids=batch["decoder_input_ids"]).logits.float()
-                labels = batch["labels"]
-                terms = logits.log_softmax(dim=-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-                sums = (terms * (labels != IGNORE)).sum(dim=1).tolist()
-                found += [(total if t.labels else 0.0, len(t.labels)) for total, t in zip(sums, part, strict=True)]
-        self.segments_used = used / max(len(pairs), 1)
-        return found
+            for start in range(0, len(pairs), self.batch_size):
+                part = pairs[start : start + self.batch_size]
+                contexts = [self.encode(context) for context, _ in part]
+                targets = [self.encode(continuation) for _, continuation in part]
+
+                # A continuation without a token cannot be padded: a stand-in keeps its place.
+                rows = zip(contexts, targets, strict=True)
+                triples = [self._triple(context, target or NO_TARGET) for context, target in rows]
+                terms, used = self._log_probabilities(self._batch(triples, device))
+                cycles += used
+
+                for target, total in zip(targets, terms, strict=True):
+                    sums.append((total if target else 0.0, len(target)))
+        self.segments_used = cycles / max(len(pairs), 1)
+        return sums
+
+    def _log_probabilities(self, batch: dict[str, Tensor]) -> tuple[list[float], int]:
+        """(log probability of each row's labels in nats, summed over them; HRM cycles of all rows together)."""
+        mask = batch["encoder_mask"]
+        encoded = self.model.encoder(batch["encoder_ids"], mask)
+        logits = self.model(
+            attention_mask=mask, encoder_outputs=encoded, decoder_input_ids=batch["decoder_input_ids"]
+        ).logits.float()
+
+        labels = batch["labels"]
+        indices = labels.clamp(min=0)[..., None]  # a valid index at pads too; the product below drops those terms
+        terms = logits.log_softmax(dim=-1).gather(-1, indices).squeeze(-1)
+        sums = (terms * (labels != IGNORE)).sum(dim=1)
+        return sums.tolist(), int(encoded.cycles_used.sum())

@@ -18,9 +18,18 @@ import options
 from engine.batches import IGNORE
 from engine.optimization import NonFiniteError, learning_rate
 from hybrid import data as hybrid_data
-from hybrid.data import data_problems, dev_sets, open_data, training_batches, validation_batches, workers_of
+from hybrid.data import (
+    HybridData,
+    HybridDataConfig,
+    data_problems,
+    dev_folders,
+    open_data,
+    training_batches,
+    usable_workers,
+    validation_batches,
+)
 from hybrid.model import HybridModel, Weights, is_hrm_parameter
-from hybrid.run import build_hybrid
+from hybrid.run import hybrid_config
 from hybrid.text import HybridText
 from hybrid.training import HybridTrainer, gate_scale, learns_by_muon
 from text_data.synthetic import SimpleTokenizer, is_held_out, synthetic_questions
@@ -35,6 +44,14 @@ def settings(**changes) -> options.Options:
     assert set(changes) <= set(vars(opts)), changes
     vars(opts).update({"lr": 1e-2, **changes})
     return opts
+
+
+def data_config(**changes) -> HybridDataConfig:
+    return options.part(HybridDataConfig, settings(**changes))
+
+
+def opened(**changes) -> HybridData:
+    return open_data(data_config(**changes))
 
 
 def trainer_of(model: HybridModel, precision: str = "none", **changes) -> HybridTrainer:
@@ -256,13 +273,13 @@ def test_the_synthetic_splits_share_no_pair_in_either_order():
 
 def test_synthetic_data_as_the_options_say(monkeypatch):
     monkeypatch.setattr(hybrid_data, "SYNTHETIC_TRAIN", 40)
-    data = open_data(settings(eval_n=7, seed=3))
+    data = opened(eval_n=7, seed=3)
     tokenizer = Tokenizer.from_str(data.tokenizer_json)
     assert len(data.train) == 40 and len(data.val) == len(data.questions) == 7
     for triple, (prompt, answer) in zip(data.val, data.questions, strict=True):
         assert tokenizer.decode(triple.encoder_ids) == prompt and triple.labels[-1] == data.eos_id
         assert tokenizer.decode(triple.labels[:-1]) == answer and triple.decoder_input_ids[0] == data.bos_id
-    other = open_data(settings(eval_n=7, seed=4))
+    other = opened(eval_n=7, seed=4)
     assert other.val == data.val and other.train != data.train  # what is validated does not hang on the seed
 
 
@@ -280,55 +297,56 @@ def test_validation_reads_every_sample_once_over_all_ranks(rows, size, world, mo
 
 def test_ranks_share_the_training_batches(tmp_path):
     folder = write_prepared(tmp_path / "data", train=12)
-    opts = settings(dataset=str(folder), batch_size=2)
-    data = open_data(opts)
-    shares = [training_batches(data, opts, rank, 2, 0) for rank in range(2)]
+    config = data_config(dataset=str(folder), batch_size=2)
+    data = open_data(config)
+    shares = [training_batches(data, config, rank, 2, 0) for rank in range(2)]
     seen = [tuple(ids[mask.bool()].tolist()) for _ in range(3) for share in shares for batch in [next(share)]
             for ids, mask in zip(batch["encoder_ids"], batch["encoder_mask"], strict=True)]
     assert sorted(seen) == sorted(tuple(row.encoder_ids) for row in rows_of(folder, "train"))
 
 
 def test_dev_sets_by_name(tmp_path):
-    assert dev_sets(None) == {}
-    assert {name: str(path) for name, path in dev_sets("math=a/b,c.o-de=../x").items()} == {
+    assert dev_folders(None) == {}
+    assert {name: str(path) for name, path in dev_folders("math=a/b,c.o-de=../x").items()} == {
         "math": "a/b", "c.o-de": "../x"}
     for wrong in ("math", "=x", "a=,b=c", "a=b,", "a b=c"):
         with pytest.raises(SystemExit):
             options.parse([*RUN, "--dataset", "synthetic", "--dev_sets", wrong])
     folder = write_prepared(tmp_path / "data")
-    data = open_data(settings(dataset=str(folder), dev_sets=f"one={folder}", max_seq_len=5))
+    data = opened(dataset=str(folder), dev_sets=f"one={folder}", max_seq_len=5)
     assert isinstance(data.train, PreparedData) and list(data.dev) == ["one"]
     assert list(data.dev["one"]) == list(data.val) and max(len(t.encoder_ids) for t in data.val) <= 5
-    assert open_data(settings(dataset=str(folder), eval_only=True)).train is None
+    assert opened(dataset=str(folder), eval_only=True).train is None
     assert hashlib.sha256(data.tokenizer_json.encode()).hexdigest() == data.val.meta["tokenizer_sha256"]
 
 
 def test_problems_of_the_data_one_line_each(tmp_path):
     one = write_prepared(tmp_path / "one")
     other = write_prepared(tmp_path / "other", characters="abc ")
-    assert data_problems(settings()) == data_problems(settings(dataset=str(one), dev_sets=f"a={one}")) == []
-    (told,) = data_problems(settings(dataset=str(one), dev_sets=f"a={other}"))
+    assert data_problems("synthetic", None) == data_problems(str(one), f"a={one}") == []
+    (told,) = data_problems(str(one), f"a={other}")
     assert "prepared with different tokenizers" in told
-    (told,) = data_problems(settings(dataset=str(tmp_path / "none")))
+    (told,) = data_problems(str(tmp_path / "none"), None)
     assert "has no meta.json" in told and "prepare_language_dataset.py" in told
-    assert len(data_problems(settings(dataset=str(tmp_path / "x"), dev_sets=f"a={tmp_path / 'y'}"))) == 2
+    assert len(data_problems(str(tmp_path / "x"), f"a={tmp_path / 'y'}")) == 2
 
 
 def test_workers_are_capped_to_the_cores_with_a_warning(monkeypatch):
     monkeypatch.setattr(hybrid_data.os, "sched_getaffinity", lambda _: {0, 1, 2})
-    assert workers_of(settings(dataset_workers=3)) == (3, None)
-    workers, told = workers_of(settings(dataset_workers=8))
+    assert usable_workers(3) == (3, None)
+    workers, told = usable_workers(8)
     assert workers == 3 and told.startswith("WARNING: --dataset_workers 8: this machine has 3 cores")
 
 
 def test_random_tokens_fill_the_longest_batch():
     opts = settings(dataset=None, dry_run=True, max_seq_len=30, batch_size=3)
-    data = open_data(opts)
-    batch = next(training_batches(data, opts, 0, 1, 0))
+    config = options.part(HybridDataConfig, opts)
+    data = open_data(config)
+    batch = next(training_batches(data, config, 0, 1, 0))
     assert all(batch[name].shape == (3, 30) for name in batch) and batch["encoder_mask"].all()
     assert data.tokenizer_json is None and not data.questions
     torch.manual_seed(0)
-    assert build_hybrid(opts, data).training_loss(batch, Weights()).loss.isfinite()
+    assert HybridModel(hybrid_config(opts, data)).training_loss(batch, Weights()).loss.isfinite()
 
 
 # --- text
