@@ -58,9 +58,16 @@ COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class RewardSettings:
     """What the rewards may be told.
 
-    tags: without them (False) a completion that holds no reasoning tag is itself thought and solution. free_tokens: a
-    completion this long loses nothing for brevity; one of max_tokens gets 0. code_*: limits of one code run, runs at a
-    time (0: one per core). tasks: the tasks items were drawn from, where their configs differ from the default.
+    Args:
+        tags: False: a completion that holds no reasoning tag is itself thought and solution.
+        free_tokens: a completion of this many tokens or fewer loses nothing for brevity; above 0.
+        max_tokens: one of this many tokens or more gets 0 for it; more than free_tokens.
+        code_timeout: seconds that one code run may take, above 0.
+        code_memory_mb: memory of one code run in MiB, 64 or more.
+        code_workers: code runs at a time; 0 = one per core.
+        allow_unconfined_code: whether code may run where nothing confines it.
+        allow_code_tasks: whether tasks may score whose scorer executes the completion.
+        tasks: the tasks that items were drawn from, where their configs differ from the default.
     """
 
     tags: bool = True
@@ -75,16 +82,16 @@ class RewardSettings:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, one clause each."""
-        found = []
+        clauses = []
         if not 0 < self.free_tokens < self.max_tokens:
-            found.append(f"need 0 < free_tokens < max_tokens, got {self.free_tokens} and {self.max_tokens}")
+            clauses.append(f"need 0 < free_tokens < max_tokens, got {self.free_tokens} and {self.max_tokens}")
         if not self.code_timeout > 0:
-            found.append(f"code_timeout must be above 0, got {self.code_timeout}")
+            clauses.append(f"code_timeout must be above 0, got {self.code_timeout}")
         if self.code_memory_mb < 64:
-            found.append(f"code_memory_mb must be at least 64, got {self.code_memory_mb}")
+            clauses.append(f"code_memory_mb must be at least 64, got {self.code_memory_mb}")
         if self.code_workers < 0:
-            found.append(f"code_workers must be 0 or more, got {self.code_workers}")
-        return found
+            clauses.append(f"code_workers must be 0 or more, got {self.code_workers}")
+        return clauses
 
 
 DEFAULTS = RewardSettings()
@@ -101,32 +108,42 @@ def text_of(value: Any, roles: Sequence[str] = ()) -> str:
         value = [value]
     if not isinstance(value, list | tuple):
         return ""
-    chosen = [m for m in value if isinstance(m, Mapping) and (not roles or m.get("role") in roles)]
-    return "\n".join(filter(None, (_content(message.get("content")) for message in chosen)))
+
+    texts = []
+    for message in value:
+        if isinstance(message, Mapping) and (not roles or message.get("role") in roles):
+            texts.append(_content(message.get("content")))
+    return "\n".join(filter(None, texts))
 
 
 def _content(content: Any) -> str:
     """A message's content: text, or a list of parts of which the textual ones count."""
-    if isinstance(content, list | tuple):
-        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        return "\n".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        return ""
+    texts = []
+    for part in content:
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def parse(completion: Any, settings: RewardSettings) -> Parsed:
-    """A completion's parts; bare text is both parts where tags are not asked for."""
+    """A completion's thought and solution; a text without a tag is both of them where `settings.tags` is False."""
     text = text_of(completion)
-    if not settings.tags and not any(tag in text for tag in REASONING_TOKENS):
-        bare = without_tags(text).strip()
-        return Parsed(bare, bare, False)
-    return split_completion(text)
+    if settings.tags or any(tag in text for tag in REASONING_TOKENS):
+        return split_completion(text)
+    bare = without_tags(text).strip()
+    return Parsed(bare, bare, False)
 
 
 def _column(columns: Mapping[str, Any], name: str, rows: int) -> list[Any]:
-    """The column's values, None where there are none."""
+    """`rows` values of the column, None where there are none."""
     values = columns.get(name)
-    values = list(values) if isinstance(values, list | tuple) else []
-    return (values + [None] * rows)[:rows]
+    if not isinstance(values, list | tuple):
+        return [None] * rows
+    return [*values, *[None] * rows][:rows]
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
@@ -143,12 +160,13 @@ def math_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
     A division that the prompt asks for is no answer to it, though it is worth as much: `24 / 2` for 12.
     """
     answers = _column(columns, "answer", len(completions))
-    asked = _column({"prompts": prompts}, "prompts", len(completions))
-    solutions = [parse(completion, settings).solution for completion in completions]
-    return [
-        float(same_answer(solution, answer) and not _copied(solution, answer, text_of(prompt, ("user",))))
-        for solution, answer, prompt in zip(solutions, answers, asked, strict=True)
-    ]
+    questions = _column({"prompts": prompts}, "prompts", len(completions))
+    scores = []
+    for completion, answer, prompt in zip(completions, answers, questions, strict=True):
+        solution = parse(completion, settings).solution
+        is_right = same_answer(solution, answer) and not _copied(solution, answer, text_of(prompt, ("user",)))
+        scores.append(float(is_right))
+    return scores
 
 
 def _copied(solution: str, answer: Any, prompt: str) -> bool:
@@ -175,17 +193,25 @@ def same_answer(solution: str, answer: Any) -> bool:
 def brevity_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
     """1.0 for a short completion that does not repeat itself; 0.0 for one without a word in it."""
     ids = _column({"ids": completion_ids}, "ids", len(completions))
-    return [_brevity(text_of(c), row, settings) for c, row in zip(completions, ids, strict=True)]
+    return [_brevity(text_of(completion), row, settings) for completion, row in zip(completions, ids, strict=True)]
 
 
 def _brevity(text: str, ids: Any, settings: RewardSettings) -> float:
+    """Brevity of one completion in [0, 1]; `ids` are its tokens, where known."""
     content = without_tags(text)
     if re.search(r"\w", content) is None:
         return 0.0
-    length = len(ids) if isinstance(ids, list | tuple) and ids else len(text) / CHARACTERS_PER_TOKEN
+
+    # Falls linearly from free_tokens to max_tokens.
+    if isinstance(ids, list | tuple) and ids:
+        length = len(ids)
+    else:
+        length = len(text) / CHARACTERS_PER_TOKEN
     room = (settings.max_tokens - length) / (settings.max_tokens - settings.free_tokens)
     if room <= 0:
         return 0.0
+
+    # Filling the room with the same words must not pay.
     excess = max(repetition(content) - FREE_REPETITION, 0.0) / (1.0 - FREE_REPETITION)
     return min(room, 1.0) * (1.0 - excess)
 
@@ -193,8 +219,10 @@ def _brevity(text: str, ids: Any, settings: RewardSettings) -> float:
 def repetition(text: str) -> float:
     """Share of the text's word 4-grams that occurred before in it, in [0, 1); long words count as pieces of them."""
     words = re.findall(r"\w{1,8}|[^\w\s]", text[:LONGEST_COUNTED].lower())
-    grams = list(zip(*(words[start:] for start in range(NGRAM)), strict=False))
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+    grams = [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
+    if not grams:
+        return 0.0
+    return 1.0 - len(set(grams)) / len(grams)
 
 
 def code_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
@@ -203,15 +231,11 @@ def code_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
     Runs confined; a machine that cannot confine scores 0.0, of which `build_rewards` warns by raising.
     """
     rows = len(completions)
-    jobs: list[CodeJob | None] = []
-    for completion, tests, setup in zip(
-        completions, _column(columns, "tests", rows), _column(columns, "setup", rows), strict=True
-    ):
-        code = without_outer_fence(parse(completion, settings).solution)
-        usable = isinstance(tests, list | tuple) and tests and all(isinstance(test, str) for test in tests)
-        written = any(line.strip() and not line.lstrip().startswith("#") for line in code.splitlines())
-        setup = setup if isinstance(setup, str) else ""
-        jobs.append(CodeJob(code, tuple(tests), setup) if usable and written and len(code) <= LONGEST_CODE else None)
+    tests = _column(columns, "tests", rows)
+    setups = _column(columns, "setup", rows)
+    jobs = [_code_job(*row, settings) for row in zip(completions, tests, setups, strict=True)]
+
+    # Completions of a group are often equal: each distinct program runs once.
     distinct = list(dict.fromkeys(job for job in jobs if job is not None))
     limits = (settings.code_workers, settings.code_timeout, settings.code_memory_mb, settings.allow_unconfined_code)
     scores: dict[CodeJob | None, float] = {None: 0.0}
@@ -221,29 +245,50 @@ def code_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
     return [scores[job] for job in jobs]
 
 
+def _code_job(completion: Any, tests: Any, setup: Any, settings: RewardSettings) -> CodeJob | None:
+    """The program of a completion with its tests; None where there are no tests, or nothing to run."""
+    if not isinstance(tests, list | tuple) or not tests or not all(isinstance(test, str) for test in tests):
+        return None
+    code = without_outer_fence(parse(completion, settings).solution)
+    has_code = any(line.strip() and not line.lstrip().startswith("#") for line in code.splitlines())
+    if not has_code or len(code) > LONGEST_CODE:
+        return None
+    return CodeJob(code, tuple(tests), setup if isinstance(setup, str) else "")
+
+
 def chain_of_thought_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
-    """Share of the thought's equations that are right and follow from the prompt: `arithmetic_text.sound_share`."""
-    asked = _column({"prompts": prompts}, "prompts", len(completions))
-    return [
-        sound_share(parse(completion, settings).thought, text_of(prompt, ("user",)))
-        for completion, prompt in zip(completions, asked, strict=True)
-    ]
+    """Share of the thought's equations that are right and follow from the prompt: `arithmetic.sound_share`."""
+    questions = _column({"prompts": prompts}, "prompts", len(completions))
+    scores = []
+    for completion, prompt in zip(completions, questions, strict=True):
+        thought = parse(completion, settings).thought
+        scores.append(sound_share(thought, text_of(prompt, ("user",))))
+    return scores
 
 
 def verifier_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
     """What the task's own scorer says of the solution: columns `task` (a name) and `item` (see `item_text`)."""
-    rows = len(completions)
-    tasks, items = _column(columns, "task", rows), _column(columns, "item", rows)
-    solutions = [parse(completion, settings).solution for completion in completions]
-    return [_verified(*row, settings) for row in zip(solutions, tasks, items, strict=True)]
+    tasks = _column(columns, "task", len(completions))
+    items = _column(columns, "item", len(completions))
+    scores = []
+    for completion, task, item in zip(completions, tasks, items, strict=True):
+        solution = parse(completion, settings).solution
+        scores.append(_verified(solution, task, item, settings))
+    return scores
 
 
 def _verified(solution: str, name: Any, text: Any, settings: RewardSettings) -> float:
-    barred = name in EXECUTES_CODE and not settings.allow_code_tasks if isinstance(name, str) else True
-    if not solution or barred or len(solution) > LONGEST_ITEM_ANSWER:
+    """The score of one solution by the task `name` on the item `text`; 0.0 where either is missing or not allowed."""
+    if not isinstance(name, str) or not isinstance(text, str):
         return 0.0
+    if name in EXECUTES_CODE and not settings.allow_code_tasks:
+        return 0.0
+    if not solution or len(solution) > LONGEST_ITEM_ANSWER:
+        return 0.0
+
+    # The item's own task where it is at hand: some scorers read the config.
     task = next((task for task in settings.tasks if task.name == name), None) or _default_task(name)
-    entry = read_item(text) if isinstance(text, str) else None
+    entry = read_item(text)
     if task is None or entry is None:
         return 0.0
     return Example(entry["question"], entry.get("answer"), name, entry, task).verify(solution).score
@@ -251,6 +296,7 @@ def _verified(solution: str, name: Any, text: Any, settings: RewardSettings) -> 
 
 @functools.cache
 def _default_task(name: str) -> Task | None:
+    """The task at its default config; None where there is none of that name."""
     try:
         return Task(name)
     except TaskError:
@@ -270,6 +316,7 @@ def item_text(entry: Mapping[str, Any]) -> str:
 
 
 def _packed(value: Any) -> Any:
+    """The value in JSON's types; a mapping of one tag stands for a type that JSON does not have."""
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
             return {key: _packed(part) for key, part in value.items()}
@@ -279,7 +326,9 @@ def _packed(value: Any) -> Any:
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
             return {f"__{kind.__name__}__": [_packed(part) for part in value]}
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return str(value)
 
 
 def _unpacked(value: dict[str, Any]) -> Any:
@@ -320,26 +369,42 @@ def build_rewards(weights: Mapping[str, float], **settings: Any) -> tuple[list[R
         ValueError: one line with every problem: unknown rewards or settings, weights that are negative, not finite or
             all 0, values out of range, the code reward where code cannot be confined.
     """
-    problems = [f"unknown reward {name!r}: choose from {', '.join(REWARDS)}" for name in weights if name not in REWARDS]
-    for name, weight in weights.items():
-        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-            problems.append(f"the weight of {name} must be a finite number of 0 or more, got {weight!r}")
-    if not any(weights.values()):
-        problems.append("no reward has a weight above 0")
-    fields = {field.name for field in dataclasses.fields(RewardSettings)}
-    problems += [
-        f"unknown setting {name!r}: choose from {', '.join(sorted(fields))}" for name in settings if name not in fields
-    ]
-    bound = RewardSettings(**{name: value for name, value in settings.items() if name in fields})
+    problems = _weight_problems(weights)
+
+    # Settings come from callers in Python; a misspelt one would otherwise have no effect.
+    names = {field.name for field in dataclasses.fields(RewardSettings)}
+    for name in settings:
+        if name not in names:
+            problems.append(f"unknown setting {name!r}: choose from {', '.join(sorted(names))}")
+    bound = RewardSettings(**{name: value for name, value in settings.items() if name in names})
     problems += bound.problems()
-    if "code" in weights and not bound.allow_unconfined_code and (reason := confinement()) is not None:
-        problems.append(f"the code reward cannot run: {reason}")
+
+    # Without confinement every program would score 0, which looks like a model that cannot write code.
+    if "code" in weights and not bound.allow_unconfined_code:
+        reason = confinement()
+        if reason is not None:
+            problems.append(f"the code reward cannot run: {reason}")
     if problems:
         raise ValueError("; ".join(problems))
     return [_bind(name, bound) for name in weights], [float(weight) for weight in weights.values()]
 
 
+def _weight_problems(weights: Mapping[str, float]) -> list[str]:
+    """Unknown rewards and weights out of range, one clause each."""
+    problems = []
+    for name in weights:
+        if name not in REWARDS:
+            problems.append(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}")
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            problems.append(f"the weight of {name} must be a finite number of 0 or more, got {weight!r}")
+    if not any(weights.values()):
+        problems.append("no reward has a weight above 0")
+    return problems
+
+
 def _bind(name: str, settings: RewardSettings) -> Reward:
+    """The reward with these settings, under its own name."""
     reward = REWARDS[name]
 
     def function(prompts, completions, completion_ids=None, **columns) -> list[float]:
