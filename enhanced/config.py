@@ -14,6 +14,29 @@ from transformers.utils import ModelOutput
 class EnhancedHRMConfig(PreTrainedConfig):
     """Everything that fixes the model's shape, its gate and the weights of its losses.
 
+    The defaults are those of `train.py --arch enhanced`; there the tokenizer gives the vocabulary. With 32,025 tokens
+    the model has 16.7 M parameters.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        d_model: width of planner and worker; an even multiple of n_heads.
+        n_heads: attention heads.
+        n_planner_layers, n_worker_layers: layers of each, 1 or more.
+        max_cycles: planner-then-worker cycles of a token, 1 or more.
+        thought_dim: width of a thought.
+        mlp_hidden: width inside the feed-forward layers; None or 0 = 23/8 of d_model, rounded up to a multiple of 8.
+        adaptive_cycles: whether the gate stops tokens in evaluation mode.
+        entropy_threshold: a token stops where the gate's guess of the entropy, as a share of log V, lies below it...
+        confidence_threshold: ...and its guess of the largest probability above this one. Both in [0, 1].
+        cycle_weight: weight of the change of the worker's state from cycle to cycle.
+        thought_weight: weight of the thought losses; variance_weight and covariance_weight are factors inside them.
+        gate_weight: weight of the gate's error.
+        exit_weight: weight of the token loss at an earlier cycle.
+        exit_sample: most tokens of a batch on which gate and early exits are trained.
+        thought_ema: decay of the thought target's moving average, in [0, 1].
+        rope_theta: base of the rotary position embedding.
+        kwargs: as transformers takes them.
+
     Raises:
         ValueError: one line that names every value out of range.
     """
@@ -47,35 +70,52 @@ class EnhancedHRMConfig(PreTrainedConfig):
         rope_theta: float = 10_000.0,
         **kwargs: Any,
     ):
-        self.vocab_size, self.d_model, self.n_heads = vocab_size, d_model, n_heads
-        self.n_planner_layers, self.n_worker_layers, self.max_cycles = n_planner_layers, n_worker_layers, max_cycles
-        # 23/8 of the width, in steps of 8: with the defaults and 32,025 tokens the model has 16.7 M parameters.
-        self.thought_dim, self.mlp_hidden = thought_dim, mlp_hidden or math.ceil(d_model * 23 / 8 / 8) * 8
+        self.vocab_size = vocab_size
+        self.d_model = d_model
+        self.n_heads = n_heads
+        self.n_planner_layers = n_planner_layers
+        self.n_worker_layers = n_worker_layers
+        self.max_cycles = max_cycles
+        self.thought_dim = thought_dim
+        self.mlp_hidden = mlp_hidden or math.ceil(d_model * 23 / 8 / 8) * 8
         self.adaptive_cycles = adaptive_cycles
-        self.entropy_threshold, self.confidence_threshold = entropy_threshold, confidence_threshold
-        self.cycle_weight, self.thought_weight = cycle_weight, thought_weight
-        self.variance_weight, self.covariance_weight = variance_weight, covariance_weight
-        self.gate_weight, self.exit_weight, self.exit_sample = gate_weight, exit_weight, exit_sample
-        self.thought_ema, self.rope_theta = thought_ema, rope_theta
-        kwargs.pop("num_hidden_layers", None)  # follows from the others
-        self.num_hidden_layers = max_cycles * (n_planner_layers + n_worker_layers)  # key/value slots: what caches ask
+        self.entropy_threshold = entropy_threshold
+        self.confidence_threshold = confidence_threshold
+        self.cycle_weight = cycle_weight
+        self.thought_weight = thought_weight
+        self.variance_weight = variance_weight
+        self.covariance_weight = covariance_weight
+        self.gate_weight = gate_weight
+        self.exit_weight = exit_weight
+        self.exit_sample = exit_sample
+        self.thought_ema = thought_ema
+        self.rope_theta = rope_theta
+        # Caches are sized by this name: one slot per cycle and layer. A saved config's number follows from the others.
+        kwargs.pop("num_hidden_layers", None)
+        self.num_hidden_layers = max_cycles * (n_planner_layers + n_worker_layers)
         kwargs.setdefault("tie_word_embeddings", True)
         self._check()
         super().__init__(**kwargs)
 
     def _check(self) -> None:
+        """Raises ValueError naming every value out of range."""
         faults = []
         for name in ("vocab_size", "n_planner_layers", "n_worker_layers", "max_cycles", "thought_dim", "mlp_hidden"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1, got {getattr(self, name)}")
+
+        # Rotary embeddings turn pairs of a head's components, so a head's width must be even.
         if self.n_heads < 1 or self.d_model % self.n_heads or self.d_model // self.n_heads % 2 or self.d_model < 1:
             faults.append(f"d_model {self.d_model} must be an even multiple of n_heads {self.n_heads}")
+
         for name in ("entropy_threshold", "confidence_threshold", "thought_ema"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} must lie in 0..1, got {getattr(self, name)}")
-        weights = [name for name in vars(self) if name.endswith("_weight")]
-        faults += [f"{name} must not be negative, got {getattr(self, name)}" for name in weights
-                   if not getattr(self, name) >= 0]
+
+        for name, value in vars(self).items():
+            if name.endswith("_weight") and not value >= 0:  # not a number is no weight either
+                faults.append(f"{name} must not be negative, got {value}")
+
         if faults:
             raise ValueError("enhanced HRM: " + "; ".join(faults))
 
@@ -107,12 +147,14 @@ class CycleMeter:
     """Running mean of cycles per token; hand it to `forward` or `generate` as `cycles_log`."""
 
     cycles: int = 0
-    tokens: int = 0
+    tokens: int = 0  # padding left out
 
     def add(self, cycles_used: Tensor) -> None:
+        """Counts the tokens of cycles_used (B, T), which is 0 at padding."""
         self.cycles += int(cycles_used.sum())
         self.tokens += int((cycles_used > 0).sum())
 
     @property
     def mean(self) -> float:
+        """Cycles per token; nan before the first one."""
         return self.cycles / self.tokens if self.tokens else float("nan")

@@ -1,6 +1,6 @@
 """Layers of the planner/worker model: causal attention over key/value slots, token choice, thought and gate heads.
 
-Shapes: B batch, T tokens of this call, S keys (past and present), d width, h heads, e = d / h; after the gate has
+Shapes: B batch, T tokens of this call, S keys (past and present), d width, h heads, e = d / h. After the gate has
 stopped some tokens, R rows still hold running ones, at most A of them in a row.
 """
 
@@ -34,6 +34,8 @@ class Chosen:
         """Packs `active` (B, T) bool; at least one token must run."""
         rows = active.any(dim=1).nonzero()
         running = active[rows[:, 0]]
+
+        # Stable: running tokens come first and stay in the order of the text, which causal attention needs.
         order = torch.argsort(~running, dim=1, stable=True)
         columns = order[:, : int(running.sum(dim=1).max())]
         return cls(rows, columns, running.gather(1, columns))
@@ -48,18 +50,33 @@ class Chosen:
         return whole.index_put((rows, self.columns[self.real]), part[self.real].to(whole.dtype))
 
 
+def take(chosen: Chosen | None, whole: Tensor) -> Tensor:
+    """What the chosen tokens hold: (R, A, ...) of (B, T, ...); all of it where None are chosen."""
+    return whole if chosen is None else chosen.take(whole)
+
+
+def put(chosen: Chosen | None, whole: Tensor, part: Tensor) -> Tensor:
+    """`whole` (B, T, ...) with the chosen tokens' new values `part`; `part` itself where None are chosen."""
+    return part if chosen is None else chosen.put(whole, part)
+
+
 @dataclass
-class Slots:
+class KeyValueSlots:
     """Keys and values of one call, one slot per (cycle, layer); slot = cycle * layers + layer.
 
-    `carried` holds this call's keys and values of each layer's last executed cycle: a token that stopped is read in
-    later cycles as it was when it stopped.
+    A token that stopped is read in later cycles as it was when it stopped. Therefore `carried` holds this call's keys
+    and values of each layer's last executed cycle.
+
+    Args:
+        layers: layers of planner and worker together.
+        cache: keys and values of earlier calls; None = there are none, and none are kept.
+        carry: whether tokens may stop, so that `carried` is needed.
     """
 
     layers: int
     cache: Cache | None = None
     carry: bool = False
-    carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    carried: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer
 
     def exchange(self, key: Tensor, value: Tensor, cycle: int, layer: int, chosen: Chosen | None) -> list[Tensor]:
         """Stores new key and value (R, h, A, e); returns all that these rows may read, each (R, h, S, e)."""
@@ -67,11 +84,16 @@ class Slots:
         if chosen is not None:
             packed = zip(self.carried[layer], new, strict=True)
             new = [chosen.put(old.transpose(1, 2), part.transpose(1, 2)).transpose(1, 2) for old, part in packed]
+
+        # From here on, keys and values are those of all B rows and T tokens.
         if self.carry:
             self.carried[layer] = (new[0], new[1])
         if self.cache is not None:
             new = list(self.cache.update(*new, cycle * self.layers + layer))
-        return new if chosen is None else [part[chosen.rows[:, 0]] for part in new]
+
+        if chosen is None:
+            return new
+        return [part[chosen.rows[:, 0]] for part in new]
 
     def repeat(self, cycle: int) -> None:
         """Fills the slots of a cycle that no token runs."""
@@ -94,22 +116,22 @@ def usable_cache(cache: Cache | None, slots: int) -> Cache | None:
 
 
 @dataclass
-class Cycle:
+class CycleContext:
     """What every layer call of one cycle shares."""
 
-    index: int
+    index: int  # of the cycle, from 0
     cos: Tensor  # (R, A, e)
     sin: Tensor  # (R, A, e)
     mask: Tensor | None  # (R, 1, A, S) bool; None: everything may be read
-    slots: Slots
-    chosen: Chosen | None = None
+    slots: KeyValueSlots
+    chosen: Chosen | None = None  # None: all tokens run
 
-    def of(self, index: int, chosen: Chosen | None) -> Cycle:
+    def of(self, index: int, chosen: Chosen | None) -> CycleContext:
         """The cycle `index`, run by the chosen tokens alone; called on a cycle of all tokens."""
-        if chosen is None:
-            return Cycle(index, self.cos, self.sin, self.mask, self.slots)
-        mask = None if self.mask is None else chosen.take(self.mask[:, 0])[:, None]
-        return Cycle(index, chosen.take(self.cos), chosen.take(self.sin), mask, self.slots, chosen)
+        mask = self.mask
+        if chosen is not None and mask is not None:
+            mask = chosen.take(mask[:, 0])[:, None]
+        return CycleContext(index, take(chosen, self.cos), take(chosen, self.sin), mask, self.slots, chosen)
 
 
 def causal_mask(attention_mask: Tensor, tokens: int) -> Tensor | None:
@@ -120,6 +142,7 @@ def causal_mask(attention_mask: Tensor, tokens: int) -> Tensor | None:
     length = attention_mask.shape[1]
     reader = torch.arange(length - tokens, length, device=attention_mask.device)[:, None]
     column = torch.arange(length, device=attention_mask.device)[None]
+
     mask = ((column < reader) & attention_mask.bool()[:, None]) | (column == reader)
     return None if bool(mask.all()) else mask[:, None]
 
@@ -129,18 +152,22 @@ class CausalLayer(nn.Module):
 
     def __init__(self, d: int, heads: int, hidden: int, index: int):
         super().__init__()
-        self.heads, self.index = heads, index
+        self.heads = heads
+        self.index = index  # among the layers of planner and worker
         self.qkv = linear(d, 3 * d)
         self.out = linear(d, d)
         self.mlp = SwiGLU(d, hidden=hidden)
 
-    def attention(self, x: Tensor, cycle: Cycle) -> Tensor:
+    def attention(self, x: Tensor, cycle: CycleContext) -> Tensor:
+        """(R, A, d) -> (R, A, d): each running token reads all tokens up to itself, stopped ones included."""
         q, k, v = rearrange(self.qkv(x), "R A (three h e) -> three R h A e", three=3, h=self.heads)
-        q, k = rotate(q, cycle.cos, cycle.sin), rotate(k, cycle.cos, cycle.sin)
+        q = rotate(q, cycle.cos, cycle.sin)
+        k = rotate(k, cycle.cos, cycle.sin)
+
         keys, values = cycle.slots.exchange(k, v, cycle.index, self.index, cycle.chosen)
         return self.out(rearrange(attend(q, keys, values, cycle.mask), "R h A e -> R A (h e)"))
 
-    def forward(self, x: Tensor, cycle: Cycle) -> Tensor:
+    def forward(self, x: Tensor, cycle: CycleContext) -> Tensor:
         x = rms_norm(x + self.attention(x, cycle))
         return rms_norm(x + self.mlp(x))
 
@@ -164,29 +191,35 @@ class ThoughtHead(nn.Module):
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
+        """Moves the target by `1 - decay` of the way to the projection."""
         self.target.lerp_(self.project.weight.to(self.target.dtype), 1 - decay)
 
     def losses(self, state: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Terms over neighbours that `mask` (B, T) attends both: next (mean squared error), variance, covariance.
+        """Terms over neighbours in `state` (B, T, d) that `mask` (B, T) attends both; each a scalar.
 
-        `spread` is the mean deviation of a thought's components and `mean_error` what always guessing the mean target
-        would cost, both without gradient.
+        `next`, `variance` and `covariance` are losses: the mean squared error of the guessed next thought, and VICReg's
+        two terms. `spread` is the mean deviation of a thought's components and `mean_error` what always guessing the
+        mean target would cost, both without gradient.
         """
         pairs = mask[:, :-1].bool() & mask[:, 1:].bool()
         thought = self.project(state[:, :-1][pairs]).float()
-        if len(thought) < 2:
+        if len(thought) < 2:  # no variance; the zero keeps the graph, so that every rank has the same gradients
             zero = thought.sum() * 0.0
             return dict.fromkeys(("next", "variance", "covariance", "spread", "mean_error"), zero)
+
         with torch.no_grad():
             target = F.linear(state[:, 1:][pairs].float(), self.target.float())
+
+        # Components should spread (deviation 1) and say different things (no covariance between two of them).
         centred = thought - thought.mean(dim=0)
         deviation = (centred.pow(2).sum(dim=0) / (len(thought) - 1) + 1e-4).sqrt()
         covariance = centred.T @ centred / (len(thought) - 1)
-        apart = covariance.pow(2).sum() - covariance.diagonal().pow(2).sum()
+        off_diagonal = covariance.pow(2).sum() - covariance.diagonal().pow(2).sum()
+
         return {
             "next": F.mse_loss(self.predict(thought).float(), target),
             "variance": F.relu(1 - deviation).mean(),
-            "covariance": apart / thought.shape[1],
+            "covariance": off_diagonal / thought.shape[1],
             "spread": deviation.mean().detach(),
             "mean_error": target.var(dim=0, correction=0).mean(),
         }
@@ -195,13 +228,16 @@ class ThoughtHead(nn.Module):
 class GateHead(nn.Module):
     """Guesses, from the worker's state alone, how sure the token head is. (..., d) -> two of (...), each in 0..1.
 
-    The first is the entropy of the next token as a share of log V, the second the largest probability.
+    The first is the entropy of the next token as a share of log V, the second the largest probability. The token head
+    itself would cost V times the width for every token and cycle.
     """
 
     def __init__(self, d: int, hidden: int = 64):
         super().__init__()
         self.inner = linear(d, hidden)
         self.outer = nn.Linear(hidden, 2)
+
+        # Nearly blind at first, and on the safe side: see NEUTRAL_GATE.
         nn.init.normal_(self.outer.weight, std=0.01)
         with torch.no_grad():
             self.outer.bias.copy_(torch.tensor([NEUTRAL_GATE, -NEUTRAL_GATE]))
@@ -212,7 +248,7 @@ class GateHead(nn.Module):
 
     def loss(self, state: Tensor, logits: Tensor) -> Tensor:
         """Mean squared error of both against the truth in `logits` (N, V); moves the head, not the state (N, d)."""
-        if not len(state):
+        if not len(state):  # a zero with a graph: ranks of a DDP run must agree on what has a gradient
             return logits.sum() * 0.0
         guessed = torch.stack(self(state.detach()))
         return F.mse_loss(guessed, torch.stack(certainty(logits)))

@@ -18,13 +18,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 
-from engine.batches import IGNORE
 from enhanced.config import CycleMeter, EnhancedBackboneOutput, EnhancedHRMConfig, EnhancedOutput
-from enhanced.layers import CausalLayer, Chosen, Cycle, GateHead, Slots, ThoughtHead, causal_mask, usable_cache
+from enhanced.layers import (
+    CausalLayer,
+    Chosen,
+    CycleContext,
+    GateHead,
+    KeyValueSlots,
+    ThoughtHead,
+    causal_mask,
+    put,
+    take,
+    usable_cache,
+)
+from enhanced.losses import training_loss
 from enhanced.tokenizer import check_reasoning_tokenizer, reasoning_tokenizer
 from hrm_blocks import rms_norm, rope
 
@@ -42,14 +52,17 @@ class EnhancedHRMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to do: every module initialises itself."""
 
-    def adaptive(self, asked: bool | None) -> bool:
-        """Whether the gate stops tokens: as asked, else never in training mode, else as the config says."""
-        return asked if asked is not None else self.config.adaptive_cycles and not self.training
+    def is_adaptive(self, choice: bool | None) -> bool:
+        """Whether the gate stops tokens: the caller's choice, else never in training mode, else as the config says."""
+        if choice is not None:
+            return choice
+        return self.config.adaptive_cycles and not self.training
 
     @contextlib.contextmanager
     def all_cycles(self) -> Iterator[None]:
         """Inside, every token runs every cycle, in evaluation mode too: GRPO compares log-probabilities there."""
-        before, self.config.adaptive_cycles = self.config.adaptive_cycles, False
+        before = self.config.adaptive_cycles
+        self.config.adaptive_cycles = False
         try:
             yield
         finally:
@@ -61,12 +74,19 @@ class EnhancedHRMModel(EnhancedHRMPreTrainedModel):
 
     def __init__(self, config: EnhancedHRMConfig):
         super().__init__(config)
-        d, planners = config.d_model, config.n_planner_layers
-        indices = range(planners + config.n_worker_layers)
-        layers = [CausalLayer(d, config.n_heads, config.mlp_hidden, index) for index in indices]
+        d = config.d_model
+        planners = config.n_planner_layers
+
+        # The order in which parameters are made fixes their random values for a seed.
+        layers = []
+        for index in range(planners + config.n_worker_layers):
+            layers.append(CausalLayer(d, config.n_heads, config.mlp_hidden, index))
         self.embed_tokens = nn.Embedding(config.vocab_size, d)
         nn.init.trunc_normal_(self.embed_tokens.weight, std=d**-0.5, a=-2 * d**-0.5, b=2 * d**-0.5)
-        self.planner, self.worker = nn.ModuleList(layers[:planners]), nn.ModuleList(layers[planners:])
+        self.planner = nn.ModuleList(layers[:planners])
+        self.worker = nn.ModuleList(layers[planners:])
+
+        # What tells one cycle from another, the worker's skip connection, and the gate that may stop a token.
         self.cycle_embedding = nn.Parameter(torch.randn(config.max_cycles, d))
         self.skip = nn.Parameter(torch.full((d,), 0.5))
         self.gate = GateHead(d)
@@ -76,18 +96,24 @@ class EnhancedHRMModel(EnhancedHRMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def _run(self, layers: nn.ModuleList, x: Tensor, cycle: Cycle) -> Tensor:
+    def _run(self, layers: nn.ModuleList, x: Tensor, cycle: CycleContext) -> Tensor:
+        """Planner or worker on x (R, A, d)."""
         # A layer that writes slots cannot be run a second time in the backward pass.
-        again = self.gradient_checkpointing and self.training and cycle.slots.cache is None and not cycle.slots.carry
+        writes_slots = cycle.slots.cache is not None or cycle.slots.carry
+        runs_twice = self.gradient_checkpointing and self.training and not writes_slots
         for layer in layers:
-            x = self._gradient_checkpointing_func(layer.__call__, x, cycle) if again else layer(x, cycle)
+            if runs_twice:
+                x = self._gradient_checkpointing_func(layer.__call__, x, cycle)
+            else:
+                x = layer(x, cycle)
         return x
 
-    def step(self, plan: Tensor, work: Tensor, before: Tensor, x: Tensor, cycle: Cycle) -> tuple[Tensor, Tensor]:
+    def step(self, plan: Tensor, work: Tensor, before: Tensor, x: Tensor, cycle: CycleContext) -> tuple[Tensor, Tensor]:
         """One cycle: (plan, work), each (R, A, d); `before` is the worker's state one cycle before `work`."""
         x = x + self.cycle_embedding[min(cycle.index, len(self.cycle_embedding) - 1)]
         plan = self._run(self.planner, rms_norm(plan + work + x), cycle)
-        return plan, self._run(self.worker, rms_norm(work + plan + x + self.skip * before), cycle)
+        work = self._run(self.worker, rms_norm(work + plan + x + self.skip * before), cycle)
+        return plan, work
 
     def stops(self, work: Tensor) -> Tensor:
         """(...) bool of states (..., d): the gate takes the token head to be sure."""
@@ -116,47 +142,79 @@ class EnhancedHRMModel(EnhancedHRMPreTrainedModel):
         cycles = self.config.max_cycles if max_cycles is None else max_cycles
         if cycles < 1:
             raise ValueError(f"max_cycles must be at least 1, got {cycles}")
+
+        # A cache has one slot of keys and values per cycle and layer.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         layers = self.config.n_planner_layers + self.config.n_worker_layers
         cache = usable_cache(past_key_values, cycles * layers)
-        adaptive = self.adaptive(adaptive_cycles)
-        first, readable = self._first_cycle(input_ids, attention_mask, Slots(layers, cache, carry=adaptive))
+        adaptive = self.is_adaptive(adaptive_cycles)
+        slots = KeyValueSlots(layers, cache, carry=adaptive)
+        first, readable = self._first_cycle(input_ids, attention_mask, slots)
+
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5
+        used = torch.zeros_like(input_ids)
+        states = []
+        for work, active in self._cycles(x, first, readable, cycles, adaptive):
+            used = used + active
+            if every_state:
+                states.append(work)
+        return EnhancedBackboneOutput(work, past_key_values, used * readable, tuple(states) if every_state else None)
+
+    def _cycles(
+        self, x: Tensor, first: CycleContext, readable: Tensor, cycles: int, adaptive: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(worker's state (B, T, d), tokens (B, T) that ran) after each cycle that some token runs.
+
+        Args:
+            x: embedded tokens (B, T, d).
+            first: the first cycle, of all tokens.
+            readable: (B, T) bool, False at padding, which runs no further than the first cycle.
+            cycles: most cycles of a token, 1 or more.
+            adaptive: whether the gate stops tokens.
+        """
         plan = work = before = torch.zeros_like(x)
-        active, used, states = torch.ones_like(readable), torch.zeros_like(input_ids), []
+        active = torch.ones_like(readable)
         for index in range(cycles):
+            # None: all tokens run, without packing.
             chosen = None
             if adaptive and not bool(active.all()):
                 if not bool(active.any()):
                     first.slots.repeat(index)
                     continue
                 chosen = Chosen.of(active)
-            used = used + active
-            parts = [plan, work, before, x] if chosen is None else [chosen.take(t) for t in (plan, work, before, x)]
+            ran = active
+
+            parts = [take(chosen, whole) for whole in (plan, work, before, x)]
             new_plan, new_work = self.step(*parts, first.of(index, chosen))
             if adaptive and index < cycles - 1:
-                going = ~self.stops(new_work)
-                active = readable & (going if chosen is None else chosen.put(torch.zeros_like(active), going))
-            before = work
-            plan = new_plan if chosen is None else chosen.put(plan, new_plan)
-            work = new_work if chosen is None else chosen.put(work, new_work)
-            if every_state:
-                states.append(work)
-        return EnhancedBackboneOutput(work, past_key_values, used * readable, tuple(states) if every_state else None)
+                active = readable & put(chosen, torch.zeros_like(active), ~self.stops(new_work))
 
-    def _first_cycle(self, input_ids: Tensor, attention_mask: Tensor | None, slots: Slots) -> tuple[Cycle, Tensor]:
-        """(cycle 0 of all tokens, which tokens (B, T) are no padding)."""
+            before = work
+            plan = put(chosen, plan, new_plan)
+            work = put(chosen, work, new_work)
+            yield work, ran
+
+    def _first_cycle(
+        self, input_ids: Tensor, attention_mask: Tensor | None, slots: KeyValueSlots
+    ) -> tuple[CycleContext, Tensor]:
+        """(cycle 0 of all tokens, which tokens (B, T) are no padding). Raises ValueError for another mask."""
         tokens = input_ids.shape[1]
-        length = tokens + (slots.cache.get_seq_length() if slots.cache is not None else 0)
+        length = tokens
+        if slots.cache is not None:
+            length += slots.cache.get_seq_length()
+
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), length)
         if attention_mask.shape != (len(input_ids), length):
             shape = tuple(attention_mask.shape)
             raise ValueError(f"attention_mask must be (B, past + tokens) = {(len(input_ids), length)}, got {shape}")
+
+        # Pads do not count as positions, so a prompt is read alike wherever its padding stands.
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens:]
         cos, sin = rope(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        return Cycle(0, cos, sin, causal_mask(attention_mask, tokens), slots), attention_mask[:, -tokens:].bool()
+        first = CycleContext(0, cos, sin, causal_mask(attention_mask, tokens), slots)
+        return first, attention_mask[:, -tokens:].bool()
 
 
 class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
@@ -183,12 +241,19 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
 
     def parameter_shares(self) -> dict[str, int]:
         """Trainable parameters by part; a tied embedding counts once and `head` is what an untied one adds."""
+        owner = {
+            "embed_tokens": "embedding",
+            "planner": "planner",
+            "worker": "worker",
+            "lm_head": "head",
+            "thought_head": "heads",
+            "gate": "heads",
+        }
         shares = dict.fromkeys(("embedding", "planner", "worker", "head", "heads", "cycles"), 0)
-        owner = {"embed_tokens": "embedding", "planner": "planner", "worker": "worker", "gate": "heads"}
         for name, parameter in self.named_parameters():
             part = name.removeprefix("model.").split(".")[0]
-            part = {"lm_head": "head", "thought_head": "heads"}.get(part) or owner.get(part, "cycles")
-            shares[part] += parameter.numel() * parameter.requires_grad
+            if parameter.requires_grad:
+                shares[owner.get(part, "cycles")] += parameter.numel()
         return shares
 
     def forward(
@@ -215,9 +280,9 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as the backbone; labels together with `logits_to_keep`.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("labels need the logits of every position: leave logits_to_keep out, or the labels")
         if labels is not None:
+            if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
+                raise ValueError("labels need the logits of every position: leave logits_to_keep out, or the labels")
             use_cache = False
         out = self.model(
             input_ids,
@@ -228,86 +293,17 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
             adaptive_cycles=adaptive_cycles,
             every_state=labels is not None,
         )
+
         if cycles_log is not None:
             cycles_log.add(out.cycles_used)
         state = out.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        logits = self.lm_head(state[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept])
+        logits = self.lm_head(state[:, kept_columns(logits_to_keep)])
         loss = metrics = None
         if labels is not None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            loss, metrics = self._losses(out, logits, labels, mask, num_items_in_batch)
-        return EnhancedOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            thoughts=self.thought_head(state),
-            cycles_used=out.cycles_used,
-            metrics=metrics,
-        )
-
-    def _losses(
-        self, out: EnhancedBackboneOutput, logits: Tensor, labels: Tensor, mask: Tensor, items: Tensor | int | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(weighted sum, its unweighted parts): tokens, cycle consistency, thoughts, gate, early exits."""
-        scored = (labels[:, 1:] != IGNORE) & mask[:, :-1].bool()  # a left pad does not guess the first token
-        target = labels[:, 1:][scored]
-        chosen = logits[:, :-1][scored].float()
-        summed = F.cross_entropy(chosen, target, reduction="sum")
-        count = len(target) if items is None else items
-        share = len(target) / count if items is not None else 1.0  # of the auxiliary means, across accumulated calls
-        token = summed / (count if items is not None else max(count, 1))
-        thought = self.thought_head.losses(out.last_hidden_state, mask)
-        gate, early = self._gate_losses(out, logits, labels, mask.bool(), scored)
-        cycle = self._cycle_loss(out.worker_states, mask)
-        config = self.config
-        thought_loss = thought["next"] + config.variance_weight * thought["variance"]
-        thought_loss = thought_loss + config.covariance_weight * thought["covariance"]
-        auxiliary = config.cycle_weight * cycle + config.thought_weight * thought_loss
-        auxiliary = auxiliary + config.gate_weight * gate + config.exit_weight * early
-        used = out.cycles_used[mask.bool()].float()
-        metrics = {
-            "loss_token": token,
-            "loss_cycle": cycle,
-            **{f"loss_thought_{name}": thought[name] for name in ("next", "variance", "covariance")},
-            "loss_gate": gate,
-            "loss_exit": early,
-            "thought_spread": thought["spread"],
-            "thought_mean_error": thought["mean_error"],
-            "cycles_used": used.mean() if len(used) else used.sum(),
-        }
-        return token + share * auxiliary, {name: value.detach() for name, value in metrics.items()}
-
-    def _cycle_loss(self, states: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """Mean squared change of the worker's state from cycle to cycle.
-
-        Each state is pulled towards the next and never the next towards it, which idle cycles would satisfy.
-        """
-        readable = mask.bool()
-        steps = [F.mse_loss(a[readable], b[readable].detach()) for a, b in zip(states, states[1:], strict=False)]
-        return torch.stack(steps).mean() if steps and bool(readable.any()) else states[0].sum() * 0.0
-
-    def _gate_losses(
-        self, out: EnhancedBackboneOutput, logits: Tensor, labels: Tensor, readable: Tensor, scored: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(gate's error on readable tokens, cross-entropy of early exits on scored ones).
-
-        While training, at most `exit_sample` tokens are drawn, and the gate learns from the logits at hand and from
-        those of one earlier cycle, drawn at random, which are trained too: a token that stops there is answered there.
-        """
-        gate, states, places = self.model.gate, out.worker_states, readable.nonzero()
-        if self.training:
-            places = places[torch.randperm(len(places), device=places.device)[: self.config.exit_sample]]
-        rows, columns = places.unbind(dim=1)
-        error = gate.loss(out.last_hidden_state[rows, columns], logits[rows, columns])
-        if not self.training or len(states) < 2:
-            return error, logits.sum() * 0.0
-        state = states[int(torch.randint(len(states) - 1, ()))][rows, columns]
-        early = self.lm_head(state).float()
-        known = F.pad(scored, (0, 1))[rows, columns]
-        target = labels.roll(-1, dims=1)[rows, columns][known]
-        exits = F.cross_entropy(early[known], target, reduction="sum") / max(len(target), 1)
-        return (error + gate.loss(state, early)) / 2, exits
+            loss, metrics = training_loss(self, out, logits, labels, mask, num_items_in_batch)
+        thoughts = self.thought_head(state)
+        return EnhancedOutput(loss, logits, out.past_key_values, thoughts, out.cycles_used, metrics)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers'; without a mask, one of ones as long as all tokens so far."""
@@ -315,6 +311,13 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = torch.ones_like(input_ids)
         return inputs
+
+
+def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The columns whose logits transformers asks for: the last so many, all of them (0), or those of an index."""
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 
 def create_hrm_model_and_tokenizer(
@@ -329,8 +332,11 @@ def create_hrm_model_and_tokenizer(
 ) -> tuple[EnhancedHRMForCausalLM, Any]:
     """A new model (float32, random weights) and its tokenizer.
 
-    `tokenizer` is a hub name, a folder, None for the embedded one, or a tokenizer that already holds the reasoning
-    tokens; `settings` are further fields of `EnhancedHRMConfig`.
+    Args:
+        d_model, n_heads, max_cycles, n_planner_layers, n_worker_layers, thought_dim: as in `EnhancedHRMConfig`.
+        tokenizer: a hub name, a folder, None for the embedded one, or a tokenizer that already holds the reasoning
+            tokens.
+        settings: further fields of `EnhancedHRMConfig`.
 
     Raises:
         ValueError: no such tokenizer, one without reasoning tokens, settings out of range.
@@ -338,6 +344,8 @@ def create_hrm_model_and_tokenizer(
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = reasoning_tokenizer(tokenizer)
     check_reasoning_tokenizer(tokenizer)
+
+    # The model keeps the tokenizer's special tokens: `generate` stops and pads by them.
     config = EnhancedHRMConfig(
         vocab_size=len(tokenizer),
         d_model=d_model,

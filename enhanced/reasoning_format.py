@@ -15,7 +15,10 @@ REASONING_TOKENS = (
     *("<think>", "</think>", "<plan>", "</plan>", "<work>", "</work>"),
     *("<SOLUTION>", "</SOLUTION>", "<REASONING>", "</REASONING>"),
 )
-THINK, END_THINK, SOLUTION, END_SOLUTION = "<think>", "</think>", "<SOLUTION>", "</SOLUTION>"
+THINK = "<think>"
+END_THINK = "</think>"
+SOLUTION = "<SOLUTION>"
+END_SOLUTION = "</SOLUTION>"
 # What models of the common families end or pad with, where a decoder left it in.
 END_MARKS = (
     *("</s>", "<eos>", "<|eos|>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|end|>"),
@@ -28,7 +31,12 @@ _MARK = re.compile("|".join(map(re.escape, (*REASONING_TOKENS, *END_MARKS))))
 
 @dataclass(frozen=True)
 class Parsed:
-    """A completion's parts, stripped; "" for a part that is missing, or that cannot be told from others like it."""
+    """A completion's parts, stripped.
+
+    Args:
+        thought, solution: "" for a part that is missing, or that cannot be told from others like it.
+        well_formed: whether the completion is exactly one thought and one solution, as the module's docstring says.
+    """
 
     thought: str
     solution: str
@@ -42,18 +50,25 @@ def split_completion(text: str) -> Parsed:
     `<SOLUTION>` pair after it: none inside the thought counts, and of several none does.
     """
     before, opened, rest = text.partition(THINK)
-    thought, closed, after = rest.partition(END_THINK) if opened else ("", "", "")
+    thought, closed, after = "", "", ""
+    if opened:
+        thought, closed, after = rest.partition(END_THINK)
+
+    # The one solution, and what stands between thought and solution (lead) and behind it (tail).
     outside = before + after
     solution, lead, tail = "", "", ""
-    single = outside.count(SOLUTION) == outside.count(END_SOLUTION) == 1
-    if single and outside.index(SOLUTION) < outside.index(END_SOLUTION):
+    is_single = outside.count(SOLUTION) == outside.count(END_SOLUTION) == 1
+    if is_single and outside.index(SOLUTION) < outside.index(END_SOLUTION):
         lead, _, rest = outside.partition(SOLUTION)
         solution, _, tail = rest.partition(END_SOLUTION)
-    thought, solution = thought.strip(), solution.strip()
-    once = all(text.count(tag) == 1 for tag in (THINK, END_THINK, SOLUTION, END_SOLUTION))
-    filled = bool(once and closed and thought and solution) and not _TAG.search(solution)
-    alone = not before.strip() and not lead.strip() and _NOTHING.fullmatch(tail) is not None
-    return Parsed(thought, solution, filled and alone)
+    thought = thought.strip()
+    solution = solution.strip()
+
+    # Well-formed: every tag once, both parts filled, nothing beside them.
+    is_once = all(text.count(tag) == 1 for tag in (THINK, END_THINK, SOLUTION, END_SOLUTION))
+    is_filled = bool(is_once and closed and thought and solution) and not _TAG.search(solution)
+    is_alone = not before.strip() and not lead.strip() and _NOTHING.fullmatch(tail) is not None
+    return Parsed(thought, solution, is_filled and is_alone)
 
 
 def format_score(text: str) -> float:
@@ -61,18 +76,23 @@ def format_score(text: str) -> float:
     parsed = split_completion(text)
     if parsed.well_formed:
         return 1.0
-    score, start = 0.0, 0
+
+    # Each part counts once it has exactly one pair of tags, in order, behind the part before it.
+    score = 0.0
+    start = 0
     for opening, closing, content in ((THINK, END_THINK, parsed.thought), (SOLUTION, END_SOLUTION, parsed.solution)):
-        left, right = text.find(opening, start), text.find(closing, start)
+        left = text.find(opening, start)
+        right = text.find(closing, start)
         if text.count(opening) == text.count(closing) == 1 and 0 <= left < right:
-            score, start = score + (0.3 if content else 0.2), right
+            score += 0.3 if content else 0.2
+            start = right
     return score
 
 
 def format_rate(texts: Iterable[str]) -> float:
     """Share of well-formed completions; 0.0 of none."""
-    found = [split_completion(text).well_formed for text in texts]
-    return sum(found) / len(found) if found else 0.0
+    verdicts = [split_completion(text).well_formed for text in texts]
+    return sum(verdicts) / len(verdicts) if verdicts else 0.0
 
 
 def without_tags(text: str) -> str:

@@ -13,7 +13,8 @@ from tokenizers import AddedToken
 from enhanced.reasoning_format import REASONING_TOKENS
 from host import DEFAULT_HOST, HostError, load_tokenizer
 
-PAD, EOS = "<|pad|>", "<|eos|>"
+PAD = "<|pad|>"
+EOS = "<|eos|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -31,11 +32,12 @@ def reasoning_tokenizer(name_or_dir: str | None = None) -> Any:
     Raises:
         ValueError: no such tokenizer, or one that cannot hold the tags as tokens of their own.
     """
-    name = name_or_dir or DEFAULT_HOST
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name_or_dir or DEFAULT_HOST)
     except HostError as error:
         raise ValueError(str(error).replace("--model_name", "--tokenizer", 1)) from error
+
+    # The order of these additions fixes the ids of what is added.
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in REASONING_TOKENS])
     if tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": EOS})
@@ -44,6 +46,8 @@ def reasoning_tokenizer(name_or_dir: str | None = None) -> Any:
     if not has_assistant_prompt(tokenizer):
         tokenizer.add_tokens([AddedToken(role, special=True, normalized=False) for role in ROLES])
         tokenizer.chat_template = CHAT_TEMPLATE
+
+    # Prompts of a batch end in one column, behind which all answers begin.
     tokenizer.padding_side = "left"
     check_reasoning_tokenizer(tokenizer)
     return tokenizer
@@ -54,10 +58,9 @@ def has_assistant_prompt(tokenizer: Any) -> bool:
     if not tokenizer.chat_template:
         return False
     turn = [{"role": "user", "content": "?"}]
-    without, prompted = (
-        tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=prompt) for prompt in (False, True)
-    )
-    return len(prompted) > len(without)
+    plain = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
+    prompted = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return len(prompted) > len(plain)
 
 
 def check_reasoning_tokenizer(tokenizer: Any) -> None:
@@ -66,13 +69,19 @@ def check_reasoning_tokenizer(tokenizer: Any) -> None:
     Raises:
         ValueError: one line that names every fault.
     """
+    # A tag is one token, and comes back when that token is decoded.
+    split = []
+    hidden = []
+    for tag in REASONING_TOKENS:
+        ids = tokenizer.encode(tag, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            split.append(tag)
+        elif tag not in tokenizer.decode(ids, skip_special_tokens=True):
+            hidden.append(tag)
+
     faults = []
-    encoded = {tag: tokenizer.encode(tag, add_special_tokens=False) for tag in REASONING_TOKENS}
-    split = [tag for tag, ids in encoded.items() if len(ids) != 1 or ids[0] == tokenizer.unk_token_id]
     if split:
         faults.append(f"no single token for {' '.join(split)}")
-    whole = {tag: ids for tag, ids in encoded.items() if tag not in split}
-    hidden = [tag for tag, ids in whole.items() if tag not in tokenizer.decode(ids, skip_special_tokens=True)]
     if hidden:
         faults.append(f"decoding drops {' '.join(hidden)}")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
