@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,12 @@ def check_logits(host) -> None:
             f"model family {host.config.model_type} changes its logits in a way this program does not know, so HRM "
             "cannot be added to it faithfully: choose another base model"
         )
+
+
+def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tensor]:
+    """`positions` (B, N) as keyword arguments for a decoder's forward; none where the family takes no positions."""
+    known = inspect.signature(decoder.forward).parameters
+    return {"position_ids": positions} if "position_ids" in known else {}
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------

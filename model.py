@@ -1,19 +1,19 @@
 """`HRMController`: a frozen causal LM with an HRM add-on; its config, and the backbone that holds both.
 
-Data flow (B batch, N tokens, S prompt tokens, T target tokens, D LLM width, d HRM width, V vocabulary):
+How data flows (B batch, N tokens, S prompt tokens, T target tokens, D LLM width, d HRM width, V vocabulary):
 
-    states = controller.encode(batch)           the frozen LLM, no grad, once per batch
-    out = controller(states=states, carry=...)  one segment: x = norm(proj(features)), L x inner_T, H, inject, LM head
-    controller.generate(ids, mask)              prefill, segments once on the prompt, cached decoding with z_H kept
+    states = controller.encode(batch)                 runs the frozen LLM, no gradient, once per batch
+    out = controller.segment(states, labels, carry)   x = norm(proj(features)), L x inner_T, H, inject, LM head
+    controller.generate(ids, mask)                    prefill, segments once on the prompt, cached decoding with z_H
 
-z_H reads the whole prompt in both directions, so it may touch only positions from the last prompt token on.
+z_H reads the whole prompt in both directions. It may therefore change only the positions from the last prompt token on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ from transformers.utils import ModelOutput
 from batching import Batch
 from engine.batches import IGNORE
 from engine.optimization import check_fit
-from host import add_lora, freeze, host_logits, load_host, without_lora
+from host import add_lora, freeze, host_logits, load_host, position_arguments, without_lora
 from hrm_blocks import (
     Carry,
     Context,
@@ -51,85 +51,113 @@ from hrm_blocks import (
 from injector import INJECTORS, Slots, Thought, VocabularyBias
 
 ADDON_PREFIX = "model.addon."
-NOT_SHAPE = ("base_config", "base_model_name", "kwargs")
-CORES = {"hrm": HRMCore, "mlp": SinglePassCore}  # by `adapter`
+CORES = {"hrm": HRMCore, "mlp": SinglePassCore}  # by `HRMAddonConfig.adapter`
 
 
 class HRMAddonConfig(PreTrainedConfig):
-    """Everything that fixes the add-on's shape, beside the host's own config."""
+    """Shape and settings of the add-on, each named after the flag of `train.py` that sets it.
+
+    Only keyword arguments are taken. `base_config` and `base_model_name` are the LLM's and are set by `from_base`.
+
+    Attributes:
+        base_config: the LLM's own config; a dict of it is accepted.
+        base_model_name: folder or hub name that the LLM was loaded from.
+        d_h: width of the HRM; a multiple of 2 x n_heads.
+        h_layers, l_layers: layers of the slow block H and of the fast block L, at least 1.
+        share_hl: one block is both H and L, as in TRM; needs h_layers == l_layers.
+        n_heads: attention heads of the blocks and of the injector.
+        segments: segments of inference; a single pass always has 1.
+        inner_T: L steps before each H step.
+        reset_l: z_L starts anew at each segment.
+        grad_horizon: calls of a segment that carry gradient: "one_step", "full" or "k:N".
+        hrm_input: "tokens" reads every prompt token, "pooled" one vector made of their mean and the last.
+        hrm_read: LLM states that HRM reads: "embed+last", "last" or "all".
+        init_state: first z_H and z_L: "random", "fixed" or "zero", see `HRMCore`.
+        state_mix: earlier states enter a block by "sum" or by "gated", see `HRMCore`.
+        injector: "cab" or "grb", see injector.py.
+        cab_mem: memory tokens of cab; 0 = it reads all of z_H.
+        cab_gate_init, grb_gate_init: initial gate of cab (a factor) and of grb (a logit).
+        logit_bias_head: also a gated bias over the vocabulary.
+        lora_layers: top layers of the LLM with LoRA beside HRM; 0 = none.
+        lora_rank: rank of that LoRA.
+        use_act: a halting head learns, and halts examples at evaluation.
+        halt_detach: the halting head's loss leaves z_H alone.
+        halt_max_segments: most segments at evaluation with use_act; 0 = `segments`.
+        halt_settled: share of its norm, 0 to 1; at evaluation an example stops when a segment changes z_H by less than
+            that; 0 = off.
+        eval_readout: segment that answers: "last", or "best_halt" for the one of the highest halting score.
+        verifier_head: a head learns the task verifier's verdict.
+        train_injector_scale, eval_injector_scale: factor on the injection; 0 = the bare LLM.
+        adapter: "hrm", or "mlp" for HRM's blocks in a single pass.
+    """
 
     model_type = "hrm_addon"
     sub_configs = {"base_config": AutoConfig}
     auto_map = {}  # TRL reads it when it loads a reference model whose class transformers does not export
 
-    def __init__(
-        self,
-        base_config: PreTrainedConfig | dict | None = None,
-        base_model_name: str = "",
-        d_h: int = 128,
-        h_layers: int = 1,
-        l_layers: int = 1,
-        share_hl: bool = False,
-        n_heads: int = 4,
-        segments: int = 4,
-        inner_T: int = 2,
-        reset_l: bool = False,
-        grad_horizon: str = "full",
-        hrm_input: str = "tokens",
-        hrm_read: str = "embed+last",
-        init_state: str = "fixed",
-        state_mix: str = "sum",
-        injector: str = "cab",
-        cab_mem: int = 0,
-        cab_gate_init: float = 1.0,
-        grb_gate_init: float = 0.0,
-        logit_bias_head: bool = False,
-        lora_layers: int = 0,
-        lora_rank: int = 8,
-        use_act: bool = False,
-        halt_detach: bool = False,
-        halt_max_segments: int = 0,
-        halt_settled: float = 0.0,
-        eval_readout: str = "last",
-        verifier_head: bool = False,
-        train_injector_scale: float = 1.0,
-        eval_injector_scale: float = 1.0,
-        adapter: str = "hrm",
-        **kwargs: Any,
-    ):
-        if isinstance(base_config, dict):
-            base_config = AutoConfig.for_model(**base_config)
+    base_config: PreTrainedConfig | dict | None = None
+    base_model_name: str = ""
+    d_h: int = 128
+    h_layers: int = 1
+    l_layers: int = 1
+    share_hl: bool = False
+    n_heads: int = 4
+    segments: int = 4
+    inner_T: int = 2
+    reset_l: bool = False
+    grad_horizon: str = "full"
+    hrm_input: str = "tokens"
+    hrm_read: str = "embed+last"
+    init_state: str = "fixed"
+    state_mix: str = "sum"
+    injector: str = "cab"
+    cab_mem: int = 0
+    cab_gate_init: float = 1.0
+    grb_gate_init: float = 0.0
+    logit_bias_head: bool = False
+    lora_layers: int = 0
+    lora_rank: int = 8
+    use_act: bool = False
+    halt_detach: bool = False
+    halt_max_segments: int = 0
+    halt_settled: float = 0.0
+    eval_readout: str = "last"
+    verifier_head: bool = False
+    train_injector_scale: float = 1.0
+    eval_injector_scale: float = 1.0
+    adapter: str = "hrm"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.base_config, dict):
+            self.base_config = AutoConfig.for_model(**self.base_config)
         # A copy: transformers sets the attention of sub-configs to None below, and a host that shared it with us
         # would silently lose its causal mask.
-        self.base_config = base_config = copy.deepcopy(base_config)
-        self.base_model_name = base_model_name
-        self.d_h, self.h_layers, self.l_layers, self.n_heads = d_h, h_layers, l_layers, n_heads
-        self.share_hl = share_hl
-        self.adapter, self.segments = adapter, segments if adapter == "hrm" else 1
-        self.inner_T, self.reset_l, self.grad_horizon = inner_T, reset_l, grad_horizon
-        self.hrm_input, self.hrm_read, self.init_state = hrm_input, hrm_read, init_state
-        self.state_mix = state_mix
-        self.injector, self.cab_mem, self.cab_gate_init = injector, cab_mem, cab_gate_init
-        self.grb_gate_init, self.logit_bias_head = grb_gate_init, logit_bias_head
-        self.lora_layers, self.lora_rank = lora_layers, lora_rank
-        self.use_act, self.halt_max_segments, self.verifier_head = use_act, halt_max_segments, verifier_head
-        self.halt_detach, self.halt_settled, self.eval_readout = halt_detach, halt_settled, eval_readout
-        self.train_injector_scale, self.eval_injector_scale = train_injector_scale, eval_injector_scale
-        if base_config is not None:
-            text = base_config.get_text_config()
+        self.base_config = copy.deepcopy(self.base_config)
+        if self.adapter != "hrm":
+            self.segments = 1
+
+        # `generate` asks the outer config for the special tokens.
+        if self.base_config is not None:
+            text = self.base_config.get_text_config()
             for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 kwargs.setdefault(name, getattr(text, name, None))
         kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The host's text config: cache creation and TRL ask it for layers, heads and vocabulary."""
         return self.base_config.get_text_config(*args, **kwargs) if self.base_config is not None else self
 
+    def settings(self) -> dict[str, Any]:
+        """Name -> value of everything above but the LLM's own, in the order above: what rebuilds the add-on."""
+        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in inherited]
+        return {name: getattr(self, name) for name in names if name not in ("base_config", "base_model_name")}
+
 
 @dataclass
 class HostStates:
-    """What the frozen LLM says of a batch; the seam where a cache of hidden states sits."""
+    """What the frozen LLM computes for a batch; a cache of hidden states stands in here."""
 
     features: Tensor  # (B, S, k D) normed features of the prompt, k by `hrm_read`
     context: Context  # mask and RoPE of the prompt's positions
@@ -147,11 +175,152 @@ class BackboneOutput(ModelOutput):
     logit_bias: Tensor | None = None  # (B, kept, V)
 
 
+@dataclass
+class ControllerOutput(ModelOutput):
+    """Loss and logits of one segment, or of an ordinary causal-LM call."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # (B, kept, V); of one segment: (labelled tokens, V)
+    past_key_values: Any = None
+    carry: Any = None
+    metrics: dict[str, Tensor] | None = None
+    thought: Any = None
+    segments_used: Tensor | None = None
+
+
+# --- what every adapter on a frozen LLM shares ------------------------------------------------------------------------
+
+
+class FrozenHostModel(PreTrainedModel):
+    """A model around `host`, a frozen causal LM that stays in evaluation mode."""
+
+    host: PreTrainedModel
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to do: what trains initialises itself, and the host comes with its weights."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.host.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> FrozenHostModel:
+        """Trains what is added; the host stays in evaluation mode, its dropout off."""
+        super().train(mode)
+        self.host.eval()
+        return self
+
+
+class AdapterController(FrozenHostModel, GenerationMixin):
+    """A frozen LLM with something small that trains: HRM, its single pass, LoRA, virtual tokens, or nothing.
+
+    A training step calls `encode` once per batch and `segment` once per segment, by way of `SegmentLoss`. Answers come
+    from `generate`.
+    """
+
+    addon_prefix: str  # of the names of what trains, beside LoRA
+    recurrent: bool  # whether there are segments to draw, supervise and count
+    title: str  # what trains, in a few words for the user
+    virtual_tokens = 0  # positions that the adapter takes before the prompt
+
+    @classmethod
+    def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
+                  **settings: Any) -> AdapterController:
+        """A new adapter on the causal LM `name` (hub name or folder), with `settings` of its config.
+
+        Raises:
+            HostError: as `host.load_host`.
+        """
+        raise NotImplementedError
+
+    def encode(self, batch: Batch) -> Any:
+        """What `segment` needs of a batch that does not change from segment to segment."""
+        raise NotImplementedError
+
+    def segment(self, states: Any, labels: Tensor, carry: Any = None, denominator: float | None = None
+                ) -> ControllerOutput:
+        """Loss of one training segment.
+
+        Args:
+            states: what `encode` returned for the batch.
+            labels: (B, T) target ids, IGNORE where there is no loss.
+            carry: the state that the segment before returned; None before the first.
+            denominator: what the summed cross-entropy is divided by, the labelled tokens of the global batch; None:
+                those of this batch.
+
+        Returns:
+            Loss, logits (N, V) of the N labelled tokens in row-major order, carry, and `metrics` per example, each
+            (B,): `correct`, bool, every target token is the argmax; `halt_logits` and `verdict_logits` where those
+            heads exist.
+        """
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Name -> module of what trains, for counting."""
+        raise NotImplementedError
+
+    def shape(self) -> dict[str, Any]:
+        """What of an adapter document says how to build this adapter anew."""
+        raise NotImplementedError
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.host.get_output_embeddings()
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[PreTrainedModel]:
+        """The bare LLM, LoRA switched off inside."""
+        with without_lora(self.host):
+            yield self.host
+
+    def addon_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything that trains: never one of the LLM."""
+        trained = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and is_addon_parameter(name, self.addon_prefix):
+                trained[name] = parameter
+        return trained
+
+    def addon_state(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything a checkpoint keeps: what is added with its buffers, nothing of the LLM."""
+        state = self.state_dict()
+        return {name: tensor for name, tensor in state.items() if is_addon_parameter(name, self.addon_prefix)}
+
+    def load_addon_state(self, state: dict[str, Tensor]) -> None:
+        """Restores `addon_state`. Raises ValueError naming the first difference in names or shapes."""
+        check_fit(self.addon_state(), state)
+        self.load_state_dict(state, strict=False)
+
+
+class SegmentLoss(nn.Module):
+    """A controller as a module whose forward is one training segment: what DDP wraps."""
+
+    def __init__(self, controller: AdapterController):
+        super().__init__()
+        self.controller = controller
+
+    def forward(self, states: Any, labels: Tensor, carry: Any = None, denominator: float | None = None
+                ) -> ControllerOutput:
+        """As `AdapterController.segment`."""
+        return self.controller.segment(states, labels, carry, denominator)
+
+
+def is_addon_parameter(name: str, prefix: str = ADDON_PREFIX) -> bool:
+    """Whether a parameter or buffer is part of the adapter: freezing, optimizer, counting and saving all ask this."""
+    return name.startswith(prefix) or "lora_" in name
+
+
+# --- the HRM add-on ---------------------------------------------------------------------------------------------------
+
+
 class HRMAddon(nn.Module):
-    """All that trains: reading, HRM core, injector and heads; nothing of the host."""
+    """All that trains: reading, HRM core, injector and heads; nothing of the host.
+
+    `width` is D, `host_layers` the LLM's decoder layers, `vocabulary` V.
+    """
 
     def __init__(self, config: HRMAddonConfig, width: int, host_layers: int, vocabulary: int):
         super().__init__()
+        # The order in which modules are made fixes what random numbers each of them begins with.
         parts = {"last": 1, "embed+last": 2, "all": host_layers + 1}[config.hrm_read]
         self.read = linear(parts * width, config.d_h)
         self.core = CORES[config.adapter](
@@ -176,14 +345,14 @@ class HRMAddon(nn.Module):
         return rms_norm(self.read(features))
 
 
-class HRMBackbone(PreTrainedModel):
-    """Host and add-on in one backbone whose last hidden state is already injected, so that libraries which call
-    `model.base_model` and the output embedding by themselves (TRL) train the real thing."""
+class HRMBackbone(FrozenHostModel):
+    """Host and add-on in one backbone whose last hidden state is already injected.
+
+    Libraries that call `model.base_model` and the output embedding by themselves (TRL) so train the real thing.
+    """
 
     config_class = HRMAddonConfig
     base_model_prefix = "model"
-    _supports_sdpa = True
-    _supports_flash_attn = True
 
     def __init__(self, config: HRMAddonConfig, host: PreTrainedModel | None = None):
         super().__init__(config)
@@ -193,20 +362,9 @@ class HRMBackbone(PreTrainedModel):
         self.addon = HRMAddon(config, width, text.num_hidden_layers, text.vocab_size)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: every module of the add-on initialises itself, and the host comes with its weights."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.host.get_input_embeddings()
-
-    def train(self, mode: bool = True) -> HRMBackbone:
-        """Trains the add-on; the host stays in evaluation mode, its dropout off."""
-        super().train(mode)
-        self.host.eval()
-        return self
-
     @property
     def scale(self) -> float:
+        """Factor on the injection, in training or at evaluation."""
         return self.config.train_injector_scale if self.training else self.config.eval_injector_scale
 
     # --- reading the host ---
@@ -216,23 +374,34 @@ class HRMBackbone(PreTrainedModel):
     ) -> tuple[Tensor, list[Tensor], Any]:
         """(last hidden state (B, N, D), features that `hrm_read` names, each (B, N, D), cache)."""
         decoder = self.host.base_model
-        arguments: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": use_cache}
-        if "position_ids" in inspect.signature(decoder.forward).parameters:
-            arguments["position_ids"] = positions
         every_layer = self.config.hrm_read == "all"
-        with torch.autocast(input_ids.device.type, enabled=False):  # the host runs in its own dtype
-            out = decoder(input_ids, past_key_values=cache, output_hidden_states=every_layer, **arguments)
+
+        # Autocast is off inside: the host runs in its own dtype.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            out = decoder(
+                input_ids,
+                past_key_values=cache,
+                output_hidden_states=every_layer,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+                **position_arguments(decoder, positions),
+            )
+
         last = out.last_hidden_state
-        if every_layer:  # the last entry is already normed by the host; the norm below does not change its direction
+        if every_layer:
+            # The last entry is already normed by the host; a second norm does not change its direction.
             read = list(out.hidden_states)
         elif self.config.hrm_read == "embed+last":
-            read = [self.host.get_input_embeddings()(input_ids), last]
+            read = [self.get_input_embeddings()(input_ids), last]
         else:
             read = [last]
         return last, read, out.past_key_values
 
     def prompt_features(self, read: list[Tensor], mask: Tensor, positions: Tensor) -> tuple[Tensor, Context]:
-        """Normed features (B, S, k D) of the prompt and their context; one pooled position with `hrm_input pooled`."""
+        """Normed features (B, S, k D) of the prompt and their context; one pooled position with `hrm_input pooled`.
+
+        `read` holds k tensors (B, S, D), `mask` (B, S) is True at prompt tokens, `positions` (B, S) are theirs.
+        """
         features = torch.cat([rms_norm(part.float()) for part in read], dim=-1)
         if self.config.hrm_input == "pooled":
             weight = mask[..., None].to(features.dtype)
@@ -245,7 +414,7 @@ class HRMBackbone(PreTrainedModel):
     # --- thinking ---
 
     def advance(self, features: Tensor, context: Context, carry: Carry | None) -> Carry:
-        """One segment: carry in, carry out."""
+        """One segment: carry in, carry out; None is the initial state."""
         carry = carry or self.addon.core.initial_carry(context.mask)
         return self.addon.core(self.addon.inputs(features), context, carry)
 
@@ -255,34 +424,49 @@ class HRMBackbone(PreTrainedModel):
         An example leaves the batch, and costs nothing more, when its halting head says "right" (`use_act`, logit > 0)
         or when a segment changed its z_high by a share less than `halt_settled`: more of the same would change nothing.
         """
-        limit = (self.config.halt_max_segments if self.config.use_act else 0) or self.config.segments
-        if self.config.use_act and self.config.eval_readout == "best_halt":
+        config = self.config
+        limit = (config.halt_max_segments if config.use_act else 0) or config.segments
+        if config.use_act and config.eval_readout == "best_halt":
             return self._think_all(features, context, limit)
-        core, x = self.addon.core, self.addon.inputs(features)
+
+        core = self.addon.core
+        x = self.addon.inputs(features)
         carry = core.initial_carry(context.mask)
-        z_high, used = torch.empty_like(x), torch.zeros_like(carry.steps)
-        active, part = torch.arange(len(x), device=x.device), context
+        z_high = torch.empty_like(x)
+        used = torch.zeros_like(carry.steps)
+        active = torch.arange(len(x), device=x.device)  # row in the batch of each example that still thinks
         for segment in range(limit):
-            before = carry.detach()  # as in training, gradient stays within a segment
-            carry = core(x, part, before)
+            # As in training, gradient stays within a segment.
+            before = carry.detach()
+            carry = core(x, context, before)
+
+            # Who answers from this segment?
             done = torch.full_like(carry.halted, segment == limit - 1)
-            if self.config.use_act:
-                done |= core.halt_logits(carry.z_high, part.mask) > 0
-            if self.config.halt_settled:
-                done |= relative_change(before.z_high, carry.z_high, part.mask) < self.config.halt_settled
+            if config.use_act:
+                done |= core.halt_logits(carry.z_high, context.mask) > 0
+            if config.halt_settled:
+                done |= relative_change(before.z_high, carry.z_high, context.mask) < config.halt_settled
             if not bool(done.any()):
                 continue
-            z_high[active[done]], used[active[done]] = carry.z_high[done].to(x.dtype), carry.steps[done]
-            active, carry, x, part = active[~done], carry.rows(~done), x[~done], part.rows(~done)
+
+            # Their states are kept, and the batch shrinks to the others.
+            z_high[active[done]] = carry.z_high[done].to(x.dtype)
+            used[active[done]] = carry.steps[done]
+            active = active[~done]
             if not len(active):
                 break
+            carry = carry.rows(~done)
+            x = x[~done]
+            context = context.rows(~done)
         return z_high, used
 
     def _think_all(self, features: Tensor, context: Context, limit: int) -> tuple[Tensor, Tensor]:
         """As `think`, all segments; each example answers from the (first) one of the highest halting score."""
-        core, x = self.addon.core, self.addon.inputs(features)
+        core = self.addon.core
+        x = self.addon.inputs(features)
         carry = core(x, context, core.initial_carry(context.mask))
-        z_high, score = carry.z_high, core.halt_logits(carry.z_high, context.mask)
+        z_high = carry.z_high
+        score = core.halt_logits(carry.z_high, context.mask)
         for _ in range(limit - 1):
             carry = core(x, context, carry.detach())
             logits = core.halt_logits(carry.z_high, context.mask)
@@ -294,8 +478,11 @@ class HRMBackbone(PreTrainedModel):
         """(hidden states with z_H's bias (B, T, D), logit bias (B, T, V) or None); scale 0 skips the branch."""
         if self.scale == 0:
             return slots.hidden, None
-        named = thought.context.mask.any(dim=1)[:, None, None]  # an empty prompt leaves the bare LLM
-        allowed = named if slots.allowed is None else named & slots.allowed[..., None]
+
+        # A row with an empty prompt keeps the bare LLM's states.
+        allowed = thought.context.mask.any(dim=1)[:, None, None]
+        if slots.allowed is not None:
+            allowed = allowed & slots.allowed[..., None]
         bias = self.addon.injector(slots, thought).to(slots.hidden.dtype)
         hidden = torch.where(allowed, slots.hidden + self.scale * bias, slots.hidden)
         if self.addon.vocabulary_bias is None:
@@ -335,26 +522,34 @@ class HRMBackbone(PreTrainedModel):
         last, read, cache = self.run_host(input_ids, attention_mask, positions, past_key_values, use_cache)
         if self.scale == 0:
             return BackboneOutput(last[:, -keep:], cache)
+
+        # The prompt is thought about once; while decoding, its z_H comes back as `thought`.
         used = None
         if thought is None:
             prompt_mask = self._check_prompt(prompt_mask, input_ids, past) & attention_mask.bool()
-            length = max(int(last_column(prompt_mask).max()) + 1, 1)
-            mask = prompt_mask[:, :length]
-            read = [part[:, :length] for part in read]
-            features, context = self.prompt_features(read, mask, positions[:, :length])
-            z_high, used = self.think(features, context)
-            thought = Thought(z_high, context, last_column(prompt_mask))
+            thought, used = self._think_about(prompt_mask, read, positions)
+
         columns = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[-keep:]
         slots = Slots(
             last[:, -keep:],
-            self.host.get_input_embeddings()(input_ids[:, -keep:]),
+            self.get_input_embeddings()(input_ids[:, -keep:]),
             positions[:, -keep:],
             allowed=columns >= thought.start[:, None],
         )
         hidden, bias = self.inject(slots, thought)
         return BackboneOutput(hidden, cache, thought, used, bias)
 
+    def _think_about(self, prompt_mask: Tensor, read: list[Tensor], positions: Tensor) -> tuple[Thought, Tensor]:
+        """(thought, segments used (B,)) of the prompts that `prompt_mask` (B, N) marks."""
+        last = last_column(prompt_mask)
+        length = max(int(last.max()) + 1, 1)
+        read = [part[:, :length] for part in read]
+        features, context = self.prompt_features(read, prompt_mask[:, :length], positions[:, :length])
+        z_high, used = self.think(features, context)
+        return Thought(z_high, context, last), used
+
     def _check_prompt(self, prompt_mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor:
+        """The mask as bool. Raises ValueError as `forward`."""
         if past:
             raise ValueError("a cache of past tokens came without the thought made from its prompt: pass back both")
         if prompt_mask is None:
@@ -369,32 +564,12 @@ class HRMBackbone(PreTrainedModel):
 # --- the causal LM that users hold ------------------------------------------------------------------------------------
 
 
-def is_addon_parameter(name: str) -> bool:
-    """The one predicate that freezing, the optimizer, counting and saving ask."""
-    return name.startswith(ADDON_PREFIX) or "lora_" in name
-
-
-@dataclass
-class ControllerOutput(ModelOutput):
-    """Loss and logits of one segment, or of an ordinary causal-LM call."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None  # (B, kept, V); of one segment: (labelled tokens, V)
-    past_key_values: Any = None
-    carry: Any = None
-    metrics: dict[str, Tensor] | None = None
-    thought: Any = None
-    segments_used: Tensor | None = None
-
-
-class HRMController(PreTrainedModel, GenerationMixin):
-    """The causal LM that users hold: trains by `encode` and `forward(states=...)`, answers by `generate`."""
+class HRMController(AdapterController):
+    """A frozen LLM with HRM, or with HRM's blocks in a single pass; a causal LM for transformers."""
 
     config_class = HRMAddonConfig
     base_model_prefix = "model"
-    virtual_tokens = 0  # positions that the adapter takes before the prompt
-    _supports_sdpa = True
-    _supports_flash_attn = True
+    addon_prefix = ADDON_PREFIX
     _supported_generation_modes = ["greedy_search", "sample", "beam_search", "beam_sample"]  # others guess
     _keep_in_fp32_modules_strict = {"addon", "lora_A", "lora_B"}
 
@@ -417,7 +592,8 @@ class HRMController(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; then freezes again, because what is frozen is not saved."""
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._set_trainable()
+        controller = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info`
+        controller._set_trainable()
         return loaded
 
     @classmethod
@@ -425,47 +601,18 @@ class HRMController(PreTrainedModel, GenerationMixin):
                   **settings: Any) -> HRMController:
         """A new add-on on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
         host = load_host(name, load_in, trust_remote_code, device)
-        config = HRMAddonConfig(base_config=copy.deepcopy(host.config), base_model_name=name, **settings)
+        config = HRMAddonConfig(base_config=host.config, base_model_name=name, **settings)
         controller = cls(config, host)
         controller.model.addon.to(device)
         return controller
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do, as for the backbone."""
 
     @property
     def host(self) -> PreTrainedModel:
         """The frozen LLM; with `lora_layers` its top layers carry LoRA."""
         return self.model.host
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.host.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.host.get_output_embeddings()
-
-    @contextlib.contextmanager
-    def bare(self) -> Iterator[PreTrainedModel]:
-        """The bare LLM, LoRA switched off inside."""
-        with without_lora(self.host):
-            yield self.host
-
-    def addon_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything that trains."""
-        return {name: p for name, p in self.named_parameters() if is_addon_parameter(name) and p.requires_grad}
-
-    def addon_state(self) -> dict[str, Tensor]:
-        """Name -> tensor of everything a checkpoint keeps: the add-on with its buffers and LoRA, nothing of the LLM."""
-        return {name: tensor for name, tensor in self.state_dict().items() if is_addon_parameter(name)}
-
-    def load_addon_state(self, state: dict[str, Tensor]) -> None:
-        """Restores `addon_state`. Raises ValueError naming the first difference in names or shapes."""
-        check_fit(self.addon_state(), state)
-        self.load_state_dict(state, strict=False)
-
     @property
     def recurrent(self) -> bool:
-        """Whether there are segments to draw, supervise and count."""
         return self.config.adapter == "hrm"
 
     @property
@@ -474,13 +621,14 @@ class HRMController(PreTrainedModel, GenerationMixin):
 
     def parts(self) -> dict[str, nn.Module]:
         """Name -> module of what trains, for counting."""
-        lora = {"lora": self.host} if self.config.lora_layers else {}
-        return dict(self.model.addon.named_children()) | lora
+        parts = dict(self.model.addon.named_children())
+        if self.config.lora_layers:
+            parts["lora"] = self.host
+        return parts
 
     def shape(self) -> dict[str, Any]:
         """What of an adapter document says how to build this add-on anew."""
-        names = [name for name in inspect.signature(HRMAddonConfig).parameters if name not in NOT_SHAPE]
-        return {"peft_type": "HRM", "hrm": {name: getattr(self.config, name) for name in names}}
+        return {"peft_type": "HRM", "hrm": self.config.settings()}
 
     # --- training ---
 
@@ -490,9 +638,9 @@ class HRMController(PreTrainedModel, GenerationMixin):
         Without gradient, unless LoRA layers train. Columns S - 1 to S + T - 2 predict the T target tokens.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.lora_layers > 0):
-            ids, mask = batch.input_ids[:, :-1], batch.attention_mask[:, :-1]
-            positions = token_positions(mask)
-            last, read, _ = self.model.run_host(ids, mask, positions)
+            ids = batch.input_ids[:, :-1]
+            mask = batch.attention_mask[:, :-1]
+            last, read, _ = self.model.run_host(ids, mask, token_positions(mask))
             return self.host_states(batch, last, read)
 
     def host_states(self, batch: Batch, last: Tensor, read: list[Tensor]) -> HostStates:
@@ -502,31 +650,28 @@ class HRMController(PreTrainedModel, GenerationMixin):
         features, context = self.model.prompt_features(
             [part[:, :length] for part in read], batch.prompt_mask.bool(), positions[:, :length]
         )
-        embedded = self.host.get_input_embeddings()(batch.input_ids[:, length - 1 : -1])
+        embedded = self.get_input_embeddings()(batch.input_ids[:, length - 1 : -1])
         return HostStates(features, context, Slots(last[:, length - 1 :], embedded, positions[:, length - 1 :]))
 
-    def segment(
-        self, states: HostStates, labels: Tensor, carry: Carry | None, denominator: float | None
-    ) -> ControllerOutput:
-        """One segment of deep supervision: states, labels (B, T), carry in; loss, logits (N, V), carry out.
-
-        The loss is cross-entropy summed over labelled tokens and divided by `denominator` (their number in the global
-        batch; the local number when None). `metrics` holds per-example tensors: `correct` (B,) bool, every target token
-        is the argmax; `halt_logits` and `verdict_logits` (B,) where those heads exist.
-        """
+    def segment(self, states: HostStates, labels: Tensor, carry: Carry | None = None, denominator: float | None = None
+                ) -> ControllerOutput:
+        """One segment of deep supervision (HRM, section 2), see `AdapterController.segment`."""
         carry = self.model.advance(states.features, states.context, carry)
-        thought = Thought(carry.z_high, states.context)
-        hidden, bias = self.model.inject(states.slots, thought)
+        hidden, bias = self.model.inject(states.slots, Thought(carry.z_high, states.context))
+
+        # Logits of labelled tokens alone: a vocabulary is wide.
         labelled = labels != IGNORE
         logits = host_logits(self.host, hidden[labelled])
         if bias is not None:
             logits = logits + bias[labelled].float()
         target = labels[labelled]
         loss = F.cross_entropy(logits, target, reduction="sum") / (denominator or max(len(target), 1))
+
+        # The heads read the new z_H; their losses are the trainer's.
         metrics = {"correct": all_correct(logits, labels)}
         if self.config.use_act:
-            read = carry.z_high.detach() if self.config.halt_detach else carry.z_high
-            metrics["halt_logits"] = self.model.addon.core.halt_logits(read, states.context.mask)
+            z_high = carry.z_high.detach() if self.config.halt_detach else carry.z_high
+            metrics["halt_logits"] = self.model.addon.core.halt_logits(z_high, states.context.mask)
         if self.model.addon.verifier is not None:
             state = last_state(carry.z_high, states.context.mask)
             metrics["verdict_logits"] = self.model.addon.verifier(state).squeeze(-1)
@@ -544,28 +689,26 @@ class HRMController(PreTrainedModel, GenerationMixin):
         thought: Thought | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        states: HostStates | None = None,
-        carry: Carry | None = None,
-        denominator: float | None = None,
-        segments_log: list[Tensor] | None = None,  # out: segments used (B,) by each call that thinks
-        position_ids: Tensor | None = None,  # accepted and ignored: positions come from the mask
+        segments_log: list[Tensor] | None = None,
+        position_ids: Tensor | None = None,
         **_: Any,
     ) -> ControllerOutput:
-        """With `states`: one training segment, see `segment`. Else an ordinary causal LM call.
+        """A causal LM: logits (B, N or fewer columns, V), and with `labels` (B, N) their mean loss.
 
-        `prompt_mask` (B, N) marks what HRM may read; without it, it is made from `labels` (B, N): the attended tokens
-        before a row's first label. With labels, logits cover only the columns from the first scored one on.
+        `prompt_mask` (B, N) marks what HRM may read; without it, it is made from `labels`: the attended tokens before a
+        row's first label. With labels, logits cover only the columns from the first scored one on. Each call that
+        thinks appends the segments it used (B,) to `segments_log`. `position_ids` are accepted and ignored: positions
+        come from the mask.
 
         Raises:
             ValueError: neither prompt mask nor labels nor thought.
         """
-        if states is not None:
-            return self.segment(states, labels, carry, denominator)
         if labels is not None:
             if prompt_mask is None:
                 prompt_mask = prompt_before(labels, attention_mask)
             scored = (labels[:, 1:] != IGNORE).any(dim=0).nonzero()
             logits_to_keep = labels.shape[1] - int(scored[0]) if len(scored) else 1
+
         out = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -580,17 +723,9 @@ class HRMController(PreTrainedModel, GenerationMixin):
         logits = host_logits(self.host, out.last_hidden_state)
         if out.logit_bias is not None:
             logits = logits + out.logit_bias.float()
-        loss = None
-        if labels is not None:
-            target = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), ignore_index=IGNORE)
-        return ControllerOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=out.past_key_values,
-            thought=out.thought,
-            segments_used=out.segments_used,
-        )
+        loss = None if labels is None else causal_loss(logits, labels)
+        return ControllerOutput(loss=loss, logits=logits, past_key_values=out.past_key_values, thought=out.thought,
+                                segments_used=out.segments_used)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, prompt_mask: Tensor | None = None,
                                       attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -599,11 +734,13 @@ class HRMController(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a static cache, or one filled elsewhere, without the thought that belongs to it.
         """
-        cache, thought = kwargs.get("past_key_values"), kwargs.get("thought")
+        cache = kwargs.get("past_key_values")
+        thought = kwargs.get("thought")
         if isinstance(cache, StaticCache):
             raise ValueError("static caches are refused: HRM counts the cache's tokens; leave cache_implementation out")
         if kwargs.get("is_first_iteration") and thought is None and cache is not None and cache.get_seq_length():
             raise ValueError("past_key_values holds tokens that HRM has not read: give generate the whole prompt")
+
         if prompt_mask is None and thought is None:
             prompt_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
@@ -618,11 +755,14 @@ class HRMController(PreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs: ControllerOutput, model_kwargs: dict[str, Any],
                                             *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Carries z_H along with the cache; without a cache the prompt mask grows by zeros and z_H is made again."""
-        mask, thought = model_kwargs.get("prompt_mask"), outputs.thought
+        thought = outputs.thought
+        mask = model_kwargs.get("prompt_mask")
         if mask is None:
             mask = model_kwargs.get("attention_mask")
-        if mask is None and thought is not None:  # `generate` drops a mask of ones: every row is prompt up to its start
+        if mask is None and thought is not None:
+            # `generate` drops a mask of ones: every row is prompt up to its start.
             mask = thought.start.new_ones(len(thought.start), int(thought.start[0]) + 1)
+
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if outputs.past_key_values is not None:
             model_kwargs["thought"] = thought
@@ -635,6 +775,12 @@ def prompt_before(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """(B, N) bool: attended and before the row's first label; a row without labels is prompt throughout."""
     unlabelled = (labels != IGNORE).cumsum(dim=1) == 0
     return unlabelled if attention_mask is None else unlabelled & attention_mask.bool()
+
+
+def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of labels (B, N), each predicted one column earlier, by the last columns' logits (B, C, V)."""
+    target = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), ignore_index=IGNORE)
 
 
 AutoConfig.register(HRMAddonConfig.model_type, HRMAddonConfig, exist_ok=True)

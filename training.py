@@ -25,7 +25,7 @@ from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, build_optimizers
 from host import HostError
-from model import ADDON_PREFIX, HRMController
+from model import ADDON_PREFIX, AdapterController, SegmentLoss
 
 
 def segments_of_step(opts: argparse.Namespace, step: int, progress: float = 1.0) -> int:
@@ -60,7 +60,7 @@ class Trainer(BaseTrainer):
 
     stem = ADAPTER
 
-    def __init__(self, opts: argparse.Namespace, controller: HRMController, accelerator: Any, precision: str,
+    def __init__(self, opts: argparse.Namespace, controller: AdapterController, accelerator: Any, precision: str,
                  answer_verdicts: Any = None):
         parameters = controller.addon_parameters()
         if not parameters and opts.adapter != "none":
@@ -69,7 +69,8 @@ class Trainer(BaseTrainer):
         super().__init__(opts, controller, accelerator, precision, parameters, optimizers)
         self.controller, self.answer_verdicts = controller, answer_verdicts
         self.encode = controller.encode  # what a batch becomes before its segments; a cache may stand in
-        self.wrapped = accelerator.prepare_model(controller) if accelerator.num_processes > 1 else controller
+        loss = SegmentLoss(controller)
+        self.wrapped = accelerator.prepare_model(loss) if accelerator.num_processes > 1 else loss
 
     def weights(self) -> dict[str, Tensor]:
         """The add-on's, never the LLM's."""
@@ -140,7 +141,7 @@ class Trainer(BaseTrainer):
         for index, (batch, state, carry) in enumerate(zip(batches, states, carries, strict=True)):
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped), self.autocast():
-                out = self.wrapped(states=state, labels=batch.labels, carry=carry, denominator=tokens / world)
+                out = self.wrapped(state, batch.labels, carry, tokens / world)
                 loss, parts = self._total_loss(out, verdicts[index], examples / world)
                 self.scaler.scale(loss).backward()
             following.append(out.carry and out.carry.detach())

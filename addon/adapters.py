@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from addon.baselines import PEFT_TYPES, SHAPE_FIELDS, BaselineController
 from engine.checkpoints import read_checkpoint
-from model import HRMAddonConfig, HRMController
+from model import AdapterController, HRMAddonConfig, HRMController
 
-Controller = HRMController | BaselineController
 ADAPTER = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"
 PROMPT_FIELDS = ("prompt_style", "system_header", "sentinel", "max_seq_len")
@@ -103,7 +102,7 @@ def build_model(opts: argparse.Namespace, device: str) -> HRMController:
     return HRMController.from_base(opts.model_name, opts.load_in, opts.trust_remote_code, device, **settings)
 
 
-def build_controller(opts: argparse.Namespace, device: str) -> Controller:
+def build_controller(opts: argparse.Namespace, device: str) -> AdapterController:
     """The adapter that the options describe, on its LLM: the only place that maps options to it. Raises HostError."""
     if opts.adapter not in PEFT_TYPES:
         return build_model(opts, device)
@@ -112,7 +111,7 @@ def build_controller(opts: argparse.Namespace, device: str) -> Controller:
 
 
 def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool = False
-                    ) -> tuple[Controller, dict[str, Any]]:
+                    ) -> tuple[AdapterController, dict[str, Any]]:
     """The controller of a checkpoint of any adapter, in evaluation mode, and its adapter document.
 
     Raises:

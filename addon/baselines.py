@@ -1,71 +1,77 @@
 """What HRM is compared with, on the same frozen LLM: LoRA, prompt tuning, and the LLM as it is.
 
-`BaselineController` trains and answers through the interface of `HRMController`: `encode`, `forward(states=...)`,
-`generate`, `bare`, `addon_parameters`, `addon_state`, `load_addon_state`. Adapters are peft's:
+`BaselineController` trains and answers as `model.AdapterController` says. Its adapters are peft's:
 
     lora    LoRA (arXiv 2106.09685) on every linear map of every decoder layer, rank `lora_rank`, alpha twice that
     prompt  prompt tuning (arXiv 2104.08691): `virtual_tokens` learned embeddings before every prompt, which start as
             those of random tokens
     none    the bare LLM; nothing trains
 
-LoRA starts as the bare LLM. Prompt tuning cannot: whatever stands before a prompt is attended to. Both run the LLM
-forward and backward in every step, so nothing of it can be cached. The single pass, `mlp`, is an `HRMController` with
-another core (`hrm_blocks.SinglePassCore`). Shapes: B batch, N tokens, S prompt tokens, T target tokens, D LLM width,
-V vocabulary.
+LoRA starts as the bare LLM. Prompt tuning cannot, because every token attends to what stands before it. Both run the
+LLM forward and backward in every step, so none of its states can be cached. The single pass, `mlp`, is an
+`HRMController` with another core (`hrm_blocks.SinglePassCore`).
+Shapes: B batch, N tokens, S prompt tokens, T target tokens, D LLM width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, StaticCache
 
 from batching import Batch
 from engine.batches import IGNORE
-from engine.optimization import check_fit
-from host import add_lora, decoder_layers, freeze, host_logits, load_host, without_lora
+from host import add_lora, decoder_layers, freeze, host_logits, load_host, position_arguments
 from hrm_blocks import all_correct, token_positions
-from model import ControllerOutput
+from model import AdapterController, ControllerOutput, causal_loss
 
 PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "none": "NONE"}
 SHAPE_FIELDS = ("adapter", "lora_rank", "virtual_tokens")
 
 
 class BaselineConfig(PreTrainedConfig):
-    """Which baseline, beside the host's own config."""
+    """Which baseline, and the config of the LLM it sits on. Only keyword arguments are taken.
+
+    Attributes:
+        base_config: the LLM's own config.
+        base_model_name: folder or hub name that the LLM was loaded from.
+        adapter: "lora", "prompt" or "none".
+        lora_rank: rank of LoRA, at least 1.
+        virtual_tokens: learned embeddings of prompt tuning, at least 1.
+    """
 
     model_type = "hrm_baseline"
     sub_configs = {"base_config": AutoConfig}
 
-    def __init__(self, base_config: PreTrainedConfig | None = None, base_model_name: str = "", adapter: str = "none",
-                 lora_rank: int = 8, virtual_tokens: int = 20, **kwargs: Any):
+    base_config: PreTrainedConfig | None = None
+    base_model_name: str = ""
+    adapter: str = "none"
+    lora_rank: int = 8
+    virtual_tokens: int = 20
+
+    def __post_init__(self, **kwargs: Any) -> None:
         # A copy: transformers sets the attention of sub-configs to None below, which the host must not share.
-        self.base_config = base_config = copy.deepcopy(base_config)
-        self.base_model_name, self.adapter = base_model_name, adapter
-        self.lora_rank, self.virtual_tokens = lora_rank, virtual_tokens
+        self.base_config = copy.deepcopy(self.base_config)
         kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The host's text config: cache creation asks it for layers and heads."""
         return self.base_config.get_text_config(*args, **kwargs) if self.base_config is not None else self
 
 
-class BaselineController(PreTrainedModel, GenerationMixin):
+class BaselineController(AdapterController):
     """A frozen LLM with LoRA, with virtual tokens, or as it is."""
 
     config_class = BaselineConfig
     base_model_prefix = "host"
+    addon_prefix = "prompt."
     recurrent = False
-    _supports_sdpa = True
-    _supports_flash_attn = True
 
     def __init__(self, config: BaselineConfig, host: PreTrainedModel):
         super().__init__(config)
@@ -84,22 +90,14 @@ class BaselineController(PreTrainedModel, GenerationMixin):
                   **settings: Any) -> BaselineController:
         """A new baseline on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
         host = load_host(name, load_in, trust_remote_code, device)
-        controller = cls(BaselineConfig(copy.deepcopy(host.config), name, **settings), host)
-        for part in (controller.prompt, host if settings.get("adapter") == "lora" and load_in == "none" else None):
-            if part is not None:
-                part.to(device)
+        controller = cls(BaselineConfig(base_config=host.config, base_model_name=name, **settings), host)
+        if controller.prompt is not None:
+            controller.prompt.to(device)
+        if controller.config.adapter == "lora" and load_in == "none":
+            host.to(device)
         return controller
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: peft initialises its parts, and the host comes with its weights."""
-
-    def train(self, mode: bool = True) -> BaselineController:
-        """The host stays in evaluation mode, its dropout off."""
-        super().train(mode)
-        self.host.eval()
-        return self
-
-    # --- what every adapter tells of itself ---
+    # --- what every adapter says of itself ---
 
     @property
     def virtual_tokens(self) -> int:
@@ -108,8 +106,8 @@ class BaselineController(PreTrainedModel, GenerationMixin):
 
     @property
     def title(self) -> str:
-        named = {"lora": f"LoRA rank {self.config.lora_rank}", "prompt": f"{self.virtual_tokens} virtual tokens"}
-        return named.get(self.config.adapter, "no adapter")
+        titles = {"lora": f"LoRA rank {self.config.lora_rank}", "prompt": f"{self.virtual_tokens} virtual tokens"}
+        return titles.get(self.config.adapter, "no adapter")
 
     def parts(self) -> dict[str, nn.Module]:
         """Name -> module of what trains, for counting."""
@@ -120,47 +118,24 @@ class BaselineController(PreTrainedModel, GenerationMixin):
         fields = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
         return {"peft_type": PEFT_TYPES[self.config.adapter], "baseline": fields}
 
-    @contextlib.contextmanager
-    def bare(self) -> Iterator[PreTrainedModel]:
-        """The bare LLM, LoRA switched off inside."""
-        with without_lora(self.host):
-            yield self.host
-
-    def addon_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything that trains: never one of the LLM."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
-    def addon_state(self) -> dict[str, Tensor]:
-        """Name -> tensor of everything a checkpoint keeps."""
-        return {name: p.detach() for name, p in self.addon_parameters().items()}
-
-    def load_addon_state(self, state: dict[str, Tensor]) -> None:
-        """Restores `addon_state`. Raises ValueError naming the first difference in names or shapes."""
-        check_fit(self.addon_state(), state)
-        self.load_state_dict(state, strict=False)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.host.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.host.get_output_embeddings()
-
     # --- running the host ---
 
     def run_host(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, use_cache: bool = False
                  ) -> tuple[Tensor, Any]:
         """(last hidden states (B, N, D) of the ids alone, cache), virtual tokens in front where the cache is empty.
 
-        `attention_mask` (B, past + N) does not know of virtual tokens. Positions come from the mask, as HRM's do, so
-        that padding changes nothing; peft's own prompt tuning lets the host count pads.
+        `attention_mask` (B, past + N) does not count virtual tokens. Positions come from the mask, as HRM's do, so that
+        padding changes nothing; peft's own prompt tuning lets the host count pads.
         """
         past = cache.get_seq_length() if cache is not None else 0
         mask = attention_mask
         if self.prompt is not None:
             mask = torch.cat([mask.new_ones(len(mask), self.virtual_tokens), mask], dim=1)
-        decoder, arguments = self.host.base_model, {"attention_mask": mask, "use_cache": use_cache}
-        if "position_ids" in inspect.signature(decoder.forward).parameters:
-            arguments["position_ids"] = token_positions(mask)[:, past:]
+        decoder = self.host.base_model
+        arguments = {"attention_mask": mask, "use_cache": use_cache}
+        arguments |= position_arguments(decoder, token_positions(mask)[:, past:])
+
+        # With an empty cache the virtual tokens are read first; later calls find them in the cache.
         if self.prompt is not None and not past:
             embedded = self.get_input_embeddings()(input_ids)
             virtual = self.prompt(torch.arange(self.virtual_tokens, device=embedded.device)).to(embedded.dtype)
@@ -168,6 +143,7 @@ class BaselineController(PreTrainedModel, GenerationMixin):
             arguments["inputs_embeds"] = torch.cat([virtual, embedded], dim=1)
         else:
             arguments["input_ids"] = input_ids
+
         with self._precision(input_ids.device.type):
             out = decoder(past_key_values=cache, **arguments)
         return out.last_hidden_state[:, -input_ids.shape[1] :], out.past_key_values
@@ -179,15 +155,13 @@ class BaselineController(PreTrainedModel, GenerationMixin):
     # --- training ---
 
     def encode(self, batch: Batch) -> Batch:
-        """Nothing can be said of a batch before its forward pass: the adapter takes part in it."""
+        """The batch as it is: LoRA and prompt tuning run inside the LLM, so there is nothing to precompute."""
         return batch
 
-    def segment(self, batch: Batch, labels: Tensor, denominator: float | None) -> ControllerOutput:
-        """Loss and logits (labelled tokens, V) of a batch: what `HRMController.segment` gives, without a carry.
-
-        Columns S - 1 to S + T - 2 predict the T target tokens.
-        """
-        last, _ = self.run_host(batch.input_ids[:, :-1], batch.attention_mask[:, :-1])
+    def segment(self, states: Batch, labels: Tensor, carry: None = None, denominator: float | None = None
+                ) -> ControllerOutput:
+        """As `AdapterController.segment`, without a carry. Columns S - 1 to S + T - 2 predict the T target tokens."""
+        last, _ = self.run_host(states.input_ids[:, :-1], states.attention_mask[:, :-1])
         labelled = labels != IGNORE
         logits = host_logits(self.host, last[:, -labels.shape[1] :][labelled])
         target = labels[labelled]
@@ -204,25 +178,21 @@ class BaselineController(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        states: Batch | None = None,
-        carry: None = None,
-        denominator: float | None = None,
-        segments_log: list[Tensor] | None = None,  # accepted and left as it is: there are no segments
-        position_ids: Tensor | None = None,  # accepted and ignored: positions come from the mask
+        segments_log: list[Tensor] | None = None,
+        position_ids: Tensor | None = None,
         **_: Any,
     ) -> ControllerOutput:
-        """With `states`: one training step's forward, see `segment`. Else an ordinary causal LM call: logits
-        (B, N or logits_to_keep, V), and with `labels` (B, N) their mean loss."""
-        if states is not None:
-            return self.segment(states, labels, denominator)
+        """A causal LM: logits (B, N or logits_to_keep, V), and with `labels` (B, N) their mean loss.
+
+        `segments_log` is accepted and left as it is, because there are no segments; `position_ids` are accepted and
+        ignored, because positions come from the mask.
+        """
         past = past_key_values.get_seq_length() - self.virtual_tokens if past_key_values is not None else 0
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), max(past, 0) + input_ids.shape[1])
         last, cache = self.run_host(input_ids, attention_mask, past_key_values, bool(use_cache))
         logits = host_logits(self.host, last[:, -logits_to_keep:] if labels is None else last)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        loss = None if labels is None else causal_loss(logits, labels)
         return ControllerOutput(loss=loss, logits=logits, past_key_values=cache)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

@@ -39,7 +39,6 @@ import transformers  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
 import options  # noqa: E402
-from addon.adapters import Controller  # noqa: E402
 from addon.baselines import BaselineConfig, BaselineController  # noqa: E402
 from addon.hidden_cache import GB, HiddenCache, cache_key, plan_cache  # noqa: E402
 from addon.param_matching import lora_parameters  # noqa: E402
@@ -47,7 +46,7 @@ from batching import Batch, PromptFormat, TrainBatches, training_examples  # noq
 from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from host import DEFAULT_HOST, freeze, load_host, load_tokenizer  # noqa: E402
-from model import HRMAddonConfig, HRMController  # noqa: E402
+from model import AdapterController, HRMAddonConfig, HRMController  # noqa: E402
 from reasoning_gym_wrapper import Reserve, default_tasks, make_tasks  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from training import Trainer  # noqa: E402
@@ -163,13 +162,13 @@ def training_options(asked: argparse.Namespace, adapter: str) -> options.Options
     return options.parse(words)
 
 
-def controller(opts: options.Options, host: Any) -> Controller:
+def controller(opts: options.Options, host: Any) -> AdapterController:
     """The adapter of the options on a loaded LLM."""
     if opts.adapter in ("hrm", "mlp"):
         names = [name for name in inspect.signature(HRMAddonConfig).parameters if hasattr(opts, name)]
         config = HRMAddonConfig(base_config=host.config, **{name: getattr(opts, name) for name in names})
         return HRMController(config, host)
-    config = BaselineConfig(host.config, adapter=opts.adapter, lora_rank=opts.lora_rank,
+    config = BaselineConfig(base_config=host.config, adapter=opts.adapter, lora_rank=opts.lora_rank,
                             virtual_tokens=opts.virtual_tokens)
     return BaselineController(config, twin(host) if opts.adapter == "lora" else host)
 

@@ -80,7 +80,7 @@ def think(controller: HRMController, batch: Batch, segments: int = 1) -> Carry:
 
 def train_step(controller, batch, carry=None, optimizer=None):
     """One segment of deep supervision with the heads' losses, as `Trainer` composes them."""
-    out = controller(states=controller.encode(batch), labels=batch.labels, carry=carry)
+    out = controller.segment(controller.encode(batch), labels=batch.labels, carry=carry)
     loss = out.loss
     for name in ("halt_logits", "verdict_logits"):
         if name in out.metrics:
@@ -125,7 +125,7 @@ def test_scale_0_is_the_bare_llm_bit_for_bit(family, variant):
     assert not torch.allclose(trained, expected[:, -trained.shape[1] :], atol=0.1), "the injection does something"
     controller.config.eval_injector_scale = 0.0
     assert torch.equal(controller(ids, mask, prompt_mask=mask).logits, expected)
-    out = controller(states=controller.encode(batch), labels=batch.labels)
+    out = controller.segment(controller.encode(batch), labels=batch.labels)
     torch.testing.assert_close(out.logits, expected[:, 6:-1][batch.labels != IGNORE], atol=1e-5, rtol=0)
     controller.train()
     assert not torch.allclose(controller(ids, mask, prompt_mask=mask).logits, expected, atol=0.1)
@@ -145,7 +145,7 @@ def test_scale_0_skips_the_branch():
     controller.model.addon.core.register_forward_hook(lambda *_: called.append(1))
     found = controller(batch.input_ids, batch.attention_mask, labels=full_labels(batch)).logits
     assert torch.equal(found, expected[:, -found.shape[1] :]) and not called
-    out = controller(states=controller.encode(batch), labels=batch.labels)
+    out = controller.segment(controller.encode(batch), labels=batch.labels)
     torch.testing.assert_close(out.logits, expected[:, 6:-1][batch.labels != IGNORE], atol=1e-5, rtol=0)
 
 
@@ -155,7 +155,7 @@ def test_the_two_scales_are_used_in_their_own_mode():
     def logits(training: bool, train_scale: float, eval_scale: float) -> torch.Tensor:
         controller.config.train_injector_scale, controller.config.eval_injector_scale = train_scale, eval_scale
         controller.train(training)
-        return controller(states=controller.encode(batch), labels=batch.labels).logits
+        return controller.segment(controller.encode(batch), labels=batch.labels).logits
 
     bare, whole = logits(False, 9.0, 0.0), logits(False, 9.0, 1.0)
     torch.testing.assert_close(logits(False, 9.0, 0.5), (bare + whole) / 2, atol=1e-4, rtol=0)  # llama's head is linear
@@ -218,7 +218,7 @@ def test_an_ordinary_call_equals_the_final_training_segment(variant, segments):
     states, carry = controller.encode(batch), None
     for _ in range(segments):
         carry = carry.detach() if carry else None
-        out = controller(states=states, labels=batch.labels, carry=carry)
+        out = controller.segment(states, labels=batch.labels, carry=carry)
         carry = out.carry
     whole = controller(batch.input_ids, batch.attention_mask, labels=full_labels(batch))
     torch.testing.assert_close(whole.loss, out.loss, atol=1e-5, rtol=0)
@@ -246,8 +246,8 @@ def test_an_explicit_prompt_mask_goes_before_the_labels():
 def test_the_denominator_replaces_the_local_token_count():
     controller, batch = tiny_controller(), batch_of(prompts())
     states, tokens = controller.encode(batch), int((batch.labels != IGNORE).sum())
-    local = controller(states=states, labels=batch.labels).loss
-    shared = controller(states=states, labels=batch.labels, denominator=4 * tokens).loss
+    local = controller.segment(states, labels=batch.labels).loss
+    shared = controller.segment(states, labels=batch.labels, denominator=4 * tokens).loss
     assert shared.item() == pytest.approx(local.item() / 4, rel=1e-5)
 
 
@@ -289,13 +289,13 @@ def test_padding_changes_nothing(family, variant):
     controller, questions = tiny_controller(family, **VARIANTS[variant]), prompts()
     batch = batch_of(questions)
     left = controller(batch.input_ids, batch.attention_mask, labels=full_labels(batch)).logits
-    segment = controller(states=controller.encode(batch), labels=batch.labels).logits
+    segment = controller.segment(controller.encode(batch), labels=batch.labels).logits
     rows = [torch.cat([q, label[label != IGNORE]]) for q, label in zip(questions, batch.labels, strict=True)]
     ids, mask = pad([row.tolist() for row in rows], 0, "right")
     prompt = torch.stack([torch.arange(ids.shape[1]) < len(q) for q in questions])
     right = controller(ids, mask, prompt_mask=prompt).logits
     first = batch_of(questions[:1])
-    alone = controller(states=controller.encode(first), labels=first.labels).logits
+    alone = controller.segment(controller.encode(first), labels=first.labels).logits
     torch.testing.assert_close(segment[:3], alone, atol=1e-4, rtol=0)
     for row, question in enumerate(questions):
         n = int((batch.labels[row] != IGNORE).sum())
@@ -404,7 +404,7 @@ def test_at_step_0_only_the_zero_factor_learns_and_soon_all_do(variant, after_ev
         controller.train()
     zero = ("injector.out.weight", "vocabulary_bias.out.weight")
     heads = ("core.halt.weight", "core.halt.bias", "verifier.weight", "verifier.bias")  # read z_H, not the injection
-    controller(states=controller.encode(batch), labels=batch.labels).loss.backward()
+    controller.segment(controller.encode(batch), labels=batch.labels).loss.backward()
     learning = {name for name, size in gradients(controller).items() if size > 0}
     assert learning == {name for name in controller.addon_parameters() if name.endswith(zero)}
     controller.zero_grad()
@@ -502,7 +502,7 @@ def peak_of_training(segments: int, lora_layers: int) -> int:
     for _ in range(segments):
         with counter.hooks():
             states = controller.encode(batch) if lora_layers else states
-            out = controller(states=states, labels=batch.labels, carry=carry)
+            out = controller.segment(states, labels=batch.labels, carry=carry)
         out.loss.backward()
         carry = out.carry.detach()
     return counter.peak
@@ -653,7 +653,7 @@ def test_segments_used_are_logged_on_request():
 def test_heads_give_one_logit_an_example():
     """Halting and verifier losses compare them with (B,) targets: (B, 1) against (B,) would broadcast."""
     controller, batch = tiny_controller(use_act=True, verifier_head=True), batch_of(prompts())
-    metrics = controller(states=controller.encode(batch), labels=batch.labels).metrics
+    metrics = controller.segment(controller.encode(batch), labels=batch.labels).metrics
     assert metrics["correct"].shape == metrics["halt_logits"].shape == metrics["verdict_logits"].shape == (3,)
     assert metrics["correct"].dtype == torch.bool and metrics["halt_logits"].tolist() == [-5.0] * 3
 
@@ -661,10 +661,10 @@ def test_heads_give_one_logit_an_example():
 def test_the_verifier_head_reads_the_last_prompt_column():
     controller, questions = tiny_controller(verifier_head=True), prompts()
     batch = batch_of(questions)
-    verdict = controller(states=controller.encode(batch), labels=batch.labels).metrics["verdict_logits"]
+    verdict = controller.segment(controller.encode(batch), labels=batch.labels).metrics["verdict_logits"]
     for row, question in enumerate(questions):
         alone = batch_of([question], lengths=(2,))
-        expected = controller(states=controller.encode(alone), labels=alone.labels).metrics["verdict_logits"][0]
+        expected = controller.segment(controller.encode(alone), labels=alone.labels).metrics["verdict_logits"][0]
         assert verdict[row].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
@@ -683,7 +683,7 @@ def test_all_correct_is_greedy_generation_giving_the_gold_answer_and_its_end(set
         with torch.no_grad():
             states, carry = controller.encode(batch), None
             for _ in range(controller.config.segments):
-                out = controller(states=states, labels=batch.labels, carry=carry)
+                out = controller.segment(states, labels=batch.labels, carry=carry)
                 carry = out.carry
         tokens = controller.generate(batch.prompt_ids, attention_mask=batch.prompt_mask, max_new_tokens=4,
                                      do_sample=False, eos_token_id=EOS, pad_token_id=0)[:, batch.prompt_ids.shape[1] :]
@@ -753,11 +753,11 @@ def test_train_never_switches_the_hosts_dropout_on(family):
     rate = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "gpt_neox": ("hidden_dropout", "attention_dropout")}
     host = tiny_host(family, **dict.fromkeys(rate.get(family, ("attention_dropout",)), 0.5))
     controller, batch = tiny_controller(family, host=host), batch_of(prompts())
-    expected = controller(states=controller.encode(batch), labels=batch.labels).logits
+    expected = controller.segment(controller.encode(batch), labels=batch.labels).logits
     controller.train()
     assert controller.training and controller.model.addon.training and not any(m.training for m in host.modules())
     for _ in range(2):
-        assert torch.equal(controller(states=controller.encode(batch), labels=batch.labels).logits, expected)
+        assert torch.equal(controller.segment(controller.encode(batch), labels=batch.labels).logits, expected)
     controller.model.train()
     assert not any(m.training for m in host.modules())
 

@@ -376,7 +376,7 @@ def test_the_halting_target_is_greedy_generation_giving_the_gold_tokens(make, ba
     asked = Batch(batch.prompt_ids, batch.prompt_mask, ids, ids.masked_fill(mask == 0, IGNORE), batch.examples)
     states, carry = model.encode(asked), None
     for _ in range(2):
-        out = model(states=states, labels=asked.labels, carry=carry)
+        out = model.segment(states, labels=asked.labels, carry=carry)
         carry = out.carry
     assert out.metrics["correct"].tolist() == [row not in (1, 4, 6) for row in range(8)]
 

@@ -51,7 +51,8 @@ def controller(adapter: str, family: str = "llama", trained: bool = True):
         config = HRMAddonConfig(base_config=host.config, adapter="mlp", d_h=16, n_heads=2, segments=3)
         made = HRMController(config, host).eval()
     else:
-        made = BaselineController(BaselineConfig(host.config, adapter=adapter, virtual_tokens=3, lora_rank=4), host)
+        config = BaselineConfig(base_config=host.config, adapter=adapter, virtual_tokens=3, lora_rank=4)
+        made = BaselineController(config, host)
     return randomise(made.eval()) if trained else made.eval()
 
 
