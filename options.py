@@ -191,6 +191,26 @@ def dump(opts: argparse.Namespace) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def rerun_text(opts: argparse.Namespace) -> str:
+    """`dump` of what starts the run anew: the flags that belong to one call, such as --resume, at their defaults."""
+    once = {flag.name: flag.default for flag in FLAGS if flag.name in INVOCATION}
+    return dump(Options(**vars(opts) | once))
+
+
+def with_limits(opts: Options) -> Options:
+    """A copy in which typed epochs or minutes have replaced the default steps, as the end of training.
+
+    Steps stay that the user set, in a file as well; but there typed epochs or minutes win over a file's steps.
+    """
+    if not (opts.epochs or opts.max_minutes):
+        return opts
+    typed = getattr(opts, "typed", set())
+    replaced = bool({"epochs", "max_minutes"} & typed) and "max_steps" not in typed
+    if replaced or "max_steps" not in opts.explicit:
+        return Options(**vars(opts) | {"max_steps": 0})
+    return opts
+
+
 def read_resolved(text: str) -> dict[str, Any]:
     """The flags in a text that `dump` wrote, as `parse` takes them for `saved`. Raises ValueError for another."""
     import yaml

@@ -41,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         opts, checkpoint, found = understand(argv)
         if found:
             return complain(found)
-        return run_of(opts)(opts, checkpoint).go()
+        run = run_of(opts)(opts, checkpoint)
+        status = run.go()
+        if opts.eval_suite and status == 0:
+            measure_suite(run, opts)
+        return status
     except KeyboardInterrupt:
         return complain(["interrupted: what was saved before stays, --resume goes on from there"], 130)
     except (ValueError, OSError) as error:
@@ -64,9 +68,18 @@ def run_of(opts: options.Options) -> type:
         from hybrid.run import HybridRun
 
         return HybridRun
-    from addon_run import Run
+    from addon_run import AddonRun
 
-    return Run
+    return AddonRun
+
+
+def measure_suite(run: Any, opts: options.Options) -> None:
+    """`--eval_suite`: measured once, on the weights that the run ends with."""
+    from suite.after_run import SuiteConfig, measure_after_run
+
+    subject = run.suite_subject()
+    if subject is not None:
+        measure_after_run(subject, options.part(SuiteConfig, opts))
 
 
 def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, list[str]]:
@@ -87,6 +100,7 @@ def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, li
         broken = [str(error)]
     opts, found = options.collect(argv, saved)
     opts.resume, opts.reset_progress = asked.resume, asked.reset_progress
+    opts = options.with_limits(opts)
     if broken:  # whatever else the run needs, it says in the checkpoint that cannot be read
         return opts, None, found + broken
     if checkpoint and saved.get("arch", "addon") != opts.arch:  # whatever else is typed belongs to another system

@@ -7,12 +7,14 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate import Accelerator
 
 from engine.checkpoints import FOLDER, disk_check
 from engine.logs import check_csv, check_trackers
@@ -25,6 +27,7 @@ class MachineConfig:
 
     device: auto, cpu, cuda or mps.
     mixed_precision: auto, none, bf16 or fp16.
+    num_threads: threads of torch on the CPU; 0 = as torch chooses.
     trackers: comma list of where else to log; "" = nowhere.
     save_dir: folder of all runs.
     run_name: the run's folder in it; None = still to be named.
@@ -35,6 +38,7 @@ class MachineConfig:
 
     device: str = "auto"
     mixed_precision: str = "auto"
+    num_threads: int = 0
     trackers: str = ""
     save_dir: str = "runs"
     run_name: str | None = None
@@ -107,6 +111,64 @@ def check_device(device: str, mixed_precision: str) -> None:
     """Raises ValueError for a device that is not here, or a precision that it cannot train in."""
     if pick_device(device) != "cuda" and mixed_precision == "fp16":
         raise ValueError("--mixed_precision fp16 needs CUDA (no loss scaling elsewhere): use bf16, auto or none")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, and which of its processes this one is."""
+
+    accelerator: Accelerator
+    precision: str  # none, bf16 or fp16: what autocast computes in
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """True for the process that writes files and talks to the user."""
+        return self.accelerator.is_main_process
+
+    def say(self, text: str) -> None:
+        """A line for the user on stderr, from one process."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def any_process(self, flag: bool) -> bool:
+        """True on all processes as soon as `flag` is true on one."""
+        if self.world == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.device), "sum"))
+
+    def mean_of_processes(self, value: float) -> float:
+        """The mean of every process's `value`, alike on all."""
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
+
+
+def start_machine(config: MachineConfig, handlers: Sequence[Any] = ()) -> Machine:
+    """Takes the device and joins the other processes of the run. `handlers` are accelerate's.
+
+    Raises:
+        ValueError: the device is not available here.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    device = pick_device(config.device)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=list(handlers))
+    return Machine(accelerator, pick_precision(config.mixed_precision, device))
 
 
 class Stop:

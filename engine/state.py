@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from engine.checkpoints import (
 from engine.files import write_text_aside
 from engine.optimization import BaseTrainer
 from engine.optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
-from reasoning_gym_wrapper import beyond_reserve
+from engine.system import LoopConfig
 
 STATE, CONFIG = "training_state", "config.resolved.yaml"
 # What a position in the training items depends on.
@@ -41,8 +40,17 @@ class RunState:
     extra: dict[str, Any] = field(default_factory=dict)  # what one system alone needs
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint says of the run that goes on from it."""
+
+    state: RunState
+    flags: dict[str, Any]  # of the checkpoint's run, by name
+    notes: list[str]  # for the user
+
+
 def save_run(
-    run: Path, opts: argparse.Namespace, trainer: BaseTrainer, state: RunState, card: str, metric: str = "solved",
+    run: Path, config: LoopConfig, trainer: BaseTrainer, state: RunState, card: str, metric: str = "solved",
     is_best: bool = False,
 ) -> Path:
     """Writes a checkpoint of the whole run and rotates the older ones. `metric` is what `state.best` measures.
@@ -68,56 +76,61 @@ def save_run(
         "ema_updates": trainer.ema.updates if trainer.ema else 0,
         "scaler": trainer.scaler.state_dict(),
     }
-    called = {flag.name: flag.default for flag in options.FLAGS if flag.name in options.INVOCATION}
-    settings = options.dump(options.Options(**vars(opts) | called))
     folder = write_checkpoint(
         step_folder(run, state.step),
         {trainer.stem: weights, STATE: tensors},
         {
             **trainer.documents(),
             f"{STATE}.json": json.dumps(document),
-            CONFIG: settings,
+            CONFIG: config.settings,
             "README.md": card,
         },
     )
-    write_text_aside(run / CONFIG, settings)
+    write_text_aside(run / CONFIG, config.settings)
     if is_best:
         mark_best(run, folder, metric, state.best)
-    rotate(run, opts.checkpoint_limit, keep=[folder])
+    rotate(run, config.checkpoint_limit, keep=[folder])
     return folder
 
 
-def load_run(folder: Path, opts: argparse.Namespace, trainer: BaseTrainer) -> tuple[RunState, list[str]]:
-    """Restores a checkpoint into `trainer`: weights alone for --eval_only, the whole state otherwise.
-
-    Returns the run's state and notes for the user.
+def load_run(folder: Path, config: LoopConfig, trainer: BaseTrainer) -> Restored:
+    """Restores a checkpoint into `trainer`: weights alone for --eval_only and --reset_progress, else the whole state.
 
     Raises:
         ValueError: a broken checkpoint, another base model, another shape.
     """
-    alone = opts.eval_only or opts.reset_progress
-    saved = read_checkpoint(folder, [trainer.stem] if alone else [trainer.stem, STATE])
+    weights_alone = config.eval_only or config.reset_progress
+    stems = [trainer.stem] if weights_alone else [trainer.stem, STATE]
+    saved = read_checkpoint(folder, stems)
     trainer.load(saved, folder)
-    before = options.read_resolved(saved.documents[CONFIG])
-    notes = _notes(opts, before)
-    if opts.reset_progress:
+    flags = options.read_resolved(saved.documents[CONFIG])
+
+    if config.reset_progress:
         trainer.restart_ema()
-        return RunState(), [f"weights of {folder}; step, optimizer and training items begin anew", *notes]
-    if opts.eval_only:
+        return Restored(
+            RunState(), flags, [f"weights of {folder}; step, optimizer and training items begin anew"]
+        )
+    if config.eval_only:
         trainer.ema = None  # the saved weights are the averaged ones already
-    if f"{STATE}.json" not in saved.documents:  # somebody passed on the weights alone
+
+    # Somebody may have passed on the weights alone; then the folder's name tells the step.
+    if f"{STATE}.json" not in saved.documents:
         named = STEP_NAME.fullmatch(folder.name)
-        return RunState(int(named[1]) if named else 0), notes
+        return Restored(RunState(int(named[1]) if named else 0), flags, [])
+
     document = json.loads(saved.documents[f"{STATE}.json"])
-    known = {part.name for part in dataclasses.fields(RunState)}
-    state = RunState(**{name: value for name, value in document.items() if name in known})
-    if opts.eval_only:
-        return state, notes
-    if any(getattr(opts, name) != value for name, value in before.items() if name in DATA):
+    names = {part.name for part in dataclasses.fields(RunState)}
+    state = RunState(**{name: value for name, value in document.items() if name in names})
+    if config.eval_only:
+        return Restored(state, flags, [])
+
+    notes = []
+    if any(config.flags[name] != value for name, value in flags.items() if name in DATA):
         state.stream = {}
         notes.append("the training items are not those of the checkpoint: they begin anew")
     _restore_training(trainer, saved.tensors[STATE], document)
-    return state, notes + unpack_rng(saved.tensors[STATE], document["rng"])
+    notes += unpack_rng(saved.tensors[STATE], document["rng"])
+    return Restored(state, flags, notes)
 
 
 def _restore_training(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> None:
@@ -132,17 +145,6 @@ def _restore_training(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], do
     _restore_optimizers(trainer, tensors, document["optimizers"])
     if document["scaler"]:  # empty from a run without fp16
         trainer.scaler.load_state_dict(document["scaler"])
-
-
-def _notes(opts: argparse.Namespace, before: dict[str, Any]) -> list[str]:
-    """What the user should know of going on from a run with the options `before`."""
-    if opts.arch != "addon":
-        return []
-    other = any(getattr(opts, name) != before.get(name) for name in ("eval_seed", "task_config"))
-    if not other and opts.eval_n <= before.get("eval_n", 0):
-        return []
-    names = options.names(opts.tasks) or [opts.task]  # None: the default tasks, which have no groups
-    return beyond_reserve(names, before.get("eval_n", 0), before.get("group_split", False))
 
 
 def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]

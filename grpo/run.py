@@ -14,7 +14,7 @@ from typing import Any
 import addon_run
 import options
 from addon.adapters import ADAPTER, adapter_document
-from addon_run import Run
+from addon_run import AddonRun
 from engine.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
@@ -22,11 +22,12 @@ from engine.checkpoints import (
     step_folder,
     write_checkpoint,
 )
+from engine.dry_run import NON_FINITE_EXIT
 from engine.files import write_text_aside
 from engine.logs import RunLog, draw_curve
-from engine.loop import NON_FINITE_EXIT, RunLoop, closing_words
-from engine.machine import interruptible
+from engine.machine import Machine, interruptible
 from engine.optimization import NonFiniteError, model_weights
+from engine.report import Card, Report, closing_words
 from engine.state import CONFIG
 from enhanced.training import model_documents
 from grpo import warm_start
@@ -35,6 +36,7 @@ from grpo.problems import training_problems
 from grpo.stages import HeldOut, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from grpo.warm_start import EnhancedRun, unreserved
 from reasoning_gym_wrapper import make_tasks, train_seed
+from suite.after_run import Subject
 
 PROGRESS = "grpo.json"  # in a checkpoint: which stages lie behind it
 STAGES, SAMPLES = "stages", "samples"  # folders in the run
@@ -79,34 +81,52 @@ class GrpoRun:
     def __init__(self, opts: argparse.Namespace, checkpoint: Path | None):
         self.opts, self.checkpoint = opts, checkpoint
         self.addon = opts.arch == "addon"
-        self.loop: RunLoop | None = None
+        self.run: AddonRun | EnhancedRun | None = None  # the supervised run whose weights GRPO moves
+        self.machine: Machine | None = None
+        self.finished = False
 
     def go(self) -> int:
         """Runs what is left to do, or what --eval_only and --dry_run ask for. Returns the exit status."""
+        kind = AddonRun if self.addon else EnhancedRun
         if self.opts.eval_only or self.opts.dry_run:  # of the supervised run
-            return (Run if self.addon else EnhancedRun)(self.opts, self.checkpoint).go()
+            self.run = kind(self.opts, self.checkpoint)
+            return self.run.go()
         goes_on = self.checkpoint and not self.opts.reset_progress
         progress = read_progress(self.checkpoint) if goes_on else None
         opts = self.opts
         if progress is not None or self.addon:  # weights alone: what trained them before is over
             opts = options.Options(**vars(opts) | {"eval_only": True})
             opts.explicit = self.opts.explicit
-        self.loop = (Run if self.addon else EnhancedRun)(opts, self.checkpoint)
+        self.run = kind(opts, self.checkpoint)
+        self.machine = self.run.machine
         if progress is None and not self.addon:
-            status = self.loop.go()
-            if status or opts.dry_run:
+            status = self.run.go()
+            if status:
                 return status
-        folder = self.loop.folder
+        loop = self.run.loop
+        folder = loop.folder
         self.checkpoint = newest_checkpoint(folder) if not self.addon else self.checkpoint
-        if progress is None:
-            seconds = self.loop.log.elapsed_s if getattr(self.loop, "log", None) else self.loop.elapsed
-            progress = Progress(self.loop.step, elapsed_s=seconds)
-        self.progress = progress
-        self.model, self.format = self.loop.model, self.loop.format
-        if getattr(self.loop.trainer, "ema", None):
-            self.loop.trainer.ema.settle()  # the averaged weights are those that were evaluated and saved
-        self.loop.trainer.ema, self.loop.trainer.optimizers = None, []  # the supervised run is over
+        self.progress = progress or Progress(loop.step, elapsed_s=loop.elapsed_s)
+        self.model, self.format = self.run.model, self.run.format
+        trainer = self.run.trainer
+        if trainer.ema:
+            trainer.ema.settle()  # the averaged weights are those that were evaluated and saved
+        trainer.ema, trainer.optimizers = None, []  # the supervised run is over
         return self._stages(folder)
+
+    def suite_subject(self) -> Subject | None:
+        """What --eval_suite measures: the end of the last stage, or what --eval_only evaluated."""
+        if not self.finished:
+            return self.run.suite_subject() if self.run else None
+        if not self.machine.is_main:
+            return None
+        return Subject(self.run.text_models, "bare LLM", self.run.trainer.evaluation_weights, self._write)
+
+    def _write(self, report: Report) -> None:
+        """Writes rows and predictions at the step of now."""
+        here = {"step": self.progress.step}
+        self.log.eval_rows([row | here | {"elapsed_s": self.log.elapsed_s} for row in report.rows])
+        self.log.predictions([here | line | here for line in report.predictions])
 
     # --- stages ---
 
@@ -115,10 +135,10 @@ class GrpoRun:
             # The answers of the tasks are as long as the evaluation of the checkpoint's run found. On a copy, since
             # the options are the caller's; checkpoints keep the number.
             explicit = self.opts.explicit
-            self.opts = options.Options(**vars(self.opts) | {"max_completion_length": self.loop.budget})
+            self.opts = options.Options(**vars(self.opts) | {"max_completion_length": self.run.data.budget})
             self.opts.explicit = explicit
         config = options.part(StagesConfig, self.opts)
-        stages, problems = stages_of(config, self.loop.tasks if self.addon else ())
+        stages, problems = stages_of(config, self.run.data.tasks if self.addon else ())
         if problems:
             raise ValueError("; ".join(problems))
         held = hold_out(stages, self.opts.eval_seed)
@@ -126,28 +146,27 @@ class GrpoRun:
             self._keep_apart(held)
         csv = Path(self.opts.log_csv) if self.opts.log_csv else None
         document = options.as_dict(self.opts)
-        main = self.loop.is_main
+        main = self.machine.is_main
         with RunLog(folder, csv, options.names(self.opts.trackers), document, main, self.progress.elapsed_s) as log:
             self.log, self.folder = log, folder
             with interruptible() as stop:
                 for index, stage in enumerate(stages):
                     if stage.name in self.progress.done:
-                        self.loop.say(f"stage {stage.name} is finished, skipped")
+                        self.machine.say(f"stage {stage.name} is finished, skipped")
                         continue
                     status = self._stage(stage, held, index, stop)
                     if status:
                         return status
             self._finish(stages, held)
-            self.loop.log, self.loop.step, self.loop.in_stages = log, self.progress.step, False
-            self.loop._suite()
+        self.finished = True
         return 0
 
     def _keep_apart(self, held: HeldOut) -> None:
         """Reserves what the deep supervision evaluates, too; says which questions it may have trained on."""
-        kept = self.loop.reserve.questions
+        kept = self.run.data.reserve.questions
         new = len(held.reserved - kept)
         if new:
-            self.loop.say(unreserved(new, len(held.reserved)))
+            self.machine.say(unreserved(new, len(held.reserved)))
         held.reserved |= kept
 
     def _stage(self, stage: Stage, held: HeldOut, index: int, stop: Any) -> int:
@@ -163,28 +182,28 @@ class GrpoRun:
         steps = int(resumed.name.split("-")[1]) if resumed else 0
         self.log.truncate_after(base + steps, evaluate=steps > 0)  # an end whose checkpoint was never written
         before = self._start_of(stage, held, functions, place)
-        self.loop.say(f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
+        self.machine.say(f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
                       + (f", going on from {resumed.name}" if resumed else ""))
         run = StageRun(
             stage, place, functions, weights,
             log=lambda step, numbers: self._log(stage.name, base + step, numbers),
             stopped=lambda: stop.signal is not None,
-            precision=self.loop.precision, device=self.loop.device.type,
+            precision=self.machine.precision, device=self.machine.device.type,
         )
         try:
             finished, steps = train_stage(self.model, self.format, problems, run)
         except NonFiniteError as error:
-            self.loop.say(f"{options.PROG}: {error}: stopped before the step; the newest state is in {place}")
+            self.machine.say(f"{options.PROG}: {error}: stopped before the step; the newest state is in {place}")
             return NON_FINITE_EXIT
         if not finished:
             again = "the same command" if self.addon else f"python train.py --resume {self.folder}"
-            self.loop.say(f"stopped in stage {stage.name} at its step {steps}, saved; go on with: {again}")
+            self.machine.say(f"stopped in stage {stage.name} at its step {steps}, saved; go on with: {again}")
             return 128 + (stop.signal or signal.SIGTERM)
         self.progress.step = base + steps
         after = self._measure(stage, held, functions)
         self._record(stage, after, before)
         self._save(after)
-        if self.loop.is_main:
+        if self.machine.is_main:
             forget(place)
             print(f"after {after.line(before)}", flush=True)
         return 0
@@ -214,7 +233,7 @@ class GrpoRun:
                     self.log.predictions(start.predictions(self.progress.step))
                 known = {"asked": asked, "metrics": start.means()}
                 write_text_aside(path, json.dumps(known))
-                self.loop.say(f"before {start.line()}")
+                self.machine.say(f"before {start.line()}")
             self.progress.start[stage.name], self.progress.asked[stage.name] = known["metrics"], asked
         return self.progress.start[stage.name]
 
@@ -230,20 +249,20 @@ class GrpoRun:
         self.log.log(step, stage=stage, **numbers)
         shown = {name: numbers[name] for name in ("reward", "frac_reward_zero_std", "entropy") if name in numbers}
         told = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-        self.loop.say(f"stage {stage} step {step}  {told}  {numbers.get('mean_length', 0):.0f} tokens  "
+        self.machine.say(f"stage {stage} step {step}  {told}  {numbers.get('mean_length', 0):.0f} tokens  "
                       f"{numbers.get('step_time', 0):.1f} s a step")
 
     def _measure(self, stage: Stage, held: HeldOut, functions: Any) -> Measured:
         return measure(self.model, self.format, stage.name, held.problems[stage.name], functions,
                        stage.config.max_completion_length, not self.addon, self.opts.eval_batch_size,
-                       self.loop.trainer.autocast())
+                       self.run.trainer.autocast())
 
     def _record(self, stage: Stage, after: Measured, before: dict[str, float]) -> None:
         """CSV, predictions and sample completions of a finished stage."""
         self.progress.done[stage.name] = after.means()
         self.log.eval_rows(after.rows(self.progress.step, before))
         self.log.predictions(after.predictions(self.progress.step))
-        if self.loop.is_main:
+        if self.machine.is_main:
             place = self.folder / SAMPLES
             place.mkdir(exist_ok=True)
             lines = [json.dumps(sample, ensure_ascii=False) for sample in after.samples()]
@@ -251,11 +270,10 @@ class GrpoRun:
 
     def _save(self, after: Measured) -> None:
         """The checkpoint at the end of a stage."""
-        if not self.loop.is_main:
+        if not self.machine.is_main:
             return
         self.progress.elapsed_s = self.log.elapsed_s
-        called = {flag.name: flag.default for flag in options.FLAGS if flag.name in options.INVOCATION}
-        settings = options.dump(options.Options(**vars(self.opts) | called))
+        settings = options.rerun_text(self.opts)
         documents = {PROGRESS: json.dumps(asdict(self.progress)), CONFIG: settings, "README.md": self._card(after)}
         if self.addon:
             weights = {ADAPTER: self.model.addon_state()}
@@ -270,15 +288,14 @@ class GrpoRun:
         self.checkpoint = folder
 
     def _card(self, after: Measured) -> str:
-        title = f"# HRM add-on for {self.opts.model_name}" if self.addon else "# Planner/worker LM"
+        title = f"HRM add-on for {self.opts.model_name}" if self.addon else "Planner/worker LM"
         library = "peft" if self.addon else "transformers"
-        stages = ", ".join(self.progress.done)
-        return (f"---\nlibrary_name: {library}\ntags: [hrm, grpo]\n---\n\n{title}\n\nStep {self.progress.step}; GRPO "
-                f"stages done: {stages}.\n\n```\n{after.line(self.progress.start.get(after.stage))}\n```\n")
+        card = Card(library, ["hrm", "grpo"], title, f"; GRPO stages done: {', '.join(self.progress.done)}.")
+        return card.text(self.progress.step, after.line(self.progress.start.get(after.stage)))
 
     def _finish(self, stages: list[Stage], held: HeldOut) -> None:
         """The closing words: start and end of each stage, files, next command."""
-        if not self.loop.is_main:
+        if not self.machine.is_main:
             return
         changes = []
         for stage in stages:

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 
 from batching import PromptFormat
-from engine.checkpoints import read_checkpoint, step_folder
-from engine.logs import Progress, draw_curve
-from engine.loop import RunLoop, closing_words
-from engine.machine import MachineConfig, machine_problems, raised
+from engine.checkpoints import read_checkpoint
+from engine.loop import RunLoop
+from engine.machine import Machine, MachineConfig, machine_problems, raised, start_machine
 from engine.records import normalise
+from engine.report import Card, Report
 from engine.state import CONFIG
+from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
 from enhanced.training import EnhancedTrainer, token_batch
 from grpo.measure import Measured, measure
 from grpo.problems import FileSource, Problem, stream
 from grpo.stages import Stage, StagesConfig, hold_out, rewards_of, stages_of
-from options import Options, part, read_resolved
+from options import Options, as_dict, part, read_resolved, rerun_text
 from reasoning_gym_wrapper import train_seed
+from suite.after_run import Subject
 from suite.measure import spec_problems
 from text_model import CausalTextModel
 
@@ -88,19 +90,6 @@ def unreserved(new: int, of: int) -> str:
             "them may have been trained on")
 
 
-@dataclass
-class StageEvaluation:
-    """Every stage's held-out questions, measured with the same weights."""
-
-    parts: list[Measured]
-
-    @property
-    def solved(self) -> float:
-        """Share of all questions solved."""
-        solved = [each for part in self.parts for each in part.solved]
-        return sum(solved) / len(solved)
-
-
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """Everything wrong with a run of the planner/worker LM that can be found without building one, one line each."""
     lines = stages_of(part(StagesConfig, opts))[1]
@@ -109,28 +98,23 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     return lines + machine_problems(part(MachineConfig, opts), checkpoint)
 
 
-class EnhancedRun(RunLoop):
-    """The run of `--arch enhanced`, supervised: see `RunLoop`."""
+class WarmData:
+    """Worked examples of the stages' questions, the held-out ones left out; see `engine.system.Data`."""
 
-    problems = staticmethod(problems)
-    in_stages = True  # of a GRPO run, whose suite waits for the last stage
-
-    def build_data(self) -> None:
-        opts = self.opts
-        stages, problems = stages_of(part(StagesConfig, opts))
-        if problems:
-            raise ValueError("; ".join(problems))
+    def __init__(self, opts: argparse.Namespace, stages: list[Stage], machine: Machine, checkpoint: Path | None):
+        self.opts = opts
+        self.machine = machine
         self.stages = stages
         self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), max_seq_len=opts.max_seq_len)
         self.held = hold_out(stages, opts.eval_seed)
-        if self.checkpoint:
-            self._tell_unreserved()
+        if checkpoint:
+            self._tell_unreserved(checkpoint)
         self.examples = None if opts.eval_only else WorkedExamples(stages, self.held.reserved, opts.seed)
         self._check_lengths()
 
-    def _tell_unreserved(self) -> None:
+    def _tell_unreserved(self, checkpoint: Path) -> None:
         """Warns of held-out questions that the checkpoint's run did not keep off its training."""
-        before = read_resolved(read_checkpoint(self.checkpoint, stems=[]).documents[CONFIG])
+        before = read_resolved(read_checkpoint(checkpoint, stems=[]).documents[CONFIG])
         opts = Options(**vars(self.opts) | {name: before.get(name) for name in ("stages", "eval_n", "eval_seed")})
         if opts == self.opts:
             return
@@ -140,7 +124,7 @@ class EnhancedRun(RunLoop):
             kept = set()
         new = len(self.held.reserved - kept)
         if new:
-            self.say(unreserved(new, len(self.held.reserved)))
+            self.machine.say(unreserved(new, len(self.held.reserved)))
 
     def _check_lengths(self) -> None:
         """Raises ValueError where a stage's prompts pass --max_seq_len."""
@@ -151,121 +135,158 @@ class EnhancedRun(RunLoop):
                 raise ValueError(f"stage {stage.name} has prompts of {longest} tokens, --max_seq_len allows "
                                  f"{self.opts.max_seq_len}: raise it or choose other tasks")
 
-    def build_trainer(self) -> EnhancedTrainer:
-        opts = self.opts
-        self.model, _ = create_hrm_model_and_tokenizer(
-            opts.d_model, opts.n_heads, opts.max_cycles, opts.n_planner_layers, opts.n_worker_layers, opts.thought_dim,
-            self.format.tokenizer,
-        )
-        self.model.to(self.device)
-        return EnhancedTrainer(opts, self.model, self.accelerator, self.precision, self.format)
-
-    # --- what the loop asks ---
-
-    def label(self) -> str:
-        return "enhanced"
-
-    def introduce(self) -> str:
-        count = sum(p.numel() for p in self.model.parameters())
-        what = f"planner/worker LM, {count / 1e6:.2f} M parameters, {self.opts.max_cycles} cycles"
-        return f"{what}, on {self.device}, {self.precision} autocast; worked examples of {self._names()}"
-
-    def _names(self) -> str:
-        return ", ".join(stage.name for stage in self.stages if stage.warm)
-
-    def is_done(self) -> bool:
-        """The warm start of a GRPO run is over: nothing to say."""
-        return self.opts.objective == "grpo" and bool(self.step) and self._progress_share() >= 1
+    @property
+    def size(self) -> int:
+        return sum(stage.size for stage in self.stages if stage.warm)
 
     def next_batches(self) -> list[dict[str, torch.Tensor]]:
         batches = []
         for _ in range(self.opts.grad_accum_steps):
-            drawn = self.examples.take(self.opts.batch_size * self.world)
-            mine = drawn[self.rank :: self.world]
+            drawn = self.examples.take(self.opts.batch_size * self.machine.world)
+            mine = drawn[self.machine.rank :: self.machine.world]
             batch = token_batch(self.format, [p.question for p, _ in mine], [text for _, text in mine])
-            batches.append({name: tensor.to(self.device) for name, tensor in batch.items()})
+            batches.append({name: tensor.to(self.machine.device) for name, tensor in batch.items()})
         return batches
 
-    def position(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"drawn": self.examples.drawn}
 
-    def set_position(self, position: dict[str, Any]) -> None:
-        self.examples.skip_to(position["drawn"], self.opts.batch_size * self.world)
-
-    def data_size(self) -> int:
-        return sum(stage.size for stage in self.stages if stage.warm)
-
-    def parts(self) -> dict[str, Any]:
-        backbone = self.model.model
-        return {"embedding": backbone.embed_tokens, "planner": backbone.planner, "worker": backbone.worker,
-                "gate": backbone.gate, "thought head": self.model.thought_head}
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.examples.skip_to(state["drawn"], self.opts.batch_size * self.machine.world)
 
     def describe(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
         decode = self.format.tokenizer.decode
         return [{"text": decode(row[mask.bool()])} for b in batches
                 for row, mask in zip(b["input_ids"].cpu(), b["attention_mask"].cpu(), strict=True)]
 
-    def text_models(self) -> tuple[CausalTextModel, None]:
-        return CausalTextModel(self.model, self.format, self.opts.eval_batch_size, autocast=self.trainer.autocast), None
 
-    def _suite(self) -> None:
-        if self.opts.objective != "grpo" or self.opts.eval_only or not self.in_stages:
-            super()._suite()
+class StageEvaluator(Evaluator):
+    """Generated answers to the held-out questions of every stage. One rank does it all."""
 
-    # --- evaluation ---
+    def __init__(self, opts: argparse.Namespace, data: WarmData, model: Any, trainer: EnhancedTrainer):
+        self.opts = opts
+        self.data = data
+        self.model = model
+        self.trainer = trainer
 
-    def evaluate(self) -> StageEvaluation:
-        """Generates on every stage's held-out questions; writes CSV and predictions. One rank does it all."""
+    def evaluate(self, step: int) -> Report:
         with self.trainer.evaluation_weights():
-            return StageEvaluation([self._measured(stage) for stage in self.stages])
+            parts = [self._measured(stage) for stage in self.data.stages]
+        rows = [row for part in parts for row in part.rows(step)]
+        predictions = [line for part in parts for line in part.predictions(step)]
+        table = "\n".join(part.line() for part in parts)
+        solved = [each for part in parts for each in part.solved]
+        question = parts[0].problems[0].question
+        return Report(rows, predictions, table, sum(solved) / len(solved), question=question)
 
     def _measured(self, stage: Stage) -> Measured:
-        """One stage's held-out questions, measured and written down."""
         functions, _ = rewards_of(stage)
-        measured = measure(
-            self.model, self.format, stage.name, self.held.problems[stage.name], functions,
+        return measure(
+            self.model, self.data.format, stage.name, self.data.held.problems[stage.name], functions,
             stage.config.max_completion_length, True, self.opts.eval_batch_size, self.trainer.autocast(),
         )
-        self.log.eval_rows(measured.rows(self.step))
-        self.log.predictions(measured.predictions(self.step))
-        return measured
 
-    def _train(self) -> int:
-        """As every run; a GRPO run's first rows are those of the random model, which writes no format yet."""
-        if self.step == 0 and self.opts.objective == "grpo":
-            self.say(f"untrained {self._measured(self.stages[0]).line()}")
-        return super()._train()
+    def before_training(self) -> Report | None:
+        """A GRPO run's first rows are those of the random model, which writes no format yet."""
+        if self.opts.objective != "grpo":
+            return None
+        first = self._measured(self.data.stages[0])
+        return Report(first.rows(0), first.predictions(0), f"untrained {first.line()}")
 
-    def table(self, evaluation: StageEvaluation) -> str:
-        return "\n".join(part.line() for part in evaluation.parts)
-
-    def value(self, evaluation: StageEvaluation) -> float:
-        return evaluation.solved
-
-    def show_samples(self, progress: Progress) -> None:
+    def samples(self, turn: int) -> list[str]:
         """The completion of a held-out question of each stage."""
+        texts = []
         with self.trainer.evaluation_weights():
-            for stage in self.stages:
-                one = self.held.problems[stage.name][:1]
+            for stage in self.data.stages:
+                one = self.data.held.problems[stage.name][:1]
                 longest = stage.config.max_completion_length
-                found = measure(self.model, self.format, stage.name, one, [], longest, autocast=self.trainer.autocast())
-                progress.say(f"[step {self.step}] {one[0].question!r}\n  {found.completions[0]!r}")
+                found = measure(
+                    self.model, self.data.format, stage.name, one, [], longest, autocast=self.trainer.autocast()
+                )
+                texts.append(f"{one[0].question!r}\n  {found.completions[0]!r}")
+        return texts
 
-    def finish(self, evaluation: StageEvaluation) -> None:
-        """The closing words: table, files, next command."""
-        if not self.is_main:
-            return
-        print(self.table(evaluation))
-        if self.opts.objective == "grpo" and not self.opts.eval_only:
-            print(f"the warm start is done after {self.step} steps; GRPO goes on from here", flush=True)
-            return
-        curve = draw_curve(self.folder, self.log.csv_path)
-        newest = self.checkpoint if self.opts.eval_only else step_folder(self.folder, self.step)
-        print(closing_words(self.log.csv_path, newest, curve, evaluation.parts[0].problems[0].question))
 
-    def card(self, evaluation: StageEvaluation | None) -> str:
-        """The checkpoint's README.md."""
-        lines = ["---\nlibrary_name: transformers\ntags: [hrm]\n---\n", "# Planner/worker LM\n",
-                 f"Step {self.step} of supervised training on worked examples of {self._names()}.",
-                 "Load with `AutoModelForCausalLM.from_pretrained` after `import enhanced`, or `generate.py`.\n"]
-        return "\n".join(lines) + (f"\n```\n{self.table(evaluation)}\n```\n" if evaluation else "")
+class WarmHooks(Hooks):
+    """A warm start that is over is left alone, and says nothing: GRPO goes on from it."""
+
+    def __init__(self, objective: str):
+        super().__init__()
+        self.objective = objective
+
+    def nothing_to_do(self, step: int, total_steps: int | None, share: float) -> str | None:
+        return "" if self.objective == "grpo" and step and share >= 1 else None
+
+
+class EnhancedRun:
+    """The supervised run of `--arch enhanced`, new or going on from `checkpoint`.
+
+    Raises:
+        ValueError: the user's mistakes, before anything is written.
+    """
+
+    problems = staticmethod(problems)
+
+    def __init__(self, opts: Options, checkpoint: Path | None):
+        self.opts = opts
+        config = part(LoopConfig, opts, settings=rerun_text(opts), flags=as_dict(opts))
+        self.machine = start_machine(config)
+        self.stages, wrong = stages_of(part(StagesConfig, opts))
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        self.data = WarmData(opts, self.stages, self.machine, checkpoint)
+        self.format = self.data.format
+
+        set_seed(opts.seed)
+        self.model, _ = create_hrm_model_and_tokenizer(
+            opts.d_model, opts.n_heads, opts.max_cycles, opts.n_planner_layers, opts.n_worker_layers, opts.thought_dim,
+            self.format.tokenizer,
+        )
+        self.model.to(self.machine.device)
+        self.trainer = EnhancedTrainer(
+            opts, self.model, self.machine.accelerator, self.machine.precision, self.format
+        )
+        evaluator = StageEvaluator(opts, self.data, self.model, self.trainer)
+        self.loop = RunLoop(
+            config, self.machine, self.data, self.trainer, evaluator, self._facts(), WarmHooks(opts.objective),
+            checkpoint,
+        )
+
+    def go(self) -> int:
+        """Runs the command and returns its exit status."""
+        return self.loop.go()
+
+    def _facts(self) -> Facts:
+        opts = self.opts
+        count = sum(p.numel() for p in self.model.parameters())
+        names = ", ".join(stage.name for stage in self.stages if stage.warm)
+        backbone = self.model.model
+        next_stage = None
+        if opts.objective == "grpo":
+            next_stage = "the warm start is done after {step} steps; GRPO goes on from here"
+        return Facts(
+            label="enhanced",
+            introduction=f"planner/worker LM, {count / 1e6:.2f} M parameters, {opts.max_cycles} cycles, on "
+            f"{self.machine.device}, {self.machine.precision} autocast; worked examples of {names}",
+            card=Card(
+                "transformers",
+                ["hrm"],
+                "Planner/worker LM",
+                f" of supervised training on worked examples of {names}.",
+                "Load with `AutoModelForCausalLM.from_pretrained` after `import enhanced`, or `generate.py`.",
+            ),
+            parts={"embedding": backbone.embed_tokens, "planner": backbone.planner, "worker": backbone.worker,
+                   "gate": backbone.gate, "thought head": self.model.thought_head},
+            next_stage=next_stage,
+        )
+
+    def text_models(self) -> tuple[CausalTextModel, None]:
+        """The model as text in, text out; it is compared with nothing."""
+        size = self.opts.eval_batch_size
+        return CausalTextModel(self.model, self.format, size, autocast=self.trainer.autocast), None
+
+    def suite_subject(self) -> Subject | None:
+        """What --eval_suite measures; None before the run is finished and on other processes than the main one."""
+        if not self.loop.finished or not self.machine.is_main:
+            return None
+        return Subject(self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from torch import Tensor
 
 import options
 from engine.batches import IGNORE
-from engine.checkpoints import step_folder
 from engine.intervals import wilson
-from engine.logs import Progress, draw_curve
-from engine.loop import RunLoop, closing_words
-from engine.machine import MachineConfig, machine_problems
+from engine.loop import RunLoop
+from engine.machine import Machine, MachineConfig, machine_problems, start_machine
 from engine.records import question_hash
+from engine.report import Card, Report, metric_row
+from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from hybrid.data import (
     SYNTHETIC,
     HybridData,
@@ -33,6 +34,7 @@ from hybrid.data import (
 from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
 from hybrid.training import HybridTrainer
+from suite.after_run import Subject
 from suite.measure import spec_problems
 from suite.questions import SuiteItem
 from text_data.synthetic import synthetic_questions
@@ -72,21 +74,39 @@ class HybridEvaluation:
     def solved(self) -> int:
         return sum(gold == text for _, gold, text in self.answers)
 
-    def rows(self, step: int) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Long-form CSV rows. A loss's n is its tokens."""
         rows = []
         for name, part in self.parts.items():
-            shared = {"step": step, "task": name, "n": part.tokens, "segments_used": part.cycles}
-            rows += [{**shared, "metric": "loss", "value": part.loss},
-                     {**shared, "metric": "perplexity", "value": part.perplexity}]
-            rows += [{**shared, "n": part.samples, "metric": name, "value": value}
-                     for name, value in part.diagnostics.items()]
-        if self.answers:
-            low, high = wilson(self.solved, len(self.answers))
-            rows.append({"step": step, "task": "synthetic", "metric": "solved", "n": len(self.answers), "ci_low": low,
-                         "value": self.solved / len(self.answers), "ci_high": high,
-                         "segments_used": self.parts[VALIDATION].cycles})
+            losses = {"loss": part.loss, "perplexity": part.perplexity}
+            for metric, value in losses.items():
+                rows.append(metric_row(name, metric, value, part.tokens, segments_used=part.cycles))
+            for metric, value in part.diagnostics.items():
+                rows.append(metric_row(name, metric, value, part.samples, segments_used=part.cycles))
+
+        n = len(self.answers)
+        if n:
+            cycles = self.parts[VALIDATION].cycles
+            interval = wilson(self.solved, n)
+            rows.append(
+                metric_row(SYNTHETIC, "solved", self.solved / n, n, interval=interval, segments_used=cycles)
+            )
         return rows
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """One line per held-out addition."""
+        lines = []
+        for index, (prompt, gold, text) in enumerate(self.answers):
+            lines.append(
+                {
+                    "id": f"{SYNTHETIC}/{index:05d}",
+                    "task": SYNTHETIC,
+                    "prompt_hash": question_hash(prompt),
+                    "prediction": text,
+                    "score": float(text == gold),
+                }
+            )
+        return lines
 
     def lines(self) -> str:
         """The evaluation for people."""
@@ -110,140 +130,66 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     return lines + machine_problems(options.part(MachineConfig, opts), checkpoint)
 
 
-class HybridRun(RunLoop):
-    """The hybrid's run: see `RunLoop`. Every validation is followed by a checkpoint."""
+class HybridTraining:
+    """The training batches of one rank, without end; see `engine.system.Data`."""
 
-    problems = staticmethod(problems)
-    metric = "negative_validation_loss"
-    unit = "tok"
-    compared_with = "gate shut"
-    handlers = (DistributedDataParallelKwargs(find_unused_parameters=True),)  # while the gate is shut HRM is idle
-
-    # --- set up ---
-
-    def build_data(self) -> None:
-        config = options.part(HybridDataConfig, self.opts)
-        self.data: HybridData = open_data(config)
-        workers, warning = usable_workers(self.opts.dataset_workers)
+    def __init__(self, opts: argparse.Namespace, data: HybridData, machine: Machine):
+        self.machine = machine
+        self.data = data
+        self.grad_accum_steps = opts.grad_accum_steps
+        workers, warning = usable_workers(opts.dataset_workers)
         if warning:
-            self.say(warning)
+            machine.say(warning)
         self.batches = None
-        if self.data.train is not None:
-            self.batches = training_batches(self.data, config, self.rank, self.world, workers)
+        if data.train is not None:
+            config = options.part(HybridDataConfig, opts)
+            self.batches = training_batches(data, config, machine.rank, machine.world, workers)
 
-    def build_trainer(self) -> HybridTrainer:
-        self.model = HybridModel(hybrid_config(self.opts, self.data)).to(self.device)
-        trainer = HybridTrainer(self.opts, self.model, self.accelerator, self.precision, self.data.tokenizer_json)
-        self.text = None
-        if self.data.tokenizer_json:
-            self.text = HybridText(self.model, self.data.tokenizer_json, self.opts.eval_batch_size,
-                                   self.opts.max_seq_len, trainer.autocast)
-        return trainer
-
-    def _restore(self, folder: Path) -> None:
-        super()._restore(folder)
-        if self.opts.eval_only:  # --hrm_gate_scale 0 shuts the gate of a trained model
-            self.model.config.gate_scale = min(self.model.config.gate_scale, self.opts.hrm_gate_scale)
-
-    # --- what the loop asks ---
-
-    def label(self) -> str:
-        dataset = self.opts.dataset or "random"
-        return "hybrid-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset.strip("/.")).strip("-")
-
-    def introduce(self) -> str:
-        count = sum(p.numel() for p in self.model.parameters())
-        hrm = sum(p.numel() for p in self.model.hrm_parameters().values())
-        size = f", {len(self.data.train)} training samples" if self.data.train is not None else ""
-        what = f"hybrid ({self.opts.encoder}, {self.opts.bridge}), {count / 1e6:.2f} M parameters"
-        where = f"{self.device}, {self.precision} autocast"
-        return f"{what}, {hrm / 1e6:.2f} M of them HRM, on {where}; {self.opts.dataset or 'random tokens'}{size}"
-
-    def next_batches(self) -> list[dict[str, Tensor]]:
-        return [{name: tensor.to(self.device) for name, tensor in next(self.batches).items()}
-                for _ in range(self.opts.grad_accum_steps)]
-
-    def position(self) -> dict[str, Any]:
-        return self.batches.state_dict()
-
-    def set_position(self, position: dict[str, Any]) -> None:
-        """Goes on in the data, or begins them anew where batches of another shape are asked for."""
-        try:
-            self.batches.load_state_dict(position)
-        except ValueError as error:
-            self.say(f"the training data begin anew: {error}")
-
-    def data_size(self) -> int:
+    @property
+    def size(self) -> int:
         return len(self.data.train)
 
+    def next_batches(self) -> list[dict[str, Tensor]]:
+        return [
+            {name: tensor.to(self.machine.device) for name, tensor in next(self.batches).items()}
+            for _ in range(self.grad_accum_steps)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return self.batches.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on in the data, or begins them anew where batches of another shape are asked for."""
+        try:
+            self.batches.load_state_dict(state)
+        except ValueError as error:
+            self.machine.say(f"the training data begin anew: {error}")
+
     def describe(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
-        return [{name: row.tolist() for name, row in zip(batch, rows, strict=True)}
-                for batch in batches for rows in zip(*batch.values(), strict=True)]
+        examples = []
+        for batch in batches:
+            for rows in zip(*batch.values(), strict=True):
+                examples.append({name: row.tolist() for name, row in zip(batch, rows, strict=True)})
+        return examples
 
-    def parts(self) -> dict[str, Any]:
-        encoder = self.model.encoder
-        return {"embeddings": encoder.embed, "encoder": encoder.backbone, "HRM core": encoder.core,
-                "bridge": encoder.bridge, "gate": encoder.gate, "decoder": self.model.decoder}
 
-    def text_models(self) -> tuple[HybridText, HybridText | None]:
-        """The hybrid, and the same weights with the gate shut."""
-        shut = HybridText(self.model, self.data.tokenizer_json, self.opts.eval_batch_size, self.opts.max_seq_len,
-                          self.trainer.autocast, gate_scale=0.0)
-        return self.text, None if self.model.config.gate_scale == 0 else shut
+class HybridEvaluator(Evaluator):
+    """Loss over the validation split and each dev set, and the synthetic task's generated answers."""
 
-    def suite_items(self, items: list[SuiteItem]) -> list[SuiteItem]:
-        """The synthetic sums are those that --dataset synthetic holds out."""
-        held = tuple(synthetic_questions(self.opts.eval_suite_n or self.opts.eval_n, 0, "val"))
-        return [SuiteItem(SYNTHETIC, pairs=held) if item.name == SYNTHETIC and not item.path else item
-                for item in items]
-
-    def shown(self, metrics: dict[str, float]) -> dict[str, str]:
-        """Gate window and halting sum beside the loss."""
-        if "halt_sum_mean" not in metrics:
-            return {"gate": "shut"}
-        low, high = metrics["gate_min"], metrics["gate_max"]
-        return {"gate": f"{metrics['gate_mean']:.2f} [{low:.2f}, {high:.2f}]",
-                "halt": f"{metrics['halt_sum_mean']:.2f}"}
-
-    def table(self, evaluation: HybridEvaluation) -> str:
-        return evaluation.lines()
-
-    def value(self, evaluation: HybridEvaluation) -> float:
-        return -evaluation.parts[VALIDATION].loss
-
-    def saves_after_evaluation(self) -> bool:
-        return True
-
-    def is_done(self) -> bool:
-        early = self.ended_early()
-        if not early and (self.total_steps is None or self.step < self.total_steps):
-            return False
-        if self.extra.get("evaluated") != self.step:  # stopped before the closing evaluation: that is still to be done
-            return False
-        more = f"{early}; --eval_loss_patience 0 goes on" if early else "raise --steps to go on"
-        self.say(f"{self.folder} has done its {self.step} steps: nothing to do; {more}")
-        return True
-
-    # --- patience ---
-
-    def after_evaluation(self, evaluation: HybridEvaluation) -> None:
-        """Counts consecutive rises of the validation loss, once the grace steps are over."""
-        loss, before = evaluation.parts[VALIDATION].loss, self.extra.get("validation_loss")
-        rose = before is not None and (loss > before or math.isnan(loss))
-        counts = rose and self.step > self.opts.patience_grace_steps
-        self.extra |= {"validation_loss": loss, "rises": self.extra.get("rises", 0) + 1 if counts else 0}
-
-    def ended_early(self) -> str | None:
-        rises, patience = self.extra.get("rises", 0), self.opts.eval_loss_patience
-        if not patience or rises < patience:
-            return None
-        return f"the validation loss rose {rises} times in a row (--eval_loss_patience {patience})"
-
-    # --- evaluation ---
+    def __init__(
+        self, opts: argparse.Namespace, data: HybridData, model: HybridModel, trainer: HybridTrainer,
+        text: HybridText | None, machine: Machine,
+    ):
+        self.opts = opts
+        self.data = data
+        self.model = model
+        self.trainer = trainer
+        self.text = text
+        self.machine = machine
 
     @torch.no_grad()
-    def evaluate(self) -> HybridEvaluation:
-        """Loss over the whole validation split and each dev set, and the synthetic task's generated answers."""
+    def evaluate(self, step: int) -> Report:
+        """Every split whole, in order; each rank its share of the rows."""
         was_training = self.model.training
         self.model.eval()
         with self.trainer.evaluation_weights():
@@ -251,21 +197,21 @@ class HybridRun(RunLoop):
             parts = {name: self._part(part) for name, part in sets.items()}
             evaluation = HybridEvaluation(parts, self._answers())
         self.model.train(was_training)
-        self.extra["evaluated"] = self.step
-        self.log.eval_rows(evaluation.rows(self.step))
-        self.log.predictions([
-            {"step": self.step, "id": f"synthetic/{i:05d}", "task": "synthetic", "prompt_hash": question_hash(prompt),
-             "prediction": text, "score": float(text == gold)}
-            for i, (prompt, gold, text) in enumerate(evaluation.answers)
-        ])
-        return evaluation
+
+        question = self.data.questions[0][0] if self.data.questions else None
+        loss = evaluation.parts[VALIDATION].loss
+        return Report(
+            evaluation.rows(), evaluation.predictions(), evaluation.lines(), -loss, question=question,
+            details=evaluation,
+        )
 
     def _part(self, part: Any) -> Part:
+        """Loss and diagnostics over one split."""
         opts, sums, rows = self.opts, [0.0, 0.0], []
-        batches = validation_batches(part, opts.eval_batch_size, self.data.pad_id, opts.max_val_samples, self.rank,
-                                     self.world)
+        batches = validation_batches(part, opts.eval_batch_size, self.data.pad_id, opts.max_val_samples,
+                                     self.machine.rank, self.machine.world)
         for batch in batches:
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batch = {name: tensor.to(self.machine.device) for name, tensor in batch.items()}
             with self.trainer.autocast():
                 encoded = self.model.encoder(batch["encoder_ids"], batch["encoder_mask"])
                 out = self.model(attention_mask=batch["encoder_mask"], encoder_outputs=encoded,
@@ -277,7 +223,7 @@ class HybridRun(RunLoop):
             found = (encoded.cycles_used, encoded.gate, encoded.halt_sum, encoded.z_norm)
             rows += zip(*([0.0] * len(labels) if value is None else value.float().tolist() for value in found),
                         strict=True)
-        if self.world > 1:
+        if self.machine.world > 1:
             shares = gather_object([(sums, rows)])
             sums, rows = [sum(share[0][i] for share in shares) for i in (0, 1)], [r for s in shares for r in s[1]]
         if not rows:
@@ -295,44 +241,169 @@ class HybridRun(RunLoop):
     def _answers(self) -> list[tuple[str, str, str]]:
         if not self.data.questions:
             return []
-        mine = list(range(len(self.data.questions)))[self.rank :: self.world]
+        mine = list(range(len(self.data.questions)))[self.machine.rank :: self.machine.world]
         texts = self.text.generate([self.data.questions[i][0] for i in mine], self.opts.max_new_tokens or 8)
         found = list(zip(mine, texts, strict=True))
-        if self.world > 1:
+        if self.machine.world > 1:
             found = sorted(gather_object(found))
         return [(*self.data.questions[i], text) for i, text in found]
 
-    def show_samples(self, progress: Progress, count: int = 2) -> None:
+    def samples(self, turn: int, count: int = 2) -> list[str]:
         """The first labels of a few validation samples beside what the model generates for them."""
         if self.text is None:
-            return
-        start = self.step // self.opts.log_samples_every * count % len(self.data.val)
+            return []
+        texts = []
+        start = turn * count % len(self.data.val)
         for index in range(start, min(start + count, len(self.data.val))):
             triple = self.data.val[index]
             prompt, target = self.text.decode(triple.encoder_ids), self.text.decode(triple.labels)
             with self.trainer.evaluation_weights():
                 text = self.text.generate_ids([triple.encoder_ids], min(len(triple.labels) + 4, 64))[0]
-            progress.say(f"[step {self.step}] prompt: {prompt[-200:]!r}\n  target: {target[:200]!r}  prediction: "
-                         f"{text[:200]!r}")
+            texts.append(f"prompt: {prompt[-200:]!r}\n  target: {target[:200]!r}  prediction: {text[:200]!r}")
+        return texts
 
-    def finish(self, evaluation: HybridEvaluation) -> None:
-        """The closing words: table, files, next command."""
-        if not self.is_main:
+
+class HybridHooks(Hooks):
+    """Gate and halting beside the loss, patience, and a run that is left alone once it is done.
+
+    `extra` keeps the step of the newest evaluation, its validation loss, and how often in a row the loss has risen.
+    """
+
+    def __init__(self, opts: argparse.Namespace, model: HybridModel):
+        super().__init__()
+        self.opts = opts
+        self.model = model
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Gate window and halting sum."""
+        if "halt_sum_mean" not in metrics:
+            return {"gate": "shut"}
+        low, high = metrics["gate_min"], metrics["gate_max"]
+        return {
+            "gate": f"{metrics['gate_mean']:.2f} [{low:.2f}, {high:.2f}]",
+            "halt": f"{metrics['halt_sum_mean']:.2f}",
+        }
+
+    def after_evaluation(self, step: int, report: Report, share: float | None) -> None:
+        """Counts consecutive rises of the validation loss, once the grace steps are over."""
+        self.extra["evaluated"] = step
+        if share is None:
             return
-        print(self.table(evaluation))
-        newest = self.checkpoint if self.opts.eval_only else step_folder(self.folder, self.step)
-        curve = draw_curve(self.folder, self.log.csv_path)
-        question = self.data.questions[0][0] if self.data.questions else None
-        print(closing_words(self.log.csv_path, newest, curve, question, compare=False))
+        loss = report.details.parts[VALIDATION].loss
+        before = self.extra.get("validation_loss")
+        rose = before is not None and (loss > before or math.isnan(loss))
+        counts = rose and step > self.opts.patience_grace_steps
+        self.extra["validation_loss"] = loss
+        self.extra["rises"] = self.extra.get("rises", 0) + 1 if counts else 0
 
-    def card(self, evaluation: HybridEvaluation | None) -> str:
-        """The checkpoint's README.md."""
-        lines = ["---\nlibrary_name: transformers\ntags: [hrm]\n---\n", "# HRM hybrid encoder-decoder\n",
-                 f"Step {self.step}; {self.opts.encoder} encoder, {self.opts.bridge} bridge, trained on "
-                 f"{self.opts.dataset}.",
-                 "`import hybrid` registers the architecture; then AutoModelForSeq2SeqLM loads this folder, or use "
-                 "`generate.py --checkpoint`.\n"]
-        return "\n".join(lines) + (f"\n```\n{evaluation.lines()}\n```\n" if evaluation else "")
+    def ended_early(self) -> str | None:
+        rises = self.extra.get("rises", 0)
+        patience = self.opts.eval_loss_patience
+        if not patience or rises < patience:
+            return None
+        return f"the validation loss rose {rises} times in a row (--eval_loss_patience {patience})"
+
+    def nothing_to_do(self, step: int, total_steps: int | None, share: float) -> str | None:
+        early = self.ended_early()
+        if not early and (total_steps is None or step < total_steps):
+            return None
+        if self.extra.get("evaluated") != step:  # stopped before the closing evaluation: that is still to be done
+            return None
+        more = f"{early}; --eval_loss_patience 0 goes on" if early else "raise --steps to go on"
+        return f"has done its {step} steps: nothing to do; {more}"
+
+    def restored(self, before: Mapping[str, Any]) -> list[str]:
+        """--hrm_gate_scale 0 shuts the gate of a trained model that is only evaluated."""
+        if self.opts.eval_only:
+            self.model.config.gate_scale = min(self.model.config.gate_scale, self.opts.hrm_gate_scale)
+        return []
+
+
+class HybridRun:
+    """A run of the hybrid, new or going on from `checkpoint`. Every validation is followed by a checkpoint.
+
+    Raises:
+        ValueError: the user's mistakes, before anything is written.
+    """
+
+    problems = staticmethod(problems)
+
+    def __init__(self, opts: options.Options, checkpoint: Path | None):
+        self.opts = opts
+        config = options.part(
+            LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts)
+        )
+        # While the gate is shut HRM takes part in no backward pass.
+        self.machine = start_machine(config, [DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.data: HybridData = open_data(options.part(HybridDataConfig, opts))
+        training = HybridTraining(opts, self.data, self.machine)
+
+        set_seed(opts.seed)
+        self.model = HybridModel(hybrid_config(opts, self.data)).to(self.machine.device)
+        self.trainer = HybridTrainer(
+            opts, self.model, self.machine.accelerator, self.machine.precision, self.data.tokenizer_json
+        )
+        self.text = self._text() if self.data.tokenizer_json else None
+        evaluator = HybridEvaluator(opts, self.data, self.model, self.trainer, self.text, self.machine)
+        hooks = HybridHooks(opts, self.model)
+        self.loop = RunLoop(
+            config, self.machine, training, self.trainer, evaluator, self._facts(), hooks, checkpoint
+        )
+
+    def go(self) -> int:
+        """Runs the command and returns its exit status."""
+        return self.loop.go()
+
+    def _text(self, gate_scale: float | None = None) -> HybridText:
+        return HybridText(self.model, self.data.tokenizer_json, self.opts.eval_batch_size, self.opts.max_seq_len,
+                          self.trainer.autocast, gate_scale)
+
+    def _facts(self) -> Facts:
+        opts = self.opts
+        dataset = opts.dataset or "random"
+        count = sum(p.numel() for p in self.model.parameters())
+        hrm = sum(p.numel() for p in self.model.hrm_parameters().values())
+        size = f", {len(self.data.train)} training samples" if self.data.train is not None else ""
+        encoder = self.model.encoder
+        return Facts(
+            label="hybrid-" + "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset.strip("/.")).strip("-"),
+            introduction=f"hybrid ({opts.encoder}, {opts.bridge}), {count / 1e6:.2f} M parameters, {hrm / 1e6:.2f} M "
+            f"of them HRM, on {self.machine.device}, {self.machine.precision} autocast; "
+            f"{opts.dataset or 'random tokens'}{size}",
+            card=Card(
+                "transformers",
+                ["hrm"],
+                "HRM hybrid encoder-decoder",
+                f"; {opts.encoder} encoder, {opts.bridge} bridge, trained on {opts.dataset}.",
+                "`import hybrid` registers the architecture; then AutoModelForSeq2SeqLM loads this folder, or use "
+                "`generate.py --checkpoint`.",
+            ),
+            metric="negative_validation_loss",
+            unit="tok",
+            parts={"embeddings": encoder.embed, "encoder": encoder.backbone, "HRM core": encoder.core,
+                   "bridge": encoder.bridge, "gate": encoder.gate, "decoder": self.model.decoder},
+            dry_run_step=opts.hrm_gate_warmup_steps,  # before it, a batch costs less
+            saves_every_evaluation=True,
+            compare=False,
+        )
+
+    def text_models(self) -> tuple[HybridText, HybridText | None]:
+        """The hybrid, and the same weights with the gate shut."""
+        return self.text, None if self.model.config.gate_scale == 0 else self._text(gate_scale=0.0)
+
+    def suite_items(self, items: list[SuiteItem]) -> list[SuiteItem]:
+        """The synthetic sums are those that --dataset synthetic holds out."""
+        held = tuple(synthetic_questions(self.opts.eval_suite_n or self.opts.eval_n, 0, "val"))
+        return [SuiteItem(SYNTHETIC, pairs=held) if item.name == SYNTHETIC and not item.path else item
+                for item in items]
+
+    def suite_subject(self) -> Subject | None:
+        """What --eval_suite measures; None before the run is finished and on other processes than the main one."""
+        if not self.loop.finished or not self.machine.is_main:
+            return None
+        return Subject(
+            self.text_models, "gate shut", self.trainer.evaluation_weights, self.loop.record, self.suite_items
+        )
 
 
 def hybrid_config(opts: argparse.Namespace, data: HybridData) -> HybridConfig:

@@ -109,9 +109,7 @@ def plain_tokenizer(tiny_host):
 @pytest.fixture
 def no_curve(monkeypatch):
     """Runs of the add-on draw nothing: drawing takes longer than a tiny run."""
-    import addon_run as run
-
-    monkeypatch.setattr(run, "draw_curve", lambda *arguments: None)
+    monkeypatch.setattr("engine.loop.draw_curve", lambda *arguments: None)
 
 
 @pytest.fixture

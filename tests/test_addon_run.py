@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +100,7 @@ def test_growing_segments_follow_the_share_of_the_run_that_is_done(call, tmp_pat
 @pytest.mark.parametrize("flags", ["", "--use_act", "--segments_sampling uniform", "--segments_sampling growing"])
 def test_the_cost_told_beforehand_counts_the_segments_that_will_be_drawn(flags):
     opts = options.parse(["--segments", "5", *flags.split()])
-    expected = run.Run.mean_segments(SimpleNamespace(opts=opts, model=SimpleNamespace(recurrent=True)))
+    expected = run.mean_segments(opts)
     drawn = [segments_of_step(opts, step, step / 4000) for step in range(4000)]
     assert sum(drawn) / len(drawn) == pytest.approx(expected, rel=0.03)
 
@@ -567,8 +566,8 @@ def test_evaluation_questions_are_never_trained_on(call, monkeypatch):
         return plain(self, batches, number, lr)
 
     monkeypatch.setattr(Trainer, "step", step)
-    monkeypatch.setattr(run.Run, "evaluate", lambda self, plain=run.Run.evaluate: (
-        reserved.update(self.reserve.questions), plain(self))[1])
+    monkeypatch.setattr(run.AddonEvaluator, "evaluate", lambda self, step, plain=run.AddonEvaluator.evaluate: (
+        reserved.update(self.data.reserve.questions), plain(self, step))[1])
     config = json.dumps({"max_value": 5})  # 36 questions in all
     for train_n in ("0", "20"):
         trained.clear()

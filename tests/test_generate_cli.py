@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-import addon_run as run
 import generate
 import train
 from tiny_runs import ROOT, arguments, command, error_lines, newest, records
@@ -19,7 +18,7 @@ def runs(tiny_host, tmp_path_factory):
     """A folder of two runs; the second, `new`, was trained with a sentinel, a header and visible effect."""
     place = tmp_path_factory.mktemp("generate") / "runs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "draw_curve", lambda *arguments: None)
+        patch.setattr("engine.loop.draw_curve", lambda *arguments: None)
         assert train.main(arguments(tiny_host, place, "--run_name", "old", "--max_steps", "1")) == 0
         flags = "--lr 0.05 --warmup_steps 0 --ema 0 --sentinel ## --system_header hm --injector grb --max_steps 8"
         assert train.main(arguments(tiny_host, place, "--run_name", "new", *flags.split())) == 0

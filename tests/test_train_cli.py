@@ -190,7 +190,7 @@ def test_an_unexpected_error_of_the_disk_is_one_line(call, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device", "curve.png")
 
-    monkeypatch.setattr(run, "draw_curve", full)
+    monkeypatch.setattr(run_loop, "draw_curve", full)
     status, _, err = call()
     assert status == 2 and "train.py: error: [Errno 28] No space left on device: 'curve.png'" in err
 

@@ -229,8 +229,8 @@ def test_evaluation_only_makes_no_cache(call, tmp_path):
 TWO = """
 import os, sys
 os.environ["ACCELERATE_USE_CPU"] = "true"
-import addon_run as run, train
-run.draw_curve = lambda *arguments: None
+import engine.loop, train
+engine.loop.draw_curve = lambda *arguments: None
 sys.exit(train.main(sys.argv[1:]))
 """
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import addon_run
+import engine.loop
 import options
 import train
 from grpo import rewards
@@ -36,7 +36,7 @@ ENHANCED = (
 @pytest.fixture(autouse=True)
 def no_curve(monkeypatch):
     """Drawing takes longer than a tiny run."""
-    monkeypatch.setattr(addon_run, "draw_curve", lambda *arguments: None)
+    monkeypatch.setattr(engine.loop, "draw_curve", lambda *arguments: None)
     monkeypatch.setattr(grpo_run, "draw_curve", lambda *arguments: None)
 
 

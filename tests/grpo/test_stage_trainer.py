@@ -469,7 +469,7 @@ def test_a_stage_s_start_is_measured_again_for_other_questions_or_rewards(tmp_pa
 
     def start_of(chosen: Stage) -> float:
         run = GrpoRun(parsed(), None)
-        run.progress, run.loop = Progress(2), types.SimpleNamespace(say=lambda line: None)
+        run.progress, run.machine = Progress(2), types.SimpleNamespace(say=lambda line: None)
         run.log = types.SimpleNamespace(csv_path=tmp_path / "none", eval_rows=list, predictions=list)
         run._measure = lambda *given: measured.append(1) or Measured(
             "math", [], [], [], [], [], {name: [] for name in chosen.rewards}, None)
@@ -504,8 +504,8 @@ def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monke
         log.eval_rows(measured.rows(5))
         run = GrpoRun(parsed(), None)
         run.progress, run.folder, run.log = Progress(2, start={"math": measured.means()}), tmp_path, log
-        run.loop = types.SimpleNamespace(say=lambda line: None, is_main=True, precision="none",
-                                         device=torch.device("cpu"))
+        run.machine = types.SimpleNamespace(say=lambda line: None, is_main=True, precision="none",
+                                            device=torch.device("cpu"))
         run.model = run.format = None
         run._measure, run._save = lambda *given: measured, lambda after: None
         assert run._stage(chosen, held, 0, types.SimpleNamespace(signal=None)) == 0
@@ -523,7 +523,8 @@ def test_grpo_on_the_add_on_keeps_off_what_its_deep_supervision_evaluates(capsys
     for n, new in ((8, 0), (1, 3)):
         run = GrpoRun(parsed(), None)
         reserve = Reserve(chosen.tasks, n, 10**9)
-        run.loop, held = types.SimpleNamespace(reserve=reserve, say=told.append), hold_out([chosen], 10**9)
+        run.run = types.SimpleNamespace(data=types.SimpleNamespace(reserve=reserve))
+        run.machine, held = types.SimpleNamespace(say=told.append), hold_out([chosen], 10**9)
         run._keep_apart(held)
         assert reserve.questions <= held.reserved
         assert len(told) == bool(new) and (not new or f"{new} of 4 held-out questions" in told[0])

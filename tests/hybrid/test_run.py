@@ -16,14 +16,15 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
+import engine.loop
 import options
 import train
 from engine import checkpoints as checkpointing
+from engine.loop import RunLoop
 from flags import FIND, FLAGS, HYBRID
 from hybrid import data as hybrid_data
-from hybrid import run as hybrid_run
 from hybrid.model import HybridModel
-from hybrid.run import HybridRun, Part
+from hybrid.run import HybridEvaluator, Part
 from hybrid.training import HybridTrainer
 from text_data.synthetic import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
 from tiny_hybrid import RUN, rows_of, write_prepared
@@ -58,7 +59,7 @@ class Killed(BaseException):
 def light(monkeypatch):
     """Drawing takes longer than a tiny run, and so do thousands of additions; no disk loses power here."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(hybrid_run, "draw_curve", lambda *arguments: None)
+    monkeypatch.setattr(engine.loop, "draw_curve", lambda *arguments: None)
     monkeypatch.setattr(hybrid_data, "SYNTHETIC_TRAIN", 50)
 
 
@@ -94,7 +95,14 @@ def killed_at(monkeypatch, step: int):
 
 def losses_are(monkeypatch, losses: dict[int, float]) -> None:
     """Makes the validation of each step find this loss."""
-    monkeypatch.setattr(HybridRun, "_part", lambda self, part: Part(losses[self.step], 10, 4, 2.0))
+    plain = HybridEvaluator.evaluate
+
+    def evaluate(self, step):
+        self.step = step
+        return plain(self, step)
+
+    monkeypatch.setattr(HybridEvaluator, "evaluate", evaluate)
+    monkeypatch.setattr(HybridEvaluator, "_part", lambda self, part: Part(losses[self.step], 10, 4, 2.0))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -178,15 +186,15 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(call, tmp_path, mon
 @pytest.mark.parametrize("how", ["signal in the last step", "killed in the last evaluation"])
 def test_a_run_that_ends_before_its_last_evaluation_makes_up_for_it(call, tmp_path, monkeypatch, how):
     assert call("--run_name", "whole")[0] == 0
-    plain, evaluate = HybridTrainer.step, HybridRun.evaluate
+    plain, record = HybridTrainer.step, RunLoop.record
 
     def interrupted(self, batches, step, lr):
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
         return plain(self, batches, step, lr)
 
-    def dies(self):
-        evaluate(self)
+    def dies(self, report):
+        record(self, report)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -194,7 +202,7 @@ def test_a_run_that_ends_before_its_last_evaluation_makes_up_for_it(call, tmp_pa
             patch.setattr(HybridTrainer, "step", interrupted)
             assert call("--run_name", "cut")[0] == 143
         else:
-            patch.setattr(HybridRun, "evaluate", dies)
+            patch.setattr(RunLoop, "record", dies)
             with pytest.raises(Killed):
                 call("--run_name", "cut")
     folder = tmp_path / "runs" / "cut"
@@ -478,7 +486,7 @@ def done(tmp_path_factory) -> Path:
     kept, hybrid_data.SYNTHETIC_TRAIN = hybrid_data.SYNTHETIC_TRAIN, 50
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hybrid_run, "draw_curve", lambda *arguments: None)
+            patch.setattr(engine.loop, "draw_curve", lambda *arguments: None)
             assert train.main([*RUN, "--dataset", "synthetic", "--save_dir", str(place), "--run_name", "done",
                                "--use_halting", "1"]) == 0
     finally:

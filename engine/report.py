@@ -1,0 +1,110 @@
+"""What an evaluation hands to the loop, and how every system writes rows for the CSV and tables for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """One evaluation as the loop writes it down. The loop adds `step` and `elapsed_s` to rows and predictions."""
+
+    rows: list[dict[str, Any]]  # of eval.csv, see `metric_row`
+    predictions: list[dict[str, Any]]  # of predictions.jsonl, one for each item
+    table: str  # the figures for people, several lines
+    value: float = 0.0  # what --save_best_model compares; more is better
+    notes: str = ""  # one line below the closing table
+    question: str | None = None  # an evaluated question, for the closing hint to `generate.py`
+    details: Any = None  # what only the system that measured can read
+
+
+@dataclass(frozen=True)
+class Card:
+    """The README.md of a checkpoint: what the weights are, how far they are trained, how they load."""
+
+    library: str  # peft or transformers
+    tags: Sequence[str]
+    title: str
+    trained: str  # follows "Step N" at once, so it begins with its own space or punctuation
+    loading: str = ""  # how the folder loads
+
+    def text(self, step: int, table: str = "") -> str:
+        """The file's text after `step` batches, with the newest evaluation where there is one."""
+        head = f"---\nlibrary_name: {self.library}\ntags: [{', '.join(self.tags)}]\n---\n\n# {self.title}\n\n"
+        body = f"Step {step}{self.trained}\n"
+        if self.loading:
+            body += f"{self.loading}\n"
+        if table:
+            body += f"\n```\n{table}\n```\n"
+        return head + body
+
+
+def metric_row(
+    task: str, metric: str, value: float, n: int, *, interval: tuple[float, float] | None = None,
+    bare: float | None = None, segments_used: float | None = None,
+) -> dict[str, Any]:
+    """One row of eval.csv without `step` and `elapsed_s`, which the loop adds.
+
+    `n` is the number of items (of tokens, for a loss). `interval` is the 95 % interval of `value`. `bare` is the value
+    of what the model is compared with: the bare LLM, or the start of a stage.
+    """
+    low, high = interval or (None, None)
+    return {
+        "task": task,
+        "metric": metric,
+        "value": value,
+        "n": n,
+        "ci_low": low,
+        "ci_high": high,
+        "bare": bare,
+        "segments_used": segments_used,
+    }
+
+
+def text_table(rows: Sequence[Sequence[str]], align: str = "", widths: Sequence[int] = ()) -> str:
+    """Cells in columns, two blanks apart, no blanks at the end of a line. The first row is the heading.
+
+    `align` has `<` or `>` for each column (all `<` when empty). `widths` are the least widths of the first columns.
+    """
+    columns = list(zip(*rows, strict=True))
+    align = align or "<" * len(columns)
+    least = [*widths, *[0] * (len(columns) - len(widths))]
+    found = [max(width, *map(len, column)) for width, column in zip(least, columns, strict=True)]
+
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, found, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def percent(value: float, interval: tuple[float, float] | None = None) -> str:
+    """A share in 0..1 for people, with its interval where it has one: `41.2 % [35.0, 47.7]`."""
+    text = f"{100 * value:.1f} %"
+    if interval is None:
+        return text
+    low, high = interval
+    return f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def closing_words(
+    csv: Path, checkpoint: Path | None, curve: Path | None, question: str | None, *, samples: Path | None = None,
+    compare: bool = True,
+) -> str:
+    """Where a run has left its files, one a line, and the command that puts `question` to its checkpoint.
+
+    `compare` adds --compare, which answers beside what the model is compared with.
+    """
+    files = {"evaluation:": csv, "samples:": samples, "checkpoint:": checkpoint, "curve:": curve}
+    lines = [f"{what:11} {path}" for what, path in files.items() if path]
+    if question:
+        # One line, whatever the question holds.
+        prompt = shlex.quote(" ".join(question.split()))
+        beside = "--compare " if compare else ""
+        place = shlex.quote(str(checkpoint))
+        lines.append(f"next:       python generate.py --checkpoint {place} {beside}--prompt {prompt}")
+    return "\n".join(lines)
