@@ -105,6 +105,7 @@ def usable_workers(dataset_workers: int) -> tuple[int, str | None]:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
+
     if dataset_workers <= cores:
         return dataset_workers, None
     return cores, f"WARNING: --dataset_workers {dataset_workers}: this machine has {cores} cores, using {cores}"
@@ -200,6 +201,8 @@ def validation_batches(
     end = min(most or len(part), len(part))
     for start in range(0, end, size * world):
         rows = range(start + rank, min(start + size * world, end), world)
+
+        # A rank whose rows are all bad, or are none at the end, has no batch here.
         if isinstance(part, PreparedData):
             lines = [part.line(index) for index in rows]
             triples = [triple for triple in lines if triple is not None]

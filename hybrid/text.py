@@ -75,6 +75,7 @@ class HybridText:
         self.model.eval()
         if self.gate_scale is not None:
             self.model.config.gate_scale = self.gate_scale
+
         try:
             with torch.no_grad(), self.autocast():
                 yield self.model.device
@@ -120,7 +121,7 @@ class HybridText:
     ) -> list[str]:
         """`generate` from token ids."""
         how = {"do_sample": False, "num_beams": 1} | sampling
-        cycles = 0
+        cycles = 0  # of all examples together
         done = 0
 
         with self._ready() as device:
@@ -129,10 +130,13 @@ class HybridText:
                 nonlocal cycles, done
                 batch = self._batch([self._triple(prompt, NO_TARGET) for prompt in ids], device)
                 mask = batch["encoder_mask"]
+
+                # The prompt is encoded here, not inside `generate`, to see how many cycles it took.
                 encoded = self.model.encoder(batch["encoder_ids"], mask)
                 generated = self.model.generate(
                     attention_mask=mask, encoder_outputs=encoded, max_new_tokens=max_new_tokens, **how
                 )
+
                 cycles += int(encoded.cycles_used.sum())
                 done += len(ids)
                 texts = [self.decode(row[1:]) for row in generated.tolist()]  # without the bos they start with
@@ -140,6 +144,7 @@ class HybridText:
                 return texts
 
             texts = by_length(prompts, list(map(len, prompts)), self.batch_size, answers)
+
         self.segments_used = cycles / max(len(prompts), 1)
         return texts
 
@@ -161,6 +166,7 @@ class HybridText:
 
                 for target, total in zip(targets, terms, strict=True):
                     sums.append((total if target else 0.0, len(target)))
+
         self.segments_used = cycles / max(len(pairs), 1)
         return sums
 

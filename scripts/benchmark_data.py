@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from script_tools import ScriptParser, run_script  # noqa: E402
 from text_data.documents import read_documents, source_files  # noqa: E402
-from text_data.tokenizer import load_tokenizer  # noqa: E402
+from text_data.tokenizer import parse_tokenizer  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,7 +97,7 @@ def measure_prepare(options: argparse.Namespace, work: Path) -> Path:
     tokenizer_file.write_bytes((dest / "tokenizer.json").read_bytes())
     documents = [document for document in read_documents(source_files(source))]
     texts = [text for document in documents for text in (document.prompt, document.text) if text]
-    tokenizer = load_tokenizer(tokenizer_file.read_text(), str(tokenizer_file))
+    tokenizer = parse_tokenizer(tokenizer_file.read_text(), str(tokenizer_file))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     parts = [texts[start: start + size] for start in range(0, len(texts), size)]
     command += ["--tokenizer", tokenizer_file]

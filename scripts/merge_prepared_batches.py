@@ -32,7 +32,7 @@ from engine.batches import IGNORE  # noqa: E402
 from engine.files import staged  # noqa: E402
 from engine.logs import Progress  # noqa: E402
 from script_tools import ScriptParser, run_script, sha256  # noqa: E402
-from text_data.tokenizer import byte_counter, load_tokenizer  # noqa: E402
+from text_data.tokenizer import byte_counter, parse_tokenizer  # noqa: E402
 from text_data.triples import SPLITS, parse_line, read_meta  # noqa: E402
 
 BLOCK = min(1024, os.sysconf("SC_IOV_MAX"))  # lines handed to the system in one write
@@ -202,7 +202,7 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
              "seed": options.seed, "splits": {}}
     meta["sources"] = [{"name": source.resolve().name, "weight": float(share / sum(options.weights))}
                        for source, share in zip(options.sources, options.weights, strict=True)]
-    tokenizer = load_tokenizer(tokenizer_bytes.decode(), str(options.sources[0])) if options.val_samples else None
+    tokenizer = parse_tokenizer(tokenizer_bytes.decode(), str(options.sources[0])) if options.val_samples else None
     count_bytes = byte_counter(tokenizer) if tokenizer else sum
     with staged(options.output, ["train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"]) as files:
         for number, (split, file) in enumerate(zip(SPLITS, files, strict=False)):

@@ -32,7 +32,7 @@ from text_data.tokenizer import (  # noqa: E402
     LEAST_VOCABULARY,
     SPECIAL,
     byte_counter,
-    load_tokenizer,
+    parse_tokenizer,
     special_ids,
     train_tokenizer,
     vocabulary_size,
@@ -232,7 +232,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     names = ["train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"]
     with staged(options.dest, names) as (train_file, val_file, tokenizer_file, meta_file):
         text, place = tokenizer_text(files, options, threshold), f"--tokenizer {options.tokenizer}"
-        tokenizer = load_tokenizer(text, place)
+        tokenizer = parse_tokenizer(text, place)
         special = special_ids(tokenizer, place, {role: getattr(options, f"{role}_token") for role in SPECIAL})
         tokenizer_file.write(text.encode())
         tokenizer_file.flush()

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from engine.batches import IGNORE  # noqa: E402
 from engine.logs import Progress  # noqa: E402
 from script_tools import ScriptParser, run_script, sha256  # noqa: E402
-from text_data.tokenizer import load_tokenizer, vocabulary_size  # noqa: E402
+from text_data.tokenizer import parse_tokenizer, vocabulary_size  # noqa: E402
 from text_data.triples import SPLITS, LineIndex, parse_line, read_meta  # noqa: E402
 
 SHOWN = 10  # bad lines named per split
@@ -37,7 +37,7 @@ def tokenizer_problems(folder: Path, meta: dict) -> list[str]:
     if sha256(path) != meta["tokenizer_sha256"]:
         return [f"{path} is not the one meta.json names (sha256)"]
     try:
-        size = vocabulary_size(load_tokenizer(path.read_text(encoding="utf-8"), str(path)))
+        size = vocabulary_size(parse_tokenizer(path.read_text(encoding="utf-8"), str(path)))
     except ValueError as error:
         return [str(error)]
     return [f"{path} has {size} tokens, meta.json says {meta['vocab_size']}"] if size != meta["vocab_size"] else []

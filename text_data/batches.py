@@ -29,6 +29,7 @@ def pad_batch(triples: Sequence[Triple], pad_id: int) -> dict[str, Tensor]:
     encoder_ids, encoder_mask = _pad(encoder_rows, pad_id)
     decoder_ids, decoder_mask = _pad(decoder_rows, pad_id)
     labels, _ = _pad(label_rows, IGNORE)
+
     return {
         "encoder_ids": encoder_ids,
         "decoder_input_ids": decoder_ids,
@@ -42,6 +43,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (rows, longest row) int64."""
     ids = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     mask = np.zeros_like(ids)
+
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row
         mask[number, : len(row)] = 1
@@ -107,6 +109,7 @@ class PreparedBatches:
             value = getattr(self, name)
             if value < low:
                 problems.append(f"{name} is {value}, expected at least {low}")
+
         if self.rank >= self.world >= 1:
             problems.append(f"rank {self.rank} is not below world {self.world}")
         if not len(self.data):
@@ -117,6 +120,7 @@ class PreparedBatches:
         """Drops what was read ahead and plans anew from the batches handed out."""
         while self._ahead:
             self._ahead.popleft().cancel()
+
         self._planned = self._given // self.bucket  # the next window to draw
         self._window: list[dict[str, Tensor]] = []
 
@@ -151,6 +155,7 @@ class PreparedBatches:
                 f"the saved position belongs to other batches ({', '.join(changed)}): "
                 "resume with the same data and options"
             )
+
         self._given = int(state["given"])
         self._rewind()
 
@@ -161,6 +166,7 @@ class PreparedBatches:
         if not self._window:
             self._window = self._next_window()
             self._window = self._window[self._given % self.bucket :]  # not 0 after a resume inside a window
+
         batch = self._window.pop(0)
         self._given += 1
         return batch
@@ -182,12 +188,15 @@ class PreparedBatches:
         """The items of window `window`: the next bucket * size * world of all epochs joined end to end."""
         count = self.bucket * self.size * self.world
         indices: list[int] = []
+
         while len(indices) < count:
+            # A window may begin in one epoch and end in another, or in one after that.
             epoch, place = divmod(window * count + len(indices), len(self.data))
             if self._order[0] != epoch:
                 order = np.arange(len(self.data), dtype=np.uint32)
                 np.random.default_rng([self.seed, EPOCH_ORDER, epoch]).shuffle(order)
                 self._order = (epoch, order)
+
             missing = count - len(indices)
             indices += self._order[1][place : place + missing].tolist()
         return indices
@@ -205,6 +214,8 @@ class PreparedBatches:
         for start in range(0, len(triples), step):
             together = triples[start : start + step]
             shares.append(together[self.rank :: self.world])
+
+        # Batches from short to long would make each window a sweep of lengths.
         order = np.random.default_rng([self.seed, WINDOW_ORDER, window]).permutation(len(shares))
         return [pad_batch(shares[number], self.pad_id) for number in order]
 

@@ -10,6 +10,7 @@ A text longer than MAX_CHARS is handed out in pieces, so that memory stays flat;
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.files import JsonLineError, json_lines
+from engine.records import normalise
 
 MAX_CHARS = 1 << 20
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TITLE = re.compile(r" ?= (?!=)(?:.*[^= ])? ?= ?")
+PARQUET_ROWS = 256  # read at a time
 
 
 class Document(NamedTuple):
@@ -34,8 +37,8 @@ class Document(NamedTuple):
 
 def key_of(text: str) -> int:
     """64 bits that are equal for texts equal but for case and white space; they decide the split."""
-    normal = " ".join(text.lower().split())
-    return int.from_bytes(hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    encoded = normalise(text).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest())
 
 
 def source_files(source: Path) -> list[Path]:
@@ -48,8 +51,12 @@ def source_files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ValueError(f"--source {source}: expected a folder, or a file that ends in {', '.join(SUFFIXES)}")
-    files = sorted(path for path in source.rglob("*") if path.is_file() and path.suffix in SUFFIXES
-                   and not any(part.startswith(".") for part in path.relative_to(source).parts))
+
+    files = []
+    for path in sorted(source.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if path.is_file() and path.suffix in SUFFIXES and not hidden:
+            files.append(path)
     if not files:
         raise ValueError(f"--source {source} has no file that ends in {', '.join(SUFFIXES)}")
     return files
@@ -61,19 +68,28 @@ def read_documents(files: Sequence[Path]) -> Iterator[Document]:
     Raises:
         ValueError: a file that is not what its name says; the file, the line or the column is named.
     """
+    readers = {".txt": _text_file, ".jsonl": _json_file, ".parquet": _parquet_file}
     for path in files:
-        yield from {".txt": _text_file, ".jsonl": _json_lines, ".parquet": _parquet}[path.suffix](path)
+        yield from readers[path.suffix](path)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def _text_file(path: Path) -> Iterator[Document]:
     try:
         with open(path, encoding="utf-8-sig") as file:
+            # The first line that is not blank decides between WikiText and paragraphs.
             first = ""
             while not first.strip() and (line := file.readline(MAX_CHARS)):
                 first = line
             file.seek(0)
-            lines = iter(lambda: file.readline(MAX_CHARS), "")
-            yield from _gather(_wikitext(lines) if TITLE.fullmatch(first.rstrip("\n")) else _paragraphs(lines))
+
+            lines = iter(functools.partial(file.readline, MAX_CHARS), "")
+            if TITLE.fullmatch(first.rstrip("\n")):
+                yield from _gather(_wikitext(lines))
+            else:
+                yield from _gather(_paragraphs(lines))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
 
@@ -90,74 +106,101 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _wikitext(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    held, after_blank = None, True  # a title is known by the line after it
+    """(line, whether an article starts with it); a title counts only between blank lines."""
+    title = None  # a line that may be a title: the line after it decides
+    after_blank = True
     for line in lines:
         blank = not line.strip()
-        if held is not None:
-            yield held, blank
-            held = None
+        if title is not None:
+            yield title, blank
+            title = None
+
         if after_blank and TITLE.fullmatch(line.rstrip("\n")):
-            held = line
+            title = line
         else:
             yield line, False
         after_blank = blank
-    if held is not None:
-        yield held, True
+
+    # The file ends with a title: an article without a text.
+    if title is not None:
+        yield title, True
 
 
 def _gather(lines: Iterable[tuple[str, bool]]) -> Iterator[Document]:
     """Documents of lines marked where one starts; blank space around a document is dropped."""
     kept: list[str] = []
-    size, key = 0, None
+    size = 0  # characters in `kept`
+    key = None  # of the document whose first pieces are out
     for line, starts in lines:
         if starts and kept:
             yield _piece("".join(kept).rstrip(), key, ends=True)
-            kept, size, key = [], 0, None
+            kept = []
+            size = 0
+            key = None
         elif size + len(line) > MAX_CHARS and kept:
-            whole = _piece("".join(kept), key, ends=False)
-            yield whole
-            kept, size, key = [], 0, whole.key
+            piece = _piece("".join(kept), key, ends=False)
+            yield piece
+            kept = []
+            size = 0
+            key = piece.key
+
+        # Blank lines before a document's first text are dropped; within one they stay.
         if kept or key is not None or line.strip():
             kept.append(line)
             size += len(line)
+
     if kept:
         yield _piece("".join(kept).rstrip(), key, ends=True)
 
 
 def _piece(text: str, key: int | None, ends: bool) -> Document:
-    return Document(None, text, key_of(text) if key is None else key, ends)
+    """A text or a part of one; the first part's own key is that of all parts."""
+    if key is None:
+        key = key_of(text)
+    return Document(None, text, key, ends)
 
 
-def _row(row: dict[str, Any]) -> Iterator[Document]:
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _row_documents(row: dict[str, Any]) -> Iterator[Document]:
+    """The documents of one row: an answer to a prompt, or a text in pieces. Raises ValueError."""
     if "prompt" in row and "answer" in row:
         if not isinstance(row["prompt"], str) or not isinstance(row["answer"], str):
             raise ValueError("prompt and answer must be text")
         yield Document(row["prompt"], row["answer"], key_of(row["prompt"]))
-    elif isinstance(row.get("text"), str):
-        text, key = row["text"], None
-        for start in range(0, max(len(text), 1), MAX_CHARS):
-            piece = _piece(text[start: start + MAX_CHARS], key, ends=start + MAX_CHARS >= len(text))
-            key = piece.key
-            yield piece
-    else:
+        return
+
+    text = row.get("text")
+    if not isinstance(text, str):
         raise ValueError(f"expected prompt and answer, or text; found {', '.join(map(str, row)) or 'nothing'}")
 
+    key = None
+    for start in range(0, max(len(text), 1), MAX_CHARS):  # a blank text is a document too
+        end = start + MAX_CHARS
+        piece = _piece(text[start:end], key, ends=end >= len(text))
+        key = piece.key
+        yield piece
 
-def _json_lines(path: Path) -> Iterator[Document]:
+
+def _json_file(path: Path) -> Iterator[Document]:
     try:
         for number, row in json_lines(path):
             try:
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
-                yield from _row(row)
+                yield from _row_documents(row)
             except ValueError as error:
-                raise ValueError(f"{path} line {number}: {error}: each line must be a JSON object") from error
+                raise ValueError(_line_problem(path, number, error)) from error
     except JsonLineError as error:
-        reason = f"{path} line {error.number}: {error.__cause__}"
-        raise ValueError(f"{reason}: each line must be a JSON object") from error
+        raise ValueError(_line_problem(path, error.number, error.__cause__)) from error
 
 
-def _parquet(path: Path) -> Iterator[Document]:
+def _line_problem(path: Path, number: int, error: BaseException | None) -> str:
+    return f"{path} line {number}: {error}: each line must be a JSON object"
+
+
+def _parquet_file(path: Path) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -167,8 +210,10 @@ def _parquet(path: Path) -> Iterator[Document]:
             wanted = ["prompt", "answer"] if {"prompt", "answer"} <= set(names) else ["text"]
             if not set(wanted) <= set(names):
                 raise ValueError(f"has the columns {', '.join(names)}; expected prompt and answer, or text")
-            for batch in file.iter_batches(batch_size=256, columns=wanted):
+
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
                 for row in batch.to_pylist():
-                    yield from _row({key: "" if value is None else value for key, value in row.items()})
+                    # An empty cell is a blank text.
+                    yield from _row_documents({key: "" if value is None else value for key, value in row.items()})
     except (pyarrow.ArrowException, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error

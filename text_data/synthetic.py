@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import string
 import zlib
@@ -66,8 +67,9 @@ def synthetic_questions(n: int, seed: int = 0, split: str = "train") -> list[tup
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
-    wanted = split == "val"
-    pairs = [(a, b) for a in range(NUMBERS) for b in range(NUMBERS) if is_held_out(a, b) == wanted]
+
+    every_pair = itertools.product(range(NUMBERS), repeat=2)
+    pairs = [(a, b) for a, b in every_pair if is_held_out(a, b) == (split == "val")]
 
     # Each round takes all pairs in a new order; the last round is cut.
     draw = random.Random(f"{seed}/{split}")

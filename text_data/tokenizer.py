@@ -10,27 +10,39 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPECIAL = {"pad": "<|pad|>", "bos": "<|bos|>", "eos": "<|eos|>"}
-# A foreign tokenizer's special tokens: the first of these that it has.
-KNOWN = {"pad": (SPECIAL["pad"], "<pad>", "[PAD]"), "bos": (SPECIAL["bos"], "<s>", "<bos>", "[BOS]", "[CLS]"),
-         "eos": (SPECIAL["eos"], "</s>", "<eos>", "<|endoftext|>", "[EOS]", "[SEP]")}
-LEAST_VOCABULARY = len(SPECIAL) + 256
+# The usual names of each special token; of a foreign tokenizer's tokens, the first of these that it has is taken.
+USUAL_NAMES = {
+    "pad": (SPECIAL["pad"], "<pad>", "[PAD]"),
+    "bos": (SPECIAL["bos"], "<s>", "<bos>", "[BOS]", "[CLS]"),
+    "eos": (SPECIAL["eos"], "</s>", "<eos>", "<|endoftext|>", "[EOS]", "[SEP]"),
+}
+LEAST_VOCABULARY = len(SPECIAL) + 256  # the special tokens and every byte
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (round-trips any text), every digit a token of its own, with pad, bos and eos (ids 0, 1, 2)."""
+    """Trains byte-level BPE, which gives any text back exactly, with at most `vocab_size` tokens.
+
+    Every digit is a token of its own. The ids of pad, bos and eos are 0, 1 and 2.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL.values()), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def load_tokenizer(text: str, place: str) -> Tokenizer:
+def parse_tokenizer(text: str, place: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's text, which neither cuts nor pads and reads `<|eos|>` in a text as text.
 
     Raises:
@@ -48,18 +60,24 @@ def load_tokenizer(text: str, place: str) -> Tokenizer:
     return tokenizer
 
 
-def special_ids(tokenizer: Tokenizer, place: str, asked: Mapping[str, str | None]) -> dict[str, int]:
-    """{"pad": id, "bos": id, "eos": id}: the tokens asked for by role, else those with a usual name.
+def special_ids(tokenizer: Tokenizer, place: str, wanted: Mapping[str, str | None]) -> dict[str, int]:
+    """{"pad": id, "bos": id, "eos": id} of a tokenizer.
+
+    Args:
+        tokenizer: whose tokens.
+        place: where it comes from, for messages.
+        wanted: role -> its token; None or no entry: the first token with a usual name.
 
     Raises:
-        ValueError: one line for each that is not found.
+        ValueError: one line for each token that is missing.
     """
-    ids, problems = {}, []
-    for role, usual in KNOWN.items():
-        names = (asked[role],) if asked.get(role) else usual
-        found = [number for name in names if (number := tokenizer.token_to_id(name)) is not None]
-        if found:
-            ids[role] = found[0]
+    ids = {}
+    problems = []
+    for role, usual in USUAL_NAMES.items():
+        names = (wanted[role],) if wanted.get(role) else usual
+        numbers = [number for number in map(tokenizer.token_to_id, names) if number is not None]
+        if numbers:
+            ids[role] = numbers[0]
         else:
             problems.append(f"{place} has no token {' or '.join(names)}: name its {role} token with --{role}_token")
     if problems:
@@ -74,10 +92,21 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 def byte_counter(tokenizer: Tokenizer) -> Callable[[list[int]], int]:
     """A function of ids: UTF-8 bytes of the text they stand for; exact for byte-level BPE, even amid a character."""
-    if (json.loads(tokenizer.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
-        return lambda ids: len(tokenizer.decode(ids, skip_special_tokens=False).encode())
+    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
+
+        def count_decoded(ids: list[int]) -> int:
+            return len(tokenizer.decode(ids, skip_special_tokens=False).encode())
+
+        return count_decoded
+
+    # Byte-level BPE writes each byte as one character, except in tokens added later, which are plain text.
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     lengths = [0] * vocabulary_size(tokenizer)
     for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
-        lengths[number] = len(token.encode()) if token in added else len(token)  # one character for each byte
-    return lambda ids: sum(map(lengths.__getitem__, ids))
+        lengths[number] = len(token.encode()) if token in added else len(token)
+
+    def count_bytes(ids: list[int]) -> int:
+        return sum(map(lengths.__getitem__, ids))
+
+    return count_bytes

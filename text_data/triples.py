@@ -37,6 +37,8 @@ def line_problem(row: Any, vocab_size: int) -> str | None:
     """What is wrong with one parsed line as a triple, or None."""
     if not isinstance(row, dict):
         return f"expected an object, got {type(row).__name__}"
+
+    # The fields are checked one by one, in their order, then what ties the decoder's two sides.
     missing = [key for key in Triple._fields if key not in row]
     if missing:
         return f"has no {', '.join(missing)}"
@@ -51,12 +53,14 @@ def _ids_problem(key: str, ids: Any, vocab_size: int) -> str | None:
     """What is wrong with one side of a triple, or None. Labels may be IGNORE, but not all of them."""
     if not isinstance(ids, list) or not ids or set(map(type, ids)) != {int}:
         return f"{key} must be a list of at least one integer"
+
     low = min(ids)
     high = max(ids)
     if key == "labels" and low == IGNORE:
         low = min((label for label in ids if label != IGNORE), default=None)
         if low is None:
             return f"every label is {IGNORE}, so nothing is learned from it"
+
     if low < 0 or high >= vocab_size:
         return f"{key} holds {low if low < 0 else high}, expected ids from 0 to {vocab_size - 1}"
     return None
@@ -68,6 +72,7 @@ def _shift_problem(inputs: list[int], labels: list[int]) -> str | None:
         return f"{len(inputs)} decoder_input_ids and {len(labels)} labels, expected equally many"
     if inputs[1:] == labels[:-1]:  # nearly every line, and fast
         return None
+
     for place, (label, following) in enumerate(zip(labels, inputs[1:], strict=False)):
         if label not in (IGNORE, following):
             return f"labels[{place}] is {label}, but decoder_input_ids[{place + 1}] is {following}"
@@ -84,6 +89,7 @@ def parse_line(line: bytes, vocab_size: int) -> Triple:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # undecodable bytes raise UnicodeDecodeError, which is one
         raise ValueError(f"not JSON ({error})" if line.strip() else "an empty line") from error
+
     problem = line_problem(row, vocab_size)
     if problem:
         raise ValueError(problem)
@@ -109,6 +115,7 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): prepare the folder again") from error
+
     problems = _meta_problems(meta)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}: prepare the folder again")
@@ -119,6 +126,7 @@ def _meta_problems(meta: Any) -> list[str]:
     """What is wrong with a parsed meta.json, one phrase each."""
     if not isinstance(meta, dict):
         return [f"holds a {type(meta).__name__}, expected an object"]
+
     problems = []
     for key, least in LEAST_COUNTS.items():
         if type(meta.get(key)) is not int or meta[key] < least:  # bool is an int to isinstance
@@ -132,6 +140,7 @@ def _meta_problems(meta: Any) -> list[str]:
 
     if not isinstance(meta.get("tokenizer_sha256"), str):
         problems.append("tokenizer_sha256 is missing")
+
     splits = meta.get("splits")
     for split in SPLITS:
         entry = splits.get(split) if isinstance(splits, dict) else None
@@ -172,6 +181,7 @@ class LineIndex:
         position = 0  # bytes before this chunk
         block = -1  # of the newest anchor
         carry = np.zeros(1, dtype=np.int64)  # a line start that the chunk before left over; at first, byte 0
+
         while data := self._file.read(chunk):
             newlines = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE)
             starts = np.concatenate([carry, newlines + (position + 1)])
@@ -192,6 +202,7 @@ class LineIndex:
             count += len(starts)
             if len(blocks):
                 block = blocks[-1]
+
         offsets.append(np.array([position], dtype=np.int64))
         return np.concatenate(lines), np.concatenate(offsets), count
 
@@ -202,12 +213,15 @@ class LineIndex:
         """Line `number`, counted from 0, without its line break."""
         if not 0 <= number < self._count:
             raise IndexError(f"line {number} of {self._count} lines")
+
+        # The block from this line's anchor to the next anchor is read whole.
         anchor = int(np.searchsorted(self._lines, number, side="right")) - 1
         start = int(self._offsets[anchor])
         end = int(self._offsets[anchor + 1])
+        block = os.pread(self._file.fileno(), end - start, start)  # threads share the file's position
+
         skipped = number - int(self._lines[anchor])
-        # pread leaves the file's position alone, which threads would share.
-        return os.pread(self._file.fileno(), end - start, start).split(b"\n", skipped + 1)[skipped]
+        return block.split(b"\n", skipped + 1)[skipped]
 
 
 class PreparedData:
@@ -229,12 +243,14 @@ class PreparedData:
             raise ValueError(f"split is {split!r}, expected {' or '.join(SPLITS)}")
         if max_seq_len < 0:
             raise ValueError(f"max_seq_len is {max_seq_len}, expected at least 1, or 0 for no limit")
+
         self.meta = read_meta(folder)
         self.path = Path(folder) / f"{split}.jsonl"
         self.max_seq_len = max_seq_len
         self.on_bad_line = on_bad_line
+        self._bad: set[int] = set()  # numbers of bad lines met
+
         self._index = LineIndex(self.path)
-        self._bad: set[int] = set()
         if not len(self._index):
             raise ValueError(f"{self.path} is empty: prepare the folder again with more documents or another ratio")
 
@@ -252,6 +268,8 @@ class PreparedData:
             number += len(self)
         if not 0 <= number < len(self):
             raise IndexError(f"item {number} of {len(self)} items")
+
+        # The line itself, or the next good one; behind the last line comes the first.
         for step in range(len(self)):
             triple = self.line((number + step) % len(self))
             if triple is not None:
@@ -276,6 +294,7 @@ class PreparedData:
                 ) from error
             self._bad.add(place)
             return None
+
         limit = self.max_seq_len
         if not limit:
             return triple

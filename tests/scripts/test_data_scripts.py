@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from text_data import documents
 from text_data.batches import PreparedBatches
 from text_data.documents import Document, key_of, read_documents, source_files
-from text_data.tokenizer import byte_counter, load_tokenizer, special_ids, train_tokenizer
+from text_data.tokenizer import byte_counter, parse_tokenizer, special_ids, train_tokenizer
 from text_data.triples import PreparedData, read_meta
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,7 +82,7 @@ def qa(tmp_path_factory, prepared) -> Path:
 
 
 def tokenizer_of(folder: Path):
-    return load_tokenizer((folder / "tokenizer.json").read_text(), str(folder))
+    return parse_tokenizer((folder / "tokenizer.json").read_text(), str(folder))
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_broken_source_is_told_in_one_line_and_leaves_nothing(tmp_path, name, 
 
 @pytest.fixture(scope="module")
 def trained():
-    return load_tokenizer(train_tokenizer(["the cat sat on 1234 mats ", "été 12"] * 5, 300).to_str(), "here")
+    return parse_tokenizer(train_tokenizer(["the cat sat on 1234 mats ", "été 12"] * 5, 300).to_str(), "here")
 
 
 @example(text="a text may say <|eos|> or <|pad|>")
