@@ -9,16 +9,48 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import struct
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
-MNT_DETACH, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 2, -100, 0x8000, 1
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-SECCOMP_MODE_FILTER = 2
-SECCOMP_KILL, SECCOMP_EPERM, SECCOMP_ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
+# Namespaces: clone(2), unshare(2).
+CLONE_NEWNS = 0x00020000  # mounts
+CLONE_NEWUTS = 0x04000000  # host name
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+# Mounts: mount(2), umount2(2), mount_setattr(2).
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 0x40000
+MNT_DETACH = 2
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+MOUNT_ATTR_RDONLY = 1
+
+# Privileges: prctl(2), capset(2).
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+# The filter's answers: seccomp(2). EPERM is what a refused call fails with.
+SECCOMP_MODE_FILTER = 2
+SECCOMP_KILL = 0x80000000
+SECCOMP_EPERM = 0x00050001
+SECCOMP_ALLOW = 0x7FFF0000
+
+# The filter's instructions: linux/bpf_common.h.
+BPF_LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS
+BPF_JUMP_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+BPF_JUMP_AT_LEAST = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+BPF_RETURN = 0x06  # BPF_RET | BPF_K
+X32_CALLS = 0x40000000  # from this number on x86_64 has its calls a second time
 
 NEW_ROOT = "/proc"  # the one directory that every Linux has and that no file needed below lies in
 HOME = "/tmp"  # in the new root
@@ -66,6 +98,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _check(step: str, result: int) -> None:
+    """Raises CannotConfine where a call of libc failed."""
     if result < 0:
         raise CannotConfine(f"{step}: {os.strerror(ctypes.get_errno())}")
 
@@ -97,15 +130,21 @@ def enter_namespaces() -> None:
     The pid namespace begins with the next child. Raises CannotConfine.
     """
     platform_name()
-    uid, gid = os.getuid(), os.getgid()
+    uid = os.getuid()
+    gid = os.getgid()
     flags = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS
     _check("unshare", _libc.unshare(flags))
+
+    # Inside, the user keeps the own numbers and has no others. An unprivileged process may map groups only once it has
+    # given up changing them.
+    maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
     try:
-        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        for name, text in maps.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     except OSError as error:
         raise CannotConfine(f"mapping the user: {error.strerror}") from error
+
     _new_root()
 
 
@@ -119,6 +158,8 @@ def _new_root() -> None:
     """A small tmpfs with the libraries bound into it, everything read-only, and a private HOME."""
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+
+    # What the interpreter needs to start and the code to import the standard library.
     standard_library = os.path.dirname(os.path.realpath(os.__file__))
     folders = dict.fromkeys([*filter(os.path.isdir, LIBRARIES), standard_library, os.path.dirname(os.__file__)])
     for folder in folders:
@@ -131,10 +172,14 @@ def _new_root() -> None:
         os.close(os.open(NEW_ROOT + file, os.O_CREAT | os.O_WRONLY, 0o444))
         _mount(file, NEW_ROOT + file, None, MS_BIND)
     os.makedirs(NEW_ROOT + HOME, exist_ok=True)
+
+    # A bind mount ignores MS_RDONLY, and a remount would forget its other flags: all of it at once becomes read-only.
     attributes = struct.pack("=QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)
     size = ctypes.c_size_t(len(attributes))
     _syscall("mount_setattr", ctypes.c_long(AT_FDCWD), NEW_ROOT.encode(), ctypes.c_uint(AT_RECURSIVE), attributes, size)
     _mount("tmpfs", NEW_ROOT + HOME, "tmpfs", MS_NOSUID | MS_NODEV, HOME_OPTIONS)
+
+    # The new root is laid over the old one, which is then taken from under it.
     os.chdir(NEW_ROOT)
     _syscall("pivot_root", b".", b".")
     _check("unmounting the old root", _libc.umount2(b".", MNT_DETACH))
@@ -150,8 +195,12 @@ def adopt_orphans() -> None:
 
 
 def drop_privileges(death_signal: int) -> None:
-    """No capability, none to be gained by a program file, no debugger, and `death_signal` when the parent dies."""
-    header, nothing = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0), struct.pack("=6I", *[0] * 6)
+    """No capability, none to be gained by a program file, no debugger, and `death_signal` when the parent dies.
+
+    Raises CannotConfine.
+    """
+    header = struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0)
+    nothing = struct.pack("=6I", *[0] * 6)
     _syscall("capset", header, nothing)
     _prctl(PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
     _prctl(PR_SET_DUMPABLE, 0, "PR_SET_DUMPABLE")
@@ -159,7 +208,10 @@ def drop_privileges(death_signal: int) -> None:
 
 
 def limit(memory_mb: int, cpu_seconds: int, processes: int | None = None) -> None:
-    """Address space in MiB, CPU seconds, file size, open files, no core file; new tasks of this user where given."""
+    """Address space in MiB, CPU seconds, file size, open files, no core file; new tasks of this user where given.
+
+    A hard limit that is lower already stays.
+    """
     wanted = {
         resource.RLIMIT_AS: memory_mb << 20,
         resource.RLIMIT_CPU: cpu_seconds,
@@ -169,21 +221,45 @@ def limit(memory_mb: int, cpu_seconds: int, processes: int | None = None) -> Non
     }
     if processes is not None:
         wanted[resource.RLIMIT_NPROC] = processes
+
     for kind, value in wanted.items():
         hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def protect(confined: bool, memory_mb: int, cpu_seconds: int, processes: int | None = None) -> None:
+    """Privileges dropped and limits set, as `limit` takes them; without confinement what of it this machine allows.
+
+    Raises CannotConfine, where `confined`.
+    """
+    try:
+        drop_privileges(signal.SIGKILL)
+    except CannotConfine:
+        if confined:
+            raise
+    limit(memory_mb, cpu_seconds, processes)
 
 
 def filter_system_calls() -> None:
     """Installs the filter; a refused call fails with EPERM. Raises CannotConfine."""
     name = platform_name()
     refused = sorted({*_CALLS[name], *_SHARED_CALLS})
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
-    program = [(load, 0, 0, 4), (equal, 1, 0, _AUDIT_ARCH[name]), (answer, 0, 0, SECCOMP_KILL), (load, 0, 0, 0)]
-    program.append((at_least, len(refused) + 1, 0, 0x40000000))  # x86's second table of the same calls
-    program += [(equal, len(refused) - place, 0, number) for place, number in enumerate(refused)]
-    program += [(answer, 0, 0, SECCOMP_ALLOW), (answer, 0, 0, SECCOMP_EPERM)]
+
+    # Instructions are (code, jump if true, jump if false, operand); a jump counts the instructions it passes over. The
+    # machine is looked at first, since the numbers mean other calls on another one.
+    program = [
+        (BPF_LOAD, 0, 0, 4),  # seccomp_data.arch
+        (BPF_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[name]),
+        (BPF_RETURN, 0, 0, SECCOMP_KILL),
+        (BPF_LOAD, 0, 0, 0),  # seccomp_data.nr
+        (BPF_JUMP_AT_LEAST, len(refused) + 1, 0, X32_CALLS),
+    ]
+    for place, number in enumerate(refused):
+        program.append((BPF_JUMP_EQUAL, len(refused) - place, 0, number))
+    program.append((BPF_RETURN, 0, 0, SECCOMP_ALLOW))
+    program.append((BPF_RETURN, 0, 0, SECCOMP_EPERM))
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
 
     class Program(ctypes.Structure):

@@ -73,17 +73,26 @@ class CodeJob:
 
 @dataclass
 class _Record:
-    """What has been read of a run so far."""
+    """What has been read of a run so far.
+
+    verdict: the judge's records as bytes, see `sandbox.judge.write_record`. output: what the code printed, cut.
+    """
 
     verdict: bytearray = field(default_factory=bytearray)
     output: bytearray = field(default_factory=bytearray)
     timed_out: bool = False
 
+    def add_output(self, data: bytes) -> None:
+        """Keeps what there is room for."""
+        self.output += data[: OUTPUT_LIMIT - len(self.output)]
+
     def lines(self) -> list[tuple[str, str]]:
         """(kind, note) of every complete record."""
-        whole = self.verdict.decode("ascii", "replace").split("\n")[:-1]
-        pairs = [line.encode().decode("unicode_escape").partition(" ") for line in whole]
-        return [(kind, note) for kind, _, note in pairs]
+        pairs = []
+        for line in self.verdict.decode("ascii", "replace").split("\n")[:-1]:
+            kind, _, note = line.encode().decode("unicode_escape").partition(" ")
+            pairs.append((kind, note))
+        return pairs
 
 
 def run_tests(
@@ -96,10 +105,16 @@ def run_tests(
 ) -> CodeResult:
     """Runs `code`, then judges each of `tests`; whatever the code does, a result comes back.
 
-    `setup` runs before the code where it can, and before the tests; a class it defines is the code's. `timeout` is wall
-    seconds for everything after start-up; tests judged before it ends keep their verdict. A result is compared as plain
-    data (numbers, text, containers, fractions, decimals, dates); an object of a class of the code's own equals only
-    itself, and a change made to an argument in place does not come back.
+    A result is compared as plain data (numbers, text, containers, fractions, decimals, dates); an object of a class of
+    the code's own equals only itself, and a change made to an argument in place does not come back.
+
+    Args:
+        code: the program.
+        tests: `assert` statements about it.
+        setup: runs before the code where it can, and before the tests; a class it defines is the code's.
+        timeout: wall seconds for everything after start-up; tests judged before it ends keep their verdict.
+        memory_mb: address space of the code, in MiB.
+        allow_unconfined: run even where this machine refuses to confine.
 
     Raises:
         ValueError: timeout not above 0, or memory_mb below 64.
@@ -107,16 +122,22 @@ def run_tests(
     if not timeout > 0 or memory_mb < MIN_MEMORY_MB:
         raise ValueError(f"need timeout > 0 and memory_mb >= {MIN_MEMORY_MB}, got {timeout} and {memory_mb}")
     started = time.monotonic()
-    reason = None if sys.platform.startswith("linux") else f"needs Linux, this is {sys.platform}"
-    if reason is not None:
+    if not sys.platform.startswith("linux"):
+        reason = f"needs Linux, this is {sys.platform}"
         return _result([("refused", reason)], len(tests), "", False, started)
+
+    # The job is handed over as an open file in memory, so that its tests never lie on the disk.
     with contextlib.ExitStack() as stack:
         job = stack.enter_context(open(os.memfd_create("job"), "w+b"))
         job.write(pickle.dumps((setup, code, list(tests)), protocol=4))
         job.seek(0)
-        folder = stack.enter_context(tempfile.TemporaryDirectory()) if allow_unconfined else "/"
+        folder = "/"
+        if allow_unconfined:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
         record = _run(job.fileno(), folder, timeout, memory_mb, allow_unconfined)
-    return _result(record.lines(), len(tests), record.output.decode("utf-8", "replace"), record.timed_out, started)
+
+    output = record.output.decode("utf-8", "replace")
+    return _result(record.lines(), len(tests), output, record.timed_out, started)
 
 
 def run_many(
@@ -140,7 +161,9 @@ def run_many(
 def confinement() -> str | None:
     """None where runs are confined on this machine, else one line that says why not and what to do."""
     result = run_tests("", ["assert True"])
-    return None if result.passed else result.output.strip() or f"the runner ended with status {result.status}"
+    if result.passed:
+        return None
+    return result.output.strip() or f"the runner ended with status {result.status}"
 
 
 def _run(job_fd: int, folder: str, timeout: float, memory_mb: int, allow_unconfined: bool) -> _Record:
@@ -150,6 +173,7 @@ def _run(job_fd: int, folder: str, timeout: float, memory_mb: int, allow_unconfi
     arguments = [root, verdict_write, memory_mb, int(timeout) + 2, int(allow_unconfined)]
     record = _Record()
     try:
+        # No site packages and no user's site (-s -S), no folder of the script on the path (-P).
         process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-P", "-X", "utf8", "-c", _BOOTSTRAP, *map(str, arguments)],
             stdin=job_fd,
@@ -160,6 +184,8 @@ def _run(job_fd: int, folder: str, timeout: float, memory_mb: int, allow_unconfi
             env={"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
             start_new_session=True,
         )
+
+        # Only the keeper may hold this end: reading the other then ends when the judge does.
         os.close(verdict_write)
         verdict_write = -1
         try:
@@ -180,24 +206,28 @@ def _read(record: _Record, verdict_fd: int, output_fd: int, timeout: float) -> N
     poll = select.poll()
     poll.register(verdict_fd, select.POLLIN)
     poll.register(output_fd, select.POLLIN)
-    deadline, ready = time.monotonic() + STARTUP_S, False
+    deadline = time.monotonic() + STARTUP_S
+    ready = False
     while not record.verdict.endswith(b"\nend \n"):
         left = deadline - time.monotonic()
         if left <= 0:
             record.timed_out = ready
             return
+
         for fd, _ in poll.poll(left * 1000):
             data = os.read(fd, 65536)
             if fd == output_fd:
-                record.output += data[: OUTPUT_LIMIT - len(record.output)]
-                if not data:
+                record.add_output(data)
+                if not data:  # the code closed its output; the judge may still have something to say
                     poll.unregister(fd)
-            elif not data:
+                continue
+
+            if not data:
                 return
-            else:
-                record.verdict += data
-                if not ready and record.verdict.startswith(b"ready \n"):
-                    ready, deadline = True, time.monotonic() + timeout
+            record.verdict += data
+            if not ready and record.verdict.startswith(b"ready \n"):
+                ready = True
+                deadline = time.monotonic() + timeout
 
 
 def _drain(record: _Record, output_fd: int) -> None:
@@ -205,7 +235,7 @@ def _drain(record: _Record, output_fd: int) -> None:
     os.set_blocking(output_fd, False)
     with contextlib.suppress(BlockingIOError):
         while len(record.output) < OUTPUT_LIMIT and (data := os.read(output_fd, 65536)):
-            record.output += data[: OUTPUT_LIMIT - len(record.output)]
+            record.add_output(data)
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -220,24 +250,44 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _result(lines: list[tuple[str, str]], total: int, output: str, timed_out: bool, started: float) -> CodeResult:
-    """The verdict from the judge's records."""
+    """The verdict from the judge's records.
+
+    Args:
+        lines: (kind, note) of each record.
+        total: how many tests there were.
+        output: what the code printed.
+        timed_out: the deadline passed.
+        started: `time.monotonic()` at the beginning.
+    """
+    # Tests are judged after the record `loaded`; what stands before it is about the code and the setup.
     kinds = [kind for kind, _ in lines]
     loaded = kinds.index("loaded") + 1 if "loaded" in kinds else len(kinds)
     verdicts = [kind for kind in kinds[loaded:] if kind in ("passed", "failed", "memory")]
     passed = verdicts.count("passed")
     complete = "end" in kinds and len(verdicts) == total
+
     if "refused" in kinds:
-        why = dict(lines)["refused"]
-        output = f"code cannot be confined here ({why}): use a machine that permits it, or pass --allow_unconfined_code"
         status = "refused"
+        reason = dict(lines)["refused"]
+        output = (
+            f"code cannot be confined here ({reason}): use a machine that permits it, or pass --allow_unconfined_code"
+        )
     elif timed_out:
         status = "timeout"
     elif complete and 0 < total == passed:
         status = "passed"
-    elif "memory" in kinds or "syntax" in kinds:
-        status = "memory" if "memory" in kinds else "syntax"
+    elif "memory" in kinds:
+        status = "memory"
+    elif "syntax" in kinds:
+        status = "syntax"
+    elif complete:
+        status = "failed"
     else:
-        status = "failed" if complete else "error"
-    notes = [f"{kind}: {note}" for kind, note in lines if note and kind != "refused"]
-    shown = "\n".join([part for part in [output.rstrip("\n"), *notes] if part])
+        status = "error"
+
+    parts = [output.rstrip("\n")]
+    for kind, note in lines:
+        if note and kind != "refused":
+            parts.append(f"{kind}: {note}")
+    shown = "\n".join(filter(None, parts))
     return CodeResult(status == "passed", status, passed, total, shown, time.monotonic() - started)

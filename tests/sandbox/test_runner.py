@@ -498,3 +498,11 @@ def test_senseless_limits_are_refused(named):
 def test_any_text_gets_a_verdict(code, test, setup):
     result = run_tests(code, [test, "assert False"], setup, timeout=2, allow_unconfined=UNCONFINED)
     assert result.status in STATUSES and not result.passed and result.total_tests == 2
+
+
+def test_the_judge_starts_without_what_costs_milliseconds():
+    script = "import sys; sys.path.insert(0, sys.argv[1])\nimport sandbox.judge\nprint(*sys.modules)"
+    command = [sys.executable, "-s", "-S", "-P", "-c", script, str(ROOT)]
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    assert "sandbox.worker" in loaded
+    assert not {"re", "typing", "pickle", "ast", "inspect", "dataclasses", "collections.abc", "pathlib"} & set(loaded)
