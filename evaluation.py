@@ -43,6 +43,22 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class AnswerConfig:
+    """How `generate.py` puts questions to a checkpoint.
+
+    decoding: how answers are generated, and their greatest length in tokens.
+    eval_segments: HRM segments or cycles of an answer; 0 = as trained.
+    compare: also answer with what the model is compared with.
+    trust_remote_code: run Python code that comes with a hub model.
+    """
+
+    decoding: Decoding = Decoding()
+    eval_segments: int = 0
+    compare: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
 class Answer:
     """One generated answer and its verdict."""
 

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import NoReturn, Protocol
 
 PROG = "generate.py"
 COMMANDS = "an empty line or Ctrl-D ends"
+
+
+class Answerer(Protocol):
+    """A loaded checkpoint; `title` says what it is."""
+
+    title: str
+
+    def check_length(self, question: str) -> None:
+        """Raises ValueError when prompt and answer cannot fit."""
+
+    def answers(self, question: str) -> list[tuple[str, str]]:
+        """(label, answer); with --compare also of what the model is compared with."""
 
 
 class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
         self.exit(2, f"{PROG}: error: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = Parser(
         prog=PROG,
         description="Answers prompts with a trained checkpoint: a frozen LLM with its HRM add-on, a hybrid, or a"
@@ -26,61 +42,131 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    # What answers.
     parser.add_argument("--checkpoint", help="checkpoint or run folder; the newest run of --save_dir by default")
     parser.add_argument("--save_dir", default="runs", help="folder of all runs")
+    parser.add_argument("--dataset", help="take the newest checkpoint that was trained on this data set (hybrid)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
+
+    # What is asked.
     parser.add_argument("--prompt", action="append", default=[], help="a question; may be given several times")
     parser.add_argument("--interactive", action="store_true", help=f"read questions from the terminal; {COMMANDS}")
     parser.add_argument("--compare", action="store_true", help="show the bare LLM (hybrid: gate shut; "
                         "enhanced: the thought before the solution), too")
-    parser.add_argument("--dataset", help="take the newest checkpoint that was trained on this data set (hybrid)")
+
+    # How answers are generated.
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer in tokens")
     parser.add_argument("--decode_temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
     parser.add_argument("--decode_top_p", type=float, default=1.0, help="nucleus sampling; 1 = off")
     parser.add_argument("--decode_top_k", type=int, default=0, help="sample among the k likeliest tokens; 0 = off")
     parser.add_argument("--eval_segments", type=int, default=0, help="HRM segments or cycles; 0 = as trained")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
     return parser
 
 
 def problems(opts: argparse.Namespace) -> list[str]:
     """Everything wrong with the flags, one line each."""
-    found = []
+    lines = []
     if not opts.prompt and not opts.interactive:
-        found.append('nothing to answer: add --prompt "..." or --interactive')
+        lines.append('nothing to answer: add --prompt "..." or --interactive')
     for name, low in (("max_new_tokens", 1), ("eval_segments", 0), ("decode_top_k", 0), ("decode_temperature", 0)):
-        if not getattr(opts, name) >= low:
-            found.append(f"--{name} {getattr(opts, name)} is not legal: expected at least {low}")
+        value = getattr(opts, name)
+        if not value >= low:  # nan is at least nothing
+            lines.append(f"--{name} {value} is not legal: expected at least {low}")
+
     if not 0 < opts.decode_top_p <= 1:
-        found.append(f"--decode_top_p {opts.decode_top_p} is not legal: expected above 0 and at most 1")
-    return found + [f"--prompt {text!r} is empty: type a question" for text in opts.prompt if not text.strip()]
+        lines.append(f"--decode_top_p {opts.decode_top_p} is not legal: expected above 0 and at most 1")
+    return lines + [f"--prompt {text!r} is empty: type a question" for text in opts.prompt if not text.strip()]
 
 
-def load(opts: argparse.Namespace) -> Any:
-    """The answerer of the checkpoint, see `answering.load_answerer`; torch and transformers load here."""
+# --- the checkpoint ---
+
+
+def find_checkpoint(checkpoint: str | None, save_dir: Path, dataset: str | None) -> Path:
+    """The folder of `--checkpoint`, else of the checkpoint written last in `save_dir` (on `dataset`, if given).
+
+    Raises:
+        ValueError: no such checkpoint, a broken one, or one trained on another data set.
+    """
+    from engine.checkpoints import resolve_resume
+
+    def fits(folder: Path) -> bool:
+        return dataset is None or dataset_of(folder) == dataset
+
+    folder = resolve_resume(checkpoint or "auto", save_dir, "--checkpoint", fits)
+    if not fits(folder):
+        trained = dataset_of(folder) or "Reasoning Gym tasks"
+        raise ValueError(f"{folder} was trained on {trained}, not on --dataset {dataset}: leave one of them out")
+    return folder
+
+
+def dataset_of(folder: Path) -> str | None:
+    """The data set that a checkpoint was trained on; None for systems that train on tasks."""
+    from engine.checkpoints import read_checkpoint
+    from options import read_resolved
+
+    return read_resolved(read_checkpoint(folder, stems=[]).documents["config.resolved.yaml"]).get("dataset")
+
+
+def answerer_of(folder: Path) -> type:
+    """The class that answers with a checkpoint of its system; its constructor takes (config, folder, device)."""
+    from addon.adapters import ADAPTER_CONFIG
+    from engine.checkpoints import read_checkpoint
+    from enhanced.config import EnhancedHRMConfig
+    from hybrid.training import CONFIG_JSON
+
+    documents = read_checkpoint(folder, stems=[]).documents
+    if ADAPTER_CONFIG in documents:
+        from addon.answering import AddonAnswerer
+
+        return AddonAnswerer
+    if json.loads(documents[CONFIG_JSON]).get("model_type") == EnhancedHRMConfig.model_type:
+        from enhanced.answering import EnhancedAnswerer
+
+        return EnhancedAnswerer
+    from hybrid.answering import HybridAnswerer
+
+    return HybridAnswerer
+
+
+def load(opts: argparse.Namespace) -> Answerer:
+    """The answerer of the checkpoint that the flags ask for, and its title on stderr; torch loads here.
+
+    Raises:
+        ValueError: no such checkpoint, a broken one, or a device that is not here.
+    """
     import transformers
 
-    from answering import load_answerer
+    from engine.machine import pick_device
+    from evaluation import AnswerConfig, Decoding
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    answerer = load_answerer(opts)
+    decoding = Decoding(opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, opts.max_new_tokens,
+                        seed=opts.seed)
+    config = AnswerConfig(decoding, opts.eval_segments, opts.compare, opts.trust_remote_code)
+
+    folder = find_checkpoint(opts.checkpoint, Path(opts.save_dir), opts.dataset)
+    answerer = answerer_of(folder)(config, folder, pick_device(opts.device))
     print(answerer.title, file=sys.stderr)
     return answerer
 
 
-def show(answerer: Any, question: str) -> None:
-    """Question and answers; a question that is refused prints nothing."""
-    found = answerer.answers(question)
+# --- questions and answers ---
+
+
+def show(answerer: Answerer, question: str) -> None:
+    """Prints question and answers; a question that is refused prints nothing."""
+    pairs = answerer.answers(question)
     print(f"> {question}")
-    for label, text in found:
+    for label, text in pairs:
         indented = text.replace("\n", "\n" + " " * 11)
         print(f"{label:9s}  {indented}")
 
 
-def interact(answerer: Any) -> None:
-    """Question by question until an empty line or the end of input."""
+def interact(answerer: Answerer) -> None:
+    """Answers question by question until an empty line or the end of input."""
     print(f"ask; {COMMANDS}", file=sys.stderr)
     while True:
         try:
@@ -90,6 +176,7 @@ def interact(answerer: Any) -> None:
             return
         if not question:
             return
+
         try:
             answerer.check_length(question)
             show(answerer, question)
@@ -97,28 +184,34 @@ def interact(answerer: Any) -> None:
             print(f"{PROG}: error: {error}", file=sys.stderr)
 
 
+def run(opts: argparse.Namespace) -> None:
+    """Loads the checkpoint and answers. Raises ValueError and OSError for the user's mistakes, before any answer."""
+    answerer = load(opts)
+    for question in opts.prompt:
+        answerer.check_length(question)
+    for question in opts.prompt:
+        show(answerer, question)
+    if opts.interactive:
+        interact(answerer)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 2 for the user's mistakes."""
+    """Runs the command and returns its exit status: 0, 2 for the user's mistakes, 130 for Ctrl-C."""
     opts = build_parser().parse_args(argv)
-    found = problems(opts)
-    if not found:
+    lines = problems(opts)
+    if not lines:
         try:
-            answerer = load(opts)
-            for question in opts.prompt:
-                answerer.check_length(question)
-            for question in opts.prompt:
-                show(answerer, question)
-            if opts.interactive:
-                interact(answerer)
+            run(opts)
             return 0
         except KeyboardInterrupt:
             return 130
         except (ValueError, OSError) as error:
             if os.environ.get("HRM_TRACEBACK"):
                 raise
-            found = [" ".join(str(error).split())]
-    for problem in found:
-        print(f"{PROG}: error: {problem}", file=sys.stderr)
+            lines = [" ".join(str(error).split())]
+
+    for line in lines:
+        print(f"{PROG}: error: {line}", file=sys.stderr)
     return 2
 
 

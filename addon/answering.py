@@ -1,0 +1,60 @@
+"""The add-on as something that answers questions: what `generate.py` talks to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from addon.adapters import load_controller
+from batching import PromptFormat
+from evaluation import AnswerConfig, generate_texts
+from host import load_tokenizer
+
+
+class AddonAnswerer:
+    """A frozen LLM with its trained adapter, in the prompt format it was trained with.
+
+    `title` says what was loaded. `--compare` shows the bare LLM's answer first.
+
+    Raises:
+        ValueError: a broken checkpoint, or a base model that is missing or another one.
+    """
+
+    def __init__(self, config: AnswerConfig, folder: Path, device: str):
+        self.config = config
+        self.model, document = load_controller(folder, device, config.trust_remote_code)
+        if config.eval_segments and self.model.recurrent:
+            self.model.config.segments = config.eval_segments
+
+        base = document["base_model_name_or_path"]
+        prompt = document["prompt"]
+        self.format = PromptFormat(
+            load_tokenizer(base, config.trust_remote_code),
+            prompt["prompt_style"],
+            prompt["system_header"],
+            prompt["sentinel"],
+            prompt["max_seq_len"],
+        )
+        self.title = f"{folder}: {base} + {self.model.title} on {device}"
+
+    def check_length(self, question: str) -> None:
+        """Raises ValueError when prompt and answer may outgrow the LLM's positions."""
+        host = self.model.host.config.get_text_config()
+        prompt = len(self.format.prompts([question])[0])
+        tokens = prompt + self.config.decoding.max_new_tokens + self.model.virtual_tokens
+        positions = getattr(host, "max_position_embeddings", None)
+        if positions and tokens > positions:
+            raise ValueError(
+                f"prompt and answer may take {tokens} tokens, the LLM has {positions} positions: shorten the prompt or "
+                "lower --max_new_tokens"
+            )
+
+    def answers(self, question: str) -> list[tuple[str, str]]:
+        """(label, answer) of the LLM with its adapter, and before it of the bare LLM where both are compared."""
+        pairs = []
+        if self.config.compare:
+            with self.model.bare() as host:
+                text = generate_texts(host, self.format, [question], self.config.decoding)[0]
+            pairs.append(("bare LLM", text))
+
+        text = generate_texts(self.model, self.format, [question], self.config.decoding)[0]
+        return [*pairs, (f"LLM + {self.model.title}", text)]
