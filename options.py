@@ -1,23 +1,25 @@
-"""Reads the flags of `train.py`: command line, YAML, cross checks.
+"""Reads the flags of `train.py`: the command line, the YAML of `--config`, the saved options of a checkpoint.
 
-Everything here derives from the table in flags.py, whose names it hands on.
-
-Values merge as `defaults <- --config YAML <- command line`, and every problem
-found is told at once, before anything heavy is imported: this module needs the standard library and PyYAML only.
+Everything here derives from the table in flags.py, whose names it hands on, and from the rules in rules.py. `read`
+takes a command line apart once; `settle` merges what it gives as `defaults <- checkpoint <- YAML <- command line` and
+finds every problem, to be told at once. Neither imports anything heavy: the standard library, and PyYAML for YAML.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flags import ADAPTER_FLAGS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, METAVARS, Flag, default_of, names
+from flags import ADAPTERS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, Flag, names
+from rules import RULES, shown
 
 __all__ = ["FLAGS", "GROUPS", "INVOCATION", "Flag", "names"]  # handed on, beside what is defined here
 
@@ -28,141 +30,26 @@ BOOLS = {"0": False, "1": True, "false": False, "true": True}
 YAML_TYPES = {"int": int, "float": (int, float, str), "bool": (bool, int), "list": (str, list), "json": (str, dict)}
 
 
-EPILOG = f"""examples:
-  python {PROG}                                                  the defaults: embedded LLM, two tasks
-  python {PROG} --task basic_arithmetic --segments 3 --train_n 2000 --eval_n 256 --batch_size 16
-  python {PROG} --config runs/NAME/config.resolved.yaml --seed 1
-
-Switches take 0, 1, true or false, or stand alone. Where none is the default, `none` takes back what --config gave.
-A value that begins with -- is written --flag=value."""
-
-
 class Options(argparse.Namespace):
-    """All flags by name, plus `explicit`: the names the user set. Equal when all flags but `config` are equal.
+    """All flags by name. Equal when all flags but `config` are equal.
 
-    A YAML value equal to the default does not count as set: `config.resolved.yaml` holds every flag.
+    explicit: names of the flags that the user set, here or in the run gone on from. A value from a file counts where it
+        is not the default, since `config.resolved.yaml` holds every flag.
+    typed: names of the flags on the command line.
     """
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Options) and as_dict(self) == as_dict(other)
 
 
+def replace(opts: Options, **values: Any) -> Options:
+    """Options with other values of some flags; `opts` stays as it is."""
+    return Options(**vars(opts) | values)
+
+
 def as_dict(opts: argparse.Namespace) -> dict[str, Any]:
     """Every flag but `config`, in the table's order; JSON can hold it."""
     return {flag.name: getattr(opts, flag.name) for flag in FLAGS if flag.in_file}
-
-
-def build_parser(collect: bool = False) -> argparse.ArgumentParser:
-    """The parser behind `--help`; use `parse` to read a command line.
-
-    Values stay text, which `parse` converts by the table to tell all wrong ones together. `collect`, for the same
-    reason, accepts a flag without its value (read as None) and leaves -h aside.
-    """
-    parser = argparse.ArgumentParser(
-        prog=PROG, usage=f"{PROG} [--config FILE.yaml] [--FLAG VALUE ...]", epilog=EPILOG, add_help=not collect,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        description="Train a small HRM add-on on a frozen language model, and measure it against the bare model.")
-    sections = {group: parser.add_argument_group(group) for group in GROUPS}
-    for flag in FLAGS:
-        told = f"{flag.help} ({_defaults(flag)}; {flag.legal})"
-        optional = flag.type == "bool" or collect
-        sections[flag.group].add_argument(
-            *(f"--{name}" for name in (flag.name, *flag.aliases)), dest=flag.name, default=argparse.SUPPRESS,
-            nargs="?" if optional else None, const="1" if flag.type == "bool" else None,
-            metavar="|".join(flag.choices) if flag.choices and flag.type == "str" else METAVARS[flag.type],
-            help=told.replace("%", "%%"))
-    return parser
-
-
-def parse(argv: list[str] | None = None, saved: dict[str, Any] | None = None) -> Options:
-    """Flags from defaults, then `saved` (a resumed run's `as_dict`), the YAML of `--config`, and `argv`.
-
-    `argv` None is the process's own command line. Prints every problem to stderr, one line each, and raises
-    SystemExit(2) if there is any.
-    """
-    opts, found = collect(argv, saved)
-    for problem in found:
-        print(f"{PROG}: error: {problem}".replace("\n", " "), file=sys.stderr)
-    if found:
-        raise SystemExit(2)
-    return opts
-
-
-def peek(argv: list[str] | None = None) -> Options:
-    """The flags as far as they can be read, without a word about what is wrong: for what must be known earlier."""
-    return collect(argv)[0]
-
-
-def collect(argv: list[str] | None = None, saved: dict[str, Any] | None = None) -> tuple[Options, list[str]]:
-    """As `parse`, but hands back what is wrong, one line each, to be told with what others find.
-
-    A flag that is wrong has its default. Values of `saved` and of YAML that equal the default do not count as explicit.
-    """
-    saved, (typed, found) = saved or {}, _read_command_line(sys.argv[1:] if argv is None else list(argv))
-    path, file = typed.get("config"), {}
-    if path and path.lower() != "none":
-        file = _read_config(path, found)
-    arch = _arch(typed, file, saved)
-    opts = Options(**{flag.name: saved.get(flag.name, default_of(flag, arch)) for flag in FLAGS})
-    opts.explicit = {name for name, value in saved.items() if value != default_of(FIND[name], arch)}
-    for one, other in (("task", "tasks"), ("tasks", "task")):
-        if one in typed or one in file:  # naming tasks anew replaces those of the resumed run
-            setattr(opts, other, None)
-    opts.typed = {FIND[name].name for name in typed}
-    broken: set[str] = set()
-    for source, read, where in ((file, _from_yaml, f"{path}: "), (typed, _from_text, "--")):
-        for name, raw in source.items():
-            flag = FIND[name]
-            try:
-                value = read(flag, raw)
-            except (ValueError, TypeError, OverflowError):
-                found.append(f"{where}{name} {_illegal(flag, raw)}")
-                broken.add(name)
-                continue
-            broken.discard(name)
-            setattr(opts, name, value)
-            if source is typed or value != default_of(flag, arch):
-                opts.explicit.add(name)
-    found += problems(opts, broken)
-    for flag in FLAGS:
-        if not flag.allows(getattr(opts, flag.name)):
-            setattr(opts, flag.name, default_of(flag, arch))
-    return opts, found
-
-
-def _arch(*sources: dict[str, Any]) -> str:
-    """The system that the first source names, where it is one: other defaults depend on it."""
-    named = next((source["arch"] for source in sources if source.get("arch")), FIND["arch"].default)
-    return named if named in ARCHS else FIND["arch"].default
-
-
-def _defaults(flag: Flag) -> str:
-    """`default 64, hybrid 32`: the defaults of the systems that know the flag."""
-    values = {arch: default_of(flag, arch) for arch in flag.archs}
-    shown = {arch: "none" if value in (None, "") else str(value) for arch, value in values.items()}
-    first, *others = shown
-    told = "default " + shown[first] + "".join(f", {a} {shown[a]}" for a in others if shown[a] != shown[first])
-    return told if flag.archs == ARCHS else f"{' and '.join(flag.archs)} only; {told}"
-
-
-def problems(opts: argparse.Namespace, skip: set[str] | frozenset[str] = frozenset()) -> list[str]:
-    """Values out of range and flags that contradict each other, one line each; flags in `skip` are not looked at.
-
-    A flag out of range, or of another system or adapter, is told once: the cross checks that read it are left out.
-    """
-    illegal = [flag for flag in FLAGS if flag.name not in skip and not flag.allows(getattr(opts, flag.name))]
-    found = [f"--{flag.name} {_illegal(flag, getattr(opts, flag.name))}" for flag in illegal]
-    unsure = {flag.name for flag in illegal} | skip
-    typed = getattr(opts, "explicit", set()) - unsure
-    idle = {flag.name: f"--{flag.name} does nothing with --arch {opts.arch}, only with {' and '.join(flag.archs)}: "
-            "leave it out" for flag in FLAGS
-            if flag.name in typed and opts.arch in ARCHS and opts.arch not in flag.archs}
-    idle |= {flag.name: f"--{flag.name} does nothing with --adapter {opts.adapter}, only with {' and '.join(known)}: "
-             "leave it out" for flag in FLAGS if flag.name in typed and opts.arch == "addon"
-             and opts.adapter not in (known := ADAPTER_FLAGS.get(flag.name, (opts.adapter,)))
-             and getattr(opts, flag.name) != default_of(flag, opts.arch)}
-    told = [tell(opts) for reads, tell in RULES if not (unsure | idle.keys()) & set(reads.split())]
-    return found + [line for line in (*told, *idle.values()) if line]
 
 
 def part(kind: type[Part], opts: argparse.Namespace, **given: Any) -> Part:
@@ -173,236 +60,309 @@ def part(kind: type[Part], opts: argparse.Namespace, **given: Any) -> Part:
     Raises:
         TypeError: a field without a default that is neither a flag nor given.
     """
-    values = {each.name: getattr(opts, each.name) for each in fields(kind) if hasattr(opts, each.name)}
+    fields = [field.name for field in dataclasses.fields(kind)]
+    values = {name: getattr(opts, name) for name in fields if hasattr(opts, name)}
     return kind(**values | given)
+
+
+# --- what a call gives ---
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command line and its YAML file give, before it is merged with defaults.
+
+    typed: flag -> value of the command line.
+    file: flag -> value of the YAML file.
+    broken: flags whose value could not be read.
+    problems: what is wrong so far, one line each.
+    help: what `--help` asks for: `common`, a system, `all`, or None where it is not typed.
+    """
+
+    typed: dict[str, Any]
+    file: dict[str, Any]
+    broken: frozenset[str]
+    problems: list[str]
+    help: str | None
+
+
+def read(argv: list[str] | None = None) -> Given:
+    """Takes a command line apart, the process's own when None, and reads the YAML file that it names."""
+    problems: list[str] = []
+    texts = _read_command_line(sys.argv[1:] if argv is None else argv, problems)
+    topic = texts.pop("help", None)
+    path = texts.get("config")
+    leaves = {}
+    if path and path.lower() != "none" and topic is None:
+        leaves = _read_config(path, problems)
+
+    # A flag is broken where its last source is: what is typed stands before what the file says.
+    file = _values(leaves, _from_yaml, f"{path}: ", problems)
+    typed = _values(texts, _from_text, "--", problems)
+    broken = (leaves.keys() - file.keys()) | (texts.keys() - typed.keys())
+    return Given(typed, file, frozenset(broken - typed.keys()), problems, topic)
+
+
+def settle(given: Given, saved: Mapping[str, Any] | None = None) -> tuple[Options, list[str]]:
+    """Merges defaults, then `saved`, then what a call gives, into (options, everything wrong in one line each).
+
+    `saved` are the options of the run gone on from, see `read_resolved`. A flag that is wrong has its default.
+    """
+    saved = dict(saved or {})
+    arch = _arch(given.typed, given.file, saved)
+    default = {flag.name: flag.default_in(arch) for flag in FLAGS}
+
+    # Naming tasks anew replaces those of the run gone on from.
+    values = default | saved
+    for one, other in (("task", "tasks"), ("tasks", "task")):
+        if one in given.typed or one in given.file:
+            values[other] = None
+    values |= given.file | given.typed
+
+    from_files = [*saved.items(), *given.file.items()]
+    explicit = {name for name, value in from_files if value != default[name]} | given.typed.keys()
+    opts = Options(**values, explicit=explicit, typed=set(given.typed))
+
+    lines = given.problems + problems(opts, given.broken)
+    illegal = {flag.name: default[flag.name] for flag in FLAGS if not flag.allows(values[flag.name])}
+    return replace(opts, **illegal), lines
+
+
+def collect(argv: list[str] | None = None, saved: Mapping[str, Any] | None = None) -> tuple[Options, list[str]]:
+    """`settle` on what `read` gives."""
+    return settle(read(argv), saved)
+
+
+def parse(argv: list[str] | None = None, saved: Mapping[str, Any] | None = None) -> Options:
+    """As `collect`, but prints every problem to stderr, one line each, and raises SystemExit(2) if there is any."""
+    opts, lines = collect(argv, saved)
+    for line in lines:
+        print(f"{PROG}: error: {line}".replace("\n", " "), file=sys.stderr)
+    if lines:
+        raise SystemExit(2)
+    return opts
+
+
+def resolve(opts: Options) -> Options:
+    """The options that a run is made of: what several flags decide together is filled in.
+
+    --epochs and --max_minutes replace the default number of steps; typed, they replace that of a file, too.
+    --task_config is `small` when no task is named, else `default`; a run that goes on with other tasks keeps it.
+    """
+    values: dict[str, Any] = {}
+    retyped = {"epochs", "max_minutes"} & opts.typed and "max_steps" not in opts.typed
+    if (opts.epochs or opts.max_minutes) and (retyped or "max_steps" not in opts.explicit):
+        values["max_steps"] = 0
+
+    if opts.arch == "addon" and not opts.task_config:
+        values["task_config"] = "default" if opts.task or opts.tasks else "small"
+    return replace(opts, **values)
+
+
+def _arch(*sources: Mapping[str, Any]) -> str:
+    """The system that the first source names, where it is one: other defaults depend on it."""
+    named = next((source["arch"] for source in sources if source.get("arch")), FIND["arch"].default)
+    return named if named in ARCHS else FIND["arch"].default
+
+
+def _values(
+    source: Mapping[str, Any], convert: Callable[[Flag, Any], Any], where: str, problems: list[str]
+) -> dict[str, Any]:
+    """Flag -> value of the flag's type; adds to `problems` what cannot be converted, which is left out."""
+    values = {}
+    for name, raw in source.items():
+        try:
+            values[name] = convert(FIND[name], raw)
+        except (ValueError, TypeError, OverflowError):
+            problems.append(f"{where}{name} {_illegal(FIND[name], raw)}")
+    return values
+
+
+# --- what is wrong ---
+
+
+def problems(opts: argparse.Namespace, skip: Iterable[str] = ()) -> list[str]:
+    """Values out of range and flags that contradict each other, one line each; flags in `skip` are not looked at.
+
+    A flag out of range, or of another system or adapter, is told once: the rules that read it are left out.
+    """
+    unsure = set(skip)
+    lines = []
+    for flag in FLAGS:
+        value = getattr(opts, flag.name)
+        if flag.name not in unsure and not flag.allows(value):
+            lines.append(f"--{flag.name} {_illegal(flag, value)}")
+            unsure.add(flag.name)
+
+    idle = _idle(opts, getattr(opts, "explicit", set()) - unsure)
+    unsure |= idle.keys()
+    told = [rule.tell(opts) for rule in RULES if not rule.reads & unsure]
+    return lines + [line for line in told if line] + list(idle.values())
+
+
+def _idle(opts: argparse.Namespace, explicit: set[str]) -> dict[str, str]:
+    """Of the flags that the user set: flag -> what to tell where the system or the adapter does not know it."""
+    lines = {}
+    for flag in (flag for flag in FLAGS if flag.name in explicit):
+        other_arch = opts.arch in ARCHS and opts.arch not in flag.archs
+        other_adapter = opts.arch == "addon" and opts.adapter in ADAPTERS and opts.adapter not in flag.adapters
+        # A default that another adapter's run has saved is no flag that the user asked for.
+        changes = getattr(opts, flag.name) != flag.default_in(opts.arch)
+
+        if other_arch:
+            chosen = f"--arch {opts.arch}, only with {' and '.join(flag.archs)}"
+            lines[flag.name] = f"--{flag.name} does nothing with {chosen}: leave it out"
+        elif other_adapter and changes:
+            chosen = f"--adapter {opts.adapter}, only with {' and '.join(flag.adapters)}"
+            lines[flag.name] = f"--{flag.name} does nothing with {chosen}: leave it out"
+    return lines
+
+
+def other_shape(opts: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Any) -> list[str]:
+    """At most one line, naming every flag that contradicts the weights of `checkpoint`, whose options are `saved`."""
+    other = [
+        f"--{flag.name} {getattr(opts, flag.name)} (checkpoint: {saved[flag.name]})"
+        for flag in FLAGS
+        if flag.shape and flag.name in saved and getattr(opts, flag.name) != saved[flag.name]
+    ]
+    if not other:
+        return []
+    told = ", ".join(other)
+    return [f"{checkpoint} was trained with another shape: {told}; leave these flags out or start a new run"]
+
+
+def _illegal(flag: Flag, value: Any) -> str:
+    wrong = "needs a value" if value is None else f"{shown(value)} is not legal"
+    return f"{wrong}: expected {flag.legal}"
+
+
+def _nearest(name: str, prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, FIND, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+# --- a run's own record of its options ---
 
 
 def dump(opts: argparse.Namespace) -> str:
     """YAML text of every flag that the system knows but `config`, grouped; `--config` on it gives equal options."""
     import yaml
+
     parts = [f"# Every flag of {PROG}; `python {PROG} --config THIS_FILE` uses them, `--help` explains them."]
     for group in GROUPS:
-        leaves = {flag.name: getattr(opts, flag.name) for flag in FLAGS
-                  if flag.group == group and flag.in_file and opts.arch in flag.archs}
-        if leaves:
-            plain = not any(isinstance(v, str) and re.search("[\x85\u2028\u2029]", v) for v in leaves.values())
-            # Where a text holds one of YAML's own line breaks, which come back as spaces, all is escaped.
-            parts.append(yaml.safe_dump({group: leaves}, sort_keys=False, allow_unicode=plain, width=10**9).rstrip())
+        known = [flag for flag in FLAGS if flag.group == group and flag.in_file and opts.arch in flag.archs]
+        leaves = {flag.name: getattr(opts, flag.name) for flag in known}
+        if not leaves:
+            continue
+        # YAML's own line breaks come back as spaces: where a text holds one, all is escaped.
+        plain = not any(isinstance(value, str) and re.search("[\x85\u2028\u2029]", value) for value in leaves.values())
+        text = yaml.safe_dump({group: leaves}, sort_keys=False, allow_unicode=plain, width=10**9)
+        parts.append(text.rstrip())
     return "\n\n".join(parts) + "\n"
 
 
 def rerun_text(opts: argparse.Namespace) -> str:
     """`dump` of what starts the run anew: the flags that belong to one call, such as --resume, at their defaults."""
-    once = {flag.name: flag.default for flag in FLAGS if flag.name in INVOCATION}
-    return dump(Options(**vars(opts) | once))
-
-
-def with_limits(opts: Options) -> Options:
-    """A copy in which typed epochs or minutes have replaced the default steps, as the end of training.
-
-    Steps stay that the user set, in a file as well; but there typed epochs or minutes win over a file's steps.
-    """
-    if not (opts.epochs or opts.max_minutes):
-        return opts
-    typed = getattr(opts, "typed", set())
-    replaced = bool({"epochs", "max_minutes"} & typed) and "max_steps" not in typed
-    if replaced or "max_steps" not in opts.explicit:
-        return Options(**vars(opts) | {"max_steps": 0})
-    return opts
+    once = {flag.name: flag.default for flag in FLAGS if flag.one_call}
+    return dump(replace(opts, **once))
 
 
 def read_resolved(text: str) -> dict[str, Any]:
-    """The flags in a text that `dump` wrote, as `parse` takes them for `saved`. Raises ValueError for another."""
+    """The flags in a text that `dump` wrote, as `settle` takes them for `saved`. Raises ValueError for another text.
+
+    A text from before a flag existed, or before a default changed, means what it meant then.
+    """
     import yaml
 
     try:
-        found = {name: _from_yaml(FIND[name], value) for name, value in _leaves(yaml.safe_load(text)) if name in FIND}
+        leaves = _leaves(yaml.safe_load(text))
+        values = {name: _from_yaml(FIND[name], value) for name, value in leaves if name in FIND}
     except (yaml.YAMLError, AttributeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError("the checkpoint's config.resolved.yaml cannot be read: restore it or start anew") from error
-    if found.get("arch", "addon") == "addon":
-        found = {"state_mix": "sum", **found}  # as it was before the flag existed
-    adapter = found.get("adapter", "hrm")  # defaults that changed must not look like flags typed for another adapter
-    return {name: value for name, value in found.items() if adapter in ADAPTER_FLAGS.get(name, (adapter,))}
+
+    arch = values.get("arch", FIND["arch"].default)
+    older = {flag.name: flag.before for flag in FLAGS if flag.before is not None and arch in flag.archs}
+    values = older | values
+    # A default that has changed since must not look like a flag set for another adapter.
+    adapter = values.get("adapter", FIND["adapter"].default)
+    return {name: value for name, value in values.items() if adapter in FIND[name].adapters}
 
 
-# Cross checks: the flags each reads (so that a flag already told as wrong stays out), and what to say, or None.
-RULES: tuple[tuple[str, Callable[[argparse.Namespace], str | None]], ...] = (
-    # One condition for two needs: heads of whole width (d_h / n_heads), and of even width (RoPE turns pairs).
-    ("d_h n_heads arch", lambda o: f"--d_h {o.d_h} is not divisible by {'' if o.d_h % o.n_heads else 'twice '}"
-     f"--n_heads {o.n_heads}: choose a multiple of {2 * o.n_heads}, such as "
-     f"{-(-o.d_h // (2 * o.n_heads)) * 2 * o.n_heads}"
-     if o.arch != "enhanced" and o.d_h % (2 * o.n_heads) else None),
-    ("task tasks", lambda o: f"--task {_show(o.task)} and --tasks {_show(o.tasks)} are both set: keep one "
-     "(`none` takes back the other)" if o.task is not None and o.tasks is not None else None),
-    ("max_steps epochs max_minutes eval_only dry_run", lambda o: "training would never end: set --max_steps, --epochs "
-     "or --max_minutes" if not (o.max_steps or o.epochs or o.max_minutes or o.eval_only or o.dry_run) else None),
-    ("epochs train_n arch", lambda o: f"--epochs {o.epochs} needs --train_n above 0: fresh items without end have no "
-     "epochs" if o.epochs > 0 and o.train_n == 0 and o.arch == "addon" else None),
-    ("curriculum train_n", lambda o: f"--curriculum needs fresh items: --train_n {o.train_n} is a fixed set, choose 0"
-     if o.curriculum and o.train_n else None),
-    ("curriculum eval_every eval_only dry_run", lambda o: "--curriculum raises levels by evaluations: set --eval_every "
-     "above 0" if o.curriculum and not (o.eval_every or o.eval_only or o.dry_run) else None),
-    ("supervised_segments segments", lambda o: f"--supervised_segments {o.supervised_segments} is more than --segments "
-     f"{o.segments}: choose at most {o.segments}" if o.supervised_segments > o.segments else None),
-    ("carry_state segments supervised_segments", lambda o: "--carry_state 0 does nothing with one supervised segment: "
-     "choose more by --segments or --supervised_segments"
-     if not o.carry_state and not o.eval_only and (o.supervised_segments or o.segments) < 2 else None),
-    ("segments_sampling segments", lambda o: f"--segments_sampling {o.segments_sampling} has nothing to draw from with "
-     f"--segments {o.segments}: choose at least 2" if o.segments_sampling != "fixed" and o.segments < 2 else None),
-    ("share_hl h_layers l_layers", lambda o: f"--share_hl makes one block of H and L: --h_layers {o.h_layers} and "
-     f"--l_layers {o.l_layers} must be equal" if o.share_hl and o.h_layers != o.l_layers else None),
-    ("act_penalty use_act", lambda o: f"--act_penalty {o.act_penalty} does nothing without --use_act"
-     if o.act_penalty > 0 and not o.use_act else None),
-    ("halt_detach use_act", lambda o: "--halt_detach does nothing without --use_act"
-     if o.halt_detach and not o.use_act else None),
-    ("eval_readout use_act", lambda o: f"--eval_readout {o.eval_readout} needs a halting head: add --use_act"
-     if o.eval_readout != "last" and not o.use_act else None),
-    ("halt_settled eval_readout", lambda o: "--halt_settled stops examples and --eval_readout best_halt runs every "
-     "segment: keep one" if o.halt_settled > 0 and o.eval_readout == "best_halt" else None),
-    ("halt_settled segments eval_segments halt_max_segments", lambda o: f"--halt_settled {o.halt_settled} "
-     "saves nothing with fewer than 3 segments at evaluation: choose more by --segments, --eval_segments or, with "
-     "--use_act, --halt_max_segments" if o.halt_settled > 0
-     and (o.halt_max_segments or o.eval_segments or o.segments) < 3 else None),
-    ("halt_max_segments use_act", lambda o: f"--halt_max_segments {o.halt_max_segments} does nothing without --use_act"
-     if o.halt_max_segments > 0 and not o.use_act else None),
-    ("train_injector_scale lora_layers eval_only", lambda o: "--train_injector_scale 0 leaves nothing to train"
-     if o.train_injector_scale == 0 and not o.lora_layers and not o.eval_only else None),
-    ("eval_only dry_run", lambda o: "--eval_only and --dry_run are both set: keep one"
-     if o.eval_only and o.dry_run else None),
-    ("eval_only resume run_name", lambda o: "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"
-     if o.eval_only and o.resume is None and o.run_name is None else None),
-    ("adapter dry_run match_params", lambda o: f"{'--dry_run' if o.dry_run else '--match_params'} makes no sense with "
-     "--adapter none: nothing trains" if o.adapter == "none" and (o.dry_run or o.match_params) else None),
-    ("adapter cache_hidden", lambda o: f"--cache_hidden {o.cache_hidden} cannot serve --adapter {o.adapter}, which "
-     "takes part in the LLM's forward pass: leave it out" if o.cache_hidden != "off" and o.adapter not in ("hrm", "mlp")
-     else None),
-    ("cache_hidden lora_layers", lambda o: f"--cache_hidden {o.cache_hidden} and --lora_layers {o.lora_layers}: LoRA "
-     "changes what the LLM says at every step; leave one out" if o.cache_hidden != "off" and o.lora_layers else None),
-    ("cache_hidden train_n", lambda o: f"--cache_hidden {o.cache_hidden} needs --train_n above 0: fresh items without "
-     "end are never seen twice" if o.cache_hidden != "off" and o.train_n == 0 else None),
-    ("arch d_model n_heads", lambda o: f"--d_model {o.d_model} is not a multiple of {2 * o.n_heads}, twice --n_heads"
-     if o.arch in ("hybrid", "enhanced") and o.d_model % (2 * o.n_heads) else None),
-    ("arch dataset dry_run", lambda o: "--arch hybrid needs --dataset: synthetic, or a folder of prepared triples "
-     "(only --dry_run works on random data)" if o.arch == "hybrid" and o.dataset is None and not o.dry_run else None),
-    ("deep_supervision ds_weight", lambda o: "--deep_supervision with --ds_weight 0 does nothing: raise the weight"
-     if o.deep_supervision and o.ds_weight == 0 else None),
-    ("reset_progress resume run_name eval_only", lambda o: "--reset_progress needs --resume CHECKPOINT, whose weights "
-     "it takes" if o.reset_progress and o.resume is None else "--reset_progress and --eval_only are both set: keep one"
-     if o.reset_progress and o.eval_only else None),
-    ("objective grpo_batch_size grpo_accum_steps num_generations", lambda o: f"--grpo_batch_size {o.grpo_batch_size} x "
-     f"--grpo_accum_steps {o.grpo_accum_steps} = {o.grpo_batch_size * o.grpo_accum_steps} completions a step are not "
-     f"divisible by --num_generations {o.num_generations}: change one" if o.objective == "grpo"
-     and o.grpo_batch_size * o.grpo_accum_steps % o.num_generations else None),
-    ("objective logit_bias_head", lambda o: "--objective grpo does not see the bias of --logit_bias_head: start from a "
-     "checkpoint without it" if o.objective == "grpo" and o.logit_bias_head else None),
-    ("objective adapter", lambda o: f"--objective grpo cannot train --adapter {o.adapter}: start from a checkpoint of "
-     "--adapter hrm or mlp" if o.objective == "grpo" and o.adapter not in ("hrm", "mlp") else None),
-    ("objective sentinel", lambda o: "--objective grpo cannot stop at --sentinel: start from a checkpoint without it"
-     if o.objective == "grpo" and o.sentinel else None),
-    # The default warmup gives way to a short run by itself; only a typed one is a contradiction. The hybrid's published
-    # commands are tried with fewer steps: there half of the run warms up.
-    ("arch warmup_steps max_steps", lambda o: f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"
-     if o.arch == "addon" and "warmup_steps" in getattr(o, "explicit", ()) and 0 < o.max_steps < o.warmup_steps
-     else None),
-)
+def kept(saved: Mapping[str, Any], anew: bool) -> dict[str, Any]:
+    """Of a checkpoint's options those that hold for a run which goes on from it.
+
+    `anew` begins step, optimizer and data again, and keeps only what the weights bring: their shape and their depth.
+    """
+    if anew:
+        return {name: value for name, value in saved.items() if FIND[name].shape or FIND[name].depth}
+    return {name: value for name, value in saved.items() if not FIND[name].one_call}
 
 
-def _read_command_line(argv: list[str]) -> tuple[dict[str, str | None], list[str]]:
-    """The text typed for each flag (None: the flag came without its value), and what is not a flag. May print help."""
-    parts: list[str] = []
-    for part in argv:  # argparse takes -1e-3 and -inf for flags; joined by = they are values
-        if parts and re.fullmatch(r"--\w+", parts[-1]) and re.match(r"-(\d|\.|inf|nan)", part, re.IGNORECASE):
-            parts[-1] += f"={part}"
-        else:
-            parts.append(part)
-    typed, rest = build_parser(collect=True).parse_known_args(parts)
-    if not {"-h", "--help"}.isdisjoint(rest):
-        build_parser().parse_args(["--help"])
-    following = set(zip(parts, parts[1:], strict=False))
-    found, unknown = [], ""
-    for part in rest:
-        if part.startswith("-"):
-            unknown, name = part, part.partition("=")[0]
-            found.append(f"unknown flag {_show(name)}{_nearest(name.lstrip('-'), '--')}")
-        elif (unknown, part) not in following:  # else it was the value of the unknown flag, already told
-            found.append(f"unexpected argument {_show(part)}: every value follows its --flag")
-    return vars(typed), found
+# --- YAML ---
 
 
-def _read_config(path: str, found: list[str]) -> dict[str, Any]:
-    """The leaves of a YAML file by flag name (values not checked yet); adds to `found` what is wrong with the file."""
+def load_yaml(path: str) -> tuple[Any, list[str]]:
+    """(tree, keys written twice in one mapping, one line each) of a YAML file. Raises OSError, ValueError."""
+    import yaml
+
+    twice: list[str] = []
+
+    class StrictLoader(yaml.SafeLoader):
+        """Sees the keys that are written twice, of which PyYAML would drop one in silence."""
+
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            keys = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in keys:
+                    twice.append(f"{path}: line {key.start_mark.line + 1}: {shown(key.value)} is given twice")
+                keys.add(key.value)
+            return node
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            return yaml.load(file, Loader=StrictLoader), twice
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
+
+
+def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
+    """The leaves of a YAML file by flag name, not checked yet; adds to `problems` what is wrong with the file."""
     values: dict[str, Any] = {}
     try:
-        tree = _load_strict(path, found)
+        tree, twice = load_yaml(path)
+        problems += twice
         if not isinstance(tree, dict | None):
             raise ValueError(f"it must hold `name: value` lines, not a {type(tree).__name__}")
         leaves = list(_leaves(tree or {}))
     except (OSError, ValueError, RecursionError) as error:  # missing, not YAML, not UTF-8, a mapping inside itself
         reason = getattr(error, "strerror", None) or str(error)
-        found.append(f"--config {path} cannot be read: {' '.join(reason.split())}")
+        problems.append(f"--config {path} cannot be read: {' '.join(reason.split())}")
         return values
+
     for key, value in leaves:
         flag = FIND.get(key)
         if flag is None:
-            found.append(f"{path}: unknown key {_show(key)}{_nearest(str(key))}")
+            problems.append(f"{path}: unknown key {shown(key)}{_nearest(str(key))}")
         elif not flag.in_file:
-            found.append(f"{path}: {key} belongs on the command line only")
+            problems.append(f"{path}: {key} belongs on the command line only")
         elif flag.name in values:
-            found.append(f"{path}: {flag.name} is given twice, under different nests or names")
+            problems.append(f"{path}: {flag.name} is given twice, under different nests or names")
         else:
             values[flag.name] = value
     return values
 
 
-def load_yaml(path: str) -> tuple[Any, list[str]]:
-    """(tree, keys written twice in one mapping, one line each) of a YAML file. Raises OSError, ValueError."""
-    found: list[str] = []
-    return _load_strict(path, found), found
-
-
-def _load_strict(path: str, found: list[str]) -> Any:
-    """The YAML tree; adds to `found` the keys written twice in one mapping, which PyYAML would drop in silence."""
-    import yaml
-
-    class StrictLoader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-            node, seen = super().compose_mapping_node(anchor), set()
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if key.value in seen:
-                    found.append(f"{path}: line {key.start_mark.line + 1}: {_show(key.value)} is given twice")
-                seen.add(key.value)
-            return node
-
-    with open(path, encoding="utf-8") as file:
-        try:
-            return yaml.load(file, Loader=StrictLoader)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
-
-
 def _leaves(tree: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
     """(key, value) of every leaf. Nests are for the reader; a mapping is a value only where the flag takes JSON."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value and not (key in FIND and FIND[key].type == "json"):
+        takes_json = key in FIND and FIND[key].type == "json"
+        if isinstance(value, dict) and value and not takes_json:
             yield from _leaves(value)
         elif value not in (None, {}) or key not in GROUPS:  # a group whose lines are all commented out is not a leaf
             yield key, value
-
-
-def _from_text(flag: Flag, text: str | None) -> Any:
-    """The typed value of command-line text. Raises ValueError (or OverflowError) when it is not of the flag's type."""
-    if text is None:
-        raise ValueError("no value")
-    if flag.nullable and text.lower() == "none":
-        return None
-    if flag.type == "list":
-        parts = [part.strip() for part in text.split(",")]
-        if len(set(parts)) < len(parts) or ("" in parts and len(parts) > 1):
-            raise ValueError("a name is missing or given twice")
-        return ",".join(parts)
-    if flag.type == "bool" and text.lower() not in BOOLS:
-        raise ValueError("not a switch")
-    return {"int": int, "float": float, "bool": lambda text: BOOLS[text.lower()]}.get(flag.type, str)(text)
 
 
 def _from_yaml(flag: Flag, value: Any) -> Any:
@@ -411,24 +371,71 @@ def _from_yaml(flag: Flag, value: Any) -> Any:
         return None
     if not isinstance(value, YAML_TYPES.get(flag.type, str)):
         raise TypeError("wrong type")
+
     if isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False, allow_nan=False)
     if isinstance(value, list):
         value = ",".join(value)
     # Read as on the command line (so a bool is no number), except that null, not the word none, means none here.
-    return _from_text(replace(flag, nullable=False), str(value))
+    return _from_text(dataclasses.replace(flag, nullable=False), str(value))
 
 
-def _illegal(flag: Flag, value: Any) -> str:
-    return f"{'needs a value' if value is None else f'{_show(value)} is not legal'}: expected {flag.legal}"
+# --- the command line ---
 
 
-def _show(value: Any) -> str:
-    """A value on one line, quoted where blanks or control characters would mislead, cut where it is long."""
-    text = value if isinstance(value, str) and re.fullmatch(r"[\w./:,+=@<>-]+", value) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _read_command_line(argv: Iterable[str], problems: list[str]) -> dict[str, str | None]:
+    """The text typed for each flag, None where it came without its value; adds to `problems` what is not a flag.
+
+    `--help` comes as the flag `help`: what it asks for.
+    """
+    texts: dict[str, str | None] = {}
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        if not _is_flag(word):
+            problems.append(f"unexpected argument {shown(word)}: every value follows its --flag")
+            continue
+
+        # An unknown flag takes its value along: what follows it is no second problem.
+        name, equals, text = word.partition("=")
+        if not equals:
+            text = words.popleft() if words and not _is_flag(words[0]) else None
+        flag = FIND.get(name.removeprefix("--"))
+        if name in ("-h", "--help"):
+            texts["help"] = text if text in ("all", *ARCHS) else "common"
+        elif flag is None or not name.startswith("--"):
+            problems.append(f"unknown flag {shown(name)}{_nearest(name.lstrip('-'), '--')}")
+        else:
+            texts[flag.name] = "1" if text is None and flag.type == "bool" else text
+
+    if texts.get("help") == "common" and texts.get("arch") in ARCHS:
+        texts["help"] = texts["arch"]
+    return texts
 
 
-def _nearest(name: str, prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, FIND, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+def _is_flag(word: str) -> bool:
+    """Whether a word stands for a flag: it begins with - and is neither a number nor a sentence."""
+    name = word.partition("=")[0]
+    if name.startswith("--") and name[2:] in FIND:
+        return True
+    number = re.match(r"-(\d|\.|inf|nan)", word, re.IGNORECASE)
+    return word.startswith("-") and word != "-" and " " not in word and not number
+
+
+def _from_text(flag: Flag, text: str | None) -> Any:
+    """The typed value of command-line text. Raises ValueError (or OverflowError) when it is not of the flag's type."""
+    if text is None:
+        raise ValueError("no value")
+    if flag.nullable and text.lower() == "none":
+        return None
+
+    if flag.type == "list":
+        parts = [part.strip() for part in text.split(",")]
+        if len(set(parts)) < len(parts) or ("" in parts and len(parts) > 1):
+            raise ValueError("a name is missing or given twice")
+        return ",".join(parts)
+    if flag.type == "bool":
+        if text.lower() not in BOOLS:
+            raise ValueError("not a switch")
+        return BOOLS[text.lower()]
+    return {"int": int, "float": float}.get(flag.type, str)(text)

@@ -1,4 +1,4 @@
-"""Train an HRM, as an add-on on a frozen LLM or as a hybrid, and measure it: `python train.py --help`.
+"""Train an HRM, as an add-on on a frozen LLM or as a model of its own, and measure it: `python train.py --help`.
 
 Exit status: 0 done, 2 the user's mistake (one line a problem), 3 loss or gradient is not a number, 130 and 143 stopped
 by Ctrl-C or SIGTERM; while it trains, with everything saved.
@@ -6,41 +6,40 @@ by Ctrl-C or SIGTERM; while it trains, with everything saved.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import options
+from flags import ARCHS, FLAGS, GROUPS, METAVARS, Flag
 
-# Flags that fix a model's shape: taken from the checkpoint on resume, refused when typed otherwise.
-SHAPE = {
-    "addon": (
-        *("arch", "d_h", "h_layers", "l_layers", "n_heads", "hrm_input", "hrm_read", "injector", "cab_mem"),
-        *("logit_bias_head", "lora_layers", "lora_rank", "use_act", "share_hl", "adapter", "virtual_tokens"),
-        "state_mix",
-    ),
-    "enhanced": (
-        *("arch", "d_model", "n_heads", "n_planner_layers", "n_worker_layers", "max_cycles", "thought_dim"),
-        "tokenizer",
-    ),
-    "hybrid": (
-        *("arch", "d_model", "n_heads", "encoder", "encoder_layers", "decoder_layers", "state_size", "tie_embeddings"),
-        *("d_h", "h_layers", "l_layers", "h_len", "l_len", "bridge", "prefix_len"),
-    ),
-}
+EXAMPLES = f"""examples:
+  python {options.PROG}                                                  the defaults: embedded LLM, two tasks
+  python {options.PROG} --task basic_arithmetic --segments 3 --train_n 2000 --eval_n 256 --batch_size 16
+  python {options.PROG} --config runs/NAME/config.resolved.yaml --seed 1
 
-
-# Kept with the weights by --reset_progress, though another number may be typed.
-COUNTS = ("segments", "h_cycles", "inner_T", "grad_horizon")
+Switches take 0, 1, true or false, or stand alone. Where none is the default, `none` takes back what --config gave.
+A value that begins with -- is written --flag=value."""
+MORE = """These are the common flags. To see the rest, with the legal values of each:
+  python train.py --help --arch hybrid    the flags of one system: addon, hybrid or enhanced
+  python train.py --help all              the flags of every system; docs/flags.md has them as tables
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     try:
-        opts, checkpoint, found = understand(argv)
-        if found:
-            return complain(found)
+        given = options.read(argv)
+        if given.help:
+            print(help_text(given.help), end="")
+            return 0
+
+        opts, checkpoint, problems = understand(given)
+        if problems:
+            return complain(problems)
         run = run_of(opts)(opts, checkpoint)
         status = run.go()
         if opts.eval_suite and status == 0:
@@ -54,8 +53,44 @@ def main(argv: list[str] | None = None) -> int:
         return complain([str(error)])
 
 
+def understand(given: options.Given) -> tuple[options.Options, Path | None, list[str]]:
+    """The options, the checkpoint that this call goes on from, and all that is wrong with them, one line each.
+
+    What the table, the rules and the checkpoint's documents can tell is told first, and without importing torch. Only
+    a call without such a problem is put to the system that it is for.
+    """
+    # What the call says by itself: a flag that is wrong has its default here, and is told later.
+    asked, _ = options.settle(given)
+    try:
+        if asked.reset_progress and asked.run_name and own_checkpoint(asked):  # begun already: it goes on by itself
+            asked = options.replace(asked, resume=None, reset_progress=False)
+        checkpoint = find_checkpoint(asked)
+        saved = saved_options(checkpoint, asked.reset_progress) if checkpoint else {}
+        if checkpoint:
+            check_adapter(asked, saved, checkpoint)  # the flags of another adapter would only start more complaints
+    except ValueError as error:  # whatever else the run needs, it says in the checkpoint that cannot be read
+        opts, lines = options.settle(given)
+        return opts, None, [*lines, str(error)]
+
+    opts, lines = options.settle(given, saved)
+    opts = options.replace(opts, resume=asked.resume, reset_progress=asked.reset_progress)
+    trained = saved.get("arch", "addon")
+    if checkpoint and trained != opts.arch:  # whatever else is typed belongs to another system
+        line = f"{checkpoint} is a checkpoint of --arch {trained}, not of --arch {opts.arch}: leave --arch out or name "
+        return opts, None, [line + "another checkpoint"]
+
+    if opts.match_params and not lines:
+        opts, lines = matched(opts, asked.explicit)
+    lines += options.other_shape(opts, saved, checkpoint)
+    if lines:
+        return opts, checkpoint, lines
+
+    opts = options.resolve(opts)
+    return opts, checkpoint, run_of(opts).problems(opts, checkpoint)
+
+
 def run_of(opts: options.Options) -> type:
-    """The class of a system's runs, which knows what is wrong with one (`problems`). transformers loads here."""
+    """The class of a system's runs, which knows what is wrong with one (`problems`). torch loads here."""
     if opts.objective == "grpo":
         from grpo.run import GrpoRun
 
@@ -82,52 +117,25 @@ def measure_suite(run: Any, opts: options.Options) -> None:
         measure_after_run(subject, options.part(SuiteConfig, opts))
 
 
-def understand(argv: list[str] | None) -> tuple[options.Options, Path | None, list[str]]:
-    """The options, the checkpoint this call goes on from, and all that is wrong with them, one line each."""
-    saved, checkpoint, broken = {}, None, []
-    asked = options.peek(argv)
-    try:
-        if asked.reset_progress and asked.run_name and own_checkpoint(asked):
-            asked.resume, asked.reset_progress = None, False  # begun already: the run goes on by itself
-        checkpoint = find_checkpoint(asked)
-        saved = saved_options(checkpoint, asked.reset_progress) if checkpoint else {}
-        addon = saved.get("arch", "addon") == "addon"
-        if checkpoint and addon and "adapter" in asked.explicit and saved.get("adapter", "hrm") != asked.adapter:
-            trained, saved = saved.get("adapter", "hrm"), {}  # its flags would only start further complaints
-            raise ValueError(f"{checkpoint} holds --adapter {trained}, not {asked.adapter}: leave the flag out or start"
-                             " a new run")
-    except ValueError as error:
-        broken = [str(error)]
-    opts, found = options.collect(argv, saved)
-    opts.resume, opts.reset_progress = asked.resume, asked.reset_progress
-    opts = options.with_limits(opts)
-    if broken:  # whatever else the run needs, it says in the checkpoint that cannot be read
-        return opts, None, found + broken
-    if checkpoint and saved.get("arch", "addon") != opts.arch:  # whatever else is typed belongs to another system
-        arch = saved.get("arch", "addon")
-        return opts, None, [f"{checkpoint} is a checkpoint of --arch {arch}, not of --arch {opts.arch}: leave --arch "
-                            "out or name another checkpoint"]
-    found += matched(opts, asked) if opts.match_params and not found else []
-    shape = other_shape(opts, saved, checkpoint) if checkpoint else []
-    return opts, checkpoint, found + shape + run_of(opts).problems(opts, checkpoint)
+def matched(opts: options.Options, set_here: set[str]) -> tuple[options.Options, list[str]]:
+    """Options whose adapter is sized by --match_params, and at most one problem; says on stderr which size it is.
 
-
-def matched(opts: options.Options, asked: options.Options) -> list[str]:
-    """Sizes the adapter by --match_params, and says how. At most one problem; `asked` holds what this call set."""
+    `set_here` names the flags that this call sets: a size among them contradicts --match_params.
+    """
     from addon.param_matching import match
 
-    sizes = {"d_h", "lora_rank", "virtual_tokens"}
-    unmatched = {"lora_rank"} if opts.lora_layers else set()
-    typed = sorted((sizes - unmatched) & asked.explicit)
+    sizes = {"d_h", "virtual_tokens"} if opts.lora_layers else {"d_h", "lora_rank", "virtual_tokens"}
+    typed = sorted(sizes & set_here)
     if typed:
-        return [f"--match_params {opts.match_params} and --{typed[0]} are both set: keep one"]
+        return opts, [f"--match_params {opts.match_params} and --{typed[0]} are both set: keep one"]
     try:
-        told = match(opts)
+        size, sentence = match(opts)
     except ValueError as error:
-        return [str(error)]
+        return opts, [str(error)]
+
     if os.environ.get("RANK", "0") == "0":
-        print(told, file=sys.stderr)
-    return []
+        print(sentence, file=sys.stderr)
+    return options.replace(opts, **size, explicit=opts.explicit | size.keys()), []
 
 
 def complain(problems: list[str], status: int = 2) -> int:
@@ -137,23 +145,32 @@ def complain(problems: list[str], status: int = 2) -> int:
     return status
 
 
+# --- the checkpoint that a call goes on from ---
+
+
 def find_checkpoint(opts: options.Options) -> Path | None:
-    """The checkpoint this call goes on from: `--resume`, or by itself that of an existing `--run_name`."""
+    """The checkpoint that this call goes on from: `--resume`, or by itself that of an existing `--run_name`.
+
+    Raises:
+        ValueError: there is none where one is asked for, or two runs are named.
+    """
     if opts.resume is None and opts.run_name is None:
         return None
     from engine.checkpoints import FOLDER, resolve_resume
 
-    run = Path(opts.save_dir) / (opts.run_name or "")
     if opts.resume is None or (opts.resume == "auto" and opts.run_name):
-        found = own_checkpoint(opts)
-        if found is None and (opts.eval_only or opts.resume):
+        checkpoint = own_checkpoint(opts)
+        if checkpoint is None and (opts.eval_only or opts.resume):
             raise ValueError(f"run {opts.run_name} in {opts.save_dir} has no checkpoint: train it first, name another")
-        return found
-    found = resolve_resume(opts.resume, Path(opts.save_dir))
-    anew = opts.reset_progress
-    if opts.run_name and not anew and found.parent.name == FOLDER and found.parent.parent.resolve() != run.resolve():
-        raise ValueError(f"--resume {opts.resume} and --run_name {opts.run_name} are different runs: leave one out")
-    return found
+        return checkpoint
+
+    checkpoint = resolve_resume(opts.resume, Path(opts.save_dir))
+    inside_a_run = checkpoint.parent.name == FOLDER
+    if opts.run_name and not opts.reset_progress and inside_a_run:
+        named = Path(opts.save_dir) / opts.run_name
+        if checkpoint.parent.parent.resolve() != named.resolve():
+            raise ValueError(f"--resume {opts.resume} and --run_name {opts.run_name} are different runs: leave one out")
+    return checkpoint
 
 
 def own_checkpoint(opts: options.Options) -> Path | None:
@@ -164,8 +181,8 @@ def own_checkpoint(opts: options.Options) -> Path | None:
     return newest_checkpoint(run) if run.is_dir() else None
 
 
-def saved_options(checkpoint: Path, shape_only: bool = False) -> dict[str, Any]:
-    """The options that the checkpoint's run was started with, or only those that fix the shape of its weights.
+def saved_options(checkpoint: Path, anew: bool = False) -> dict[str, Any]:
+    """The options of the checkpoint's run that this call goes on with, see `options.kept`.
 
     Raises:
         ValueError: a broken or foreign checkpoint.
@@ -173,19 +190,64 @@ def saved_options(checkpoint: Path, shape_only: bool = False) -> dict[str, Any]:
     from engine.checkpoints import read_checkpoint
 
     text = read_checkpoint(checkpoint, stems=[]).documents["config.resolved.yaml"]
-    saved = options.read_resolved(text)
-    shape = (*SHAPE[saved.get("arch", "addon")], *COUNTS)
-    kept = shape if shape_only else set(saved) - set(options.INVOCATION)
-    return {name: value for name, value in saved.items() if name in kept}
+    return options.kept(options.read_resolved(text), anew)
 
 
-def other_shape(opts: options.Options, saved: dict[str, Any], checkpoint: Path) -> list[str]:
-    """At most one line, naming every flag that contradicts the weights of the checkpoint."""
-    shape = SHAPE[saved.get("arch", "addon")]
-    other = [name for name in shape if getattr(opts, name) != saved.get(name, getattr(opts, name))]
-    told = ", ".join(f"--{name} {getattr(opts, name)} (checkpoint: {saved[name]})" for name in other)
-    line = f"{checkpoint} was trained with another shape: {told}; leave these flags out or start a new run"
-    return [line] if other else []
+def check_adapter(asked: options.Options, saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raises ValueError when this call sets another adapter than the checkpoint holds."""
+    trained = saved.get("adapter", "hrm")
+    of_addon = saved.get("arch", "addon") == "addon"
+    if of_addon and "adapter" in asked.explicit and trained != asked.adapter:
+        raise ValueError(f"{checkpoint} holds --adapter {trained}, not {asked.adapter}: leave the flag out or start a "
+                         "new run")
+
+
+# --- help ---
+
+
+def help_text(topic: str) -> str:
+    """The text of `--help`: of the `common` flags, of one system's, or of `all`."""
+    parser = argparse.ArgumentParser(
+        prog=options.PROG,
+        usage=f"{options.PROG} [--config FILE.yaml] [--FLAG VALUE ...]",
+        description="Train a Hierarchical Reasoning Model (HRM), as an add-on on a frozen language model or inside a "
+        "model of its own, and measure it.",
+        epilog=f"{MORE}\n{EXAMPLES}" if topic == "common" else EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    sections = {group: parser.add_argument_group(group) for group in GROUPS}
+    for flag in FLAGS:
+        if topic == "common" and not flag.common or topic in ARCHS and topic not in flag.archs:
+            continue
+        notes = [default_of(flag, topic)]
+        if topic != "common":
+            notes.append(flag.legal)
+        text = f"{flag.help} ({'; '.join(notes)})"
+
+        metavar = METAVARS[flag.type]
+        if flag.choices and flag.type == "str":
+            metavar = "|".join(flag.choices)
+        names = [f"--{name}" for name in (flag.name, *flag.aliases)]
+        optional = "?" if flag.type == "bool" else None
+        sections[flag.group].add_argument(*names, metavar=metavar, nargs=optional, help=text.replace("%", "%%"))
+    return parser.format_help()
+
+
+def default_of(flag: Flag, topic: str) -> str:
+    """`default 64, hybrid 32`: the defaults of the systems that know the flag; of one system its own, `default 32`."""
+    words = {}
+    for arch in flag.archs:
+        value = flag.default_in(arch)
+        words[arch] = "none" if value in (None, "") else str(value)
+    if topic in ARCHS:
+        return f"default {words[topic]}"
+
+    first, *others = flag.archs
+    parts = [f"default {words[first]}"]
+    parts += [f"{arch} {words[arch]}" for arch in others if words[arch] != words[first]]
+    known = "" if flag.archs == ARCHS else f"{' and '.join(flag.archs)} only; "
+    return known + ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def size_of(opts: argparse.Namespace) -> Size:
     return Size("d_h", -(-8 // step) * step, step, count)
 
 
-def match(opts: argparse.Namespace) -> str:
-    """Sets d_h, lora_rank or virtual_tokens so that the adapter has `match_params` parameters; returns what to tell.
+def match(opts: argparse.Namespace) -> tuple[dict[str, int], str]:
+    """({d_h, lora_rank or virtual_tokens: the value that gives the adapter `match_params` parameters}, what to tell).
 
     Raises:
         ValueError: no value comes within 5 %, with the nearest ones; or as `host.load_config`.
@@ -123,7 +123,6 @@ def match(opts: argparse.Namespace) -> str:
         limit = size.limit if size.high is not None and pairs[-1][0] >= size.high and found < wanted else ""
         raise ValueError(f"--match_params {wanted}: adapter {opts.adapter} cannot come within 5 %: nearest "
                          f"{'are' if len(pairs) > 1 else 'is'} {near}{limit}; ask for one of these")
-    setattr(opts, size.flag, value)
-    opts.explicit.add(size.flag)
-    return (f"--match_params {wanted}: --{size.flag} {value} gives {found:,} trainable parameters "
+    told = (f"--match_params {wanted}: --{size.flag} {value} gives {found:,} trainable parameters "
             f"({100 * (found / wanted - 1):+.1f} %)")
+    return {size.flag: value}, told

@@ -17,12 +17,12 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from engine.files import process_lives, reason_of, sync_folder, write_problem, write_synced, write_text_aside
+
+if TYPE_CHECKING:  # torch loads where tensors are read or written, so that documents alone are read at once
+    from torch import Tensor
 
 FORMAT, VERSION = "hrm-checkpoint", 1
 MANIFEST, BEST, FOLDER = "manifest.json", "best.json", "checkpoints"
@@ -68,6 +68,8 @@ def disk_check(folder: Path) -> None:
 
 
 def _fill(temporary: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, str]) -> None:
+    import safetensors.torch
+
     files: dict[str, dict[str, Any]] = {}
     names = [f"{stem}.safetensors" for stem in tensors] + list(documents)
     clash = len({*names, MANIFEST}) <= len(names)
@@ -181,6 +183,8 @@ def read_checkpoint(folder: Path, stems: Sequence[str] | None = None) -> Checkpo
             continue
         content = _read_verified(path, expected)
         if is_tensors:
+            import safetensors.torch
+
             result.tensors[path.stem] = safetensors.torch.load(content)
         else:
             result.documents[name] = content.decode()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports from earlier rows only, and inside its own package without a circle. A new file inside a package needs
 # no line here; docs/architecture.md shows the same table.
 ROWS = (
-    ("flags",),
+    ("flags", "rules"),
     ("options",),
     ("sandbox", "engine"),
     ("text_data",),
@@ -37,7 +37,6 @@ COMMANDS = ROWS[-1]
 MOST_ROOT_FILES = 15
 # Imports that the move left behind; each goes when its two jobs are taken apart.
 LEFT_BEHIND = {
-    "answering is in no row",
     "suite.measure (row 5) imports reasoning_gym_wrapper (row 6)",
 }
 # Hidden by a root module or package of the same name even where they are not installed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 import options
-from flags import ARCH_DEFAULTS, ARCHS, FIND, default_of
+import rules
+import train
+from flags import ADAPTERS, ARCHS, FIND
 from options import FLAGS, GROUPS, Flag, as_dict, dump, names, parse, problems
 
 ROOT = Path(options.__file__).parent
@@ -66,20 +69,35 @@ def config(tmp_path: Path):
 # --- the table, the parser and the default file agree
 
 
-def test_help_and_import_need_no_torch_and_little_time():
-    code = ("import sys, time; start = time.perf_counter(); import options; options.build_parser().format_help(); "
-            "heavy = {'torch', 'transformers', 'reasoning_gym', 'yaml', 'numpy'} & set(sys.modules); "
-            "assert not heavy, heavy; print(time.perf_counter() - start)")
-    seconds = min(float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
-                                       text=True).stdout) for _ in range(3))
-    assert seconds < 0.3
+HEAVY = "{'torch', 'transformers', 'accelerate', 'reasoning_gym', 'yaml', 'numpy', 'safetensors', 'psutil'}"
+
+
+def loaded_by(*argv: str) -> set[str]:
+    """Which heavy packages `train.py` imports for a command line, which must end by itself before a run is built."""
+    code = (f"import sys, train; status = train.main({list(argv)!r}); "
+            f"print(status, *sorted({HEAVY} & set(sys.modules)), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    status, *packages = done.stderr.splitlines()[-1].split()
+    assert status == ("0" if "--help" in argv else "2")
+    return set(packages)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--help"], ["--help", "all"], ["--help", "--arch", "hybrid"], ["--d_hh", "3"], ["--lr", "nan"], ["--d_h", "100"],
+    ["--task", "a", "--tasks", "b"], ["--eval_only"],
+], ids=" ".join)
+def test_what_the_table_and_the_rules_can_tell_needs_no_import(argv):
+    assert loaded_by(*argv) == set()
+
+
+def test_a_wrong_file_needs_yaml_alone_and_a_missing_checkpoint_no_torch(config, tmp_path):
+    assert loaded_by(*config("d_hh: 3\n")) == {"yaml"}
+    assert not loaded_by("--resume", str(tmp_path / "nowhere")) & {"torch", "transformers", "numpy", "reasoning_gym"}
 
 
 def test_help_states_every_flag_with_default_and_legal_range(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside a help text
-    with pytest.raises(SystemExit) as caught:
-        parse(["--lr", "wrong", "--help"])
-    assert caught.value.code == 0
+    assert train.main(["--lr", "wrong", "--help", "all"]) == 0
     told = capsys.readouterr().out
     positions = [told.index(f"\n{group}:\n") for group in GROUPS]
     assert positions == sorted(positions)
@@ -88,7 +106,7 @@ def test_help_states_every_flag_with_default_and_legal_range(capsys, monkeypatch
         start = next(i for i, line in enumerate(lines) if line.startswith(f"  --{flag.name} "))
         text = " ".join(lines[start:start + 2])
         for arch in flag.archs:
-            default = default_of(flag, arch)
+            default = flag.default_in(arch)
             told_default = re.search(r"\((?:([\w ]+) only; )?default ([^,;]+)((?:, \w+ [^,;]+)*); ", text)
             own = re.search(rf", {arch} ([^,;]+)", told_default[3])
             assert (own[1] if own else told_default[2]) == str("none" if default in (None, "") else default)
@@ -99,6 +117,136 @@ def test_help_states_every_flag_with_default_and_legal_range(capsys, monkeypatch
     width = "width of the HRM; a multiple of 2 x n_heads"
     assert f"{width} (addon and hybrid only; default 128, hybrid 256; an integer >= 8)" in told
     assert "--lr X, --learning_rate X" in told and "--use_act [0|1]" in told and "--injector cab|grb" in told
+
+
+def flags_in(text: str) -> set[str]:
+    """The names of the flags that a help text explains."""
+    return {line.split()[0].strip("-") for line in text.splitlines() if re.match("  --[a-z]", line)}
+
+
+def test_bare_help_shows_the_common_flags_and_how_to_see_the_rest():
+    text = train.help_text("common")
+    assert flags_in(text) == {flag.name for flag in FLAGS if flag.common}
+    assert len(flags_in(text)) <= 28 and len(text.splitlines()) <= 100
+    assert "--help --arch hybrid" in text and "--help all" in text
+
+
+@pytest.mark.parametrize("typed,topic", [
+    ("--help", "common"), ("-h", "common"), ("--help all", "all"), ("--help=all", "all"), ("--help hybrid", "hybrid"),
+    ("--help --arch hybrid", "hybrid"), ("--arch=enhanced --help", "enhanced"), ("--arch hybrid --help all", "all"),
+    ("--help --arch nonsense", "common"), ("--help nonsense", "common"), ("--xyzzy --help", "common"),
+])
+def test_help_shows_what_is_asked_for(typed, topic, capsys):
+    assert train.main(typed.split()) == 0
+    told = capsys.readouterr()
+    assert told.out == train.help_text(topic) and told.err == ""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_system_s_help_shows_its_flags_with_its_defaults(arch, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    text = train.help_text(arch)
+    assert flags_in(text) == {flag.name for flag in FLAGS if arch in flag.archs}
+    for flag in (flag for flag in FLAGS if arch in flag.archs):
+        default = flag.default_in(arch)
+        shown = "none" if default in (None, "") else str(default)
+        assert f"{flag.help} (default {shown}; {flag.legal})" in text
+
+
+# --- a flag is one line in one table
+
+
+NEW = """    "model": (
+        addon("new_width", "int", 3, "width of something new", low=1, adapters=("hrm", "mlp"), shape=True,
+              common=True, before=2, by_arch={"hybrid": 5}),
+"""
+USE = """
+import sys
+sys.path[:0] = [{place!r}, {root!r}]
+import options, train
+
+opts = options.parse(["--new_width", "7"])
+assert (opts.new_width, options.parse([]).new_width) == (7, 3)
+assert "new_width: 7" in options.dump(opts)
+assert options.read_resolved(options.dump(opts))["new_width"] == 7
+assert options.read_resolved("model: {{d_h: 64}}")["new_width"] == 2  # a checkpoint from before the flag
+
+assert options.collect(["--new_width", "0"])[1] == ["--new_width 0 is not legal: expected an integer >= 1"]
+assert "does nothing with --adapter lora" in options.collect(["--new_width", "7", "--adapter", "lora"])[1][0]
+assert "does nothing with --arch enhanced" in options.collect(["--new_width", "7", "--arch", "enhanced"])[1][0]
+told = options.other_shape(opts, {{"new_width": 3}}, "old")
+assert told[0].startswith("old was trained with another shape: --new_width 7 (checkpoint: 3)")
+assert options.kept({{"new_width": 3, "lr": 0.1}}, anew=True) == {{"new_width": 3}}
+
+for topic in ("common", "all", "addon"):
+    assert "--new_width" in train.help_text(topic)
+assert "--new_width" not in train.help_text("hybrid")
+"""
+
+
+def test_a_new_flag_is_one_line_in_one_table(tmp_path):
+    """In a copy of the table: parser, record, checks of range, adapter, system and shape, and help know the flag."""
+    table = (ROOT / "flags.py").read_text()
+    assert table.count('    "model": (\n') == 1
+    (tmp_path / "flags.py").write_text(table.replace('    "model": (\n', NEW))
+    code = USE.format(place=str(tmp_path), root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_fixes_a_shape_or_a_depth_belongs_to_the_record_of_a_run():
+    assert not [flag.name for flag in FLAGS if (flag.shape or flag.depth) and (flag.one_call or not flag.in_file)]
+    assert not [flag.name for flag in FLAGS if flag.shape and flag.depth]
+    for flag in FLAGS:
+        assert set(flag.by_arch) <= set(flag.archs) and set(flag.adapters) <= set(ADAPTERS), flag.name
+        assert flag.adapters == ADAPTERS or "addon" in flag.archs, flag.name
+        assert all(flag.allows(flag.default_in(arch)) for arch in flag.archs), flag.name
+        assert flag.before is None or flag.allows(flag.before), flag.name
+
+
+# --- rules
+
+
+class Recording:
+    """Options with a random legal value for every flag, which note what is read of them."""
+
+    def __init__(self, draw: random.Random):
+        self.draw, self.values = draw, {"explicit": set(FIND)}
+
+    def __getattr__(self, name: str):
+        if name not in self.values:
+            self.values[name] = self.draw.choice(values_of(FIND[name]))
+        return self.values[name]
+
+
+def values_of(flag: Flag) -> list:
+    """Legal values of a flag that differ as much as rules can see: its default, others, small numbers."""
+    if flag.type == "bool":
+        return [False, True]
+    if flag.choices and flag.type == "str":
+        return list(flag.choices)
+    if flag.type in ("int", "float"):
+        return [flag.default, *(value for value in (0, 1, 2, 3, 8, 10, 100) if flag.allows(value))]
+    return [flag.default, "some"]
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.tell.__name__)
+def test_a_rule_reads_the_flags_that_its_decorator_names_and_no_other(rule):
+    read, told, draw = set(), set(), random.Random(0)
+    for _ in range(2000):
+        opts = Recording(draw)
+        told.add(rule.tell(opts) is not None)
+        read |= opts.values.keys() - {"explicit"}
+    assert read == rule.reads
+    assert told == {True, False}  # the values were such that the rule has spoken, and has been silent
+
+
+def test_every_rule_has_its_own_name():
+    names = [rule.tell.__name__ for rule in rules.RULES]
+    assert len(set(names)) == len(names)
+
+
+# --- defaults, the default file and published commands
 
 
 def test_defaults_are_legal_and_names_unique():
@@ -187,7 +335,8 @@ def test_a_flag_of_another_system_is_refused(flag, capsys):
 
 def test_each_system_has_its_own_defaults_and_a_checkpoints_arch_chooses_them():
     typed = parse(["--arch", "hybrid", "--dataset", "synthetic"])
-    assert {name: getattr(typed, name) for name in ARCH_DEFAULTS["hybrid"]} == ARCH_DEFAULTS["hybrid"]
+    own = {flag.name: flag.by_arch["hybrid"] for flag in FLAGS if "hybrid" in flag.by_arch}
+    assert own["d_h"] == 256 and {name: getattr(typed, name) for name in own} == own
     assert typed.explicit == {"arch", "dataset"}
     resumed = parse(["--lr", "1"], saved={"arch": "hybrid", "dataset": "synthetic", "batch_size": 7})
     assert (resumed.arch, resumed.d_h, resumed.batch_size, resumed.lr) == ("hybrid", 256, 7, 1.0)
@@ -311,9 +460,9 @@ def test_a_flag_already_told_as_wrong_starts_no_second_complaint(capsys):
 # --- what is known before the whole is checked, and what a resumed run inherits
 
 
-def test_peek_reads_what_can_be_read_and_says_nothing(config, capsys):
+def test_what_can_be_read_is_read_and_nothing_is_said(config, capsys):
     file = config("run_name: mine\nd_h: wide\nnonsense: 1\n")
-    opts = options.peek([*file, "--save_dir", "there", "--resume", "--eval_n", "0", "--x"])
+    opts, _ = options.collect([*file, "--save_dir", "there", "--resume", "--eval_n", "0", "--x"])
     assert (opts.run_name, opts.save_dir, opts.resume, opts.d_h, opts.eval_n) == ("mine", "there", None, 128, 256)
     told = capsys.readouterr()
     assert told.out == "" and told.err == ""

@@ -323,7 +323,8 @@ def test_a_checkpoint_loads_as_it_was(call, tmp_path, adapter, tokenizer):
                                   "--hrm_read all --cab_mem 2 --n_heads 2"])
 def test_hrm_is_sized_to_what_a_built_model_really_has(tiny_host, more):
     opts = opts_for(tiny_host, "hrm", "--match_params", "2000000", *more.split())
-    told = match(opts)
+    changes, told = match(opts)
+    opts = options.replace(opts, **changes)
     found = sum(p.numel() for p in build_controller(opts, "cpu").addon_parameters().values())
     assert abs(found - 2_000_000) <= 100_000 and f"--d_h {opts.d_h} gives {found:,} trainable parameters" in told
 
@@ -332,7 +333,8 @@ def test_hrm_is_sized_to_what_a_built_model_really_has(tiny_host, more):
 def test_each_baseline_is_sized_to_what_a_built_model_really_has(tiny_host, adapter, wanted):
     opts = options.parse([*PLAIN, "--adapter", adapter])
     vars(opts).update(model_name=str(tiny_host), match_params=wanted, max_seq_len=128)
-    told = match(opts)
+    changes, told = match(opts)
+    opts = options.replace(opts, **changes)
     found = sum(p.numel() for p in build_controller(opts, "cpu").addon_parameters().values())
     assert abs(found - wanted) <= 0.05 * wanted and f"{found:,}" in told
 

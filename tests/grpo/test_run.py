@@ -69,7 +69,7 @@ def test_the_add_on_goes_on_from_its_deep_supervision_checkpoint_and_moves_alone
     stages = {"task": {"size": 4, "eval_n": 2, "rewards": {"verifier": 1, "brevity": 1}}}
     words = ["--objective", "grpo", "--resume", str(checkpoint), "--save_dir", str(tmp_path), "--grpo_lr", "1e-6",
              "--num_generations", "4", "--max_completion_length", "6", "--stages", json.dumps(stages)]
-    opts, found_checkpoint, problems = train.understand(words)
+    opts, found_checkpoint, problems = train.understand(options.read(words))
     assert problems == [] and opts.supervised_segments == 0
     run = grpo_run.GrpoRun(opts, found_checkpoint)
     assert run.go() == 0

@@ -158,7 +158,7 @@ def test_every_choice_of_every_hybrid_flag_is_run_here(folders):
         elif flag.type == "bool":
             assert values == {False, True}, flag.name
         else:
-            assert values - {options.default_of(FIND[flag.name], "hybrid")}, flag.name
+            assert values - {FIND[flag.name].default_in("hybrid")}, flag.name
     assert {way.grad_horizon for way in ways} >= {"one_step", "full", "k:1"}
 
 
