@@ -232,10 +232,10 @@ class AddonEvaluator(Evaluator):
 
     def _report(self, evaluation: Evaluation) -> Report:
         curriculum = self.data.curriculum
-        rows = evaluation.rows(0, 0.0)
+        rows = evaluation.rows()
         value = evaluation.solved_rate()
         if curriculum:
-            levels = curriculum.rows(0, 0.0)
+            levels = curriculum.rows()
             rows += levels
             value += sum(row["value"] for row in levels) / max(len(levels), 1)
 
@@ -252,7 +252,7 @@ class AddonEvaluator(Evaluator):
         label = f"LLM + {self.model.title}"
         table = format_table([{**row, "label": label} for row in evaluation.table()])
         question = self.data.eval_examples[0].question
-        return Report(rows, evaluation.predictions(0), table, value, "; ".join(notes), question, evaluation)
+        return Report(rows, evaluation.predictions(), table, value, "; ".join(notes), question, evaluation)
 
     def samples(self, turn: int, count: int = 2) -> list[str]:
         """Prompt, target and prediction of a few evaluation items, others each time."""

@@ -15,7 +15,7 @@ import torch
 
 from batching import PromptFormat, pad
 from engine.intervals import wilson
-from engine.records import question_hash
+from engine.report import metric_row, prediction_line
 from reasoning_gym_wrapper import Example
 
 TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
@@ -90,24 +90,28 @@ class Evaluation:
         answers = self.bare if bare else self.answers
         return [answer for answer in answers if task in (OVERALL, answer.example.task)]
 
-    def rows(self, step: int, elapsed_s: float) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Long-form CSV rows: solved, mean_score, truncated and scorer_errors of each task."""
         rows = []
         for task in self.tasks():
-            ours, bare = self.of(task), self.of(task, bare=True)
-            used = sum(a.segments for a in ours) / len(ours)
-            shared = {"step": step, "task": task, "n": len(ours), "segments_used": used, "elapsed_s": elapsed_s}
+            ours = self.of(task)
+            bare = self.of(task, bare=True)
+            n = len(ours)
+            used = sum(a.segments for a in ours) / n
             for metric, measure in METRICS.items():
-                low, high = wilson(sum(a.solved for a in ours), len(ours)) if metric == "solved" else (None, None)
+                interval = None
+                if metric == "solved":
+                    interval = wilson(sum(a.solved for a in ours), n)
                 rows.append(
-                    {
-                        **shared,
-                        "metric": metric,
-                        "value": measure(ours),
-                        "ci_low": low,
-                        "ci_high": high,
-                        "bare": measure(bare) if bare else None,
-                    }
+                    metric_row(
+                        task,
+                        metric,
+                        measure(ours),
+                        n,
+                        interval=interval,
+                        bare=measure(bare) if bare else None,
+                        segments_used=used,
+                    )
                 )
         return rows
 
@@ -126,26 +130,26 @@ class Evaluation:
             rows.append(row)
         return rows
 
-    def predictions(self, step: int) -> list[dict[str, Any]]:
+    def predictions(self) -> list[dict[str, Any]]:
         """One line per item, which paired statistics need."""
-        seen: dict[str, int] = {}
         lines = []
+        seen: dict[str, int] = {}  # items of each task so far
         bare: Sequence[Answer | None] = self.bare or [None] * len(self.answers)
         for answer, other in zip(self.answers, bare, strict=True):
             task = answer.example.task
-            seen[task] = seen.get(task, -1) + 1
+            index = seen.get(task, 0)
+            seen[task] = index + 1
             lines.append(
-                {
-                    "step": step,
-                    "id": f"{task}/{seen[task]:05d}",
-                    "task": task,
-                    "prompt_hash": question_hash(answer.example.question),
-                    "prediction": answer.text,
-                    "score": answer.score,
-                    "bare_score": other.score if other else None,
-                    "segments_used": answer.segments,
-                    "finished": answer.finished,
-                }
+                prediction_line(
+                    task,
+                    index,
+                    answer.example.question,
+                    answer.text,
+                    answer.score,
+                    bare_score=other.score if other else None,
+                    segments_used=answer.segments,
+                    finished=answer.finished,
+                )
             )
         return lines
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.records import normalise
+from engine.report import metric_row
 from reasoning_gym_wrapper import Example, Reserve, Task, TaskError
 
 Fits = Callable[[list[Example]], list[Example]]
@@ -132,10 +133,12 @@ class Curriculum:
         for name in self.levels:
             self.levels[name] = min(int(levels.get(name, self.levels[name])), len(self.ladders[name]) - 1)
 
-    def rows(self, step: int, elapsed_s: float) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """CSV rows: the level that each task is evaluated at."""
-        return [{"step": step, "task": name, "metric": "curriculum_level", "value": level, "elapsed_s": elapsed_s,
-                 "n": len(self.held_out[name][level])} for name, level in self.levels.items()]
+        return [
+            metric_row(name, "curriculum_level", level, len(self.held_out[name][level]))
+            for name, level in self.levels.items()
+        ]
 
     def told(self) -> str:
         """`chain_sum 2 of 10, gcd 0 of 4`"""

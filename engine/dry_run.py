@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import options
+from engine.limits import Limits
 from engine.machine import Machine, peak_memory
 from engine.optimization import BaseTrainer, NonFiniteError
 from engine.system import Data, Facts, LoopConfig
@@ -14,7 +15,7 @@ NON_FINITE_EXIT = 3
 
 
 def dry_run(
-    config: LoopConfig, machine: Machine, data: Data, trainer: BaseTrainer, facts: Facts, total_steps: int | None
+    config: LoopConfig, machine: Machine, data: Data, trainer: BaseTrainer, facts: Facts, limits: Limits
 ) -> int:
     """Forward and backward on real batches: loss, parameter counts, estimated time and memory of the run.
 
@@ -34,10 +35,9 @@ def dry_run(
 
     # The fastest try is nearest to what a step costs once everything is warm.
     seconds = min(times) * facts.segments
-    if total_steps:
-        total = f"about {seconds * total_steps / 60:.1f} minutes for {total_steps} steps"
-    else:
-        total = f"{config.max_minutes} minutes"
+    total = limits.words()
+    if limits.total_steps:
+        total = f"about {seconds * limits.total_steps / 60:.1f} minutes for {total}"
 
     machine.say(f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3f}")
     for name, module in facts.parts.items():

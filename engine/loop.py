@@ -31,6 +31,7 @@ import json
 import math
 import signal
 import time
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,18 @@ import options
 from engine.checkpoints import step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
 from engine.files import write_text_aside
+from engine.limits import Limits, limits_of
 from engine.logs import Progress, RunLog, draw_curve
 from engine.machine import Machine, Stop, interruptible, run_folder
 from engine.optimization import BaseTrainer, NonFiniteError, learning_rate
-from engine.report import Report, closing_words
+from engine.report import Report, closing_words, stamped
 from engine.state import RunState, load_run, save_run
 from engine.system import Data, Evaluator, Facts, Hooks, LoopConfig
 
+LONGEST_LABEL = 60  # characters of it in a folder's name
 
+
+@dataclass(eq=False)
 class RunLoop:
     """A run, new or going on from `checkpoint`.
 
@@ -56,19 +61,16 @@ class RunLoop:
         ValueError: the user's mistakes, before anything is written.
     """
 
-    def __init__(
-        self, config: LoopConfig, machine: Machine, data: Data, trainer: BaseTrainer, evaluator: Evaluator,
-        facts: Facts, hooks: Hooks | None = None, checkpoint: Path | None = None,
-    ):
-        self.config = config
-        self.machine = machine
-        self.data = data
-        self.trainer = trainer
-        self.evaluator = evaluator
-        self.facts = facts
-        self.hooks = hooks or Hooks()
-        self.checkpoint = checkpoint
+    config: LoopConfig
+    machine: Machine
+    data: Data
+    trainer: BaseTrainer
+    evaluator: Evaluator
+    facts: Facts
+    hooks: Hooks = field(default_factory=Hooks)
+    checkpoint: Path | None = None
 
+    def __post_init__(self) -> None:
         self.step = 0  # batches done
         self.best: float | None = None  # best `Report.value` so far
         self.report: Report | None = None  # the newest evaluation's
@@ -77,71 +79,48 @@ class RunLoop:
         self._elapsed_before = 0.0  # seconds of the run before this process
         self._evaluated_at = -1
 
-        self.folder = self._folder()
-        if checkpoint:
-            self._restore(checkpoint)
-        self.total_steps = self._total_steps()
-
-    def _folder(self) -> Path:
-        """The run's folder: that of the checkpoint it goes on from, else a named or dated one."""
-        dated = f"{self.facts.label[:60]}-{datetime.now():%Y%m%d-%H%M%S}"
-        name = gather_object([dated])[0]
-        return run_folder(self.config, self.checkpoint) or Path(self.config.save_dir) / name
-
-    def _total_steps(self) -> int | None:
-        """Batches of the whole run; None: only time limits it."""
-        config = self.config
-        steps = config.max_steps
-        if config.epochs and not config.eval_only:
-            per_step = config.batch_size * config.grad_accum_steps * self.machine.world
-            by_epochs = math.ceil(config.epochs * self.data.size / per_step)
-            steps = min(steps, by_epochs) if steps else by_epochs
-        return steps or None
+        self.folder = folder_of(self.config, self.facts.label, self.checkpoint)
+        self.limits = limits_of(self.config, self.data, self.machine)
+        if self.checkpoint:
+            self._restore(self.checkpoint)
 
     @property
     def elapsed_s(self) -> float:
         """Seconds of the run, those before a resume included."""
-        return self.log.elapsed_s if self.log else self._elapsed_before
+        if self.log is None:
+            return self._elapsed_before
+        return self.log.elapsed_s
 
     # --- commands ---
 
     def go(self) -> int:
         """Trains, evaluates and saves, or what --eval_only and --dry_run ask for. Returns the exit status."""
         config = self.config
-        self._introduce()
+        introduce(config, self.machine, self.facts, self.limits, self.step)
         if config.dry_run:
-            return dry_run(config, self.machine, self.data, self.trainer, self.facts, self.total_steps)
+            return dry_run(config, self.machine, self.data, self.trainer, self.facts, self.limits)
+
+        # A finished run of a system that says so is left untouched: not even the logs are opened.
         if not config.eval_only:
-            words = self.hooks.nothing_to_do(self.step, self.total_steps, self._share())
+            words = self.hooks.nothing_to_do(self.step, self.limits.total_steps, self._share())
             if words is not None:
                 if words:
                     self.machine.say(f"{self.folder} {words}")
                 return 0
 
+        # From here on the run leaves files behind.
         csv = Path(config.log_csv) if config.log_csv else None
         trackers = options.names(config.trackers)
-        with RunLog(
-            self.folder, csv, trackers, dict(config.flags), self.machine.is_main, self._elapsed_before
-        ) as self.log:
+        flags = dict(config.flags)
+        with RunLog(self.folder, csv, trackers, flags, self.machine.is_main, self._elapsed_before) as self.log:
             if config.eval_only:
                 self._close(self._evaluate())
                 return 0
             return self._train_and_close()
 
-    def _introduce(self) -> None:
-        config = self.config
-        limit = f"{self.total_steps} steps" if self.total_steps else f"{config.max_minutes} minutes"
-        work = "evaluation only" if config.eval_only else f"{limit} of {config.batch_size} examples"
-        line = f"{self.facts.introduction}; {work}"
-        if self.step:
-            line += f", from step {self.step}"
-        self.machine.say(line)
-
-        world = self.machine.world
-        if world > 1:
-            self.machine.say(f"{world} processes, {config.batch_size * world} examples a batch")
-
     def _train_and_close(self) -> int:
+        """Everything after the logs are open. Returns the exit status."""
+        # A run that goes on drops what an earlier process recorded after the checkpoint.
         if self.checkpoint and self.step:
             self.log.truncate_after(self.step, evaluate=self._share() >= 1)
         status = self._train()
@@ -157,50 +136,38 @@ class RunLoop:
         return 0
 
     def _close(self, report: Report) -> None:
-        """The closing words: table, files, next command."""
+        """Marks the end, and tells it."""
         self.finished = True
-        if not self.machine.is_main:
-            return
-        print(report.table)
-        if report.notes:
-            print(report.notes)
-        if self.facts.next_stage and not self.config.eval_only:
-            print(self.facts.next_stage.format(step=self.step), flush=True)
-            return
-
-        curve = draw_curve(self.folder, self.log.csv_path)
-        newest = self.checkpoint if self.config.eval_only else step_folder(self.folder, self.step)
-        print(closing_words(self.log.csv_path, newest, curve, report.question, compare=self.facts.compare))
+        if self.machine.is_main:
+            newest = self.checkpoint
+            next_stage = None
+            if not self.config.eval_only:
+                newest = step_folder(self.folder, self.step)
+                next_stage = self.facts.next_stage.format(step=self.step)
+            tell_end(report, self.log, newest, self.facts.compare, next_stage)
 
     # --- training ---
 
     def _share(self) -> float:
-        """How much of the run is done, 0 to 1, by the limit that is nearer; alike on all ranks, which end together."""
-        by_steps = self.step / self.total_steps if self.total_steps else 0.0
-        by_time = 0.0
-        if self.config.max_minutes:
-            by_time = self.machine.mean_of_processes(self.elapsed_s) / (60 * self.config.max_minutes)
-        return min(max(by_steps, by_time), 1.0)
-
-    def _warmup(self) -> int:
-        """Batches of warmup: as asked, but at most half of the run."""
-        wanted = self.config.warmup_steps
-        warmup = min(wanted, (self.total_steps or wanted * 2) // 2)
-        if warmup < wanted and "warmup_steps" in self.config.explicit:
-            self.machine.say(f"WARNING: --warmup_steps {wanted} is cut to {warmup}, half of the run")
-        return warmup
+        """How much of the run is done, 0 to 1."""
+        return self.limits.share(self.step, self.elapsed_s)
 
     def _train(self) -> int:
         """Batch after batch. Returns 0 when done, or the exit status of an early but orderly end."""
+        # What the random weights can do, where the system records it.
         if self.step == 0:
             untrained = self.evaluator.before_training()
             if untrained:
                 self.record(untrained)
                 self.machine.say(untrained.table)
 
-        warmup = self._warmup()
+        # Ctrl-C and SIGTERM are looked at between two batches, where everything can be saved.
+        warmup = self.limits.warmup(self.config.warmup_steps)
+        if warmup < self.config.warmup_steps and "warmup_steps" in self.config.explicit:
+            wanted = self.config.warmup_steps
+            self.machine.say(f"WARNING: --warmup_steps {wanted} is cut to {warmup}, half of the run")
         progress = Progress(
-            self.total_steps, "step", self.facts.unit, start=self.step, enabled=self.machine.is_main
+            self.limits.total_steps, "step", self.facts.unit, start=self.step, enabled=self.machine.is_main
         )
         with interruptible() as stop, progress:
             speed = Speed()
@@ -216,13 +183,15 @@ class RunLoop:
 
     def _batch(self, share: float, warmup: int, speed: Speed, progress: Progress, stop: Stop) -> int:
         """One batch and all that follows it. Returns 0, or the exit status when the run must end here."""
+        # A bad line in the data ends the run with the user's mistake told; what was trained is kept.
         try:
             batches = self.data.next_batches()
-        except ValueError:  # a bad line: what was trained is kept
+        except ValueError:
             if self.step:
                 self.save()
             raise
 
+        # One update, or one for each segment. A loss that is no number is found before the weights move.
         self.trainer.progress = share
         lr = learning_rate(self.config, self.step, share, warmup)
         try:
@@ -231,12 +200,14 @@ class RunLoop:
             return self._not_finite(error, batches)
         self.step += 1
 
+        # Tell the user and the records.
         rates = speed.update(metrics["examples"], metrics.pop("tokens_read", 0))
         loss = metrics.get("answer_loss", metrics["loss"])
         rate = rates.get("tokens_per_second", rates["examples_per_second"])
         progress.update(self.step, loss=loss, lr=lr, **self.hooks.shown(metrics), rate=rate)
         self._after_step(metrics | rates, progress)
 
+        # The ranks end together: a signal may have reached one of them only.
         if self.machine.any_process(stop.signal is not None):
             self.save()
             self.machine.say(
@@ -249,7 +220,9 @@ class RunLoop:
         """Log, alarms, samples, evaluation and checkpoint, each where its turn has come."""
         config = self.config
         step = self.step
-        if step % config.log_steps == 0 or step == self.total_steps:
+
+        # Of the batch itself.
+        if step % config.log_steps == 0 or step == self.limits.total_steps:
             self.log.log(step, **metrics)
         for alarm in self.hooks.alarms(step, metrics):
             progress.say(f"WARNING: step {step}: {alarm}")
@@ -257,13 +230,15 @@ class RunLoop:
             for text in self.evaluator.samples(step // config.log_samples_every):
                 progress.say(f"[step {step}] {text}")
 
+        # Of the weights.
         report = None
         if is_due(config.eval_every, step):
             report = self._evaluate(self._share())
             progress.say(f"step {step}\n{report.table}")
 
-        after_evaluation = report and (self.facts.saves_every_evaluation or self._is_best(report))
-        if is_due(config.save_every, step) or after_evaluation:
+        # An evaluation alone may be reason enough to save.
+        worth_saving = report is not None and (self.facts.saves_every_evaluation or self._is_best(report))
+        if worth_saving or is_due(config.save_every, step):
             self.save(report)
 
     def _not_finite(self, error: NonFiniteError, batches: list[Any]) -> int:
@@ -291,10 +266,8 @@ class RunLoop:
 
     def record(self, report: Report) -> None:
         """Writes rows and predictions at this step."""
-        here = {"step": self.step}
-        timed = here | {"elapsed_s": self.log.elapsed_s}
-        self.log.eval_rows([timed | row | timed for row in report.rows])
-        self.log.predictions([here | line | here for line in report.predictions])
+        self.log.eval_rows(stamped(report.rows, self.step, self.log.elapsed_s))
+        self.log.predictions(stamped(report.predictions, self.step))
 
     def _is_best(self, report: Report) -> bool:
         if not self.config.save_best_model or not math.isfinite(report.value):
@@ -310,7 +283,10 @@ class RunLoop:
             self.best = report.value
 
         state = RunState(self.step, self.elapsed_s, self.best, self.data.state(), self.hooks.extra)
-        card = self.facts.card.text(self.step, report.table if report else "")
+        table = ""
+        if report:
+            table = report.table
+        card = self.facts.card.text(self.step, table)
         save_run(self.folder, self.config, self.trainer, state, card, self.facts.metric, is_best)
 
     def _restore(self, folder: Path) -> None:
@@ -321,10 +297,45 @@ class RunLoop:
         self._elapsed_before = saved.state.elapsed_s
         self.hooks.extra = saved.state.extra
         notes = saved.notes + self.hooks.restored(saved.flags)
+
+        # The hooks come first: a position in the data may be one of a curriculum's level.
         if saved.state.stream and not self.config.eval_only:
             self.data.load_state(saved.state.stream)
         for note in notes:
             self.machine.say(note)
+
+
+def introduce(config: LoopConfig, machine: Machine, facts: Facts, limits: Limits, step: int) -> None:
+    """The first lines: model, data, how long the run is, and the batch `step` it goes on from."""
+    work = f"{limits.words()} of {config.batch_size} examples"
+    if config.eval_only:
+        work = "evaluation only"
+    line = f"{facts.introduction}; {work}"
+    if step:
+        line += f", from step {step}"
+    machine.say(line)
+
+    if machine.world > 1:
+        machine.say(f"{machine.world} processes, {config.batch_size * machine.world} examples a batch")
+
+
+def tell_end(report: Report, log: RunLog, newest: Path | None, compare: bool, next_stage: str | None) -> None:
+    """The closing words: table, files, next command, or `next_stage` in place of files and command."""
+    print(report.table)
+    if report.notes:
+        print(report.notes)
+    if next_stage:
+        print(next_stage, flush=True)
+        return
+    curve = draw_curve(log.folder, log.csv_path)
+    print(closing_words(log.csv_path, newest, curve, report.question, compare=compare))
+
+
+def folder_of(config: LoopConfig, label: str, checkpoint: Path | None) -> Path:
+    """The run's folder: that of the checkpoint it goes on from, else a named one, else one with the date."""
+    # Each process has a clock of its own; the first one's decides.
+    dated = gather_object([f"{label[:LONGEST_LABEL]}-{datetime.now():%Y%m%d-%H%M%S}"])[0]
+    return run_folder(config, checkpoint) or Path(config.save_dir) / dated
 
 
 class Speed:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.records import question_hash
+
 
 @dataclass(frozen=True)
 class Report:
@@ -63,6 +65,29 @@ def metric_row(
         "bare": bare,
         "segments_used": segments_used,
     }
+
+
+def prediction_line(task: str, index: int, question: str, text: str, score: float, **more: Any) -> dict[str, Any]:
+    """One line of predictions.jsonl without `step`, which the loop adds; paired statistics need it.
+
+    `index` counts the items of `task` from 0. `more` are further fields, such as `bare_score`.
+    """
+    return {
+        "id": f"{task}/{index:05d}",
+        "task": task,
+        "prompt_hash": question_hash(question),
+        "prediction": text,
+        "score": score,
+        **more,
+    }
+
+
+def stamped(lines: Sequence[dict[str, Any]], step: int, elapsed_s: float | None = None) -> list[dict[str, Any]]:
+    """Rows or predictions with the step they belong to, and the run's seconds where rows need them."""
+    stamp: dict[str, Any] = {"step": step}
+    if elapsed_s is not None:
+        stamp["elapsed_s"] = elapsed_s
+    return [stamp | line | stamp for line in lines]
 
 
 def text_table(rows: Sequence[Sequence[str]], align: str = "", widths: Sequence[int] = ()) -> str:

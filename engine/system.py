@@ -146,4 +146,4 @@ class Facts:
     dry_run_step: int = 0  # batch number that --dry_run tries: one that costs as much as most
     saves_every_evaluation: bool = False
     compare: bool = True  # whether the closing hint shows `generate.py --compare`
-    next_stage: str | None = None  # in place of the closing hints where another stage follows; may hold {step}
+    next_stage: str = ""  # in place of the closing hints where another stage follows; may hold {step}

@@ -261,7 +261,7 @@ class EnhancedRun:
         count = sum(p.numel() for p in self.model.parameters())
         names = ", ".join(stage.name for stage in self.stages if stage.warm)
         backbone = self.model.model
-        next_stage = None
+        next_stage = ""
         if opts.objective == "grpo":
             next_stage = "the warm start is done after {step} steps; GRPO goes on from here"
         return Facts(

@@ -18,8 +18,7 @@ from engine.batches import IGNORE
 from engine.intervals import wilson
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, machine_problems, start_machine
-from engine.records import question_hash
-from engine.report import Card, Report, metric_row
+from engine.report import Card, Report, metric_row, percent, prediction_line, text_table
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from hybrid.data import (
     SYNTHETIC,
@@ -95,32 +94,26 @@ class HybridEvaluation:
 
     def predictions(self) -> list[dict[str, Any]]:
         """One line per held-out addition."""
-        lines = []
-        for index, (prompt, gold, text) in enumerate(self.answers):
-            lines.append(
-                {
-                    "id": f"{SYNTHETIC}/{index:05d}",
-                    "task": SYNTHETIC,
-                    "prompt_hash": question_hash(prompt),
-                    "prediction": text,
-                    "score": float(text == gold),
-                }
-            )
-        return lines
+        return [
+            prediction_line(SYNTHETIC, index, prompt, text, float(text == gold))
+            for index, (prompt, gold, text) in enumerate(self.answers)
+        ]
 
     def lines(self) -> str:
         """The evaluation for people."""
-        width = max(16, *(len(name) for name in self.parts))
-        lines = [f"{'set':{width}s}  samples   tokens     loss  perplexity  cycles"]
+        table = [("set", "samples", "tokens", "loss", "perplexity", "cycles")]
         for name, part in self.parts.items():
             cycles = "-" if part.cycles is None else f"{part.cycles:.2f}"
-            lines.append(f"{name:{width}s}  {part.samples:7d}  {part.tokens:7d}  {part.loss:7.4f}  "
-                         f"{part.perplexity:10.2f}  {cycles:>6s}")
-        if self.answers:
-            low, high = wilson(self.solved, len(self.answers))
-            lines.append(f"synthetic: {self.solved} of {len(self.answers)} held-out additions solved, generated: "
-                         f"{100 * self.solved / len(self.answers):.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-        return "\n".join(lines)
+            table.append(
+                (name, str(part.samples), str(part.tokens), f"{part.loss:.4f}", f"{part.perplexity:.2f}", cycles)
+            )
+        text = text_table(table, "<>>>>>", (16, 7, 7, 7, 10, 6))
+
+        n = len(self.answers)
+        if n:
+            rate = percent(self.solved / n, wilson(self.solved, n))
+            text += f"\n{SYNTHETIC}: {self.solved} of {n} held-out additions solved, generated: {rate}"
+        return text
 
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from batching import PromptFormat, pad
 from engine.intervals import wilson
 from engine.records import question_hash
+from engine.report import stamped
 from evaluation import (
     OVERALL,
     TARGET_MARGIN,
@@ -129,7 +130,7 @@ def test_solved_is_a_score_of_exactly_one(score, solved):
 def test_a_partial_score_counts_in_the_mean_and_not_as_solved(prompts):
     examples = [example("1 + 1", "2"), example("2 + 2", "4")]
     evaluation = Evaluation(answer(Parrot(prompts, {"1 + 1": "3", "2 + 2": "4"}), prompts, examples, Decoding()))
-    values = {row["metric"]: row["value"] for row in evaluation.rows(1, 0.0)}
+    values = {row["metric"]: row["value"] for row in evaluation.rows()}
     assert values["solved"] == 0.5 and values["mean_score"] == pytest.approx(0.505)
 
 
@@ -137,7 +138,7 @@ def test_a_raising_scorer_scores_zero_and_is_counted(prompts):
     examples = [example("1 + 1", "2"), example("2 + 2", "4")]
     answers = answer(Parrot(prompts, {"1 + 1": "boom", "2 + 2": "4"}), prompts, examples, Decoding(max_new_tokens=9))
     assert [(a.text, a.score, a.raised) for a in answers] == [("boom", 0.0, True), ("4", 1.0, False)]
-    values = {row["metric"]: row["value"] for row in Evaluation(answers).rows(1, 0.0)}
+    values = {row["metric"]: row["value"] for row in Evaluation(answers).rows()}
     assert values["scorer_errors"] == 0.5 and values["solved"] == 0.5
 
 
@@ -148,7 +149,7 @@ def test_answers_cut_at_the_limit_are_counted_as_truncated(prompts):
     assert [(a.text, a.finished, a.solved) for a in cut] == [("222", False, False), ("444", False, False)]
     whole = answer(Parrot(prompts, {"1 + 1": "2", "2 + 2": "4"}), prompts, examples, Decoding(max_new_tokens=2))
     assert all(a.finished and a.solved for a in whole)
-    values = {row["metric"]: row["value"] for row in Evaluation([cut[0], whole[1]]).rows(1, 0.0)}
+    values = {row["metric"]: row["value"] for row in Evaluation([cut[0], whole[1]]).rows()}
     assert values["truncated"] == 0.5
 
 
@@ -308,7 +309,7 @@ def test_with_act_the_segments_really_used_are_reported_for_each_item(tiny_host,
             alone.append(int(model(input_ids=ids, attention_mask=mask, prompt_mask=mask).segments_used))
     answers = answer(model, prompts, questions, Decoding(max_new_tokens=3, batch_size=4))
     assert [a.segments for a in answers] == alone and len(set(alone)) > 1
-    rows = Evaluation(answers).rows(7, 1.0)
+    rows = Evaluation(answers).rows()
     overall = [row for row in rows if row["task"] == OVERALL]
     assert {row["segments_used"] for row in overall} == {sum(alone) / len(alone)}
 
@@ -320,7 +321,7 @@ def test_rows_are_long_form_per_task_and_overall():
     ours = [given_answer(1.0, "a", segments=1), given_answer(0.01, "b", finished=False, segments=4),
             given_answer(0.0, "b", raised=True, segments=4), given_answer(1.0, "b", segments=3)]
     bare = [given_answer(0.0, "a", segments=0), *[given_answer(1.0, "b", segments=0)] * 3]
-    rows = Evaluation(ours, bare).rows(40, 12.5)
+    rows = stamped(Evaluation(ours, bare).rows(), 40, 12.5)
     assert [row["task"] for row in rows[::4]] == ["a", "b", OVERALL]
     assert [row["metric"] for row in rows[:4]] == ["solved", "mean_score", "truncated", "scorer_errors"]
     found = {(row["task"], row["metric"]): row for row in rows}
@@ -330,7 +331,7 @@ def test_rows_are_long_form_per_task_and_overall():
     assert found["b", "truncated"]["value"] == found["b", "scorer_errors"]["value"] == 1 / 3
     assert found[OVERALL, "solved"]["value"] == 0.5 and found[OVERALL, "solved"]["n"] == 4
     assert found[OVERALL, "mean_score"]["bare"] == 0.75 and found[OVERALL, "mean_score"]["ci_low"] is None
-    single = Evaluation(ours[1:]).rows(1, 0.0)
+    single = Evaluation(ours[1:]).rows()
     assert {row["task"] for row in single} == {"b"} and {row["bare"] for row in single} == {None}
 
 
@@ -349,10 +350,10 @@ def test_the_table_shows_both_rates_with_their_intervals():
 def test_predictions_are_one_line_per_item_paired_with_the_bare_score():
     ours = [given_answer(1.0, "a", question="Q  1"), given_answer(0.01, "b"), given_answer(0.0, "a", segments=5)]
     bare = [given_answer(0.5, "a"), given_answer(1.0, "b"), given_answer(0.0, "a")]
-    lines = Evaluation(ours, bare).predictions(9)
+    lines = stamped(Evaluation(ours, bare).predictions(), 9)
     assert [line["id"] for line in lines] == ["a/00000", "b/00000", "a/00001"]
     assert lines[0] == {"step": 9, "id": "a/00000", "task": "a", "prompt_hash": question_hash("q 1"), "finished": True,
                         "prediction": "text", "score": 1.0, "bare_score": 0.5, "segments_used": 2}
-    assert [line["bare_score"] for line in Evaluation(ours).predictions(9)] == [None] * 3
+    assert [line["bare_score"] for line in Evaluation(ours).predictions()] == [None] * 3
     with pytest.raises(ValueError):
-        Evaluation(ours, bare[:2]).predictions(9)
+        Evaluation(ours, bare[:2]).predictions()

@@ -14,6 +14,7 @@ import train
 from addon.curriculum import Curriculum, curriculum_problems, ladder, level_configs
 from batching import TrainStream
 from engine.records import normalise
+from engine.report import stamped
 from reasoning_gym_wrapper import Reserve, Task, TaskError
 from tiny_runs import arguments, assert_same_run, error_lines, only_run
 
@@ -131,7 +132,7 @@ def test_levels_go_up_one_by_one_at_the_threshold_and_stop_at_the_top():
         whole.update({"chain_sum": 1.0, "gcd": 0.0})
     assert whole.levels["chain_sum"] == 3
     assert whole.tasks()[0].config["max_terms"] == 5
-    rows = whole.rows(7, 1.5)
+    rows = stamped(whole.rows(), 7, 1.5)
     assert [(r["step"], r["task"], r["metric"], r["value"]) for r in rows] == [
         (7, "chain_sum", "curriculum_level", 3), (7, "gcd", "curriculum_level", 0)]
     other = climbed()
