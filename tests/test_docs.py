@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
@@ -143,3 +144,63 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_page_names_a_machines_folders(page):
     assert re.findall(r"(?<![\w.])/(?:home|root|tmp|work|Users)/\S*", page.read_text(encoding="utf-8")) == []
+
+
+# --- the messages of docs/troubleshooting.md --------------------------------------------------------------------------
+
+BY_OTHERS = {"CUDA out of memory"}  # torch's own words
+
+
+def documented_messages() -> list[str]:
+    """The message of every entry: `- ` and inline code that ends its line."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    return [found[1].strip() for found in re.findall(r"^- (`+)(.*)\1$", text, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def constants() -> list[list[str]]:
+    """The constant pieces, in their order, of every text in the sources; values stand between two pieces."""
+    places = [*ROOT.glob("*.py"), *(path for units in ROWS for unit in units for path in (ROOT / unit).rglob("*.py")),
+              *(ROOT / "scripts").glob("*.py")]
+    texts = []
+    for path in places:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.split(r"\{\w+\}", node.value))
+            elif isinstance(node, ast.JoinedStr):
+                pieces = [part.value if isinstance(part, ast.Constant) else None for part in node.values]
+                texts.append([piece for piece in pieces if piece])
+    return texts
+
+
+def share_said(pieces: list[str], message: str) -> float:
+    """The share of a message that the pieces make up, in their order; 0 where one is missing.
+
+    A message that ends in three dots is quoted from its beginning alone: its last piece may be cut there.
+    """
+    cut = message.endswith("...")
+    message = message.removesuffix("...").rstrip()
+    start, said = 0, 0
+    for piece in pieces:
+        place = message.find(piece, start)
+        if place >= 0:
+            said += len(piece)
+            start = place + len(piece)
+            continue
+        if not cut:
+            return 0.0
+        kept = next((message[end:] for end in range(start, len(message)) if piece.startswith(message[end:])), "")
+        return (said + len(kept)) / len(message) if kept else 0.0
+    return said / len(message)
+
+
+@pytest.mark.parametrize("message", documented_messages())
+def test_a_documented_message_is_in_the_source(message, constants):
+    if message not in BY_OTHERS:
+        assert max(share_said(pieces, message) for pieces in constants) > 0.25, f"nothing in the source says {message}"
+
+
+def test_a_message_that_changed_is_seen():
+    assert share_said(["--", " is not legal: expected "], "--lr 0 is not legal: expected more") > 0.5
+    assert share_said(["--", " is not legal: expected "], "--lr 0 is not allowed: expected more") == 0
+    assert share_said(["no such folder: ", "check the name"], "no such folder: x check the ...") > 0.5
