@@ -31,11 +31,12 @@ from reasoning_gym_wrapper import (
     beyond_reserve,
     default_tasks,
     make_tasks,
+    reserved_sums,
     task_problems,
     task_warnings,
 )
 from suite.after_run import Subject
-from suite.measure import spec_problems
+from suite.spec import spec_problems
 from text_model import CausalTextModel
 from training import Trainer
 
@@ -434,7 +435,9 @@ class AddonRun:
         """What --eval_suite measures; None before the run is finished and on other processes than the main one."""
         if not self.loop.finished or not self.machine.is_main:
             return None
-        return Subject(self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record)
+        return Subject(
+            self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums
+        )
 
 
 def mean_segments(opts: argparse.Namespace) -> float:

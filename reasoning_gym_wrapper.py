@@ -26,6 +26,7 @@ from typing import Any
 from engine.records import normalise
 
 EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
+SUMS = 256  # built-in sums where no number is asked for
 SEED_GAP = 10**7  # between the data seeds of two runs; a run draws fewer items of a task
 CHUNK = 500  # items of one data set object; some tasks cannot be indexed past their size
 MAX_REJECTED = 5_000  # consecutive rejected draws that end a search for new questions
@@ -379,6 +380,18 @@ class Reserve:
         """Whether this item must not be trained on: its question is evaluated, or its group is."""
         held_out = self.by_group and example.group is not None and for_evaluation(example.task, example.group)
         return held_out or example.question in self
+
+
+def reserved_sums(n: int = 0) -> list[tuple[str, str]]:
+    """(question, answer) of `n` sums "What is a + b?" of numbers below 100; 0: `SUMS` of them.
+
+    They are toy_add's reserve, which training on toy_add rejects.
+
+    Raises:
+        TaskError: there are fewer than `n`.
+    """
+    examples = Reserve(make_tasks(["toy_add"], "default"), n or SUMS).examples
+    return [(example.question, example.target or "") for example in examples]
 
 
 def beyond_reserve(names: Sequence[str], reserved: int, by_group: bool) -> list[str]:

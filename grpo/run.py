@@ -35,7 +35,7 @@ from grpo.measure import Change, Measured, change_table, measure
 from grpo.problems import training_problems
 from grpo.stages import HeldOut, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from grpo.warm_start import EnhancedRun, unreserved
-from reasoning_gym_wrapper import make_tasks, train_seed
+from reasoning_gym_wrapper import make_tasks, reserved_sums, train_seed
 from suite.after_run import Subject
 
 PROGRESS = "grpo.json"  # in a checkpoint: which stages lie behind it
@@ -120,7 +120,8 @@ class GrpoRun:
             return self.run.suite_subject() if self.run else None
         if not self.machine.is_main:
             return None
-        return Subject(self.run.text_models, "bare LLM", self.run.trainer.evaluation_weights, self._write)
+        weights = self.run.trainer.evaluation_weights
+        return Subject(self.run.text_models, "bare LLM", weights, self._write, reserved_sums)
 
     def _write(self, report: Report) -> None:
         """Writes rows and predictions at the step of now."""

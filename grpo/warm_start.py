@@ -29,9 +29,9 @@ from grpo.measure import Measured, measure
 from grpo.problems import FileSource, Problem, stream
 from grpo.stages import Stage, StagesConfig, hold_out, rewards_of, stages_of
 from options import Options, as_dict, part, read_resolved, rerun_text
-from reasoning_gym_wrapper import train_seed
+from reasoning_gym_wrapper import reserved_sums, train_seed
 from suite.after_run import Subject
-from suite.measure import spec_problems
+from suite.spec import spec_problems
 from text_model import CausalTextModel
 
 PROBE = 64  # training examples whose prompts are measured against --max_seq_len before anything runs
@@ -289,4 +289,6 @@ class EnhancedRun:
         """What --eval_suite measures; None before the run is finished and on other processes than the main one."""
         if not self.loop.finished or not self.machine.is_main:
             return None
-        return Subject(self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record)
+        return Subject(
+            self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums
+        )

@@ -34,8 +34,7 @@ from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
 from hybrid.training import HybridTrainer
 from suite.after_run import Subject
-from suite.measure import spec_problems
-from suite.questions import SuiteItem
+from suite.spec import spec_problems
 from text_data.synthetic import synthetic_questions
 
 VALIDATION = "validation"
@@ -384,19 +383,15 @@ class HybridRun:
         """The hybrid, and the same weights with the gate shut."""
         return self.text, None if self.model.config.gate_scale == 0 else self._text(gate_scale=0.0)
 
-    def suite_items(self, items: list[SuiteItem]) -> list[SuiteItem]:
-        """The synthetic sums are those that --dataset synthetic holds out."""
-        held = tuple(synthetic_questions(self.opts.eval_suite_n or self.opts.eval_n, 0, "val"))
-        return [SuiteItem(SYNTHETIC, pairs=held) if item.name == SYNTHETIC and not item.path else item
-                for item in items]
+    def sums(self, n: int) -> list[tuple[str, str]]:
+        """The sums that the suite asks: those that --dataset synthetic holds out, which training never meets."""
+        return synthetic_questions(n or self.opts.eval_n, 0, "val")
 
     def suite_subject(self) -> Subject | None:
         """What --eval_suite measures; None before the run is finished and on other processes than the main one."""
         if not self.loop.finished or not self.machine.is_main:
             return None
-        return Subject(
-            self.text_models, "gate shut", self.trainer.evaluation_weights, self.loop.record, self.suite_items
-        )
+        return Subject(self.text_models, "gate shut", self.trainer.evaluation_weights, self.loop.record, self.sums)
 
 
 def hybrid_config(opts: argparse.Namespace, data: HybridData) -> HybridConfig:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.logs import Progress
 from engine.report import Report
 from suite.measure import run_suite
-from suite.questions import SuiteItem, parse_suite
+from suite.spec import parse_suite, with_sums
 from suite.text_model import TextModel
 
 
@@ -31,35 +31,47 @@ class SuiteConfig:
     allow_unconfined_code: bool = False
 
 
-def unchanged(items: list[SuiteItem]) -> list[SuiteItem]:
-    """The entries as they were asked for."""
-    return items
-
-
 @dataclass(frozen=True)
 class Subject:
-    """What a run shows of itself to be measured, on the process that measures."""
+    """What a run shows of itself to be measured, on the process that measures.
 
-    text_models: Callable[[], tuple[TextModel, TextModel | None]]  # the model, and what it is compared with
-    compared_with: str  # heading of the column beside the model's
-    evaluation_weights: Callable[[], contextlib.AbstractContextManager]  # inside, the model carries these
-    record: Callable[[Report], None]  # writes rows and predictions at the run's step
-    items: Callable[[list[SuiteItem]], list[SuiteItem]] = unchanged  # changes what the run has trained on
+    text_models: gives the model, and what it is compared with (None: nothing).
+    compared_with: heading of the column beside the model's.
+    evaluation_weights: inside this context the model carries the weights that are evaluated.
+    record: writes rows and predictions at the run's step.
+    sums: gives n (prompt, answer) pairs, n 0 as many as usual, that the run has not trained on; `synthetic` without a
+        file asks them.
+    """
+
+    text_models: Callable[[], tuple[TextModel, TextModel | None]]
+    compared_with: str
+    evaluation_weights: Callable[[], contextlib.AbstractContextManager]
+    record: Callable[[Report], None]
+    sums: Callable[[int], Sequence[tuple[str, str]]]
 
 
 def measure_after_run(subject: Subject, config: SuiteConfig) -> None:
-    """Measures the suite once, writes it to the run's records and prints its table."""
+    """Measures the suite once, writes it to the run's records and prints its table. Raises SuiteError."""
     with subject.evaluation_weights(), Progress(None, "suite", "item") as progress:
+        # Entries are read here and not when the command line was: a file may have changed since.
         model, bare = subject.text_models()
-        items = subject.items(parse_suite(config.eval_suite))
+        items = with_sums(parse_suite(config.eval_suite), subject.sums, config.eval_suite_n)
 
         def tell(entry: str, done: int, total: int) -> None:
             progress.update(done, entry=entry, of=total)
 
         result = run_suite(
-            model, items, config.eval_suite_n, config.eval_seed, bare, config.allow_unconfined_code, tell,
+            model,
+            items,
+            config.eval_suite_n,
+            config.eval_seed,
+            bare,
+            config.allow_unconfined_code,
+            tell,
             config.max_new_tokens,
         )
+
+    # The run adds step and time.
     table = "\n".join(result.table(subject.compared_with))
-    subject.record(Report(result.rows(0, 0.0), result.predictions(0), table))
+    subject.record(Report(result.rows(), result.predictions(), table))
     print(table)

@@ -1,8 +1,7 @@
-"""From generated text to scores, and from scores to estimates with their 95 % intervals."""
+"""From generated text to scores: numbers, exact answers, options and rationales."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -12,7 +11,25 @@ from engine.intervals import Interval, bootstrap
 from suite.questions import LETTERS
 from text_data.numbers import final_number
 
+# What announces an answer: "the answer is", "Option:", "choice should be".
 STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+(?:is|would be|should be))?\s*[:=]?\s*", re.IGNORECASE)
+# What ends an announced option: the line, the sentence, a reason.
+STATED_END = re.compile(r"[\n.;](?:\s|$)|\bbecause\b")
+# A letter that opens an answer: bracketed, with a mark behind it, alone on its line, or a word of its own. A and I are
+# words too, so they count only where a reason follows.
+OPENING_LETTER = re.compile(
+    r"\s*(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[.):](?!\w)|([A-Z])(?=\s*(?:$|[\n,;]))|([B-HJ-Z])(?=\s)"
+    r"|([AI])(?=\s+(?:because|since|as)\b))"
+)
+BRACKETED_LETTER = re.compile(r"\(([A-Z])\)")
+WORD = re.compile(r"[^\W_]+(?:[./'-][^\W_]+)*")
+
+# The sentences of a rationale, and those of them that only state the answer.
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+STATEMENT = re.compile(
+    r"\W*(?:so|thus|therefore|hence)?\W*(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b\s*(?:is|:)", re.IGNORECASE
+)
+LETTER_ALONE = re.compile(r"\W*[A-Z]\W*")
 CUE = re.compile(r"^\W*(?:because|rationale|explanation|reason|solution)\s*[:.,]\s*", re.IGNORECASE)
 
 
@@ -20,7 +37,7 @@ CUE = re.compile(r"^\W*(?:because|rationale|explanation|reason|solution)\s*[:.,]
 
 
 def same_number(text: str, gold: str) -> bool:
-    """The final numbers of both texts are equal: 12.0 = 12."""
+    """The final numbers of both texts are equal: 12.0 = 12. False where either has none."""
     number = final_number(text)
     return number is not None and number == final_number(gold)
 
@@ -30,41 +47,89 @@ def exact(text: str, gold: str) -> bool:
     return text.strip().removesuffix(".") == gold.strip().removesuffix(".")
 
 
-OPENING_LETTER = re.compile(
-    r"\s*(?:\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])[.):](?!\w)|([A-Z])(?=\s*(?:$|[\n,;]))|([B-HJ-Z])(?=\s)"
-    r"|([AI])(?=\s+(?:because|since|as)\b))"
-)
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def _place_of(letter: str, count: int) -> int | None:
+    """The place of the option that a letter names; None where there are not so many."""
+    place = LETTERS.index(letter.upper())
+    return place if place < count else None
 
 
 def _letter(text: str, count: int) -> int | None:
     """The option whose letter opens `text`: `(B)`, `B.`, `B)`, `B:`, `B`; not the article in `A force`."""
-    found = OPENING_LETTER.match(text)
-    place = LETTERS.index(next(filter(None, found.groups())).upper()) if found else count
-    return place if place < count else None
-
-
-def _named(text: str, choices: Sequence[str], whole: bool) -> int | None:
-    """The one option whose words `text` is (`whole`) or holds; an option inside a longer one that is there yields."""
-    words = _words(text)
-    if whole:
-        found = [place for place, choice in enumerate(choices) if _words(choice) == words]
-    else:
-        held = [place for place, choice in enumerate(choices) if f" {_words(choice)} " in f" {words} "]
-        found = [place for place in held
-                 if not any(place != other and f" {_words(choices[place])} " in f" {_words(choices[other])} "
-                            and _words(choices[place]) != _words(choices[other]) for other in held)]
-    return found[0] if len(found) == 1 else None
+    match = OPENING_LETTER.match(text)
+    if match is None:
+        return None
+    return _place_of(match[match.lastindex], count)
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+(?:[./'-][^\W_]+)*", text.lower()))
+    """The words of a text in lower case, between single spaces."""
+    return " ".join(WORD.findall(text.lower()))
+
+
+def _holds(words: str, part: str) -> bool:
+    """Whether the words of `part` stand together in `words`."""
+    return f" {part} " in f" {words} "
+
+
+def _named(text: str, choices: Sequence[str], whole: bool) -> int | None:
+    """The one option whose words `text` is (`whole`) or holds; None where it is none or not clear.
+
+    If a shorter option is part of a longer one that also matches, the longer one wins.
+    """
+    words = _words(text)
+    options = [_words(choice) for choice in choices]
+    places = []
+    for place, option in enumerate(options):
+        if option == words or (not whole and _holds(words, option)):
+            places.append(place)
+
+    if not whole:
+        matching = {options[place] for place in places}
+        places = [place for place in places if not _is_part(options[place], matching)]
+    return places[0] if len(places) == 1 else None
+
+
+def _is_part(option: str, options: set[str]) -> bool:
+    """Whether an option is part of another one of `options`."""
+    return any(option != other and _holds(other, option) for other in options)
 
 
 def _verbatim(text: str, choices: Sequence[str]) -> int | None:
     """The longest option that `text` opens with to the letter: some differ in case or punctuation alone."""
-    found = [place for place, choice in enumerate(choices)
-             if text.startswith(choice.strip()) and not re.match(r"\w", text[len(choice.strip()) :])]
-    return max(found, key=lambda place: len(choices[place].strip()), default=None)
+    longest = None
+    length = -1
+    for place, choice in enumerate(choices):
+        choice = choice.strip()
+        goes_on = re.match(r"\w", text[len(choice) :])  # text opens with a longer word
+        if text.startswith(choice) and not goes_on and len(choice) > length:
+            longest = place
+            length = len(choice)
+    return longest
+
+
+def _stated_option(rests: Sequence[str], choices: Sequence[str]) -> int | None:
+    """The option that stands behind an announcement; `rests` are what follows each, in the order they are tried."""
+    for rest in rests:
+        place = _letter(_unmarked(rest), len(choices))
+        if place is not None:
+            return place
+
+    for rest in rests:
+        place = _verbatim(rest.lstrip(), choices)
+        if place is None:
+            line = STATED_END.split(rest.lstrip("*_` \"'"), maxsplit=1)[0]
+            place = _named(line, choices, whole=True)
+        if place is not None:
+            return place
+    return None
+
+
+def _unmarked(text: str) -> str:
+    """Without Markdown's stars, and without quotes and the like at its start."""
+    return text.replace("*", "").lstrip("_` \"'")
 
 
 def choose_option(text: str, choices: Sequence[str]) -> int | None:
@@ -74,86 +139,78 @@ def choose_option(text: str, choices: Sequence[str]) -> int | None:
     last such place counts); a letter at the start; a text that opens with an option, or whose first line is one; the
     one option that the first line, then the whole text, names; the one letter in brackets.
     """
-    stated = [text[mark.end() :] for mark in reversed(list(STATED.finditer(text)))]
-    for rest in stated:
-        found = _letter(rest.replace("*", "").lstrip("_` \"'"), len(choices))
-        if found is not None:
-            return found
-    for rest in stated:
-        line = re.split(r"[\n.;](?:\s|$)|\bbecause\b", rest.lstrip("*_` \"'"), maxsplit=1)[0]
-        found = _verbatim(rest.lstrip(), choices)
-        found = _named(line, choices, whole=True) if found is None else found
-        if found is not None:
-            return found
-    found = _letter(text.replace("*", "").lstrip("_` \"'"), len(choices))
-    found = _verbatim(text.strip(), choices) if found is None else found
-    if found is not None:
-        return found
-    first = text.strip().partition("\n")[0]
-    for part, whole in ((first, True), (first, False), (text, False)):
-        found = _named(part, choices, whole)
-        if found is not None:
-            return found
-    letters = {letter for letter in re.findall(r"\(([A-Z])\)", text) if LETTERS.index(letter) < len(choices)}
-    return LETTERS.index(letters.pop()) if len(letters) == 1 else None
+    rests = [text[mark.end() :] for mark in STATED.finditer(text)]
+    place = _stated_option(rests[::-1], choices)
+    if place is not None:
+        return place
 
+    # How the text begins.
+    place = _letter(_unmarked(text), len(choices))
+    if place is None:
+        place = _verbatim(text.strip(), choices)
+    if place is not None:
+        return place
 
-def rationale_of(text: str) -> str:
-    """What a generated answer says beside the option: without lines or opening letters that only state the answer."""
-    kept = []
-    for sentence in re.split(r"(?<=[.!?])\s+|\n+", text.strip()):
-        stated = re.match(r"\W*(?:so|thus|therefore|hence)?\W*(?:the\s+)?(?:correct\s+)?(?:answer|option|choice)\b"
-                          r"\s*(?:is|:)", sentence, re.IGNORECASE)
-        letter = re.fullmatch(r"\W*[A-Z]\W*", sentence.strip())
-        if sentence.strip() and not stated and not letter:
-            kept.append(CUE.sub("", sentence.strip()))
-    return " ".join(kept)
+    # What it names at all.
+    first_line = text.strip().partition("\n")[0]
+    for part, whole in ((first_line, True), (first_line, False), (text, False)):
+        place = _named(part, choices, whole)
+        if place is not None:
+            return place
+
+    letters = {_place_of(letter, len(choices)) for letter in BRACKETED_LETTER.findall(text)} - {None}
+    return letters.pop() if len(letters) == 1 else None
 
 
 # --- rationales -------------------------------------------------------------------------------------------------------
 
 
+def rationale_of(text: str) -> str:
+    """What a generated answer says beside the option: without lines or opening letters that only state the answer."""
+    kept = []
+    for sentence in SENTENCE_END.split(text.strip()):
+        sentence = sentence.strip()
+        states_answer = STATEMENT.match(sentence) or LETTER_ALONE.fullmatch(sentence)
+        if sentence and not states_answer:
+            kept.append(CUE.sub("", sentence))
+    return " ".join(kept)
+
+
 def corpus_bleu(texts: Sequence[str], references: Sequence[str], seed: int) -> Interval:
-    """sacrebleu's corpus BLEU, 0 to 100 (13a tokens, exponential smoothing), bootstrapped over items."""
+    """sacrebleu's corpus BLEU, 0 to 100 (13a tokens, exponential smoothing), bootstrapped over items.
+
+    Papineni et al. 2002; Post 2018. One reference for each text.
+    """
     from sacrebleu.metrics import BLEU
 
+    # Four counts of matching n-grams, their four totals, and the lengths of text and reference: sums of them over items
+    # make the corpus score.
     bleu = BLEU()
-    scores = [bleu.corpus_score([text], [[reference]]) for text, reference in zip(texts, references, strict=True)]
-    columns = np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
+    rows = []
+    for text, reference in zip(texts, references, strict=True):
+        score = bleu.corpus_score([text], [[reference]])
+        rows.append([*score.counts, *score.totals, score.sys_len, score.ref_len])
 
-    def of(sums: np.ndarray) -> float:
-        counts, totals = sums[:4].astype(int).tolist(), sums[4:8].astype(int).tolist()
+    def score_of(sums: np.ndarray) -> float:
+        counts = sums[:4].astype(int).tolist()
+        totals = sums[4:8].astype(int).tolist()
         return bleu.compute_bleu(counts, totals, int(sums[8]), int(sums[9]), smooth_method="exp").score
 
-    return bootstrap(columns, of, len(texts), seed)
+    return bootstrap(np.array(rows), score_of, len(texts), seed)
+
+
+def _mean(sums: np.ndarray) -> float:
+    """From (sum of values, how many)."""
+    return sums[0] / sums[1]
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[str], seed: int) -> Interval:
-    """Mean sentence-level ROUGE-L F1, 0 to 1 (rouge-score, no stemming), bootstrapped over items."""
+    """Mean sentence-level ROUGE-L F1, 0 to 1 (rouge-score, no stemming), bootstrapped over items. Lin 2004."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = zip(references, texts, strict=True)
-    scores = [scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs]
-    return bootstrap(np.array([[score, 1.0] for score in scores]), lambda sums: sums[0] / sums[1], len(texts), seed)
-
-
-# --- language ---------------------------------------------------------------------------------------------------------
-
-
-def language_estimates(documents: Sequence[tuple[float, int, int]], seed: int) -> dict[str, Interval]:
-    """Perplexity per token and bits per byte from each document's (sum of log p in nats, tokens, bytes)."""
-    columns = np.array(documents, dtype=np.float64)
-
-    def perplexity(sums: np.ndarray) -> float:
-        nats = -sums[0] / max(sums[1], 1.0)
-        return math.exp(nats) if nats < 700 else math.inf
-
-    def bits(sums: np.ndarray) -> float:
-        return -sums[0] / math.log(2) / max(sums[2], 1.0)
-
-    tokens, size = (int(columns[:, place].sum()) for place in (1, 2))
-    return {
-        "perplexity": bootstrap(columns, perplexity, tokens, seed),
-        "bits_per_byte": bootstrap(columns, bits, size, seed),
-    }
+    rows = []
+    for text, reference in zip(texts, references, strict=True):
+        score = scorer.score(reference, text)["rougeL"]
+        rows.append([score.fmeasure, 1.0])
+    return bootstrap(np.array(rows), _mean, len(texts), seed)

@@ -1,4 +1,4 @@
-"""eval_suite and suite_data: the spec, the files, and rows with n and intervals from a model that is really asked."""
+"""The suite: the spec, the files, and rows with n and intervals from a model that is really asked."""
 
 from __future__ import annotations
 
@@ -14,17 +14,12 @@ from engine.intervals import wilson
 from engine.logs import EVAL_HEADER, RunLog
 from engine.records import question_hash
 from host import load_host
-from reasoning_gym_wrapper import Reserve, make_tasks
+from reasoning_gym_wrapper import Reserve, make_tasks, reserved_sums
 from sandbox import runner as code_runner
-from suite.measure import (
-    SuiteError,
-    SuiteItem,
-    parse_suite,
-    run_suite,
-    suite_problems,
-    synthetic_questions,
-)
-from suite.questions import WINDOW, chosen, cut_windows, read_documents, read_questions, window_pairs
+from suite.language import WINDOW, cut_windows, read_documents, window_pairs
+from suite.measure import run_suite
+from suite.questions import SuiteError, SuiteItem, chosen, read_questions
+from suite.spec import parse_suite, suite_problems, with_sums
 from text_model import CausalTextModel
 from tiny_runs import tiny_model
 
@@ -75,8 +70,20 @@ def write(tmp_path):
     return lines
 
 
-def rows_of(result, **fields) -> dict[tuple[str, str], dict]:
-    return {(row["task"], row["metric"]): row for row in result.rows(7, 1.5)}
+def rows_of(result) -> dict[tuple[str, str], dict]:
+    """(task, metric) -> its row as a run's loop writes it."""
+    return {(row["task"], row["metric"]): {"step": 7, **row, "elapsed_s": 1.5} for row in result.rows()}
+
+
+def lines_of(result) -> list[dict]:
+    """Predictions as a run's loop writes them."""
+    return [{"step": 7, **line} for line in result.predictions()]
+
+
+def sums(n: int) -> SuiteItem:
+    """The entry `synthetic` as a run hands it to the suite."""
+    (item,) = with_sums([SuiteItem("synthetic")], reserved_sums, n)
+    return item
 
 
 # --- the spec
@@ -125,8 +132,23 @@ def test_a_wrong_later_line_is_named_before_anything_is_asked(write):
     path = write("g.jsonl", [*GSM8K, {"prompt": "x", "final_answer": "none"}])
     model = Told()
     with pytest.raises(SuiteError, match=r"g\.jsonl, line 4: the gold answer holds no number"):
-        run_suite(model, [SuiteItem("synthetic"), *parse_suite(f"gsm8k={path}")], 4)
+        run_suite(model, [sums(4), *parse_suite(f"gsm8k={path}")], 4)
     assert model.asked == []
+
+
+def test_sums_are_handed_to_the_entry_without_a_file_alone(write):
+    asked = []
+
+    def sums_of(n: int) -> list[tuple[str, str]]:
+        asked.append(n)
+        return [("1+1", "2")]
+
+    own = SuiteItem("synthetic", write("q.jsonl", [{"prompt": "p", "answer": "1"}]))
+    others = [SuiteItem("gsm8k", write("g.jsonl", GSM8K)), own]
+    assert with_sums(others, sums_of, 3) == others and asked == []
+    assert with_sums([*others, SuiteItem("synthetic")], sums_of, 3)[2].pairs == (("1+1", "2"),) and asked == [3]
+    with pytest.raises(SuiteError, match="synthetic has neither a file nor pairs"):
+        run_suite(Told(), [SuiteItem("synthetic")])
 
 
 # --- published forms
@@ -195,7 +217,7 @@ def test_perplexity_counts_every_window_but_the_first_once(write):
     assert perplexity["bare"] == pytest.approx(math.exp(3))
     assert bits["n"] == size and bits["value"] == pytest.approx(2 * tokens / math.log(2) / size)
     assert bits["ci_low"] < bits["value"] < bits["ci_high"]
-    lines = result.predictions(7)
+    lines = lines_of(result)
     assert [line["id"] for line in lines] == [f"suite/perplexity/0000{place}" for place in (0, 1, 3)]
     assert {(line["score"], line["bare_score"]) for line in lines} == {(-2.0, -3.0)}
 
@@ -213,7 +235,7 @@ def test_a_single_document_is_resampled_in_blocks_and_short_ones_are_refused(tmp
 def test_n_caps_windows_drawn_from_all_documents(write):
     path = write("d.jsonl", [{"text": STORY}] * 20)
     result = run_suite(Told(), [SuiteItem("perplexity", path)], 15, seed=1)
-    assert 8 <= len(result.predictions(0)) <= 15
+    assert 8 <= len(result.predictions()) <= 15
 
 
 # --- questions
@@ -245,7 +267,7 @@ def test_every_metric_has_its_n_interval_and_bare_value(write):
     assert ours.asked == bare.asked
     assert told == [(name + whose, n, n) for name, n in (("gsm8k", 3), ("science_qa", 2), ("synthetic", 2))
                     for whose in ("", " (bare LLM)")]
-    lines = result.predictions(7)
+    lines = lines_of(result)
     assert lines[0] == {"step": 7, "id": "suite/gsm8k/00000", "task": "suite/gsm8k", "score": 1.0, "bare_score": 1.0,
                         "prompt_hash": question_hash(GSM8K[0]["prompt"]), "prediction": said[GSM8K[0]["prompt"]]}
     assert [line["score"] for line in lines] == [1, 1, 0, 1, 0, 1, 0]
@@ -254,8 +276,8 @@ def test_every_metric_has_its_n_interval_and_bare_value(write):
 def test_rows_and_predictions_go_into_a_runs_records(tmp_path, write):
     result = run_suite(Told(), [SuiteItem("gsm8k", write("g.jsonl", GSM8K))])
     with RunLog(tmp_path / "run", None, [], {}) as log:
-        log.eval_rows(result.rows(3, 2.0))
-        log.predictions(result.predictions(3))
+        log.eval_rows([{"step": 3, **row, "elapsed_s": 2.0} for row in result.rows()])
+        log.predictions([{"step": 3, **line} for line in result.predictions()])
     with open(tmp_path / "run" / "eval.csv") as file:
         (row,) = csv.DictReader(file)
     assert [row[key] for key in ("task", "metric", "value", "n", "bare")] == ["suite/gsm8k", "accuracy", "0", "3", ""]
@@ -275,14 +297,14 @@ def test_the_table_shows_values_with_intervals_and_tells_of_empty_answers(write)
 
 def test_without_gold_rationales_there_is_accuracy_alone(write):
     path = write("s.jsonl", [{**row, "rationale": ""} for row in SCIENCE])
-    assert [row["metric"] for row in run_suite(Told(), [SuiteItem("science_qa", path)]).rows(0, 0.0)] == ["accuracy"]
+    assert [row["metric"] for row in run_suite(Told(), [SuiteItem("science_qa", path)]).rows()] == ["accuracy"]
 
 
 def test_n_caps_items_by_a_seeded_draw_that_grows(write):
     path = write("q.jsonl", [{"prompt": f"p{place}", "answer": "1"} for place in range(50)])
 
     def ids(n: int, seed: int) -> list[str]:
-        return [line["id"] for line in run_suite(Told(), [SuiteItem("synthetic", path)], n, seed).predictions(0)]
+        return [line["id"] for line in run_suite(Told(), [SuiteItem("synthetic", path)], n, seed).predictions()]
 
     assert len(ids(0, 0)) == 50 and len(ids(10, 0)) == 10 and ids(10, 0) != ids(10, 1)
     assert set(ids(10, 0)) < set(ids(20, 0)) and ids(10, 0) == sorted(ids(10, 0))
@@ -296,15 +318,15 @@ def test_chosen_places_are_distinct_sorted_and_as_many_as_asked(count, n, seed):
 
 
 def test_the_built_in_sums_are_those_that_training_rejects():
-    questions = synthetic_questions(32)
+    questions = read_questions(sums(32))
     reserve = Reserve(make_tasks(["toy_add"], "default"), 32)
     assert len({question.prompt for question in questions}) == 32
     for question in questions:
         left, right = map(int, question.prompt.removeprefix("What is ").removesuffix("?").split(" + "))
         assert question.answer == str(left + right) and question.prompt in reserve and max(left, right) < 100
     right = Told({question.prompt: question.answer for question in questions})
-    assert run_suite(right, [SuiteItem("synthetic")], 32).rows(0, 0.0)[0]["value"] == 1.0
-    assert len(synthetic_questions(0)) == 256
+    assert run_suite(right, [sums(32)], 32).rows()[0]["value"] == 1.0
+    assert len(read_questions(sums(0))) == 256
 
 
 def test_budgets_are_each_entrys_own_unless_told(write):
@@ -337,9 +359,9 @@ def test_code_is_unfenced_and_run_against_all_its_tests(write, jobs):
     unconfined = code_runner.confinement() is not None  # where namespaces are refused, verdicts are still tested
     items = [SuiteItem("mbpp", write("m.jsonl", MBPP))]
     result = run_suite(Told(said), items, bare=Told(), allow_unconfined=unconfined)
-    (row,) = result.rows(0, 0.0)
+    (row,) = result.rows()
     assert (row["metric"], row["value"], row["n"], row["bare"]) == ("passed", 0.5, 2, 0.0)
-    assert [line["score"] for line in result.predictions(0)] == [1.0, 0.0]
+    assert [line["score"] for line in result.predictions()] == [1.0, 0.0]
     ours = code_runner.CodeJob(f"{MBPP[0]['code']}\n", tuple(MBPP[0]["tests"]), "import math")
     assert (ours, unconfined) in jobs and len(jobs) == 4
 
@@ -350,7 +372,7 @@ def test_code_that_nothing_confines_is_not_run_unless_allowed(write, jobs, monke
     with pytest.raises(SuiteError, match=r"cannot be confined here \(no namespaces\)"):
         run_suite(model, items)
     assert model.asked == [] and jobs == []
-    assert run_suite(model, items, allow_unconfined=True).rows(0, 0.0)[0]["value"] == 0.5
+    assert run_suite(model, items, allow_unconfined=True).rows()[0]["value"] == 0.5
     assert len(jobs) == 2 and all(allowed for _, allowed in jobs)
 
 
@@ -359,12 +381,12 @@ def test_code_that_nothing_confines_is_not_run_unless_allowed(write, jobs, monke
 
 def test_the_suite_runs_on_a_bare_llm_and_on_the_addon(tiny_host, tokenizer, write):
     items = [SuiteItem("perplexity", write("d.jsonl", [{"text": STORY}, {"text": STORY[:700]}])),
-             SuiteItem("gsm8k", write("g.jsonl", GSM8K)), SuiteItem("synthetic")]
+             SuiteItem("gsm8k", write("g.jsonl", GSM8K)), sums(4)]
     host, addon = load_host(str(tiny_host)), tiny_model(tiny_host, segments=2)
     bare = run_suite(CausalTextModel(host, tokenizer), items, 4, max_new_tokens=6)
     both = run_suite(CausalTextModel(addon, tokenizer), items, 4, max_new_tokens=6,
                      bare=CausalTextModel(addon, tokenizer, bare=True))
-    alone, paired = bare.rows(0, 0.0), both.rows(0, 0.0)
+    alone, paired = bare.rows(), both.rows()
     for ours, theirs in zip(paired, alone, strict=True):
         assert ours["bare"] == pytest.approx(theirs["value"], rel=1e-4) and ours["n"] == theirs["n"]
         assert ours["segments_used"] == 2 and theirs["segments_used"] is None

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from suite.language import language_estimates
 from suite.scoring import (
     choose_option,
     corpus_bleu,
     exact,
-    language_estimates,
     rationale_of,
     rouge_l,
     same_number,

@@ -1,0 +1,134 @@
+"""What the suite measured, as rows of the CSV, lines of predictions and a table for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.intervals import Interval
+from engine.records import question_hash
+from engine.report import metric_row, percent, text_table
+
+SHARES = ("accuracy", "exact", "final_number", "passed")  # metrics in 0..1 that people read in per cent
+NO_ANSWERS = "suite/perplexity"  # its predictions hold no text
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One item: what was answered, and its score; of a document, the score is its nats per token.
+
+    index: the item's place in its file.
+    prompt: what was asked; of a document, the context of its first window.
+    bare_score: of what the model is compared with; None without it.
+    """
+
+    index: int
+    prompt: str
+    text: str
+    score: float
+    bare_score: float | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of the suite as measured.
+
+    task: its name in the records, `suite/NAME`.
+    estimates, bare: metric -> value and interval, of the model and of what it is compared with (empty without it).
+    segments_used: mean HRM segments of an answer; None without HRM.
+    """
+
+    task: str
+    estimates: dict[str, Interval]
+    bare: dict[str, Interval]
+    predictions: list[Prediction]
+    segments_used: float | None
+
+
+@dataclass
+class SuiteResult:
+    """Everything the suite measured, in the order of its entries."""
+
+    parts: list[Part] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of eval.csv, one per metric, without `step` and `elapsed_s`."""
+        # What the model is compared with may lack a metric: BLEU needs rationales.
+        rows = []
+        for part in self.parts:
+            for metric, estimate in part.estimates.items():
+                bare = part.bare.get(metric)
+                rows.append(
+                    metric_row(
+                        part.task,
+                        metric,
+                        estimate.value,
+                        estimate.n,
+                        interval=(estimate.low, estimate.high),
+                        bare=bare.value if bare else None,
+                        segments_used=part.segments_used,
+                    )
+                )
+        return rows
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """One line per item, or per document, which paired statistics need; without `step`."""
+        # Ids hold the place in the file, so runs that drew other items can still be paired.
+        lines = []
+        for part in self.parts:
+            for prediction in part.predictions:
+                lines.append(
+                    {
+                        "id": f"{part.task}/{prediction.index:05d}",
+                        "task": part.task,
+                        "prompt_hash": question_hash(prediction.prompt),
+                        "prediction": prediction.text,
+                        "score": prediction.score,
+                        "bare_score": prediction.bare_score,
+                    }
+                )
+        return lines
+
+    def table(self, compared_with: str = "bare LLM") -> list[str]:
+        """Lines for the terminal: each metric with its n and interval, beside that of what it is compared with."""
+        # The column of the other model stands just before the model's own, and only where there is one.
+        compared = any(part.bare for part in self.parts)
+        heading = ["suite", "metric", "n", "model"]
+        if compared:
+            heading.insert(-1, compared_with)
+
+        rows = [heading]
+        for part in self.parts:
+            for metric, estimate in part.estimates.items():
+                row = [part.task.removeprefix("suite/"), metric, str(estimate.n), shown(metric, estimate)]
+                if compared:
+                    row.insert(-1, shown(metric, part.bare.get(metric)))
+                rows.append(row)
+
+        return text_table(rows).split("\n") + self._notes()
+
+    def _notes(self) -> list[str]:
+        """A line for each entry with empty answers: a model that says nothing is wrong in another way."""
+        lines = []
+        for part in self.parts:
+            empty = sum(not prediction.text for prediction in part.predictions)
+            if empty and part.task != NO_ANSWERS:
+                lines.append(f"note: {empty} of {len(part.predictions)} answers to {part.task} are empty")
+        return lines
+
+
+def shown(metric: str, estimate: Interval | None) -> str:
+    """An estimate for people, with its interval where it has one; `-` for none."""
+    if estimate is None:
+        return "-"
+
+    interval = None
+    if estimate.low is not None and estimate.high is not None:
+        interval = (estimate.low, estimate.high)
+    if metric in SHARES:
+        return percent(estimate.value, interval)
+
+    # Perplexities, bits and scores have no unit and every size: four digits.
+    if interval is None:
+        return f"{estimate.value:.4g}"
+    return f"{estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}]"
