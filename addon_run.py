@@ -374,6 +374,11 @@ class AddonRun:
             config, self.machine, self.data, self.trainer, self.evaluator, self._facts(), hooks, checkpoint
         )
 
+    @classmethod
+    def weights_of(cls, opts: Options, checkpoint: Path) -> AddonRun:
+        """The run as --eval_only sets it up: the weights of `checkpoint`, nothing to train them on."""
+        return cls(Options(**vars(opts) | {"eval_only": True}), checkpoint)
+
     def go(self) -> int:
         """Runs the command and returns its exit status."""
         return self.loop.go()

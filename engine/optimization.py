@@ -187,6 +187,13 @@ class BaseTrainer:
         """The average begins anew at the weights of now."""
         self.ema = Ema(self.parameters, self.opts.ema) if self.opts.ema else None
 
+    def end_training(self) -> None:
+        """Leaves the averaged weights in the model for good, and lets the optimizers go: no step follows."""
+        if self.ema:
+            self.ema.settle()
+        self.ema = None
+        self.optimizers = []
+
     def begin(self, step: int, lr: float) -> None:
         """Random state and learning rate of batch `step`."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

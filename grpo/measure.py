@@ -16,7 +16,7 @@ import torch
 from batching import PromptFormat, pad
 from engine.batches import by_length
 from engine.intervals import wilson
-from engine.records import question_hash
+from engine.report import Report, metric_row, percent, prediction_line, text_table
 from enhanced.config import CycleMeter
 from enhanced.reasoning_format import format_rate
 from evaluation import Decoding
@@ -74,32 +74,31 @@ class Measured:
             means[f"reward_{name}"] = _mean(values)
         return means
 
-    def rows(self, step: int, start: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-        """Long-form CSV rows; the column `bare` holds the value at the start of the stage."""
+    def report(self, start: Mapping[str, float] | None = None) -> Report:
+        """Rows, predictions and a line for people. `start` holds the metrics at the start of the stage."""
+        return Report(self.rows(start), self.predictions(), self.line(start), self.rate)
+
+    def rows(self, start: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+        """Rows of eval.csv, one for each metric; the column `bare` holds the value at the start of the stage."""
         n = len(self.problems)
+        bare = start or {}
         rows = []
         for metric, value in self.means().items():
-            row = {"step": step, "task": self.stage, "metric": metric, "value": value, "n": n}
-            row["bare"] = (start or {}).get(metric)
-            row["segments_used"] = self.cycles
-            if metric in RATES:
-                row["ci_low"], row["ci_high"] = wilson(round(value * n), n)
+            interval = wilson(round(value * n), n) if metric in RATES else None
+            row = metric_row(
+                self.stage, metric, value, n, interval=interval, bare=bare.get(metric), segments_used=self.cycles
+            )
             rows.append(row)
         return rows
 
-    def predictions(self, step: int) -> list[dict[str, Any]]:
-        """One line per question, which paired statistics need."""
+    def predictions(self) -> list[dict[str, Any]]:
+        """Lines of predictions.jsonl, one for each question."""
         lines = []
         for index, problem in enumerate(self.problems):
-            line = {
-                "step": step,
-                "id": f"{self.stage}/{index:05d}",
-                "task": self.stage,
-                "prompt_hash": question_hash(problem.question),
-                "prediction": self.completions[index],
-                "score": float(self.solved[index]),
-                "finished": self.finished[index],
-            }
+            score = float(self.solved[index])
+            line = prediction_line(
+                self.stage, index, problem.question, self.completions[index], score, finished=self.finished[index]
+            )
             lines.append(line)
         return lines
 
@@ -118,13 +117,15 @@ class Measured:
         return samples
 
     def line(self, start: Mapping[str, float] | None = None) -> str:
-        """The measurement for people; `start` holds the metrics at the start of the stage."""
-        low, high = wilson(sum(self.solved), len(self.solved))
-        before = f" (before {100 * start['solved']:.1f} %)" if start else ""
-        solved = f"solved {100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]{before} of {len(self.problems)}"
+        """The measurement for people. `start` holds the metrics at the start of the stage."""
+        n = len(self.problems)
+        solved = percent(self.rate, wilson(sum(self.solved), len(self.solved)))
+        before = f" (before {percent(start['solved'])})" if start else ""
         rewards = ", ".join(f"{name} {_mean(values):.2f}" for name, values in self.rewards.items())
-        return (f"{self.stage}: {solved}, format {100 * self.format_rate:.1f} %, {_mean(self.lengths):.1f} tokens; "
-                f"{rewards}")
+        return (
+            f"{self.stage}: solved {solved}{before} of {n}, format {percent(self.format_rate)}, "
+            f"{_mean(self.lengths):.1f} tokens; {rewards}"
+        )
 
 
 @dataclass(frozen=True)
@@ -154,22 +155,13 @@ def change_table(changes: Sequence[Change]) -> str:
     table = [("stage", "n", "solved", "format", "reward")]
     for change in changes:
         moments = (change.start, change.end)
-        solved, well_formed = (" -> ".join(_rate(moment[rate], change.n) for moment in moments) for rate in RATES)
-        reward = " -> ".join(f"{_reward(moment, change.weights):.3f}" for moment in moments)
-        table.append((change.stage, str(change.n), solved, well_formed, reward))
-
-    # Columns as wide as their widest cell.
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _rate(value: float, n: int) -> str:
-    low, high = wilson(round(value * n), n)
-    return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        cells = [change.stage, str(change.n)]
+        for metric in RATES:
+            shares = [percent(moment[metric], wilson(round(moment[metric] * change.n), change.n)) for moment in moments]
+            cells.append(" -> ".join(shares))
+        cells.append(" -> ".join(f"{_reward(moment, change.weights):.3f}" for moment in moments))
+        table.append(tuple(cells))
+    return text_table(table)
 
 
 def _reward(metrics: Mapping[str, float], weights: Mapping[str, float]) -> float:

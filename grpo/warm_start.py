@@ -7,87 +7,31 @@ could pick out.
 from __future__ import annotations
 
 import argparse
-import random
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 
 from batching import PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
-from engine.machine import Machine, MachineConfig, machine_problems, raised, start_machine
-from engine.records import normalise
+from engine.machine import MachineConfig, machine_problems, raised, start_machine
 from engine.report import Card, Report
 from engine.state import CONFIG
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
-from enhanced.training import EnhancedTrainer, token_batch
+from enhanced.training import EnhancedTrainer
 from grpo.measure import Measured, measure
-from grpo.problems import FileSource, Problem, stream
-from grpo.stages import Stage, StagesConfig, hold_out, rewards_of, stages_of
+from grpo.stages import HeldOut, Stage, StagesConfig, hold_out, rewards_of, stages_of
+from grpo.worked_examples import ExampleData, ExamplesConfig
 from options import Options, as_dict, part, read_resolved, rerun_text
-from reasoning_gym_wrapper import reserved_sums, train_seed
+from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
 from suite.spec import spec_problems
 from text_model import CausalTextModel
-
-PROBE = 64  # training examples whose prompts are measured against --max_seq_len before anything runs
-
-
-class WorkedExamples:
-    """Endless batches of well-formed examples, none of them reserved.
-
-    A batch is of one stage (their prompts differ in length, and padding costs), drawn by the stages' shares `warm`, and
-    of all its levels. What comes next depends on the seed and on how many batches were drawn: a position is a number.
-
-    Raises:
-        ValueError: no stage has an answer to show.
-    """
-
-    def __init__(self, stages: list[Stage], reserved: set[str], seed: int):
-        self.reserved, self.seed, self.drawn = reserved, seed, 0
-        self.stages = [stage for stage in stages if stage.warm and any(map(self._has_answers, stage.levels))]
-        if not self.stages:
-            raise ValueError("no stage gives the warm start an example to learn from: add answers to its file, or a "
-                             "stage whose questions have them")
-        self._begin()
-
-    def _begin(self) -> None:
-        self._streams = [
-            [stream(level, train_seed(self.seed), self.reserved) for level in stage.levels if self._has_answers(level)]
-            for stage in self.stages
-        ]
-
-    def _has_answers(self, level: Any) -> bool:
-        """False for a prepared file of tests alone, or whose answers are all reserved."""
-        return not isinstance(level, FileSource) or any(
-            problem.answer and normalise(problem.question) not in self.reserved for problem in level.rows
-        )
-
-    def take(self, count: int) -> list[tuple[Problem, str]]:
-        """The next batch: `count` problems, each with its example."""
-        draw = random.Random(f"{self.seed}/{self.drawn}")
-        (index,) = draw.choices(range(len(self.stages)), [stage.warm for stage in self.stages])
-        self.drawn += 1
-        sources = [draw.choice(self._streams[index]) for _ in range(count)]
-        problems = [next(problem for problem in source if problem.answer) for source in sources]
-        return [(problem, problem.worked(draw.random() < self.stages[index].guess)) for problem in problems]
-
-    def skip_to(self, drawn: int, count: int) -> None:
-        """Draws again the `drawn` batches of `count` problems that a resumed run has had."""
-        self.drawn = 0
-        self._begin()
-        while self.drawn < drawn:
-            self.take(count)
-
-
-def unreserved(new: int, of: int) -> str:
-    """The warning that `new` of `of` held-out questions are not those that the checkpoint's run reserved."""
-    return (f"WARNING: {new} of {of} held-out questions were not kept off the checkpoint's training: what is solved of "
-            "them may have been trained on")
 
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
@@ -98,128 +42,99 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     return lines + machine_problems(part(MachineConfig, opts), checkpoint)
 
 
-class WarmData:
-    """Worked examples of the stages' questions, the held-out ones left out; see `engine.system.Data`."""
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
-    def __init__(self, opts: argparse.Namespace, stages: list[Stage], machine: Machine, checkpoint: Path | None):
-        self.opts = opts
-        self.machine = machine
-        self.stages = stages
-        self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), max_seq_len=opts.max_seq_len)
-        self.held = hold_out(stages, opts.eval_seed)
-        if checkpoint:
-            self._tell_unreserved(checkpoint)
-        self.examples = None if opts.eval_only else WorkedExamples(stages, self.held.reserved, opts.seed)
-        self._check_lengths()
 
-    def _tell_unreserved(self, checkpoint: Path) -> None:
-        """Warns of held-out questions that the checkpoint's run did not keep off its training."""
-        before = read_resolved(read_checkpoint(checkpoint, stems=[]).documents[CONFIG])
-        opts = Options(**vars(self.opts) | {name: before.get(name) for name in ("stages", "eval_n", "eval_seed")})
-        if opts == self.opts:
-            return
-        try:
-            kept = hold_out(stages_of(part(StagesConfig, opts))[0], opts.eval_seed).reserved
-        except ValueError:  # its files are gone
-            kept = set()
-        new = len(self.held.reserved - kept)
-        if new:
-            self.machine.say(unreserved(new, len(self.held.reserved)))
+@dataclass(frozen=True)
+class EvaluatorConfig:
+    """What the evaluation needs of the flags.
 
-    def _check_lengths(self) -> None:
-        """Raises ValueError where a stage's prompts pass --max_seq_len."""
-        for stage in self.stages:
-            probe = [p.question for p in self.held.problems[stage.name][:PROBE]]
-            longest = max(map(len, self.format.prompts(probe)))
-            if longest > self.opts.max_seq_len:
-                raise ValueError(f"stage {stage.name} has prompts of {longest} tokens, --max_seq_len allows "
-                                 f"{self.opts.max_seq_len}: raise it or choose other tasks")
+    Args:
+        eval_batch_size: completions generated at a time.
+        measures_untrained: whether the random model is measured, too, on the questions of the first stage.
+    """
 
-    @property
-    def size(self) -> int:
-        return sum(stage.size for stage in self.stages if stage.warm)
-
-    def next_batches(self) -> list[dict[str, torch.Tensor]]:
-        batches = []
-        for _ in range(self.opts.grad_accum_steps):
-            drawn = self.examples.take(self.opts.batch_size * self.machine.world)
-            mine = drawn[self.machine.rank :: self.machine.world]
-            batch = token_batch(self.format, [p.question for p, _ in mine], [text for _, text in mine])
-            batches.append({name: tensor.to(self.machine.device) for name, tensor in batch.items()})
-        return batches
-
-    def state(self) -> dict[str, Any]:
-        return {"drawn": self.examples.drawn}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.examples.skip_to(state["drawn"], self.opts.batch_size * self.machine.world)
-
-    def describe(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
-        decode = self.format.tokenizer.decode
-        return [{"text": decode(row[mask.bool()])} for b in batches
-                for row, mask in zip(b["input_ids"].cpu(), b["attention_mask"].cpu(), strict=True)]
+    eval_batch_size: int = 128
+    measures_untrained: bool = False
 
 
 class StageEvaluator(Evaluator):
     """Generated answers to the held-out questions of every stage. One rank does it all."""
 
-    def __init__(self, opts: argparse.Namespace, data: WarmData, model: Any, trainer: EnhancedTrainer):
-        self.opts = opts
+    def __init__(self, config: EvaluatorConfig, data: ExampleData, model: Any, trainer: EnhancedTrainer):
+        self.config = config
         self.data = data
         self.model = model
         self.trainer = trainer
 
     def evaluate(self, step: int) -> Report:
+        """All stages with the same weights, the averaged ones. `value` is the share of all questions solved."""
         with self.trainer.evaluation_weights():
-            parts = [self._measured(stage) for stage in self.data.stages]
-        rows = [row for part in parts for row in part.rows(step)]
-        predictions = [line for part in parts for line in part.predictions(step)]
-        table = "\n".join(part.line() for part in parts)
-        solved = [each for part in parts for each in part.solved]
-        question = parts[0].problems[0].question
+            measured = [self._measured(stage) for stage in self.data.stages]
+
+        rows = []
+        predictions = []
+        solved = []
+        for stage in measured:
+            rows += stage.rows()
+            predictions += stage.predictions()
+            solved += stage.solved
+        table = "\n".join(stage.line() for stage in measured)
+        question = measured[0].problems[0].question
         return Report(rows, predictions, table, sum(solved) / len(solved), question=question)
 
-    def _measured(self, stage: Stage) -> Measured:
-        functions, _ = rewards_of(stage)
-        return measure(
-            self.model, self.data.format, stage.name, self.data.held.problems[stage.name], functions,
-            stage.config.max_completion_length, True, self.opts.eval_batch_size, self.trainer.autocast(),
-        )
-
     def before_training(self) -> Report | None:
-        """A GRPO run's first rows are those of the random model, which writes no format yet."""
-        if self.opts.objective != "grpo":
+        """The random model, which writes no format yet."""
+        if not self.config.measures_untrained:
             return None
-        first = self._measured(self.data.stages[0])
-        return Report(first.rows(0), first.predictions(0), f"untrained {first.line()}")
+        untrained = self._measured(self.data.stages[0])
+        return dataclasses.replace(untrained.report(), table=f"untrained {untrained.line()}")
 
     def samples(self, turn: int) -> list[str]:
         """The completion of a held-out question of each stage."""
         texts = []
         with self.trainer.evaluation_weights():
             for stage in self.data.stages:
-                one = self.data.held.problems[stage.name][:1]
+                problem = self.data.held_out.problems[stage.name][0]
                 longest = stage.config.max_completion_length
-                found = measure(
-                    self.model, self.data.format, stage.name, one, [], longest, autocast=self.trainer.autocast()
+                measured = measure(
+                    self.model, self.data.format, stage.name, [problem], [], longest, autocast=self.trainer.autocast()
                 )
-                texts.append(f"{one[0].question!r}\n  {found.completions[0]!r}")
+                texts.append(f"{problem.question!r}\n  {measured.completions[0]!r}")
         return texts
 
+    def _measured(self, stage: Stage) -> Measured:
+        functions, _ = rewards_of(stage)
+        return measure(
+            self.model,
+            self.data.format,
+            stage.name,
+            self.data.held_out.problems[stage.name],
+            functions,
+            stage.config.max_completion_length,
+            batch_size=self.config.eval_batch_size,
+            autocast=self.trainer.autocast(),
+        )
 
-class WarmHooks(Hooks):
-    """A warm start that is over is left alone, and says nothing: GRPO goes on from it."""
 
-    def __init__(self, objective: str):
-        super().__init__()
-        self.objective = objective
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class FinishedHooks(Hooks):
+    """Leaves a run alone that has trained all its steps, in silence: what follows it goes on from there."""
 
     def nothing_to_do(self, step: int, total_steps: int | None, share: float) -> str | None:
-        return "" if self.objective == "grpo" and step and share >= 1 else None
+        return "" if step and share >= 1 else None
 
 
 class EnhancedRun:
     """The supervised run of `--arch enhanced`, new or going on from `checkpoint`.
+
+    Args:
+        opts: the flags.
+        checkpoint: where to go on; None = a new run.
+        next_stage: what is said at the end where another stage of training follows; it may hold {step}. Then a
+            finished run is not trained or evaluated again, and the untrained model is measured too.
 
     Raises:
         ValueError: the user's mistakes, before anything is written.
@@ -227,16 +142,22 @@ class EnhancedRun:
 
     problems = staticmethod(problems)
 
-    def __init__(self, opts: Options, checkpoint: Path | None):
+    def __init__(self, opts: Options, checkpoint: Path | None, next_stage: str = ""):
         self.opts = opts
         config = part(LoopConfig, opts, settings=rerun_text(opts), flags=as_dict(opts))
         self.machine = start_machine(config)
-        self.stages, wrong = stages_of(part(StagesConfig, opts))
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        self.data = WarmData(opts, self.stages, self.machine, checkpoint)
-        self.format = self.data.format
+        self.stages, lines = stages_of(part(StagesConfig, opts))
+        if lines:
+            raise ValueError("; ".join(lines))
+        self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), max_seq_len=opts.max_seq_len)
+        held_out = hold_out(self.stages, opts.eval_seed)
+        if checkpoint:
+            warning = unreserved_since(checkpoint, opts, held_out)
+            if warning:
+                self.machine.say(warning)
+        self.data = ExampleData(part(ExamplesConfig, opts), self.stages, held_out, self.format, self.machine)
 
+        # The first weights depend on the seed alone.
         set_seed(opts.seed)
         self.model, _ = create_hrm_model_and_tokenizer(
             opts.d_model, opts.n_heads, opts.max_cycles, opts.n_planner_layers, opts.n_worker_layers, opts.thought_dim,
@@ -246,37 +167,45 @@ class EnhancedRun:
         self.trainer = EnhancedTrainer(
             opts, self.model, self.machine.accelerator, self.machine.precision, self.format
         )
-        evaluator = StageEvaluator(opts, self.data, self.model, self.trainer)
-        self.loop = RunLoop(
-            config, self.machine, self.data, self.trainer, evaluator, self._facts(), WarmHooks(opts.objective),
-            checkpoint,
-        )
+
+        measuring = part(EvaluatorConfig, opts, measures_untrained=bool(next_stage))
+        evaluator = StageEvaluator(measuring, self.data, self.model, self.trainer)
+        hooks = FinishedHooks() if next_stage else Hooks()
+        facts = self._facts(next_stage)
+        self.loop = RunLoop(config, self.machine, self.data, self.trainer, evaluator, facts, hooks, checkpoint)
+
+    @classmethod
+    def weights_of(cls, opts: Options, checkpoint: Path) -> EnhancedRun:
+        """The run as --eval_only sets it up: the weights of `checkpoint`, nothing to train them on."""
+        return cls(Options(**vars(opts) | {"eval_only": True}), checkpoint)
 
     def go(self) -> int:
         """Runs the command and returns its exit status."""
         return self.loop.go()
 
-    def _facts(self) -> Facts:
-        opts = self.opts
-        count = sum(p.numel() for p in self.model.parameters())
+    def _facts(self, next_stage: str) -> Facts:
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         names = ", ".join(stage.name for stage in self.stages if stage.warm)
         backbone = self.model.model
-        next_stage = ""
-        if opts.objective == "grpo":
-            next_stage = "the warm start is done after {step} steps; GRPO goes on from here"
+        card = Card(
+            "transformers",
+            ["hrm"],
+            "Planner/worker LM",
+            f" of supervised training on worked examples of {names}.",
+            "Load with `AutoModelForCausalLM.from_pretrained` after `import enhanced`, or `generate.py`.",
+        )
         return Facts(
             label="enhanced",
-            introduction=f"planner/worker LM, {count / 1e6:.2f} M parameters, {opts.max_cycles} cycles, on "
+            introduction=f"planner/worker LM, {millions:.2f} M parameters, {self.opts.max_cycles} cycles, on "
             f"{self.machine.device}, {self.machine.precision} autocast; worked examples of {names}",
-            card=Card(
-                "transformers",
-                ["hrm"],
-                "Planner/worker LM",
-                f" of supervised training on worked examples of {names}.",
-                "Load with `AutoModelForCausalLM.from_pretrained` after `import enhanced`, or `generate.py`.",
-            ),
-            parts={"embedding": backbone.embed_tokens, "planner": backbone.planner, "worker": backbone.worker,
-                   "gate": backbone.gate, "thought head": self.model.thought_head},
+            card=card,
+            parts={
+                "embedding": backbone.embed_tokens,
+                "planner": backbone.planner,
+                "worker": backbone.worker,
+                "gate": backbone.gate,
+                "thought head": self.model.thought_head,
+            },
             next_stage=next_stage,
         )
 
@@ -292,3 +221,31 @@ class EnhancedRun:
         return Subject(
             self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums
         )
+
+
+# --- questions that were not reserved ---------------------------------------------------------------------------------
+
+
+def unreserved(new: int, of: int) -> str:
+    """The warning that `new` of `of` held-out questions are not those that the checkpoint's run reserved."""
+    return (
+        f"WARNING: {new} of {of} held-out questions were not kept off the checkpoint's training: what is solved of "
+        "them may have been trained on"
+    )
+
+
+def unreserved_since(checkpoint: Path, opts: Options, held_out: HeldOut) -> str | None:
+    """A warning where the checkpoint's run did not keep all of today's held-out questions off its training."""
+    before = read_resolved(read_checkpoint(checkpoint, stems=[]).documents[CONFIG])
+    if all(before.get(name) == getattr(opts, name) for name in ("stages", "eval_n", "eval_seed")):
+        return None
+
+    # Draws again what that run reserved.
+    config = dataclasses.replace(part(StagesConfig, opts), stages=before.get("stages"), eval_n=before.get("eval_n"))
+    reserved: set[str] = set()
+    try:
+        reserved = hold_out(stages_of(config)[0], before.get("eval_seed")).reserved
+    except ValueError:  # its files are gone, so nothing is known to be reserved
+        pass
+    new = len(held_out.reserved - reserved)
+    return unreserved(new, len(held_out.reserved)) if new else None

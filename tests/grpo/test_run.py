@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 import engine.loop
 import options
 import train
-from grpo import rewards
-from grpo import run as grpo_run
+from grpo import rewards, stage_loop
 from grpo.rewards import text_of
+from grpo.run import GrpoRun
 from grpo.stages import PUBLISHED
 from sandbox.runner import confinement
 from tiny_runs import arguments, command, error_lines, newest, tensors
@@ -37,7 +37,7 @@ ENHANCED = (
 def no_curve(monkeypatch):
     """Drawing takes longer than a tiny run."""
     monkeypatch.setattr(engine.loop, "draw_curve", lambda *arguments: None)
-    monkeypatch.setattr(grpo_run, "draw_curve", lambda *arguments: None)
+    monkeypatch.setattr(stage_loop, "draw_curve", lambda *arguments: None)
 
 
 def rows_of(run: Path) -> dict[tuple[str, str, str], list[str]]:
@@ -71,16 +71,16 @@ def test_the_add_on_goes_on_from_its_deep_supervision_checkpoint_and_moves_alone
              "--num_generations", "4", "--max_completion_length", "6", "--stages", json.dumps(stages)]
     opts, found_checkpoint, problems = train.understand(options.read(words))
     assert problems == [] and opts.supervised_segments == 0
-    run = grpo_run.GrpoRun(opts, found_checkpoint)
+    run = GrpoRun(opts, found_checkpoint)
     assert run.go() == 0
-    assert run.progress.step == 3 + 2 and newest(tmp_path / "deep").name == "step-00000005"
+    assert run.stage_loop.progress.step == 3 + 2 and newest(tmp_path / "deep").name == "step-00000005"
     after = tensors(newest(tmp_path / "deep"), "adapter_model")
     assert after.keys() == before.keys()
     change = {name: (after[name] - before[name]).abs().max() for name in before}
     assert 0 < max(change.values()) < 1e-4  # two steps of 1e-6 away from the checkpoint's weights
     host = AutoModelForCausalLM.from_pretrained(tiny_host).state_dict()
-    assert host.keys() == run.model.host.state_dict().keys()
-    assert all(torch.equal(tensor, host[name]) for name, tensor in run.model.host.state_dict().items())
+    assert host.keys() == run.supervised.model.host.state_dict().keys()
+    assert all(torch.equal(tensor, host[name]) for name, tensor in run.supervised.model.host.state_dict().items())
     rows = rows_of(tmp_path / "deep")
     for metric in ("solved", "mean_length", "reward_verifier", "reward_brevity"):
         assert len(rows["3", "task", metric]) == len(rows["5", "task", metric]) == 1

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import options
 from batching import PromptFormat, pad
 from engine.records import normalise
+from engine.report import stamped
 from enhanced.config import EnhancedHRMConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.reasoning_format import REASONING_TOKENS, format_score, split_completion
@@ -101,7 +102,7 @@ def test_a_worked_example_is_well_formed_and_gets_every_reward(source):
 
 
 def test_a_share_of_the_warm_start_s_examples_guesses():
-    from grpo.warm_start import WorkedExamples
+    from grpo.worked_examples import WorkedExamples
 
     made = {}
     for share in (0.0, 0.5, 1.0):
@@ -169,7 +170,7 @@ def test_an_answer_of_0_in_a_file_is_an_answer(tmp_path):
 
 def test_a_warm_start_without_an_answer_left_is_refused(tmp_path):
     """Else it would look for one for ever."""
-    from grpo.warm_start import WorkedExamples
+    from grpo.worked_examples import WorkedExamples
 
     rows = [{"prompt": "Write f", "tests": ["assert f()"], "answer": "def f(): return 1"},
             {"prompt": "Write g", "tests": ["assert g()"]}]
@@ -432,7 +433,7 @@ def test_measuring_counts_what_the_verifier_and_the_format_say(reasoner):
     assert found.completions == [problem.worked() for problem in problems]
     assert found.solved == [True] * 3 and found.format_rate == 1.0 and found.cycles == 2.0
     assert found.lengths == [len(row) for row in prompt_format.targets([p.worked() for p in problems])]
-    rows = {row["metric"]: row for row in found.rows(7, {"solved": 0.25})}
+    rows = {row["metric"]: row for row in found.rows({"solved": 0.25})}
     assert rows["solved"]["value"] == rows["reward_math"]["value"] == 1.0 and rows["solved"]["bare"] == 0.25
     assert rows["solved"]["ci_low"] < 1.0 and rows["solved"]["n"] == 3
     short = measure(model, prompt_format, "math", problems, functions, 5)
@@ -462,20 +463,37 @@ def test_a_code_reward_does_not_judge_what_has_no_tests(reasoner, monkeypatch):
     assert measure(tiny(reasoner), PromptFormat(reasoner), "math", [numbers, tested], [], 8).solved == [True, False]
 
 
+def loop_over(tmp_path: Path, progress, log, chosen: Stage, eval_seed: int = 10**9):
+    """A loop over one stage whose model is never asked for anything."""
+    import types
+
+    from grpo.stage_loop import StageLoop, StageLoopConfig
+
+    machine = types.SimpleNamespace(
+        say=lambda line: None, is_main=True, precision="none", device=torch.device("cpu")
+    )
+    trained = types.SimpleNamespace(
+        machine=machine, folder=tmp_path, checkpoint=None, has_tags=True, model=None, prompt_format=None
+    )
+    held_out = hold_out([chosen], eval_seed)
+    loop = StageLoop(trained, StageLoopConfig("", {}), [chosen], held_out, progress)
+    loop.log = log
+    return loop
+
+
 def test_a_stage_s_start_is_measured_again_for_other_questions_or_rewards(tmp_path):
     import types
 
-    from grpo.run import GrpoRun, Progress
+    from grpo.progress import GrpoProgress
 
     def start_of(chosen: Stage) -> float:
-        run = GrpoRun(parsed(), None)
-        run.progress, run.machine = Progress(2), types.SimpleNamespace(say=lambda line: None)
-        run.log = types.SimpleNamespace(csv_path=tmp_path / "none", eval_rows=list, predictions=list)
-        run._measure = lambda *given: measured.append(1) or Measured(
+        log = types.SimpleNamespace(csv_path=tmp_path / "none", eval_rows=list, predictions=list, elapsed_s=0.0)
+        loop = loop_over(tmp_path, GrpoProgress(2), log, chosen, eval_seed=0)
+        loop._measure = lambda *given: measured.append(1) or Measured(
             "math", [], [], [], [], [], {name: [] for name in chosen.rewards}, None)
-        found = run._start_of(chosen, hold_out([chosen], 0), [], tmp_path)
-        assert {f"reward_{name}" for name in chosen.rewards} <= found.keys()
-        assert run.progress.asked["math"]["n"] == chosen.eval_n
+        start = loop._start_of(chosen, [], tmp_path)
+        assert {f"reward_{name}" for name in chosen.rewards} <= start.keys()
+        assert loop.progress.conditions["math"]["n"] == chosen.eval_n
         return len(measured)
 
     measured: list[int] = []
@@ -489,26 +507,23 @@ def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monke
     import types
 
     from engine.logs import RunLog
-    from grpo.run import GrpoRun, Progress
+    from grpo.progress import GrpoProgress
 
     stub = types.SimpleNamespace(
-        StageRun=lambda *given, **named: None, forget=lambda place: None, train_stage=lambda *given: (True, 2),
-        newest_state=lambda place: place / "checkpoint-2",
+        StageRun=lambda chosen, *given, **named: types.SimpleNamespace(stage=chosen), forget=lambda place: None,
+        train_stage=lambda *given: (True, 2), newest_state=lambda place: place / "checkpoint-2",
+        step_of_state=lambda state: 2,
     )
     monkeypatch.setitem(sys.modules, "grpo.stage_trainer", stub)
     chosen = stage()
-    held, measured = hold_out([chosen], 10**9), Measured("math", [], [], [], [], [], {"math": []}, None)
+    measured = Measured("math", [], [], [], [], [], {"math": []}, None)
     with RunLog(tmp_path, None, [], {}, True) as log:
-        log.eval_rows(measured.rows(2))
-        log.eval_rows(measured.rows(4))
-        log.eval_rows(measured.rows(5))
-        run = GrpoRun(parsed(), None)
-        run.progress, run.folder, run.log = Progress(2, start={"math": measured.means()}), tmp_path, log
-        run.machine = types.SimpleNamespace(say=lambda line: None, is_main=True, precision="none",
-                                            device=torch.device("cpu"))
-        run.model = run.format = None
-        run._measure, run._save = lambda *given: measured, lambda after: None
-        assert run._stage(chosen, held, 0, types.SimpleNamespace(signal=None)) == 0
+        for step in (2, 4, 5):
+            log.eval_rows(stamped(measured.rows(), step))
+        loop = loop_over(tmp_path, GrpoProgress(2, start={"math": measured.means()}), log, chosen)
+        loop._measure = lambda *given: measured
+        loop._save = lambda after: None
+        assert loop.run_stage(chosen, 0, types.SimpleNamespace(signal=None)) == 0
         lines = log.csv_path.read_text().splitlines()
     assert [line.split(",")[0] for line in lines if ",solved," in line] == ["2", "4"]
 
@@ -516,18 +531,31 @@ def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monke
 def test_grpo_on_the_add_on_keeps_off_what_its_deep_supervision_evaluates(capsys):
     import types
 
-    from grpo.run import GrpoRun
+    from grpo.run import keep_off
 
     chosen = stage(name="task", eval_n=4)
     told: list[str] = []
     for n, new in ((8, 0), (1, 3)):
-        run = GrpoRun(parsed(), None)
-        reserve = Reserve(chosen.tasks, n, 10**9)
-        run.run = types.SimpleNamespace(data=types.SimpleNamespace(reserve=reserve))
-        run.machine, held = types.SimpleNamespace(say=told.append), hold_out([chosen], 10**9)
-        run._keep_apart(held)
-        assert reserve.questions <= held.reserved
+        reserved = Reserve(chosen.tasks, n, 10**9).questions
+        machine = types.SimpleNamespace(say=told.append)
+        held_out = hold_out([chosen], 10**9)
+        keep_off(held_out, types.SimpleNamespace(reserved=frozenset(reserved), machine=machine))
+        assert reserved <= held_out.reserved
         assert len(told) == bool(new) and (not new or f"{new} of 4 held-out questions" in told[0])
+
+
+def test_progress_is_read_as_older_checkpoints_hold_it(tmp_path):
+    from engine.checkpoints import write_checkpoint
+    from grpo.progress import PROGRESS, GrpoProgress, read_progress
+
+    conditions = {"rewards": {"math": 1.0}, "n": 2, "questions": "0"}
+    done = {"math": {"solved": 0.5}}
+    record = {"step": 4, "done": done, "start": {}, "asked": {"math": conditions}, "elapsed_s": 1.5}
+    weights = {"model": {"w": torch.ones(1)}}
+    folder = write_checkpoint(tmp_path / "step-00000004", weights, {PROGRESS: json.dumps(record)})
+    progress = read_progress(folder)
+    assert progress == GrpoProgress(4, done, {}, {"math": conditions}, 1.5)
+    assert json.loads(progress.document()) == record
 
 
 def test_the_closing_table_shows_each_stage_from_its_start_to_its_end_with_intervals():

@@ -1,0 +1,293 @@
+"""The loop over GRPO's stages: measure, train, measure, record, save; finished stages are skipped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import options
+from engine.checkpoints import rotate, step_folder, write_checkpoint
+from engine.dry_run import NON_FINITE_EXIT
+from engine.files import write_text_aside
+from engine.logs import RunLog, draw_curve
+from engine.machine import Stop, interruptible
+from engine.optimization import NonFiniteError
+from engine.report import Card, Report, closing_words, stamped
+from engine.state import CONFIG
+from grpo.measure import Change, Measured, change_table, measure
+from grpo.problems import training_problems
+from grpo.progress import PROGRESS, GrpoProgress, Metrics, conditions_of
+from grpo.stages import HeldOut, Stage, rewards_of
+from grpo.trained import TrainedModel
+from reasoning_gym_wrapper import train_seed
+
+STAGES = "stages"  # folder in the run, with the state of the stage at hand
+SAMPLES = "samples"  # folder in the run, with completions of every finished stage
+SEED_OF_STAGE = 7  # each stage draws its questions from a seed of its own, none of which is the warm start's
+
+
+@dataclass(frozen=True)
+class StageLoopConfig:
+    """What the loop over the stages needs of the flags.
+
+    Args:
+        settings: text of config.resolved.yaml, which alone reruns the run.
+        flags: every flag by name, for trackers.
+        seed: seed of the questions that are trained on.
+        eval_batch_size: completions generated at a time.
+        checkpoint_limit: newest checkpoints to keep; 0 = all.
+        trackers: comma list of where else to log; "" = nowhere.
+        log_csv: the evaluation table; None = eval.csv in the run's folder.
+    """
+
+    settings: str
+    flags: Mapping[str, Any]
+    seed: int = 0
+    eval_batch_size: int = 128
+    checkpoint_limit: int = 3
+    trackers: str = ""
+    log_csv: str | None = None
+
+
+class StageLoop:
+    """Runs the stages in order on a trained model.
+
+    Args:
+        trained: the model and the run it comes from.
+        config: the loop's flags.
+        stages: what to run.
+        held_out: the questions of each stage that are measured, and all that no stage may train on.
+        progress: how far the run has come; it moves with the loop.
+    """
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        config: StageLoopConfig,
+        stages: Sequence[Stage],
+        held_out: HeldOut,
+        progress: GrpoProgress,
+    ):
+        self.trained = trained
+        self.machine = trained.machine
+        self.config = config
+        self.stages = stages
+        self.held_out = held_out
+        self.progress = progress
+        self.checkpoint = trained.checkpoint  # the newest
+        self.log: RunLog | None = None
+
+    def run(self) -> int:
+        """Runs what is left. Returns 0, or the exit status of an early but orderly end."""
+        config = self.config
+        csv_path = Path(config.log_csv) if config.log_csv else None
+        trackers = options.names(config.trackers)
+        with RunLog(
+            self.trained.folder, csv_path, trackers, dict(config.flags), self.machine.is_main, self.progress.elapsed_s
+        ) as self.log:
+            with interruptible() as stop:
+                for index, stage in enumerate(self.stages):
+                    if stage.name in self.progress.done:
+                        self.machine.say(f"stage {stage.name} is finished, skipped")
+                        continue
+                    status = self.run_stage(stage, index, stop)
+                    if status:
+                        return status
+            self._close()
+        return 0
+
+    def record(self, report: Report) -> None:
+        """Writes rows and predictions at the step of now."""
+        self.log.eval_rows(stamped(report.rows, self.progress.step, self.log.elapsed_s))
+        self.log.predictions(stamped(report.predictions, self.progress.step))
+
+    # --- one stage ---
+
+    def run_stage(self, stage: Stage, index: int, stop: Stop) -> int:
+        """Runs one stage, the run's number `index`, to its end. Returns 0 or the exit status, as `run`."""
+        from grpo.stage_trainer import StageRun, forget, newest_state, step_of_state  # 7 s, only where it is needed
+
+        base = self.progress.step
+        place = self.trained.folder / STAGES / stage.name
+        functions, weights = rewards_of(stage, tags=self.trained.has_tags)
+        seed = train_seed(self.config.seed + SEED_OF_STAGE + index)
+        problems = training_problems(stage.levels, stage.size, seed, self.held_out.reserved)
+
+        # Where an interrupted call stopped; what it recorded after that is recorded again.
+        self._open_folder(place)
+        state = newest_state(place)
+        steps = step_of_state(state) if state else 0
+        self.log.truncate_after(base + steps, evaluate=steps > 0)
+        before = self._start_of(stage, functions, place)
+        line = f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
+        if state:
+            line += f", going on from {state.name}"
+        self.machine.say(line)
+
+        run = StageRun(
+            stage,
+            place,
+            functions,
+            weights,
+            log=lambda step, numbers: self._log(stage.name, base + step, numbers),
+            stopped=lambda: stop.signal is not None,
+            precision=self.machine.precision,
+            device=self.machine.device.type,
+        )
+        status, steps = self._train(problems, run, stop)
+        if status:
+            return status
+
+        # The checkpoint comes last: a crash before it runs the end of the stage again.
+        self.progress.step = base + steps
+        after = self._measure(stage, functions)
+        self._record_end(stage, after, before)
+        self._save(after)
+        if self.machine.is_main:
+            forget(place)
+            print(f"after {after.line(before)}", flush=True)
+        return 0
+
+    def _open_folder(self, place: Path) -> None:
+        """Makes the stage's folder; states of a run that began this stage from another step are removed."""
+        from grpo.stage_trainer import forget
+
+        base = self.progress.step
+        mark = place / "begun_at.json"
+        if place.exists() and (not mark.exists() or json.loads(mark.read_text()) != base):
+            forget(place)
+        place.mkdir(parents=True, exist_ok=True)
+        write_text_aside(mark, json.dumps(base))
+
+    def _start_of(self, stage: Stage, functions: Sequence[Any], place: Path) -> Metrics:
+        """The stage's held-out metrics before its first step; measured once, and kept in the stage's folder.
+
+        The weights of now are those before the first step, of an interrupted stage as well: with other questions or
+        rewards than the record's, they are measured anew.
+        """
+        if stage.name in self.progress.start:
+            return self.progress.start[stage.name]
+
+        path = place / "start.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        conditions = conditions_of(stage, self.held_out)
+        if record.get("asked") != conditions:
+            start = self._measure(stage, functions)
+            if not self._is_recorded(stage):
+                self.record(start.report())
+            record = {"asked": conditions, "metrics": start.means()}
+            write_text_aside(path, json.dumps(record))
+            self.machine.say(f"before {start.line()}")
+        self.progress.start[stage.name] = record["metrics"]
+        self.progress.conditions[stage.name] = conditions
+        return record["metrics"]
+
+    def _is_recorded(self, stage: Stage) -> bool:
+        """Whether the CSV holds the stage's figures of this step: the warm start ends with those of every stage."""
+        if not self.log.csv_path.exists():  # on other ranks
+            return False
+        place = (str(self.progress.step), stage.name)
+        with open(self.log.csv_path, newline="", encoding="utf-8") as file:
+            return any((row["step"], row["task"]) == place for row in csv.DictReader(file))
+
+    def _train(self, problems: Sequence[Any], run: Any, stop: Stop) -> tuple[int, int]:
+        """Trains the stage. Returns (0 or the exit status, the stage's optimizer steps so far)."""
+        from grpo.stage_trainer import train_stage
+
+        name = run.stage.name
+        try:
+            is_finished, steps = train_stage(self.trained.model, self.trained.prompt_format, problems, run)
+        except NonFiniteError as error:
+            self.machine.say(f"{options.PROG}: {error}: stopped before the step; the newest state is in {run.folder}")
+            return NON_FINITE_EXIT, 0
+        if is_finished:
+            return 0, steps
+        self.machine.say(f"stopped in stage {name} at its step {steps}, saved; go on with: {self.trained.resume}")
+        return 128 + (stop.signal or signal.SIGTERM), steps
+
+    def _log(self, stage: str, step: int, numbers: dict[str, float]) -> None:
+        """Logs a step's metrics, and says the most telling of them."""
+        self.log.log(step, stage=stage, **numbers)
+        words = [f"stage {stage} step {step}"]
+        for name in ("reward", "frac_reward_zero_std", "entropy"):
+            if name in numbers:
+                words.append(f"{name} {numbers[name]:.3f}")
+        words.append(f"{numbers.get('mean_length', 0):.0f} tokens")
+        words.append(f"{numbers.get('step_time', 0):.1f} s a step")
+        self.machine.say("  ".join(words))
+
+    def _measure(self, stage: Stage, functions: Sequence[Any]) -> Measured:
+        return measure(
+            self.trained.model,
+            self.trained.prompt_format,
+            stage.name,
+            self.held_out.problems[stage.name],
+            functions,
+            stage.config.max_completion_length,
+            self.trained.has_tags,
+            self.config.eval_batch_size,
+            self.trained.trainer.autocast(),
+        )
+
+    # --- what a stage leaves behind ---
+
+    def _record_end(self, stage: Stage, after: Measured, before: Metrics) -> None:
+        """CSV, predictions and sample completions of a finished stage."""
+        self.progress.done[stage.name] = after.means()
+        self.record(after.report(before))
+        if self.machine.is_main:
+            folder = self.trained.folder / SAMPLES
+            folder.mkdir(exist_ok=True)
+            lines = [json.dumps(sample, ensure_ascii=False) for sample in after.samples()]
+            write_text_aside(folder / f"{stage.name}.jsonl", "\n".join(lines) + "\n")
+
+    def _save(self, after: Measured) -> None:
+        """The checkpoint at the end of a stage."""
+        if not self.machine.is_main:
+            return
+        config = self.trained.model.config
+        if hasattr(config, "adaptive_cycles"):
+            config.adaptive_cycles = False  # GRPO moves the states that the gate had learnt to judge
+
+        self.progress.elapsed_s = self.log.elapsed_s
+        trainer = self.trained.trainer
+        documents = {
+            PROGRESS: self.progress.document(),
+            CONFIG: self.config.settings,
+            "README.md": self._card(after),
+            **trainer.documents(),
+        }
+        place = step_folder(self.trained.folder, self.progress.step)
+        self.checkpoint = write_checkpoint(place, {trainer.stem: trainer.weights()}, documents)
+        write_text_aside(self.trained.folder / CONFIG, self.config.settings)
+        rotate(self.trained.folder, self.config.checkpoint_limit, keep=[self.checkpoint])
+
+    def _card(self, after: Measured) -> str:
+        """README.md of the checkpoint at the end of a stage."""
+        stages = ", ".join(self.progress.done)
+        card = Card(self.trained.library, ["hrm", "grpo"], self.trained.title, f"; GRPO stages done: {stages}.")
+        return card.text(self.progress.step, after.line(self.progress.start.get(after.stage)))
+
+    def _close(self) -> None:
+        """The closing words: start and end of each stage, files, next command."""
+        if not self.machine.is_main:
+            return
+        changes = []
+        for stage in self.stages:
+            if stage.name not in self.progress.start:
+                continue
+            conditions = self.progress.conditions.get(stage.name) or conditions_of(stage, self.held_out)
+            start = self.progress.start[stage.name]
+            end = self.progress.done[stage.name]
+            changes.append(Change(stage.name, conditions["rewards"], conditions["n"], start, end))
+        print(change_table(changes))
+
+        curve = draw_curve(self.trained.folder, self.log.csv_path)
+        question = self.held_out.problems[self.stages[-1].name][0].question
+        samples = self.trained.folder / SAMPLES
+        print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples))
