@@ -52,12 +52,15 @@ from injector import INJECTORS, Slots, Thought, VocabularyBias
 
 ADDON_PREFIX = "model.addon."
 CORES = {"hrm": HRMCore, "mlp": SinglePassCore}  # by `HRMAddonConfig.adapter`
+# What a saved record without the key was made with, where that is not today's default.
+OLD_DEFAULTS = {"segments": 4, "init_state": "fixed", "state_mix": "sum"}
 
 
 class HRMAddonConfig(PreTrainedConfig):
     """Shape and settings of the add-on, each named after the flag of `train.py` that sets it.
 
-    Only keyword arguments are taken. `base_config` and `base_model_name` are the LLM's and are set by `from_base`.
+    The defaults are those of `train.py`. Only keyword arguments are taken. `base_config` and `base_model_name` are the
+    LLM's and are set by `from_base`.
 
     Attributes:
         base_config: the LLM's own config; a dict of it is accepted.
@@ -102,14 +105,14 @@ class HRMAddonConfig(PreTrainedConfig):
     l_layers: int = 1
     share_hl: bool = False
     n_heads: int = 4
-    segments: int = 4
+    segments: int = 1
     inner_T: int = 2
     reset_l: bool = False
     grad_horizon: str = "full"
     hrm_input: str = "tokens"
     hrm_read: str = "embed+last"
-    init_state: str = "fixed"
-    state_mix: str = "sum"
+    init_state: str = "zero"
+    state_mix: str = "gated"
     injector: str = "cab"
     cab_mem: int = 0
     cab_gate_init: float = 1.0
@@ -143,6 +146,11 @@ class HRMAddonConfig(PreTrainedConfig):
                 kwargs.setdefault(name, getattr(text, name, None))
         kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'. A setting that an older version left out of the record has the value it had then."""
+        return super().from_dict(OLD_DEFAULTS | config_dict, **kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The host's text config: cache creation and TRL ask it for layers, heads and vocabulary."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from addon.baselines import PEFT_TYPES, SHAPE_FIELDS, BaselineController
 from engine.checkpoints import read_checkpoint
-from model import AdapterController, HRMAddonConfig, HRMController
+from model import OLD_DEFAULTS, AdapterController, HRMAddonConfig, HRMController
 
 ADAPTER = "adapter_model"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -87,8 +87,9 @@ def load_adapter(
     if "hrm" not in document:
         raise ValueError(f"{folder} holds a {adapter_of(document)} baseline: load it with "
                          "addon.adapters.load_controller")
+    settings = OLD_DEFAULTS | document["hrm"]
     controller = HRMController.from_base(
-        document["base_model_name_or_path"], device=device, trust_remote_code=trust_remote_code, **document["hrm"]
+        document["base_model_name_or_path"], device=device, trust_remote_code=trust_remote_code, **settings
     )
     check_fingerprint(controller.host, document, folder)
     controller.load_addon_state(tensors)

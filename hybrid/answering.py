@@ -28,7 +28,7 @@ class HybridAnswerer:
     def __init__(self, config: AnswerConfig, folder: Path, device: str):
         self.config = config
         saved = read_checkpoint(folder, stems=[HybridTrainer.stem])
-        self.model = HybridModel(HybridConfig(**json.loads(saved.documents[CONFIG_JSON])))
+        self.model = HybridModel(HybridConfig.from_dict(json.loads(saved.documents[CONFIG_JSON])))
         self.model.load_state_dict(saved.tensors[HybridTrainer.stem], strict=False)
         self.model.to(device).eval()
         if config.eval_segments:

@@ -43,8 +43,16 @@ from hybrid.layers import (
 HRM_MODULES = ("core", "bridge", "gate")  # of HybridEncoder; the decoder's memory branch belongs to them
 
 
+# What a saved record without the key was made with, where that is not today's default.
+OLD_DEFAULTS = {
+    "d_model": 128, "n_heads": 4, "encoder_layers": 2, "decoder_layers": 2, "state_size": 32, "d_h": 128,
+}
+
+
 class HybridConfig(PreTrainedConfig):
-    """Shape of the hybrid. `gate_scale` (0 to 1) multiplies the gate: training raises it, generation uses it as is.
+    """Shape of the hybrid; the defaults are those of `train.py --arch hybrid`.
+
+    `gate_scale` (0 to 1) multiplies the gate: training raises it, generation uses it as is.
 
     Raises:
         ValueError: widths that heads do not divide, unknown encoder or bridge.
@@ -52,8 +60,8 @@ class HybridConfig(PreTrainedConfig):
 
     model_type = "hrm_hybrid"
 
-    def __init__(self, vocab_size: int = 512, d_model: int = 128, n_heads: int = 4, encoder: str = "mamba2",
-                 encoder_layers: int = 2, decoder_layers: int = 2, state_size: int = 32, d_h: int = 128,
+    def __init__(self, vocab_size: int = 512, d_model: int = 256, n_heads: int = 8, encoder: str = "mamba2",
+                 encoder_layers: int = 4, decoder_layers: int = 4, state_size: int = 64, d_h: int = 256,
                  h_layers: int = 1, l_layers: int = 1, h_len: int = 8, l_len: int = 16, h_cycles: int = 2,
                  l_steps: int = 2, grad_horizon: str = "full", bridge: str = "prefix", prefix_len: int = 8,
                  gate_scale: float = 1.0, use_halting: bool = False, halt_threshold: float = 0.99,
@@ -76,6 +84,11 @@ class HybridConfig(PreTrainedConfig):
                          bos_token_id=bos_token_id, eos_token_id=eos_token_id,
                          decoder_start_token_id=kwargs.pop("decoder_start_token_id", bos_token_id), **{
                              key: value for key, value in kwargs.items() if key != "is_encoder_decoder"})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'. A setting that an older version left out of the record has the value it had then."""
+        return super().from_dict(OLD_DEFAULTS | config_dict, **kwargs)
 
 
 @dataclass

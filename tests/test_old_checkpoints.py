@@ -68,17 +68,56 @@ def test_an_old_add_on_keeps_its_recurrence():
     assert document["base_model_name_or_path"] == "assets/tiny_host"
 
 
-def test_a_record_from_before_a_setting_existed_has_what_was_then_the_only_choice(tmp_path):
-    """Before `state_mix` and `init_state` were flags, states were summed and began as fixed vectors."""
-    from addon.adapters import load_controller
+def addon_record(folder: Path, without: tuple[str, ...], **settings) -> Path:
+    """A checkpoint of the add-on in `folder` whose record of its shape lacks some settings."""
     from engine.checkpoints import read_checkpoint, step_folder, write_checkpoint
     from tiny_runs import tiny_model
 
     saved = read_checkpoint(newest(OLD / "addon"))
     document = json.loads(saved.documents["adapter_config.json"])
-    settings = {name: value for name, value in document["hrm"].items() if name not in ("state_mix", "init_state")}
-    first = tiny_model(ROOT / "assets" / "tiny_host", state_mix="sum", init_state="fixed", d_h=8, injector="grb")
-    folder = write_checkpoint(step_folder(tmp_path, 4), {"adapter_model": first.addon_state()}, {
-        "adapter_config.json": json.dumps(document | {"hrm": settings})})
+    kept = {name: value for name, value in document["hrm"].items() if name not in without}
+    model = tiny_model(ROOT / "assets" / "tiny_host", d_h=8, injector="grb", **settings)
+    text = json.dumps(document | {"hrm": kept})
+    return write_checkpoint(step_folder(folder, 4), {"adapter_model": model.addon_state()},
+                            {"adapter_config.json": text})
+
+
+def test_a_record_from_before_a_setting_existed_has_what_was_then_the_only_choice(tmp_path):
+    """Before `state_mix` and `init_state` were flags, states were summed and began as fixed vectors."""
+    from addon.adapters import load_controller
+
+    folder = addon_record(tmp_path, ("state_mix", "init_state"), state_mix="sum", init_state="fixed")
     again, _ = load_controller(folder)
     assert (again.config.state_mix, again.config.init_state) == ("sum", "fixed")
+
+
+def test_a_record_without_a_setting_has_the_default_of_its_time(tmp_path):
+    """Every default of `HRMAddonConfig` that has changed; both ways in, of which one loads baselines as well."""
+    from addon.adapters import load_adapter, load_controller
+    from model import OLD_DEFAULTS
+
+    folder = addon_record(tmp_path, tuple(OLD_DEFAULTS), state_mix="sum", init_state="fixed", segments=4)
+    for load in (load_controller, load_adapter):
+        config = load(folder)[0].config
+        assert {name: getattr(config, name) for name in OLD_DEFAULTS} == OLD_DEFAULTS
+
+
+@pytest.mark.parametrize("system", ["addon", "hybrid"])
+def test_an_old_folder_of_transformers_has_the_defaults_of_its_time(system, tmp_path):
+    """`from_pretrained` on a config.json that lacks each setting whose default has changed."""
+    from transformers import AutoConfig
+
+    import hybrid.model
+    import model
+
+    old, made = {"addon": (model.OLD_DEFAULTS, model.HRMAddonConfig()),
+                 "hybrid": (hybrid.model.OLD_DEFAULTS, hybrid.model.HybridConfig())}[system]
+    made.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    record = json.loads(path.read_text())
+    assert old.keys() <= record.keys()
+    whole = AutoConfig.from_pretrained(tmp_path)
+    assert all(getattr(whole, name) == getattr(made, name) != old[name] for name in old)
+    path.write_text(json.dumps({name: value for name, value in record.items() if name not in old}))
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in old} == old

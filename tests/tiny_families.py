@@ -44,7 +44,8 @@ def tiny_controller(family: str = "llama", trained: bool = True, seed: int = 0, 
     """A controller on a tiny host; `trained` stands for training: every zero factor is random, so nothing is hidden."""
     host = tiny_host(family, seed) if host is None else host
     torch.manual_seed(seed + 1)
-    settings = {"d_h": 16, "n_heads": 2, "segments": 2, "inner_T": 2, **settings}
+    shape = {"d_h": 16, "n_heads": 2, "segments": 2, "inner_T": 2, "init_state": "fixed", "state_mix": "sum"}
+    settings = {**shape, **settings}
     controller = HRMController(HRMAddonConfig(base_config=host.config, **settings), host=host).eval()
     return randomise(controller, seed) if trained else controller
 

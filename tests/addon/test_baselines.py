@@ -140,7 +140,8 @@ def test_lora_is_on_every_linear_map_of_every_layer_and_nowhere_else():
 
 
 def test_the_single_pass_is_l_then_h_once_with_hrms_parameters():
-    config = {"base_config": tiny_llm().config, "d_h": 16, "n_heads": 2, "h_layers": 2, "segments": 3}
+    config = {"base_config": tiny_llm().config, "d_h": 16, "n_heads": 2, "h_layers": 2, "segments": 3,
+              "init_state": "fixed", "state_mix": "sum"}
     mlp, hrm = (HRMController(HRMAddonConfig(adapter=a, **config), tiny_llm()) for a in ("mlp", "hrm"))
     sizes = [{name: tuple(p.shape) for name, p in model.addon_parameters().items()} for model in (mlp, hrm)]
     assert sizes[0] == sizes[1]
