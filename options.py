@@ -60,8 +60,10 @@ def part(kind: type[Part], opts: argparse.Namespace, **given: Any) -> Part:
     Raises:
         TypeError: a field without a default that is neither a flag nor given.
     """
-    fields = [field.name for field in dataclasses.fields(kind)]
-    values = {name: getattr(opts, name) for name in fields if hasattr(opts, name)}
+    values = {}
+    for field in dataclasses.fields(kind):
+        if hasattr(opts, field.name):
+            values[field.name] = getattr(opts, field.name)
     return kind(**values | given)
 
 
@@ -83,24 +85,28 @@ class Given:
     file: dict[str, Any]
     broken: frozenset[str]
     problems: list[str]
-    help: str | None
+    help: str | None = None
 
 
 def read(argv: list[str] | None = None) -> Given:
     """Takes a command line apart, the process's own when None, and reads the YAML file that it names."""
+    if argv is None:
+        argv = sys.argv[1:]
     problems: list[str] = []
-    texts = _read_command_line(sys.argv[1:] if argv is None else argv, problems)
-    topic = texts.pop("help", None)
+    texts = _read_command_line(argv, problems)
+    if "help" in texts:
+        return Given({}, {}, frozenset(), [], _help_topic(texts))
+
     path = texts.get("config")
     leaves = {}
-    if path and path.lower() != "none" and topic is None:
+    if path and path.lower() != "none":
         leaves = _read_config(path, problems)
 
     # A flag is broken where its last source is: what is typed stands before what the file says.
     file = _values(leaves, _from_yaml, f"{path}: ", problems)
     typed = _values(texts, _from_text, "--", problems)
     broken = (leaves.keys() - file.keys()) | (texts.keys() - typed.keys())
-    return Given(typed, file, frozenset(broken - typed.keys()), problems, topic)
+    return Given(typed, file, frozenset(broken - typed.keys()), problems)
 
 
 def settle(given: Given, saved: Mapping[str, Any] | None = None) -> tuple[Options, list[str]]:
@@ -123,9 +129,12 @@ def settle(given: Given, saved: Mapping[str, Any] | None = None) -> tuple[Option
     explicit = {name for name, value in from_files if value != default[name]} | given.typed.keys()
     opts = Options(**values, explicit=explicit, typed=set(given.typed))
 
+    # What is illegal has been told: nobody who goes on with these options shall meet it.
     lines = given.problems + problems(opts, given.broken)
-    illegal = {flag.name: default[flag.name] for flag in FLAGS if not flag.allows(values[flag.name])}
-    return replace(opts, **illegal), lines
+    for flag in FLAGS:
+        if not flag.allows(values[flag.name]):
+            values[flag.name] = default[flag.name]
+    return replace(opts, **values), lines
 
 
 def collect(argv: list[str] | None = None, saved: Mapping[str, Any] | None = None) -> tuple[Options, list[str]]:
@@ -161,8 +170,10 @@ def resolve(opts: Options) -> Options:
 
 def _arch(*sources: Mapping[str, Any]) -> str:
     """The system that the first source names, where it is one: other defaults depend on it."""
-    named = next((source["arch"] for source in sources if source.get("arch")), FIND["arch"].default)
-    return named if named in ARCHS else FIND["arch"].default
+    for source in sources:
+        if source.get("arch"):
+            return source["arch"] if source["arch"] in ARCHS else FIND["arch"].default
+    return FIND["arch"].default
 
 
 def _values(
@@ -176,6 +187,14 @@ def _values(
         except (ValueError, TypeError, OverflowError):
             problems.append(f"{where}{name} {_illegal(FIND[name], raw)}")
     return values
+
+
+def _help_topic(texts: Mapping[str, str | None]) -> str:
+    """What `--help` asks for: what follows it, else the system that is typed beside it, else the common flags."""
+    for word in (texts["help"], texts.get("arch")):
+        if word in ("all", *ARCHS):
+            return word
+    return "common"
 
 
 # --- what is wrong ---
@@ -196,49 +215,43 @@ def problems(opts: argparse.Namespace, skip: Iterable[str] = ()) -> list[str]:
 
     idle = _idle(opts, getattr(opts, "explicit", set()) - unsure)
     unsure |= idle.keys()
-    told = [rule.tell(opts) for rule in RULES if not rule.reads & unsure]
-    return lines + [line for line in told if line] + list(idle.values())
+    for rule in RULES:
+        line = None if rule.reads & unsure else rule.tell(opts)
+        if line:
+            lines.append(line)
+    return lines + list(idle.values())
 
 
 def _idle(opts: argparse.Namespace, explicit: set[str]) -> dict[str, str]:
     """Of the flags that the user set: flag -> what to tell where the system or the adapter does not know it."""
     lines = {}
-    for flag in (flag for flag in FLAGS if flag.name in explicit):
+    for name, flag in FIND.items():
+        if name not in explicit:
+            continue
         other_arch = opts.arch in ARCHS and opts.arch not in flag.archs
         other_adapter = opts.arch == "addon" and opts.adapter in ADAPTERS and opts.adapter not in flag.adapters
         # A default that another adapter's run has saved is no flag that the user asked for.
-        changes = getattr(opts, flag.name) != flag.default_in(opts.arch)
+        changes = getattr(opts, name) != flag.default_in(opts.arch)
 
         if other_arch:
             chosen = f"--arch {opts.arch}, only with {' and '.join(flag.archs)}"
-            lines[flag.name] = f"--{flag.name} does nothing with {chosen}: leave it out"
+            lines[name] = f"--{name} does nothing with {chosen}: leave it out"
         elif other_adapter and changes:
             chosen = f"--adapter {opts.adapter}, only with {' and '.join(flag.adapters)}"
-            lines[flag.name] = f"--{flag.name} does nothing with {chosen}: leave it out"
+            lines[name] = f"--{name} does nothing with {chosen}: leave it out"
     return lines
 
 
-def other_shape(opts: argparse.Namespace, saved: Mapping[str, Any], checkpoint: Any) -> list[str]:
-    """At most one line, naming every flag that contradicts the weights of `checkpoint`, whose options are `saved`."""
-    other = [
-        f"--{flag.name} {getattr(opts, flag.name)} (checkpoint: {saved[flag.name]})"
-        for flag in FLAGS
-        if flag.shape and flag.name in saved and getattr(opts, flag.name) != saved[flag.name]
-    ]
-    if not other:
-        return []
-    told = ", ".join(other)
-    return [f"{checkpoint} was trained with another shape: {told}; leave these flags out or start a new run"]
-
-
 def _illegal(flag: Flag, value: Any) -> str:
-    wrong = "needs a value" if value is None else f"{shown(value)} is not legal"
-    return f"{wrong}: expected {flag.legal}"
+    if value is None:
+        return f"needs a value: expected {flag.legal}"
+    return f"{shown(value)} is not legal: expected {flag.legal}"
 
 
 def _nearest(name: str, prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, FIND, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+    for near in difflib.get_close_matches(name, FIND, n=1):
+        return f"; did you mean {prefix}{near}?"
+    return ""
 
 
 # --- a run's own record of its options ---
@@ -286,16 +299,6 @@ def read_resolved(text: str) -> dict[str, Any]:
     # A default that has changed since must not look like a flag set for another adapter.
     adapter = values.get("adapter", FIND["adapter"].default)
     return {name: value for name, value in values.items() if adapter in FIND[name].adapters}
-
-
-def kept(saved: Mapping[str, Any], anew: bool) -> dict[str, Any]:
-    """Of a checkpoint's options those that hold for a run which goes on from it.
-
-    `anew` begins step, optimizer and data again, and keeps only what the weights bring: their shape and their depth.
-    """
-    if anew:
-        return {name: value for name, value in saved.items() if FIND[name].shape or FIND[name].depth}
-    return {name: value for name, value in saved.items() if not FIND[name].one_call}
 
 
 # --- YAML ---
@@ -386,7 +389,7 @@ def _from_yaml(flag: Flag, value: Any) -> Any:
 def _read_command_line(argv: Iterable[str], problems: list[str]) -> dict[str, str | None]:
     """The text typed for each flag, None where it came without its value; adds to `problems` what is not a flag.
 
-    `--help` comes as the flag `help`: what it asks for.
+    `--help` comes as the flag `help`, with the word that follows it.
     """
     texts: dict[str, str | None] = {}
     words = deque(argv)
@@ -399,17 +402,19 @@ def _read_command_line(argv: Iterable[str], problems: list[str]) -> dict[str, st
         # An unknown flag takes its value along: what follows it is no second problem.
         name, equals, text = word.partition("=")
         if not equals:
-            text = words.popleft() if words and not _is_flag(words[0]) else None
+            text = None
+            if words and not _is_flag(words[0]):
+                text = words.popleft()
+
         flag = FIND.get(name.removeprefix("--"))
         if name in ("-h", "--help"):
-            texts["help"] = text if text in ("all", *ARCHS) else "common"
+            texts["help"] = text
         elif flag is None or not name.startswith("--"):
             problems.append(f"unknown flag {shown(name)}{_nearest(name.lstrip('-'), '--')}")
+        elif flag.type == "bool" and text is None:
+            texts[flag.name] = "1"  # a switch that stands alone
         else:
-            texts[flag.name] = "1" if text is None and flag.type == "bool" else text
-
-    if texts.get("help") == "common" and texts.get("arch") in ARCHS:
-        texts["help"] = texts["arch"]
+            texts[flag.name] = text
     return texts
 
 

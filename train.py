@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import options
-from flags import ARCHS, FLAGS, GROUPS, METAVARS, Flag
+from flags import ARCHS, FIND, FLAGS, GROUPS, METAVARS, Flag
 
 EXAMPLES = f"""examples:
   python {options.PROG}                                                  the defaults: embedded LLM, two tasks
@@ -59,7 +59,8 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
     What the table, the rules and the checkpoint's documents can tell is told first, and without importing torch. Only
     a call without such a problem is put to the system that it is for.
     """
-    # What the call says by itself: a flag that is wrong has its default here, and is told later.
+    # What the call says by itself decides which checkpoint it goes on from. A wrong flag has its default here, and is
+    # told later.
     asked, _ = options.settle(given)
     try:
         if asked.reset_progress and asked.run_name and own_checkpoint(asked):  # begun already: it goes on by itself
@@ -68,20 +69,24 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
         saved = saved_options(checkpoint, asked.reset_progress) if checkpoint else {}
         if checkpoint:
             check_adapter(asked, saved, checkpoint)  # the flags of another adapter would only start more complaints
-    except ValueError as error:  # whatever else the run needs, it says in the checkpoint that cannot be read
+    except ValueError as error:
+        # Whatever else the run needs stands in the checkpoint that cannot be read.
         opts, lines = options.settle(given)
         return opts, None, [*lines, str(error)]
 
+    # What the checkpoint's run was told holds on below what this call says.
     opts, lines = options.settle(given, saved)
     opts = options.replace(opts, resume=asked.resume, reset_progress=asked.reset_progress)
     trained = saved.get("arch", "addon")
-    if checkpoint and trained != opts.arch:  # whatever else is typed belongs to another system
+    if checkpoint and trained != opts.arch:
+        # Whatever else is typed belongs to another system.
         line = f"{checkpoint} is a checkpoint of --arch {trained}, not of --arch {opts.arch}: leave --arch out or name "
         return opts, None, [line + "another checkpoint"]
 
+    # The size that --match_params chooses must fit the checkpoint's weights, too.
     if opts.match_params and not lines:
         opts, lines = matched(opts, asked.explicit)
-    lines += options.other_shape(opts, saved, checkpoint)
+    lines += other_shape(opts, saved, checkpoint)
     if lines:
         return opts, checkpoint, lines
 
@@ -124,7 +129,9 @@ def matched(opts: options.Options, set_here: set[str]) -> tuple[options.Options,
     """
     from addon.param_matching import match
 
-    sizes = {"d_h", "virtual_tokens"} if opts.lora_layers else {"d_h", "lora_rank", "virtual_tokens"}
+    sizes = {"d_h", "lora_rank", "virtual_tokens"}
+    if opts.lora_layers:  # then the rank is of the LoRA beside HRM, and d_h is what is sized
+        sizes.remove("lora_rank")
     typed = sorted(sizes & set_here)
     if typed:
         return opts, [f"--match_params {opts.match_params} and --{typed[0]} are both set: keep one"]
@@ -133,7 +140,7 @@ def matched(opts: options.Options, set_here: set[str]) -> tuple[options.Options,
     except ValueError as error:
         return opts, [str(error)]
 
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":  # of several processes one
         print(sentence, file=sys.stderr)
     return options.replace(opts, **size, explicit=opts.explicit | size.keys()), []
 
@@ -164,6 +171,7 @@ def find_checkpoint(opts: options.Options) -> Path | None:
             raise ValueError(f"run {opts.run_name} in {opts.save_dir} has no checkpoint: train it first, name another")
         return checkpoint
 
+    # Weights to begin anew from may be of any run, but a run goes on from its own checkpoints.
     checkpoint = resolve_resume(opts.resume, Path(opts.save_dir))
     inside_a_run = checkpoint.parent.name == FOLDER
     if opts.run_name and not opts.reset_progress and inside_a_run:
@@ -178,11 +186,13 @@ def own_checkpoint(opts: options.Options) -> Path | None:
     from engine.checkpoints import newest_checkpoint
 
     run = Path(opts.save_dir) / opts.run_name
-    return newest_checkpoint(run) if run.is_dir() else None
+    if not run.is_dir():
+        return None
+    return newest_checkpoint(run)
 
 
 def saved_options(checkpoint: Path, anew: bool = False) -> dict[str, Any]:
-    """The options of the checkpoint's run that this call goes on with, see `options.kept`.
+    """The options of the checkpoint's run that hold for this call, too; see `kept`.
 
     Raises:
         ValueError: a broken or foreign checkpoint.
@@ -190,7 +200,20 @@ def saved_options(checkpoint: Path, anew: bool = False) -> dict[str, Any]:
     from engine.checkpoints import read_checkpoint
 
     text = read_checkpoint(checkpoint, stems=[]).documents["config.resolved.yaml"]
-    return options.kept(options.read_resolved(text), anew)
+    return kept(options.read_resolved(text), anew)
+
+
+def kept(saved: Mapping[str, Any], anew: bool) -> dict[str, Any]:
+    """Of a run's options those with which another call goes on: all but what was said of the one call.
+
+    `anew` begins step, optimizer and data again: it keeps only what the weights bring, their shape and their depth.
+    """
+    values = {}
+    for name, value in saved.items():
+        flag = FIND[name]
+        if flag.shape or flag.depth or not (anew or flag.one_call):
+            values[name] = value
+    return values
 
 
 def check_adapter(asked: options.Options, saved: Mapping[str, Any], checkpoint: Path) -> None:
@@ -202,39 +225,60 @@ def check_adapter(asked: options.Options, saved: Mapping[str, Any], checkpoint: 
                          "new run")
 
 
+def other_shape(opts: options.Options, saved: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
+    """At most one line, naming every flag that contradicts the weights of `checkpoint`, whose options are `saved`."""
+    other = []
+    for flag in FLAGS:
+        value = getattr(opts, flag.name)
+        if flag.shape and saved.get(flag.name, value) != value:
+            other.append(f"--{flag.name} {value} (checkpoint: {saved[flag.name]})")
+    if not other:
+        return []
+    shapes = ", ".join(other)
+    return [f"{checkpoint} was trained with another shape: {shapes}; leave these flags out or start a new run"]
+
+
 # --- help ---
 
 
 def help_text(topic: str) -> str:
     """The text of `--help`: of the `common` flags, of one system's, or of `all`."""
+    epilog = EXAMPLES
+    if topic == "common":
+        epilog = f"{MORE}\n{EXAMPLES}"
     parser = argparse.ArgumentParser(
         prog=options.PROG,
         usage=f"{options.PROG} [--config FILE.yaml] [--FLAG VALUE ...]",
         description="Train a Hierarchical Reasoning Model (HRM), as an add-on on a frozen language model or inside a "
         "model of its own, and measure it.",
-        epilog=f"{MORE}\n{EXAMPLES}" if topic == "common" else EXAMPLES,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     sections = {group: parser.add_argument_group(group) for group in GROUPS}
     for flag in FLAGS:
-        if topic == "common" and not flag.common or topic in ARCHS and topic not in flag.archs:
-            continue
-        notes = [default_of(flag, topic)]
-        if topic != "common":
-            notes.append(flag.legal)
-        text = f"{flag.help} ({'; '.join(notes)})"
-
-        metavar = METAVARS[flag.type]
-        if flag.choices and flag.type == "str":
-            metavar = "|".join(flag.choices)
-        names = [f"--{name}" for name in (flag.name, *flag.aliases)]
-        optional = "?" if flag.type == "bool" else None
-        sections[flag.group].add_argument(*names, metavar=metavar, nargs=optional, help=text.replace("%", "%%"))
+        shown = {"common": flag.common, "all": True}.get(topic, topic in flag.archs)
+        if shown:
+            add_to_help(sections[flag.group], flag, topic)
     return parser.format_help()
 
 
-def default_of(flag: Flag, topic: str) -> str:
+def add_to_help(section: Any, flag: Flag, topic: str) -> None:
+    """Adds a flag to a section of the help: names, what it does, default; legal values too, but for `common`."""
+    notes = [default_words(flag, topic)]
+    if topic != "common":
+        notes.append(flag.legal)
+    text = f"{flag.help} ({'; '.join(notes)})"
+
+    metavar = METAVARS[flag.type]
+    if flag.choices and flag.type == "str":
+        metavar = "|".join(flag.choices)
+    names = [f"--{name}" for name in (flag.name, *flag.aliases)]
+    optional = "?" if flag.type == "bool" else None
+    section.add_argument(*names, metavar=metavar, nargs=optional, help=text.replace("%", "%%"))
+
+
+def default_words(flag: Flag, topic: str) -> str:
     """`default 64, hybrid 32`: the defaults of the systems that know the flag; of one system its own, `default 32`."""
     words = {}
     for arch in flag.archs:
@@ -243,11 +287,15 @@ def default_of(flag: Flag, topic: str) -> str:
     if topic in ARCHS:
         return f"default {words[topic]}"
 
-    first, *others = flag.archs
-    parts = [f"default {words[first]}"]
-    parts += [f"{arch} {words[arch]}" for arch in others if words[arch] != words[first]]
-    known = "" if flag.archs == ARCHS else f"{' and '.join(flag.archs)} only; "
-    return known + ", ".join(parts)
+    # The first system's default, and those of the others where they differ.
+    first = flag.archs[0]
+    text = f"default {words[first]}"
+    for arch, word in words.items():
+        if word != words[first]:
+            text += f", {arch} {word}"
+    if flag.archs != ARCHS:
+        text = f"{' and '.join(flag.archs)} only; {text}"
+    return text
 
 
 if __name__ == "__main__":

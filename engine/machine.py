@@ -58,20 +58,27 @@ def pick_device(name: str) -> str:
 
 
 def pick_precision(name: str, device: str) -> str:
-    """none, bf16 or fp16; auto is bf16 where the hardware multiplies it natively."""
+    """none, bf16 or fp16; auto is bf16 where the hardware multiplies it natively, else none."""
     if name != "auto":
         return name
+
+    native = False
+    cpu_flags = Path("/proc/cpuinfo")
     if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "none"
-    flags = Path("/proc/cpuinfo").read_text() if device == "cpu" and Path("/proc/cpuinfo").exists() else ""
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "none"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu" and cpu_flags.exists():
+        text = cpu_flags.read_text()
+        native = "avx512_bf16" in text or "amx_bf16" in text
+    return "bf16" if native else "none"
 
 
 def run_folder(config: MachineConfig, checkpoint: Path | None) -> Path | None:
     """The folder of the run that `checkpoint` lies in, else of the named one; None: a new one that is still to name."""
     if checkpoint and checkpoint.parent.name == FOLDER and not config.reset_progress:
         return checkpoint.parent.parent
-    return Path(config.save_dir) / config.run_name if config.run_name else None
+    if config.run_name:
+        return Path(config.save_dir) / config.run_name
+    return None
 
 
 def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> list[str]:
@@ -81,30 +88,31 @@ def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> l
         config: the flags of the run.
         checkpoint: the checkpoint that the run goes on from; None for a new run.
     """
-    checks: list[Callable[[], None]] = [
-        lambda: check_device(config.device, config.mixed_precision),
-        lambda: check_trackers(names(config.trackers)),
-    ]
+    lines = errors_of(check_device, config.device, config.mixed_precision)
+    lines += errors_of(check_trackers, names(config.trackers))
     if config.dry_run or os.environ.get("RANK", "0") != "0":  # ranks would take away each other's probe
-        return raised(checks)
+        return lines
 
+    # The run's folder and the CSV are tried before anything is written to them.
     folder = run_folder(config, checkpoint) or Path(config.save_dir)
     csv = Path(config.log_csv or folder / "eval.csv")
-    checks += [lambda: disk_check(folder), lambda: check_csv(csv)]
-    if csv.parent != folder:
-        checks.append(lambda: disk_check(csv.parent))
-    return raised(checks)
+    for place in dict.fromkeys((folder, csv.parent)):
+        lines += errors_of(disk_check, place)
+    return lines + errors_of(check_csv, csv)
+
+
+def errors_of(check: Callable[..., object], *arguments: Any) -> list[str]:
+    """At most one line: the message of the ValueError or OSError that `check(*arguments)` raises."""
+    try:
+        check(*arguments)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
 
 
 def raised(checks: Iterable[Callable[[], object]]) -> list[str]:
-    """Calls each check; the messages of those that raise ValueError or OSError, one line each."""
-    messages = []
-    for check in checks:
-        try:
-            check()
-        except (ValueError, OSError) as error:
-            messages.append(str(error))
-    return messages
+    """`errors_of` several checks."""
+    return [line for check in checks for line in errors_of(check)]
 
 
 def check_device(device: str, mixed_precision: str) -> None:
@@ -181,6 +189,7 @@ class Stop:
 def interruptible() -> Iterator[Stop]:
     """Inside, Ctrl-C and SIGTERM ask the loop to end after its step; a second one ends at once."""
     stop = Stop()
+    # What the signals did before comes back at the first of them, and at the end.
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: Any) -> None:
@@ -191,6 +200,7 @@ def interruptible() -> Iterator[Stop]:
 
     for number in before:
         signal.signal(number, ask)
+
     try:
         yield stop
     finally:
@@ -202,6 +212,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most this process has held, on the GPU where there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    unit = 1 if sys.platform == "darwin" else 1024  # of what the system counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

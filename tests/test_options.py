@@ -174,9 +174,11 @@ assert options.read_resolved("model: {{d_h: 64}}")["new_width"] == 2  # a checkp
 assert options.collect(["--new_width", "0"])[1] == ["--new_width 0 is not legal: expected an integer >= 1"]
 assert "does nothing with --adapter lora" in options.collect(["--new_width", "7", "--adapter", "lora"])[1][0]
 assert "does nothing with --arch enhanced" in options.collect(["--new_width", "7", "--arch", "enhanced"])[1][0]
-told = options.other_shape(opts, {{"new_width": 3}}, "old")
+told = train.other_shape(opts, {{"new_width": 3}}, "old")
 assert told[0].startswith("old was trained with another shape: --new_width 7 (checkpoint: 3)")
-assert options.kept({{"new_width": 3, "lr": 0.1}}, anew=True) == {{"new_width": 3}}
+
+assert train.kept({{"new_width": 3, "lr": 0.1, "dry_run": True}}, anew=True) == {{"new_width": 3}}
+assert train.kept({{"new_width": 3, "lr": 0.1, "dry_run": True}}, anew=False) == {{"new_width": 3, "lr": 0.1}}
 
 for topic in ("common", "all", "addon"):
     assert "--new_width" in train.help_text(topic)
