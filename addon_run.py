@@ -16,10 +16,11 @@ from addon.adapters import build_controller
 from addon.curriculum import ENOUGH, Curriculum, curriculum_problems
 from addon.halting import HaltingAlarm, evaluation_collapse
 from addon.hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
-from batching import Batch, EpochStream, PromptFormat, TrainBatches, training_examples
+from batching import Batch, EpochStream, PromptConfig, PromptFormat, TrainBatches, training_examples
 from engine.logs import format_table
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, machine_problems, raised, start_machine
+from engine.optimization import OptimConfig
 from engine.report import Card, Report
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from evaluation import Answer, Decoding, Evaluation, answer, answer_budget, evaluate, solved_rate
@@ -38,7 +39,7 @@ from reasoning_gym_wrapper import (
 from suite.after_run import Subject
 from suite.spec import spec_problems
 from text_model import CausalTextModel
-from training import Trainer
+from training import AddonStepConfig, Trainer
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
 
@@ -396,7 +397,14 @@ class AddonRun:
 
     def _trainer(self) -> Trainer:
         opts = self.opts
-        trainer = Trainer(opts, self.model, self.machine.accelerator, self.machine.precision)
+        trainer = Trainer(
+            part(AddonStepConfig, opts),
+            part(OptimConfig, opts),
+            part(PromptConfig, opts),
+            self.model,
+            self.machine.accelerator,
+            self.machine.precision,
+        )
         plan = self.data.plan
         if plan and opts.dry_run:
             self.machine.say(

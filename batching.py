@@ -46,6 +46,22 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in tensors), self.examples)
 
 
+@dataclass(frozen=True)
+class PromptConfig:
+    """How questions are shown to the LLM; each field is the flag of its name.
+
+    prompt_style: auto (chat where the tokenizer has a template), chat or plain.
+    system_header: text before every prompt; None = none.
+    sentinel: text that ends every target, at which generation stops; None = none.
+    max_seq_len: most tokens of a prompt, 8 or more.
+    """
+
+    prompt_style: str = "auto"
+    system_header: str | None = None
+    sentinel: str | None = None
+    max_seq_len: int = 512
+
+
 class PromptFormat:
     """Renders questions and targets for one tokenizer.
 

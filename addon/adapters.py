@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from addon.baselines import PEFT_TYPES, SHAPE_FIELDS, BaselineController
+from batching import PromptConfig
 from engine.checkpoints import read_checkpoint
 from model import OLD_DEFAULTS, AdapterController, HRMAddonConfig, HRMController
 
@@ -34,14 +36,14 @@ def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def adapter_document(controller: Any, opts: argparse.Namespace) -> str:
+def adapter_document(controller: Any, prompt: PromptConfig) -> str:
     """JSON text that lets an adapter be rebuilt: base model, its fingerprint, shape, prompt format."""
     document = {
         **controller.shape(),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": controller.config.base_model_name,
         "base_fingerprint": host_fingerprint(controller.host),
-        "prompt": {name: getattr(opts, name) for name in PROMPT_FIELDS},
+        "prompt": dataclasses.asdict(prompt),
     }
     return json.dumps(document, indent=2)
 

@@ -1,11 +1,11 @@
-"""What every training step shares: schedule, optimizers, EMA, mixed precision, an update that refuses NaN."""
+"""What every training step shares: schedule, optimizers, micro-batches, EMA, an update that refuses NaN."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,78 @@ from torch import Tensor, nn
 
 from engine.checkpoints import Checkpoint
 
-MAX_SCALER_SKIPS = 10
+MAX_SCALER_SKIPS = 10  # consecutive overflows of fp16 after which a run is lost
+SEPARATE_DECAY = "apart"  # mark of a group whose decay is switched; checkpoints hold it under this name
+Optimizers = list[tuple[torch.optim.Optimizer, list[str]]]  # each with its parameters' names, in its own order
 
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is no number, found before the optimizer step: the weights are still good."""
 
 
-def learning_rate(opts: argparse.Namespace, step: int, progress: float, warmup: int) -> float:
-    """Learning rate of batch `step` (from 0): linear warmup, then by the schedule over `progress` in [0, 1].
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are moved; each field is the flag of its name.
 
-    cosine and linear never fall under `lr_min_ratio x lr`.
+    optimizer: muon (Muon on hidden matrices, AdamW on the rest), adamw or adamw_8bit.
+    lr: peak learning rate, above 0.
+    weight_decay: per unit of learning rate, 0 or more; of matrices alone.
+    beta1, beta2: decays of AdamW's moments, in [0, 1).
+    grad_clip: largest norm of all gradients together; 0 = off.
+    ema: decay of the averaged weights, in [0, 1); 0 = no average.
+    seed: of the random numbers that a step draws.
+    """
+
+    optimizer: str = "muon"
+    lr: float = 3e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    ema: float = 0.998
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over a run; each field is the flag of its name.
+
+    lr: peak learning rate, above 0.
+    lr_scheduler: cosine, linear or constant, after the warmup.
+    lr_min_ratio: share of `lr` that cosine and linear end at, 0 to 1.
+    """
+
+    lr: float = 3e-3
+    lr_scheduler: str = "cosine"
+    lr_min_ratio: float = 0.0
+
+
+def learning_rate(schedule: ScheduleConfig, step: int, progress: float, warmup: int) -> float:
+    """Learning rate of a batch: a linear rise over the warmup, then the schedule's fall.
+
+    Args:
+        schedule: peak, form and floor; cosine and linear never fall under `lr_min_ratio x lr`.
+        step: number of the batch, from 0.
+        progress: share of the run that is done, 0 to 1.
+        warmup: batches of the rise; 0 = none.
     """
     if step < warmup:
-        return opts.lr * (step + 1) / warmup
-    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return opts.lr * (opts.lr_min_ratio + (1 - opts.lr_min_ratio) * falling[opts.lr_scheduler])
+        return schedule.lr * (step + 1) / warmup
+    if schedule.lr_scheduler == "cosine":
+        falling = 0.5 * (1 + math.cos(math.pi * progress))
+    elif schedule.lr_scheduler == "linear":
+        falling = 1 - progress
+    else:
+        falling = 1.0
+    return schedule.lr * (schedule.lr_min_ratio + (1 - schedule.lr_min_ratio) * falling)
+
+
+def seed_of_step(seed: int, step: int, rank: int, world: int) -> int:
+    """Random seed of batch `step` on one rank. Because it needs no history, a resumed run draws what the other drew."""
+    return ((seed * 1_000_003 + step) * world + rank) % 2**63
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "checkpoint") -> None:
@@ -52,54 +108,6 @@ def load_weights(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     model.load_state_dict(model.state_dict() | weights)  # a tied table's second name is that same storage
 
 
-def seed_of_step(seed: int, step: int, rank: int, world: int) -> int:
-    """Random seed of batch `step` on one rank. Because it needs no history, a resumed run draws what the other drew."""
-    return ((seed * 1_000_003 + step) * world + rank) % 2**63
-
-
-def build_optimizers(
-    opts: argparse.Namespace,
-    parameters: dict[str, nn.Parameter],
-    by_muon: Callable[[str, nn.Parameter], bool],
-    apart: Callable[[str], bool] = lambda name: False,
-) -> list[tuple[torch.optim.Optimizer, list[str]]]:
-    """Each optimizer with its parameters' names in its own order; weight decay on matrices alone.
-
-    `muon` orthogonalises the updates of the matrices that `by_muon` names (scaled to AdamW's size, so one learning rate
-    serves both) and leaves the rest to AdamW. Parameters that `apart` names stand in groups of their own, marked
-    `apart`, whose weight decay the trainer may switch.
-    """
-    muon = [name for name, p in parameters.items() if opts.optimizer == "muon" and by_muon(name, p)]
-    rest = [name for name in parameters if name not in set(muon)]
-    matrices = [name for name in rest if parameters[name].ndim >= 2]
-    groups, order = _groups(opts, parameters, matrices, opts.weight_decay, apart)
-    vectors, names = _groups(opts, parameters, [name for name in rest if parameters[name].ndim < 2], 0.0, None)
-    groups, order, betas = groups + vectors, order + names, (opts.beta1, opts.beta2)
-    if opts.optimizer == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return [(AdamW8bit(groups, lr=opts.lr, betas=betas), order)]
-    optimizers: list[tuple[torch.optim.Optimizer, list[str]]] = []
-    if order:
-        optimizers.append((torch.optim.AdamW(groups, lr=opts.lr, betas=betas), order))
-    if muon:
-        groups, order = _groups(opts, parameters, muon, opts.weight_decay, apart)
-        optimizers.append((torch.optim.Muon(groups, lr=opts.lr, weight_decay=opts.weight_decay,
-                                            adjust_lr_fn="match_rms_adamw"), order))
-    return optimizers
-
-
-def _groups(opts: argparse.Namespace, parameters: dict[str, nn.Parameter], names: list[str], decay: float,
-            apart: Callable[[str], bool] | None) -> tuple[list[dict[str, Any]], list[str]]:
-    """Parameter groups of these names, and the names in the groups' order."""
-    inside = [name for name in names if apart is None or not apart(name)]
-    outside = [name for name in names if name not in set(inside)]
-    groups = [{"params": [parameters[name] for name in inside], "weight_decay": decay}]
-    if outside:
-        groups.append({"params": [parameters[name] for name in outside], "weight_decay": decay, "apart": True})
-    return groups, inside + outside
-
-
 class Ema:
     """Exponential moving average of the weights in float32 (in bf16 a decay of 0.999 rounds to no update).
 
@@ -107,11 +115,14 @@ class Ema:
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
-        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.parameters = parameters
+        self.decay = decay
+        self.updates = 0
         self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
+        """Moves the average towards the weights of now."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = [p.detach().float() for p in self.parameters.values()]
@@ -137,24 +148,142 @@ class Ema:
             parameter.copy_(weights[name])
 
 
-class BaseTrainer:
-    """Owns the model's optimizers, EMA and scaler. Subclasses say what a step is and what a checkpoint keeps.
+# --- optimizers -------------------------------------------------------------------------------------------------------
 
-    `accelerator` gives device, ranks and gradient averaging; `parameters` are those that train. `progress`, which the
-    loop sets before each step, is the share of the run that is done, 0 to 1.
+
+def build_optimizers(
+    config: OptimConfig,
+    parameters: dict[str, nn.Parameter],
+    by_muon: Callable[[str, nn.Parameter], bool],
+    separate_decay: Callable[[str], bool] | None = None,
+) -> Optimizers:
+    """The optimizers of a run; weight decay on matrices alone.
+
+    Muon orthogonalises the updates of hidden matrices, scaled to the size of AdamW's, so that one learning rate serves
+    both (Liu et al. 2025, Muon is Scalable for LLM Training).
+
+    Args:
+        config: which optimizer, and its numbers.
+        parameters: name -> parameter; the order of a group is the order of this dict.
+        by_muon: True for a parameter that `muon` takes; AdamW takes the others.
+        separate_decay: True puts a parameter in its own group, so that the trainer can switch its weight decay. Such
+            a group has the key `SEPARATE_DECAY`.
+    """
+    by_muon_names = {name for name, p in parameters.items() if config.optimizer == "muon" and by_muon(name, p)}
+    matrices = [name for name, p in parameters.items() if name not in by_muon_names and p.ndim >= 2]
+    vectors = [name for name, p in parameters.items() if name not in by_muon_names and p.ndim < 2]
+
+    # Checkpoints store moments by this order of groups: decayed matrices, then vectors.
+    groups, order = _groups(parameters, matrices, config.weight_decay, separate_decay)
+    plain_groups, plain_order = _groups(parameters, vectors, 0.0, None)
+    groups += plain_groups
+    order += plain_order
+    betas = (config.beta1, config.beta2)
+
+    if config.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return [(AdamW8bit(groups, lr=config.lr, betas=betas), order)]
+
+    optimizers: Optimizers = []
+    if order:
+        optimizers.append((torch.optim.AdamW(groups, lr=config.lr, betas=betas), order))
+    if by_muon_names:
+        hidden = [name for name in parameters if name in by_muon_names]
+        groups, order = _groups(parameters, hidden, config.weight_decay, separate_decay)
+        muon = torch.optim.Muon(
+            groups, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append((muon, order))
+    return optimizers
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter],
+    names: list[str],
+    decay: float,
+    separate_decay: Callable[[str], bool] | None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Parameter groups of `names`, and the names in the groups' order."""
+    separate = [name for name in names if separate_decay and separate_decay(name)]
+    together = [name for name in names if name not in set(separate)]
+
+    groups: list[dict[str, Any]] = [{"params": [parameters[name] for name in together], "weight_decay": decay}]
+    if separate:
+        group = {"params": [parameters[name] for name in separate], "weight_decay": decay, SEPARATE_DECAY: True}
+        groups.append(group)
+    return groups, together + separate
+
+
+# --- a trainer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MicroLoss:
+    """What one micro-batch gives to a step.
+
+    loss: (), its share of the global batch's loss; gradients are taken of it.
+    parts: name -> () value to log, a share of the global batch's value unless `shares` says otherwise.
+    shares: name -> factor that makes a part such a share; 1 where a name is missing.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+class LossModule(nn.Module):
+    """A model as a module whose forward is `loss(model, *inputs)`: DDP synchronises through forward alone."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any]):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.loss(self.model, *inputs)
+
+
+class BaseTrainer:
+    """Owns a model's optimizers, EMA and scaler. Subclasses say what a step is and what a checkpoint keeps.
+
+    Args:
+        optim: how weights are moved.
+        model: what a checkpoint keeps and what evaluation runs.
+        loss: the module whose forward gives the loss; DDP wraps it, the attribute `wrapped`, where there are ranks.
+        accelerator: gives device, ranks and gradient averaging.
+        precision: none, bf16 or fp16.
+        parameters: name -> parameter of those that train.
+        optimizers: as `build_optimizers` makes them.
+
+    Attributes:
+        progress: share of the run that is done, 0 to 1; the loop sets it before each step.
     """
 
     stem = "model"  # file stem of the weights in a checkpoint
+    autocast_backward = False  # True: the backward pass runs inside autocast as well
 
-    def __init__(self, opts: argparse.Namespace, model: nn.Module, accelerator: Any, precision: str,
-                 parameters: dict[str, nn.Parameter],
-                 optimizers: list[tuple[torch.optim.Optimizer, list[str]]]):
-        self.opts, self.model, self.accelerator, self.precision = opts, model, accelerator, precision
-        self.parameters, self.optimizers = parameters, optimizers
-        self.ema = Ema(parameters, opts.ema) if opts.ema else None
+    def __init__(
+        self,
+        optim: OptimConfig,
+        model: nn.Module,
+        loss: nn.Module,
+        accelerator: Any,
+        precision: str,
+        parameters: dict[str, nn.Parameter],
+        optimizers: Optimizers,
+    ):
+        self.optim = optim
+        self.model = model
+        self.accelerator = accelerator
+        self.precision = precision
+        self.parameters = parameters
+        self.optimizers = optimizers
+        self.restart_ema()
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self.scaler_skips = 0
         self.progress = 1.0
+        self.wrapped = accelerator.prepare_model(loss) if accelerator.num_processes > 1 else loss
 
     # --- what a checkpoint holds ---
 
@@ -185,7 +314,7 @@ class BaseTrainer:
 
     def restart_ema(self) -> None:
         """The average begins anew at the weights of now."""
-        self.ema = Ema(self.parameters, self.opts.ema) if self.opts.ema else None
+        self.ema = Ema(self.parameters, self.optim.ema) if self.optim.ema else None
 
     def end_training(self) -> None:
         """Leaves the averaged weights in the model for good, and lets the optimizers go: no step follows."""
@@ -196,25 +325,70 @@ class BaseTrainer:
 
     def begin(self, step: int, lr: float) -> None:
         """Random state and learning rate of batch `step`."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        torch.manual_seed(seed_of_step(self.opts.seed, step, rank, world))
+        rank = self.accelerator.process_index
+        world = self.accelerator.num_processes
+        torch.manual_seed(seed_of_step(self.optim.seed, step, rank, world))
         for optimizer, _ in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
+
+    def totals(self, counts: Sequence[Sequence[int]]) -> list[int]:
+        """Column sums of `counts`, one row for each micro-batch of this rank, over all ranks as well."""
+        own = torch.tensor(counts, device=self.accelerator.device).sum(dim=0)
+        return self.accelerator.reduce(own, "sum").tolist()
+
+    def accumulate(self, batches: Sequence[Any], loss_of: Callable[[Any], MicroLoss]) -> dict[str, float]:
+        """Gradients of the global batch, by forward and backward of each micro-batch in turn.
+
+        DDP averages gradients over ranks. A loss is therefore to be divided by the global counts over the number of
+        ranks, so that gradients of micro-batches and ranks add up to those of the global batch.
+
+        Args:
+            batches: micro-batches of this rank; gradients are exchanged once, with the last.
+            loss_of: runs `wrapped` on one of them, under autocast.
+
+        Returns:
+            name -> the part's value for the global batch, over micro-batches and ranks; the same on every rank.
+        """
+        world = self.accelerator.num_processes
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
+            exchange = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
+            with exchange, contextlib.ExitStack() as reduced:
+                reduced.enter_context(self.autocast())
+                micro = loss_of(batch)
+                if not self.autocast_backward:
+                    reduced.close()
+                self.scaler.scale(micro.loss).backward()
+
+            # Only now, so that the backward pass is queued before the first value is waited for.
+            for name, value in micro.parts.items():
+                share = micro.shares.get(name, 1.0)
+                sums[name] = sums.get(name, 0.0) + float(value) * share / world
+
+        if world == 1:
+            return sums
+        names = sorted(sums)
+        own = torch.tensor([sums[name] for name in names], device=self.accelerator.device)
+        return dict(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
 
     def _update(self, step: int, loss: float) -> float:
         """Clips and steps, unless something is not a number. Returns the gradient norm before clipping."""
         for optimizer, _ in self.optimizers:
             self.scaler.unscale_(optimizer)
-        limit = self.opts.grad_clip or math.inf
+        limit = self.optim.grad_clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+
         finite = math.isfinite(norm) and math.isfinite(loss)
         if not finite:
+            # With fp16 the scaler overflows now and then by design, and skips that step itself.
             self.scaler_skips += 1
             overflow = self.precision == "fp16" and math.isfinite(loss) and self.scaler_skips < MAX_SCALER_SKIPS
-            if not overflow:  # with fp16 the scaler overflows now and then by design, and skips that step itself
+            if not overflow:
                 self._forget_gradients()
                 raise NonFiniteError(f"batch {step}: loss {loss}, gradient norm {norm}")
+
         for optimizer, _ in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()

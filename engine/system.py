@@ -9,12 +9,15 @@ from typing import Any, Protocol
 from torch import nn
 
 from engine.machine import MachineConfig
+from engine.optimization import ScheduleConfig
 from engine.report import Card, Report
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig(MachineConfig):
-    """The flags of the loop, those of `MachineConfig` among them. `options.part(LoopConfig, opts, ...)` makes one.
+class LoopConfig(MachineConfig, ScheduleConfig):
+    """The flags of the loop, those of `MachineConfig` and `ScheduleConfig` among them.
+
+    `options.part(LoopConfig, opts, ...)` makes one.
 
     settings: text of config.resolved.yaml, which alone reruns the run.
     flags: every flag by name, for trackers and for comparing with a checkpoint's.
@@ -25,7 +28,6 @@ class LoopConfig(MachineConfig):
     batch_size: items of a micro-batch of one process.
     grad_accum_steps: micro-batches of a batch, in each process.
     warmup_steps: batches over which the learning rate rises; at most half of the run.
-    lr, lr_min_ratio, lr_scheduler: see `engine.optimization.learning_rate`.
     log_steps: batches from one line of metrics.jsonl to the next, at least 1.
     eval_every, save_every, log_samples_every: batches from one to the next; 0 = never while training.
     save_best_model: mark the checkpoint of the highest `Report.value`, which rotation keeps.
@@ -42,9 +44,6 @@ class LoopConfig(MachineConfig):
     batch_size: int = 64
     grad_accum_steps: int = 1
     warmup_steps: int = 50
-    lr: float = 3e-3
-    lr_min_ratio: float = 0.0
-    lr_scheduler: str = "cosine"
     log_steps: int = 20
     eval_every: int = 380
     save_every: int = 0

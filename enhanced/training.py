@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,28 @@ from torch import Tensor, nn
 from batching import PromptFormat, pad
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
-from engine.optimization import BaseTrainer, build_optimizers, load_weights, model_weights
+from engine.optimization import (
+    BaseTrainer,
+    LossModule,
+    MicroLoss,
+    OptimConfig,
+    build_optimizers,
+    load_weights,
+    model_weights,
+)
 from enhanced.model import EnhancedHRMForCausalLM
 
 CONFIG_JSON = "config.json"
+
+
+@dataclass(frozen=True)
+class EnhancedStepConfig:
+    """What a step of the planner/worker LM needs beside its optimizers; each field is the flag of its name.
+
+    adamw_lr_ratio: learning rate of what AdamW trains beside Muon, as a share of Muon's, above 0.
+    """
+
+    adamw_lr_ratio: float = 0.2
 
 
 def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
@@ -56,32 +74,40 @@ def model_documents(model: Any, tokenizer: Any) -> dict[str, str]:
     return {CONFIG_JSON: model.config.to_json_string(use_diff=False), **texts}
 
 
-class LossOf(nn.Module):
-    """The model as a module whose forward is its training loss: what DDP wraps."""
-
-    def __init__(self, model: EnhancedHRMForCausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: dict[str, Tensor], items: float) -> Any:
-        return self.model(**batch, num_items_in_batch=items)
+def _loss(model: EnhancedHRMForCausalLM, batch: dict[str, Tensor], items: float) -> Any:
+    """The model's output on a batch, its loss a share of that of `items` scored tokens."""
+    return model(**batch, num_items_in_batch=items)
 
 
 class EnhancedTrainer(BaseTrainer):
-    """Runs one batch (of one or more micro-batches) at a time."""
+    """Runs one batch (of one or more micro-batches) at a time.
 
-    stem = "model"
+    Args:
+        config: what a step needs beside its optimizers.
+        optim: how weights are moved.
+        model: the planner/worker LM.
+        accelerator, precision: as `BaseTrainer` takes them.
+        prompt_format: renders prompts, and holds the tokenizer that checkpoints keep.
+    """
 
-    def __init__(self, opts: argparse.Namespace, model: EnhancedHRMForCausalLM, accelerator: Any, precision: str,
-                 prompt_format: PromptFormat):
+    def __init__(
+        self,
+        config: EnhancedStepConfig,
+        optim: OptimConfig,
+        model: EnhancedHRMForCausalLM,
+        accelerator: Any,
+        precision: str,
+        prompt_format: PromptFormat,
+    ):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(opts, model, accelerator, precision, parameters,
-                         build_optimizers(opts, parameters, learns_by_muon))
+        optimizers = build_optimizers(optim, parameters, learns_by_muon)
+        loss = LossModule(model, _loss)
+        super().__init__(optim, model, loss, accelerator, precision, parameters, optimizers)
+        self.config = config
         self.format = prompt_format
-        loss = LossOf(model)
-        self.wrapped = accelerator.prepare_model(loss) if accelerator.num_processes > 1 else loss
 
     def weights(self) -> dict[str, Tensor]:
+        """The whole model's; a tied table once."""
         return model_weights(self.model)
 
     def documents(self) -> dict[str, str]:
@@ -90,11 +116,10 @@ class EnhancedTrainer(BaseTrainer):
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another shape or another tokenizer."""
-        stored = json.loads(saved.documents[CONFIG_JSON])
-        if stored.get("vocab_size") != self.model.config.vocab_size:
-            here = self.model.config.vocab_size
-            raise ValueError(f"{folder} has {stored.get('vocab_size')} tokens, --tokenizer {here}: pass --tokenizer "
-                             f"{folder}")
+        stored = json.loads(saved.documents[CONFIG_JSON]).get("vocab_size")
+        here = self.model.config.vocab_size
+        if stored != here:
+            raise ValueError(f"{folder} has {stored} tokens, --tokenizer {here}: pass --tokenizer {folder}")
         load_weights(self.model, saved.tensors[self.stem], folder)
 
     def begin(self, step: int, lr: float) -> None:
@@ -102,7 +127,7 @@ class EnhancedTrainer(BaseTrainer):
         super().begin(step, lr)
         if len(self.optimizers) > 1:
             for group in self.optimizers[0][0].param_groups:
-                group["lr"] = lr * self.opts.adamw_lr_ratio
+                group["lr"] = lr * self.config.adamw_lr_ratio
 
     def step(self, batches: Sequence[dict[str, Tensor]], step: int, lr: float) -> dict[str, float]:
         """Losses and update of batch `step`, whose micro-batches are `batches`; returns its metrics.
@@ -112,21 +137,31 @@ class EnhancedTrainer(BaseTrainer):
         """
         self.begin(step, lr)
         self.wrapped.train()
-        world = self.accelerator.num_processes
-        counts = torch.tensor([[int((b["labels"][:, 1:] != IGNORE).sum()), len(b["labels"])] for b in batches])
-        tokens, examples = self.accelerator.reduce(counts.sum(dim=0).to(self.accelerator.device), "sum").tolist()
-        sums: dict[str, float] = {}
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.autocast():
-                    out = self.wrapped(batch, tokens / world)  # gradients are averaged over ranks
-                self.scaler.scale(out.loss).backward()
-            sums["loss"] = sums.get("loss", 0.0) + float(out.loss.detach()) / world
-            for name, value in out.metrics.items():  # token losses are shares already, the rest are means
-                share = 1.0 if name == "loss_token" else 1.0 / len(batches)
-                sums[name] = sums.get(name, 0.0) + float(value) * share / world
+        tokens, examples = self.totals([[_scored(batch), len(batch["labels"])] for batch in batches])
+        share = tokens / self.accelerator.num_processes
+
+        def loss_of(batch: dict[str, Tensor]) -> MicroLoss:
+            out = self.wrapped(batch, share)
+            parts = {"loss": out.loss.detach(), **out.metrics}
+
+            # The token loss is a share of the batch's already; the other metrics are means of a micro-batch.
+            means = dict.fromkeys(out.metrics.keys() - {"loss_token"}, 1.0 / len(batches))
+            return MicroLoss(out.loss, parts, means)
+
+        sums = self.accumulate(batches, loss_of)
         norm = self._update(step, sums["loss"])
         self.model.update_ema()
-        return {**sums, "answer_loss": sums["loss_token"], "grad_norm": norm, "lr": lr, "segments": 1,
-                "tokens": tokens, "examples": examples}
+        return {
+            **sums,
+            "answer_loss": sums["loss_token"],
+            "grad_norm": norm,
+            "lr": lr,
+            "segments": 1,
+            "tokens": tokens,
+            "examples": examples,
+        }
+
+
+def _scored(batch: dict[str, Tensor]) -> int:
+    """Tokens of a batch that are scored: position t on the label at t + 1."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())

@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from batching import PromptFormat
-from engine.optimization import NonFiniteError, learning_rate
+from engine.optimization import NonFiniteError, ScheduleConfig, learning_rate
 from grpo.problems import Problem
 from grpo.rewards import repetition, text_of
 from grpo.stages import GrpoConfig, Stage
@@ -145,9 +145,11 @@ class StageTrainer(GRPOTrainer):
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         warmup = min(WARMUP_STEPS, num_training_steps // 2)
+        config = self.config
+        schedule = ScheduleConfig(config.lr, config.lr_scheduler, config.lr_min_ratio)
 
         def share(step: int) -> float:
-            return learning_rate(self.config, step, step / num_training_steps, warmup) / self.config.lr
+            return learning_rate(schedule, step, step / num_training_steps, warmup) / schedule.lr
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
         return self.lr_scheduler

@@ -18,12 +18,13 @@ from batching import PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
 from engine.machine import MachineConfig, machine_problems, raised, start_machine
+from engine.optimization import OptimConfig
 from engine.report import Card, Report
 from engine.state import CONFIG
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
-from enhanced.training import EnhancedTrainer
+from enhanced.training import EnhancedStepConfig, EnhancedTrainer
 from grpo.measure import Measured, measure
 from grpo.stages import HeldOut, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from grpo.worked_examples import ExampleData, ExamplesConfig
@@ -165,7 +166,12 @@ class EnhancedRun:
         )
         self.model.to(self.machine.device)
         self.trainer = EnhancedTrainer(
-            opts, self.model, self.machine.accelerator, self.machine.precision, self.format
+            part(EnhancedStepConfig, opts),
+            part(OptimConfig, opts),
+            self.model,
+            self.machine.accelerator,
+            self.machine.precision,
+            self.format,
         )
 
         measuring = part(EvaluatorConfig, opts, measures_untrained=bool(next_stage))

@@ -18,6 +18,7 @@ from engine.batches import IGNORE
 from engine.intervals import wilson
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, machine_problems, start_machine
+from engine.optimization import OptimConfig
 from engine.report import Card, Report, metric_row, percent, prediction_line, text_table
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from hybrid.data import (
@@ -32,7 +33,7 @@ from hybrid.data import (
 )
 from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
-from hybrid.training import HybridTrainer
+from hybrid.training import HybridStepConfig, HybridTrainer
 from suite.after_run import Subject
 from suite.spec import spec_problems
 from text_data.synthetic import synthetic_questions
@@ -333,7 +334,12 @@ class HybridRun:
         set_seed(opts.seed)
         self.model = HybridModel(hybrid_config(opts, self.data)).to(self.machine.device)
         self.trainer = HybridTrainer(
-            opts, self.model, self.machine.accelerator, self.machine.precision, self.data.tokenizer_json
+            options.part(HybridStepConfig, opts),
+            options.part(OptimConfig, opts),
+            self.model,
+            self.machine.accelerator,
+            self.machine.precision,
+            self.data.tokenizer_json,
         )
         self.text = self._text() if self.data.tokenizer_json else None
         evaluator = HybridEvaluator(opts, self.data, self.model, self.trainer, self.text, self.machine)

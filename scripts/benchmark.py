@@ -42,14 +42,15 @@ import options  # noqa: E402
 from addon.baselines import BaselineConfig, BaselineController  # noqa: E402
 from addon.hidden_cache import GB, HiddenCache, cache_key, plan_cache  # noqa: E402
 from addon.param_matching import lora_parameters  # noqa: E402
-from batching import Batch, PromptFormat, TrainBatches, training_examples  # noqa: E402
+from batching import Batch, PromptConfig, PromptFormat, TrainBatches, training_examples  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
+from engine.optimization import OptimConfig  # noqa: E402
 from host import DEFAULT_HOST, freeze, load_host, load_tokenizer  # noqa: E402
 from model import AdapterController, HRMAddonConfig, HRMController  # noqa: E402
 from reasoning_gym_wrapper import Reserve, default_tasks, make_tasks  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
-from training import Trainer  # noqa: E402
+from training import AddonStepConfig, Trainer  # noqa: E402
 
 HOSTS = ("embedded", "qwen2-0.5b")
 ARMS = ("hrm cached", "hrm", "mlp", "lora", "prompt")
@@ -200,7 +201,8 @@ def build_arms(asked: argparse.Namespace, host: Any, prompt_format: PromptFormat
         peak = Peak(accelerator.device)
         torch.manual_seed(0)
         model = controller(opts, host).to(accelerator.device)
-        trainer = Trainer(opts, model, accelerator, precision)
+        parts = [options.part(kind, opts) for kind in (AddonStepConfig, OptimConfig, PromptConfig)]
+        trainer = Trainer(*parts, model, accelerator, precision)
         held = 0
         if cached:
             key = cache_key(model, prompt_format, opts)

@@ -32,7 +32,7 @@ from tiny_runs import (
     records,
     tensors,
 )
-from training import Trainer, segments_of_step
+from training import AddonStepConfig, Trainer, segments_of_step
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
@@ -101,7 +101,8 @@ def test_growing_segments_follow_the_share_of_the_run_that_is_done(call, tmp_pat
 def test_the_cost_told_beforehand_counts_the_segments_that_will_be_drawn(flags):
     opts = options.parse(["--segments", "5", *flags.split()])
     expected = run.mean_segments(opts)
-    drawn = [segments_of_step(opts, step, step / 4000) for step in range(4000)]
+    config = options.part(AddonStepConfig, opts)
+    drawn = [segments_of_step(config, step, step / 4000) for step in range(4000)]
     assert sum(drawn) / len(drawn) == pytest.approx(expected, rel=0.03)
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,13 +16,22 @@ import options
 from addon.adapters import build_model
 from batching import Batch, PromptFormat, pad
 from engine.batches import IGNORE
-from engine.optimization import MAX_SCALER_SKIPS, Ema, NonFiniteError, build_optimizers, learning_rate, seed_of_step
+from engine.optimization import (
+    MAX_SCALER_SKIPS,
+    Ema,
+    NonFiniteError,
+    OptimConfig,
+    ScheduleConfig,
+    build_optimizers,
+    learning_rate,
+    seed_of_step,
+)
 from host import HostError, host_logits
 from injector import Thought
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
-from tiny_runs import TINY
-from training import Trainer, learns_by_muon, segments_of_step
+from tiny_runs import TINY, tiny_trainer
+from training import AddonStepConfig, Trainer, learns_by_muon, segments_of_step
 
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -46,7 +54,7 @@ def make(tiny_host):
         opts = settings(model_name=str(tiny_host), **changes)
         torch.manual_seed(0)
         model = build_model(opts, "cpu")
-        return Trainer(opts, randomise(model) if trained else model, Accelerator(cpu=True), precision, verdicts)
+        return tiny_trainer(opts, randomise(model) if trained else model, precision, verdicts)
     return build
 
 
@@ -116,9 +124,9 @@ def plain_segment(model, states, labels, carry) -> tuple[torch.Tensor, object]:
 
 def plain_training(trainer: Trainer, batches: list[Batch], lr: float, segments: int, burn_in: int) -> list[float]:
     """Trains a copy in the obvious way; returns the losses and leaves the copy's weights in `trainer.plain`."""
-    opts, model = trainer.opts, copy.deepcopy(trainer.controller).train()
+    optim, model = trainer.optim, copy.deepcopy(trainer.controller).train()
     parameters = model.addon_parameters()
-    optimizer, losses = PlainAdamW(parameters, (opts.beta1, opts.beta2), opts.weight_decay), []
+    optimizer, losses = PlainAdamW(parameters, (optim.beta1, optim.beta2), optim.weight_decay), []
     for batch in batches:
         states, carry = model.encode(batch), None
         for segment in range(segments):
@@ -129,8 +137,8 @@ def plain_training(trainer: Trainer, batches: list[Batch], lr: float, segments: 
                 continue
             grads = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
             norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in grads.values()))
-            if opts.grad_clip and norm > opts.grad_clip:
-                grads = {name: g * opts.grad_clip / norm for name, g in grads.items()}
+            if optim.grad_clip and norm > optim.grad_clip:
+                grads = {name: g * optim.grad_clip / norm for name, g in grads.items()}
             optimizer.step(grads, lr)
             losses.append(float(loss.detach()))
     trainer.plain = {name: p.detach() for name, p in parameters.items()}
@@ -196,42 +204,44 @@ def test_the_same_step_draws_the_same_numbers_whatever_came_before(make, batches
 
 
 def test_the_schedule_warms_up_and_falls_to_its_floor():
-    opts = settings(lr=0.4, lr_scheduler="linear", lr_min_ratio=0.25)
-    assert [learning_rate(opts, step, step / 100, 4) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    schedule = ScheduleConfig(lr=0.4, lr_scheduler="linear", lr_min_ratio=0.25)
+    assert [learning_rate(schedule, step, step / 100, 4) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     for scheduler, half in (("linear", 0.25), ("cosine", 0.25), ("constant", 0.4)):
-        opts = settings(lr=0.4, lr_scheduler=scheduler, lr_min_ratio=0.25)
-        start, middle, end = (learning_rate(opts, 50, progress, 4) for progress in (0.0, 0.5, 1.0))
+        schedule = ScheduleConfig(lr=0.4, lr_scheduler=scheduler, lr_min_ratio=0.25)
+        start, middle, end = (learning_rate(schedule, 50, progress, 4) for progress in (0.0, 0.5, 1.0))
         assert start == pytest.approx(0.4) and middle == pytest.approx(half)
         assert end == pytest.approx(0.4 if scheduler == "constant" else 0.1)
-    cosine, linear = (settings(lr=1.0, lr_scheduler=name) for name in ("cosine", "linear"))
+    cosine, linear = (ScheduleConfig(lr=1.0, lr_scheduler=name) for name in ("cosine", "linear"))
     assert learning_rate(cosine, 9, 0.25, 0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     assert learning_rate(linear, 9, 0.25, 0) == pytest.approx(0.75)
 
 
 @given(st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1), st.floats(0, 1), st.integers(0, 50))
 def test_after_the_warmup_the_rate_stays_between_floor_and_peak(scheduler, floor, progress, warmup):
-    opts = settings(lr=0.3, lr_scheduler=scheduler, lr_min_ratio=floor)
-    assert 0.3 * floor - 1e-12 <= learning_rate(opts, warmup, progress, warmup) <= 0.3 + 1e-12
+    schedule = ScheduleConfig(lr=0.3, lr_scheduler=scheduler, lr_min_ratio=floor)
+    assert 0.3 * floor - 1e-12 <= learning_rate(schedule, warmup, progress, warmup) <= 0.3 + 1e-12
 
 
 def test_drawn_segments_cover_their_range_and_depend_on_seed_and_step_alone():
-    opts = settings(segments=4, segments_sampling="uniform")
-    drawn = [segments_of_step(opts, step) for step in range(400)]
+    config = AddonStepConfig(segments=4, segments_sampling="uniform")
+    drawn = [segments_of_step(config, step) for step in range(400)]
     assert {drawn.count(n) > 60 for n in range(1, 5)} == {True} and set(drawn) == {1, 2, 3, 4}
     torch.manual_seed(9)
-    assert drawn == [segments_of_step(opts, step) for step in range(400)]
-    assert drawn != [segments_of_step(settings(segments=4, segments_sampling="uniform", seed=1), s) for s in range(400)]
-    assert {segments_of_step(settings(segments=4), step) for step in range(50)} == {4}
-    assert len({segments_of_step(settings(segments=4, use_act=True), step) for step in range(50)}) == 4
+    assert drawn == [segments_of_step(config, step) for step in range(400)]
+    other = AddonStepConfig(segments=4, segments_sampling="uniform", seed=1)
+    assert drawn != [segments_of_step(other, step) for step in range(400)]
+    assert {segments_of_step(AddonStepConfig(segments=4), step) for step in range(50)} == {4}
+    assert len({segments_of_step(AddonStepConfig(segments=4, use_act=True), step) for step in range(50)}) == 4
 
 
 def test_growing_segments_begin_with_one_and_end_with_all():
-    opts = settings(segments=4, segments_sampling="growing")
-    most = [max(segments_of_step(opts, step, progress) for step in range(60)) for progress in
+    config = AddonStepConfig(segments=4, segments_sampling="growing")
+    most = [max(segments_of_step(config, step, progress) for step in range(60)) for progress in
             (0.0, 0.24, 0.25, 0.5, 0.75, 1.0)]
     assert most == [1, 1, 2, 3, 4, 4]
-    assert {segments_of_step(opts, step, 1.0) for step in range(60)} == {1, 2, 3, 4}
-    assert segments_of_step(opts, 7, 1.0) == segments_of_step(settings(segments=4, segments_sampling="uniform"), 7)
+    assert {segments_of_step(config, step, 1.0) for step in range(60)} == {1, 2, 3, 4}
+    uniform = AddonStepConfig(segments=4, segments_sampling="uniform")
+    assert segments_of_step(config, 7, 1.0) == segments_of_step(uniform, 7)
 
 
 def test_a_trainer_draws_by_the_share_of_the_run_that_the_loop_gives_it(make, batches):
@@ -298,15 +308,15 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest(make, batches):
 
 def test_muon_moves_a_matrix_by_an_orthogonal_step_of_adamws_size():
     matrix = torch.nn.Parameter(torch.zeros(24, 16))
-    opts = settings(optimizer="muon", weight_decay=0.0)
+    config = OptimConfig(optimizer="muon", weight_decay=0.0, lr=1e-2)
     parameters = {"model.addon.read.weight": matrix, "b": torch.nn.Parameter(torch.ones(2))}
-    _, (muon, names) = build_optimizers(opts, parameters, learns_by_muon)
+    _, (muon, names) = build_optimizers(config, parameters, learns_by_muon)
     matrix.grad = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
     muon.step()
-    values = torch.linalg.svdvals(matrix.detach()) / (opts.lr * 0.2 * math.sqrt(24))
+    values = torch.linalg.svdvals(matrix.detach()) / (config.lr * 0.2 * math.sqrt(24))
     assert names == ["model.addon.read.weight"] and 0.6 < float(values.min()) and float(values.max()) < 1.4
     left, _, right = torch.linalg.svd(matrix.grad, full_matrices=False)
-    direction = -matrix.detach() / (opts.lr * 0.2 * math.sqrt(24))
+    direction = -matrix.detach() / (config.lr * 0.2 * math.sqrt(24))
     assert float((direction * (left @ right)).sum()) / 16 > 0.8  # the polar factor of the gradient
 
 
@@ -317,7 +327,8 @@ def test_the_8_bit_optimizer_is_the_8_bit_one_and_steps(make, batches):
     ((optimizer, _),) = trainer.optimizers
     assert {state["state1"].dtype for state in optimizer.state.values()} >= {torch.uint8}
     assert all(not torch.equal(w, before[name]) and w.isfinite().all() for name, w in weights(trainer).items())
-    assert type(build_optimizers(settings(), trainer.parameters, learns_by_muon)[0][0]) is torch.optim.AdamW
+    plain = OptimConfig(optimizer="adamw")
+    assert type(build_optimizers(plain, trainer.parameters, learns_by_muon)[0][0]) is torch.optim.AdamW
 
 
 # --- averaging
@@ -391,14 +402,16 @@ def test_halting_adds_binary_cross_entropy_and_its_penalty(make):
     p = [1 / (1 + math.exp(-x)) for x in (0.5, -1.0, 2.0)]
     bce = -(math.log(p[0]) + math.log(1 - p[1]) + math.log(1 - p[2])) / 3
     penalty = sum(1 - x for x in p) / 3
-    loss, parts = make(use_act=True)._total_loss(out, None, 3)
+    micro = make(use_act=True)._total_loss(out, None, 3)
+    loss, parts = micro.loss, micro.parts
     assert float(loss) == pytest.approx(2 + bce) and float(parts["halt_loss"]) == pytest.approx(bce)
     assert float(parts["teacher_forced_exact"]) == pytest.approx(1 / 3) and float(parts["answer_loss"]) == 2.0
     assert float(parts["halt_probability"]) == pytest.approx(sum(p) / 3)
-    loss, parts = make(use_act=True, act_penalty=0.7)._total_loss(out, None, 3)
+    micro = make(use_act=True, act_penalty=0.7)._total_loss(out, None, 3)
+    loss, parts = micro.loss, micro.parts
     assert float(loss) == pytest.approx(2 + bce + 0.7 * penalty) and float(parts["loss"]) == float(loss.detach())
-    loss, parts = make()._total_loss(out, None, 3)
-    assert float(loss) == 2.0 and "halt_loss" not in parts
+    micro = make()._total_loss(out, None, 3)
+    assert float(micro.loss) == 2.0 and "halt_loss" not in micro.parts
 
 
 def test_the_penalty_makes_halting_likelier(make, batches):
@@ -530,4 +543,4 @@ def test_a_model_with_nothing_to_train_is_refused(make):
     trainer = make()
     trainer.controller.requires_grad_(False)
     with pytest.raises(HostError, match="nothing to train"):
-        Trainer(trainer.opts, trainer.controller, Accelerator(cpu=True), "none")
+        tiny_trainer(settings(), trainer.controller)

@@ -9,15 +9,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 
 import options
 import train
 from addon.adapters import build_model
+from batching import PromptConfig
+from engine.optimization import OptimConfig
 from model import HRMController
 from tiny_families import randomise
+from training import AddonStepConfig, Trainer
 
 ROOT = Path(train.__file__).parent
 TINY = (
@@ -37,6 +42,14 @@ def tiny_model(host: Path, **changes) -> HRMController:
     vars(opts).update({"model_name": str(host), "init_state": "fixed", **changes})
     torch.manual_seed(0)
     return randomise(build_model(opts, "cpu")).eval()
+
+
+def tiny_trainer(
+    opts: options.Options, controller: Any, precision: str = "none", verdicts: Any = None
+) -> Trainer:
+    """A trainer of the controller as a run with `opts` builds it."""
+    parts = [options.part(kind, opts) for kind in (AddonStepConfig, OptimConfig, PromptConfig)]
+    return Trainer(*parts, controller, Accelerator(cpu=True), precision, verdicts)
 
 
 def command(*argv: str, script: str = "train.py", **environment: str) -> subprocess.Popen:

@@ -10,7 +10,6 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import generate
@@ -26,8 +25,7 @@ from model import HRMAddonConfig, HRMController
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import FAMILIES, PAD, SCALED, left_padded, random_ids, randomise
 from tiny_families import tiny_host as tiny_llm
-from tiny_runs import assert_same_run, error_lines, newest, tensors
-from training import Trainer
+from tiny_runs import assert_same_run, error_lines, newest, tensors, tiny_trainer
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
@@ -114,7 +112,7 @@ def test_only_the_adapter_learns_and_the_llm_never_changes(tiny_host, batch, ada
     opts = opts_for(tiny_host, adapter, "--lr", "0.05")
     torch.manual_seed(0)
     model = build_controller(opts, "cpu")
-    trainer = Trainer(opts, model, Accelerator(cpu=True), "none")
+    trainer = tiny_trainer(opts, model)
     trained = set(model.addon_parameters())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = [trainer.step([batch], step, 0.05)["loss"] for step in range(4)] if trained else []
@@ -174,7 +172,7 @@ def test_a_step_equals_a_plain_loop(tiny_host, batch, adapter):
     loss = torch.stack(losses).sum() / (batch.labels != IGNORE).sum()
     parameters = model.addon_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-    trainer, taken = Trainer(opts, model, Accelerator(cpu=True), "none"), {}
+    trainer, taken = tiny_trainer(opts, model), {}
     trainer._update = lambda step, loss: taken.update({n: p.grad.clone() for n, p in parameters.items()}) or 0.0
     told = trainer.step([batch], 0, 0.05)
     assert told["loss"] == pytest.approx(loss.item(), rel=1e-5) and told["segments"] == 1
@@ -185,7 +183,7 @@ def test_a_step_equals_a_plain_loop(tiny_host, batch, adapter):
 def test_muon_takes_matrices_but_no_table_of_virtual_tokens(tiny_host):
     for adapter in LEARNING:
         opts = opts_for(tiny_host, adapter)
-        trainer = Trainer(opts, build_controller(opts, "cpu"), Accelerator(cpu=True), "none")
+        trainer = tiny_trainer(opts, build_controller(opts, "cpu"))
         assert opts.optimizer == "muon"
         kinds = [type(optimizer).__name__ for optimizer, _ in trainer.optimizers]
         assert kinds == {"mlp": ["AdamW", "Muon"], "lora": ["Muon"], "prompt": ["AdamW"]}[adapter]
@@ -299,7 +297,7 @@ def test_a_foreign_adapter_document_is_refused_when_its_configuration_names_none
 
     found = read_checkpoint(newest(tmp_path / "runs" / "mine"))
     opts = opts_for(tiny_host, "prompt")
-    trainer = Trainer(opts, build_controller(opts, "cpu"), Accelerator(cpu=True), "none")
+    trainer = tiny_trainer(opts, build_controller(opts, "cpu"))
     with pytest.raises(ValueError, match="holds an adapter of kind lora, not prompt"):
         trainer.load(found, tmp_path)
     assert saved["adapter"] == "lora"

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 import options
 from addon import hidden_cache
@@ -20,8 +19,7 @@ from batching import EpochStream, PromptFormat, TrainBatches, training_examples
 from host import load_tokenizer
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
-from tiny_runs import ROOT, arguments, assert_same_run, error_lines, newest, records
-from training import Trainer
+from tiny_runs import ROOT, arguments, assert_same_run, error_lines, newest, records, tiny_trainer
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
@@ -109,7 +107,7 @@ def test_cached_and_uncached_training_give_the_same_losses(tiny_host, monkeypatc
     losses = []
     for cached in (False, True):
         opts, model, prompt_format, examples, batches = setting(tiny_host, *more.split())
-        trainer = Trainer(opts, model, Accelerator(cpu=True), "none")
+        trainer = tiny_trainer(opts, model)
         if cached:
             cache = made_cache(opts, model, prompt_format, examples)
             trainer.encode = cache.encoder(model, cache.key)

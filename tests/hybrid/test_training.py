@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 import options
 from engine.batches import IGNORE
-from engine.optimization import NonFiniteError, learning_rate
+from engine.optimization import NonFiniteError, OptimConfig, ScheduleConfig, learning_rate
 from hybrid import data as hybrid_data
 from hybrid.data import (
     HybridData,
@@ -31,7 +31,7 @@ from hybrid.data import (
 from hybrid.model import HybridModel, Weights, is_hrm_parameter
 from hybrid.run import hybrid_config
 from hybrid.text import HybridText
-from hybrid.training import HybridTrainer, gate_scale, learns_by_muon
+from hybrid.training import HybridStepConfig, HybridTrainer, gate_scale, learns_by_muon
 from text_data.synthetic import SimpleTokenizer, is_held_out, synthetic_questions
 from text_data.triples import PreparedData
 from tiny_hybrid import RUN, VOCABULARY, batch_of, logits_of, rows_of, tiny, triples, write_prepared
@@ -55,7 +55,9 @@ def opened(**changes) -> HybridData:
 
 
 def trainer_of(model: HybridModel, precision: str = "none", **changes) -> HybridTrainer:
-    return HybridTrainer(settings(**changes), model, Accelerator(cpu=True), precision)
+    opts = settings(**changes)
+    config = options.part(HybridStepConfig, opts)
+    return HybridTrainer(config, options.part(OptimConfig, opts), model, Accelerator(cpu=True), precision)
 
 
 def taken(trainer: HybridTrainer, batches: list, step: int = 0) -> tuple[dict, dict]:
@@ -75,31 +77,31 @@ def taken(trainer: HybridTrainer, batches: list, step: int = 0) -> tuple[dict, d
 
 
 def test_the_gate_opens_after_its_warmup_step_by_step():
-    opts = settings(hrm_gate_warmup_steps=3, hrm_gate_ramp_steps=4, hrm_gate_scale=0.8)
-    found = [gate_scale(opts, step) for step in range(9)]
+    config = HybridStepConfig(hrm_gate_warmup_steps=3, hrm_gate_ramp_steps=4, hrm_gate_scale=0.8)
+    found = [gate_scale(config, step) for step in range(9)]
     assert found == pytest.approx([0, 0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
-    assert [gate_scale(settings(), step) for step in (0, 1)] == [1.0, 1.0]
-    at_once = settings(hrm_gate_warmup_steps=2, hrm_gate_ramp_steps=1)
+    assert [gate_scale(HybridStepConfig(), step) for step in (0, 1)] == [1.0, 1.0]
+    at_once = HybridStepConfig(hrm_gate_warmup_steps=2, hrm_gate_ramp_steps=1)
     assert [gate_scale(at_once, step) for step in range(4)] == [0, 0, 1, 1]
-    never = settings(hrm_gate_scale=0.0)
+    never = HybridStepConfig(hrm_gate_scale=0.0)
     assert {gate_scale(never, step) for step in range(5)} == {0.0}
 
 
 @given(warmup=st.integers(0, 50), ramp=st.integers(0, 50), scale=st.floats(0, 1), step=st.integers(0, 200))
 def test_the_gate_never_closes_again_and_never_passes_its_scale(warmup, ramp, scale, step):
-    opts = settings(hrm_gate_warmup_steps=warmup, hrm_gate_ramp_steps=ramp, hrm_gate_scale=scale)
-    now, later = gate_scale(opts, step), gate_scale(opts, step + 1)
+    config = HybridStepConfig(hrm_gate_warmup_steps=warmup, hrm_gate_ramp_steps=ramp, hrm_gate_scale=scale)
+    now, later = gate_scale(config, step), gate_scale(config, step + 1)
     assert 0 <= now <= later <= scale and (now == 0) == (step < warmup or now == 0)
-    assert gate_scale(opts, warmup + ramp) == scale
+    assert gate_scale(config, warmup + ramp) == scale
 
 
 @given(scheduler=st.sampled_from(["cosine", "linear"]), ratio=st.floats(0, 1), lr=st.floats(1e-8, 1),
        warmup=st.integers(0, 20), after=st.integers(0, 1000), progress=st.floats(0, 1))
 def test_the_learning_rate_never_falls_under_its_floor(scheduler, ratio, lr, warmup, after, progress):
-    opts = settings(lr_scheduler=scheduler, lr_min_ratio=ratio, lr=lr)
-    assert lr * ratio * (1 - 1e-12) <= learning_rate(opts, warmup + after, progress, warmup) <= lr * (1 + 1e-12)
-    assert learning_rate(opts, warmup + after, 1.0, warmup) == pytest.approx(lr * ratio)
-    assert learning_rate(opts, warmup + after, 0.0, warmup) == pytest.approx(lr)
+    schedule = ScheduleConfig(lr_scheduler=scheduler, lr_min_ratio=ratio, lr=lr)
+    assert lr * ratio * (1 - 1e-12) <= learning_rate(schedule, warmup + after, progress, warmup) <= lr * (1 + 1e-12)
+    assert learning_rate(schedule, warmup + after, 1.0, warmup) == pytest.approx(lr * ratio)
+    assert learning_rate(schedule, warmup + after, 0.0, warmup) == pytest.approx(lr)
 
 
 # --- a step
