@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patience import HANG_S
 from tiny_runs import ROOT, arguments, command, newest, only_run, records, tensors
 
 # What makes a published command small. The embedded LLM of commands that name none is the shipped one.
@@ -53,7 +54,7 @@ def outcomes(tiny_host, tmp_path_factory):
                 argv += [*SMALL, "--save_dir", str(own)]
             running.append((" ".join(words), command(*argv, script=words[1])))
         for text, process in running:
-            out, err = process.communicate(timeout=600)
+            out, err = process.communicate(timeout=HANG_S)
             found[text] = (process.returncode, out, err)
 
     later = [words for words in documented_commands() if "PATH" in words or "generate.py" in words]
@@ -99,10 +100,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(tiny_host, tmp_path, fl
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     two = subprocess.run([*launch, *arguments(tiny_host, tmp_path / "two", *flags)], cwd=ROOT, capture_output=True,
-                         text=True, env=environment, timeout=600)
+                         text=True, env=environment, timeout=HANG_S)
     assert two.returncode == 0, two.stderr[-2000:]
     one = command(*arguments(tiny_host, tmp_path / "one", *flags, "--batch_size", "8"))
-    _, err = one.communicate(timeout=600)
+    _, err = one.communicate(timeout=HANG_S)
     assert one.returncode == 0, err
     assert "2 processes, 8 examples a batch" in two.stderr and two.stdout.count("Wilson") == 1
     folders = [only_run(tmp_path / name) for name in ("two", "one")]

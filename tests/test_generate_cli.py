@@ -8,6 +8,7 @@ import pytest
 
 import generate
 import train
+from patience import HANG_S
 from tiny_runs import ROOT, arguments, command, error_lines, newest, records
 
 QUESTION = "What is 64 + 76?"  # the first evaluation item of toy_add
@@ -84,7 +85,7 @@ def test_sampling_depends_on_the_seed_and_segments_on_the_flag(ask):
 
 def test_interactive_reads_questions_until_the_end_of_input(runs):
     process = command("--save_dir", str(runs), "--interactive", "--max_new_tokens", "4", script="generate.py")
-    out, err = process.communicate(f"{QUESTION}\n{'9' * 900}\n{QUESTION}\n", timeout=300)
+    out, err = process.communicate(f"{QUESTION}\n{'9' * 900}\n{QUESTION}\n", timeout=HANG_S)
     expected = f"> {QUESTION}\nLLM + HRM  {said(runs / 'new')['prediction']}\n"
     assert process.returncode == 0 and out == 2 * expected  # one question too long does not end the talk
     assert "positions: shorten the prompt" in err and "Traceback" not in err

@@ -22,6 +22,7 @@ import options
 import reasoning_gym_wrapper as rg
 from batching import EpochStream, TrainStream, training_examples
 from engine.records import normalise
+from patience import HANG_S
 from reasoning_gym_wrapper import EVAL_SEED, SEED_GAP, Example, Reserve, Task, TaskError, train_seed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -396,7 +397,7 @@ def test_warnings_tell_of_tasks_whose_figures_mislead():
         code = "import reasoning_gym_wrapper as rg; print(rg.task_warnings(['word_ladder']))"
         env = {**os.environ, "PYTHONHASHSEED": seed}
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG_S)
         assert ("PYTHONHASHSEED" in done.stdout) == expected, done.stderr
 
 

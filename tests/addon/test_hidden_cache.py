@@ -17,6 +17,7 @@ from addon.adapters import build_controller
 from addon.hidden_cache import HiddenCache, cache_key, plan_cache, weights_digest
 from batching import EpochStream, PromptFormat, TrainBatches, training_examples
 from host import load_tokenizer
+from patience import HANG_S
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
 from tiny_runs import ROOT, arguments, assert_same_run, error_lines, newest, records, tiny_trainer
@@ -255,7 +256,7 @@ def test_two_processes_each_hold_all_of_it(tiny_host, tmp_path):
     for name, more in (("with", []), ("without", ["--cache_hidden", "off"])):
         argv = arguments(tiny_host, tmp_path / "runs", "--run_name", name, *CACHED, *more, "--batch_size", "2")
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-                               "2", str(script), *argv], capture_output=True, text=True, cwd=ROOT, timeout=300)
+                               "2", str(script), *argv], capture_output=True, text=True, cwd=ROOT, timeout=HANG_S)
         assert done.returncode == 0, done.stderr[-2000:]
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines]

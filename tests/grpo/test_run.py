@@ -21,6 +21,7 @@ from grpo import rewards, stage_loop
 from grpo.rewards import text_of
 from grpo.run import GrpoRun
 from grpo.stages import PUBLISHED
+from patience import HANG_S
 from sandbox.runner import confinement
 from tiny_runs import arguments, command, error_lines, newest, tensors
 
@@ -139,7 +140,7 @@ def test_all_five_stages_run_as_a_command_with_what_each_leaves_behind(tmp_path,
              "--max_seq_len", "4096", "--checkpoint_limit", "0", "--save_dir", str(tmp_path), "--run_name", "r"]
     words += ["--allow_unconfined_code"] if confinement() is not None else []
     first = command(*words)
-    out, told = first.communicate(timeout=1200)
+    out, told = first.communicate(timeout=HANG_S)
     assert first.returncode == 0, told
     run, rows = tmp_path / "r", rows_of(tmp_path / "r")
     for index, (name, published) in enumerate(PUBLISHED.items()):
@@ -154,12 +155,12 @@ def test_all_five_stages_run_as_a_command_with_what_each_leaves_behind(tmp_path,
     assert [line["stage"] for line in logged if "stage" in line] == [name for name in PUBLISHED for _ in range(2)]
 
     again = command(*words)
-    _, told = again.communicate(timeout=600)
+    _, told = again.communicate(timeout=HANG_S)
     assert again.returncode == 0
     assert [line for line in told.splitlines() if "skipped" in line] == [
         f"stage {name} is finished, skipped" for name in PUBLISHED]
     assert rows_of(run) == rows
     shown = command("--checkpoint", str(run), "--prompt", "1 + 1", "--compare", "--max_new_tokens", "4",
                     script="generate.py")
-    out, _ = shown.communicate(timeout=300)
+    out, _ = shown.communicate(timeout=HANG_S)
     assert shown.returncode == 0 and "thought" in out and "solution" in out

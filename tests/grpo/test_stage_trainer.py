@@ -40,6 +40,7 @@ from grpo.problems import (
 from grpo.rewards import build_rewards
 from grpo.stages import PUBLISHED, GrpoConfig, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from model import HRMController
+from patience import HANG_S
 from reasoning_gym_wrapper import Reserve, for_evaluation
 from sandbox.runner import confinement
 from tiny_runs import error_lines, tiny_model
@@ -866,10 +867,10 @@ def test_a_stopped_command_goes_on_inside_its_stage_and_ends(tmp_path, tiny_host
     while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=300)
+    _, told = process.communicate(timeout=HANG_S)
     assert process.returncode == 143 and "stopped in stage format" in told, told
     again = command(*words)
-    _, told = again.communicate(timeout=600)
+    _, told = again.communicate(timeout=HANG_S)
     assert again.returncode == 0 and "going on from checkpoint-" in told, told
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 43))  # 2 of the warm start, 40 of the stage, none twice and none missing

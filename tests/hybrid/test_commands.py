@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from patience import HANG_S
 from tiny_runs import ROOT, command, newest, only_run, tensors
 
 TRAIN = ("--steps 2 --batch_size 2 --eval_batch_size 2 --eval_n 4 --d_model 16 --d_h 16 --n_heads 2 --encoder_layers 1 "
@@ -79,7 +80,7 @@ def test_the_documented_commands_run_from_raw_files_to_the_suite(sources):
     for words in commands:
         script, *argv = small(words, sources)
         process = command(*argv, script=script)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=HANG_S)
         assert process.returncode == 0, f"{script} {argv}: {err[-2000:]}"
         assert "Traceback" not in err, err
         if script == "generate.py":
@@ -100,10 +101,10 @@ def test_two_processes_train_the_hybrid_as_one_with_twice_the_batch(tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     two = subprocess.run([*launch, *shared, *tiny, "--batch_size", "4", "--save_dir", str(tmp_path / "two")], cwd=ROOT,
-                         capture_output=True, text=True, env=environment, timeout=600)
+                         capture_output=True, text=True, env=environment, timeout=HANG_S)
     assert two.returncode == 0, two.stderr[-2000:]
     one = command(*shared, *tiny, "--batch_size", "8", "--save_dir", str(tmp_path / "one"))
-    _, err = one.communicate(timeout=600)
+    _, err = one.communicate(timeout=HANG_S)
     assert one.returncode == 0, err
     folders = [only_run(tmp_path / name) for name in ("two", "one")]
     ours, theirs = (tensors(newest(folder), "model") for folder in folders)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patience import HANG_S
 from sandbox import runner as code_runner
 from sandbox.runner import STATUSES, CodeJob, confinement, run_many, run_tests
 
@@ -24,6 +25,7 @@ NODE = "class Node:\n    def __init__(self, v): self.v, self.left = v, None"
 INCREMENT = "def f(x):\n    return x + 1\n"
 IDENTITY = [f"assert f({n}) == {n}" for n in range(5)]
 TESTS = ["assert f(1) == 2", "assert f(-1) == 0", "assert f(10) == 11"]
+LONGEST_S = code_runner.STARTUP_S + code_runner.STOP_S  # what a run may take beside its timeout, by its own limits
 
 
 def run(code, tests=TESTS, setup="", **named):
@@ -44,7 +46,7 @@ def probe(expression: str, prepare: str = "", **named):
 def test_right_code_passes_every_test():
     result = run(INCREMENT)
     assert (result.passed, result.status, result.passed_tests, result.total_tests) == (True, "passed", 3, 3)
-    assert 0 < result.seconds < 30
+    assert 0 < result.seconds < 20 + LONGEST_S  # `run`'s timeout, and the runner's own limits
 
 
 @pytest.mark.parametrize(
@@ -89,11 +91,10 @@ def test_tests_judged_before_a_death_keep_their_verdict():
 
 
 def test_a_timeout_keeps_what_passed_before_it():
-    code = "def f(x):\n    while x == 2: pass\n    return x"
-    started = time.monotonic()
-    result = run(code, IDENTITY, timeout=0.5)
+    code = "import time\ndef f(x):\n    if x == 2: time.sleep(10**6)\n    return x"
+    result = run(code, IDENTITY, timeout=5)  # enough for two tests on a slow machine
     assert (result.status, result.passed_tests) == ("timeout", 2)
-    assert time.monotonic() - started < 10
+    assert result.seconds < 5 + LONGEST_S
 
 
 def test_no_tests_is_no_pass():
@@ -255,12 +256,12 @@ def test_the_tests_own_tools_cannot_be_replaced(code, test):
 
 def test_an_endless_loop_ends_with_the_timeout():
     result = run("while True: pass", timeout=0.4)
-    assert result.status == "timeout" and result.seconds < 15
+    assert result.status == "timeout" and result.seconds < 0.4 + LONGEST_S
 
 
 def test_a_memory_hog_is_stopped():
     result = run("x = [0] * 10**10", memory_mb=128)
-    assert result.status == "memory" and result.seconds < 15
+    assert result.status == "memory" and result.seconds < 20 + LONGEST_S
     assert run("def f(x):\n    d = []\n    while True: d.append(bytearray(10**7))", memory_mb=128).status == "memory"
 
 
@@ -301,7 +302,7 @@ def test_no_process_thread_or_signal():
 @confined
 def test_a_fork_bomb_goes_nowhere():
     result = run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", timeout=0.5)
-    assert result.status == "timeout" and result.seconds < 15
+    assert result.status == "timeout" and result.seconds < 0.5 + LONGEST_S
 
 
 @confined
@@ -322,13 +323,22 @@ def test_the_network_namespace_is_its_own():
     """Under the filter no socket can be made, so the namespace is looked at from the keeper's place, without it."""
     if UNCONFINED:
         pytest.skip("no confinement here")
+    """A kernel with tunnel modules gives each namespace its idle tunnels beside lo; none of them is up."""
     script = (
-        "import socket, sys; sys.path.insert(0, sys.argv[1])\nfrom sandbox import jail; jail.enter_namespaces()\n"
+        "import fcntl, socket, struct, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from sandbox import jail; jail.enter_namespaces()\n"
         "try: socket.create_connection(('127.0.0.1', 9), 2)\nexcept OSError as error: print(error)\n"
-        "print(socket.if_nameindex())"
+        "SIOCGIFFLAGS, IFF_UP = 0x8913, 1\n"
+        "def flags(name):\n"
+        "    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:\n"
+        "        asked = fcntl.ioctl(any_socket, SIOCGIFFLAGS, struct.pack('256s', name.encode()))\n"
+        "    return struct.unpack('H', asked[16:18])[0]\n"
+        "names = [name for _, name in socket.if_nameindex()]\n"
+        "print('lo' in names, [name for name in names if flags(name) & IFF_UP])"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", script, str(ROOT)], capture_output=True, text=True, timeout=60)
-    assert "Network is unreachable" in done.stdout and "[(1, 'lo')]" in done.stdout, done
+    command = [sys.executable, "-S", "-c", script, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+    assert "Network is unreachable" in done.stdout and "True []" in done.stdout, done
 
 
 @confined
@@ -421,7 +431,7 @@ def test_no_process_is_left(code):
     marker = str(ROOT) + "\0"  # the keeper's argument; another checkout's runs carry another
     before = set(alive(marker))
     run(code, timeout=0.4)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + HANG_S
     while set(alive(marker)) - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not set(alive(marker)) - before
@@ -503,6 +513,6 @@ def test_any_text_gets_a_verdict(code, test, setup):
 def test_the_judge_starts_without_what_costs_milliseconds():
     script = "import sys; sys.path.insert(0, sys.argv[1])\nimport sandbox.judge\nprint(*sys.modules)"
     command = [sys.executable, "-s", "-S", "-P", "-c", script, str(ROOT)]
-    loaded = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=True).stdout.split()
     assert "sandbox.worker" in loaded
     assert not {"re", "typing", "pickle", "ast", "inspect", "dataclasses", "collections.abc", "pathlib"} & set(loaded)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import ablation_grid as ablation
 import options
 from ablation_grid import GridError, Job, read_grid
+from patience import HANG_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRIDS = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
@@ -291,13 +292,13 @@ def test_the_table_pairs_the_same_items_and_averages_over_seeds(tmp_path):
 def interrupted(path: Path, output: Path) -> tuple[int, str]:
     """Starts a grid, waits until its first run trains, sends Ctrl-C. Returns (exit status, stderr)."""
     process = command(str(path), "--output", str(output), "--threads", "1")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_S
     while not list(output.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     with pytest.raises(GridError, match="another ablation, or a run it left, is at work"):
         script.main([str(path), "--output", str(output), "--threads", "1"])
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=HANG_S)
     return process.returncode, told
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import reasoning_gym_wrapper as rg
 from engine.records import normalise
+from patience import HANG_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 spec = importlib.util.spec_from_file_location("build", ROOT / "scripts" / "build_reasoning_dataset.py")
@@ -140,7 +141,7 @@ def test_pillow_is_imported_for_pictures_alone(tmp_path, science, output):
     for arguments in (["gsm8k", "--source", str(raw)], ["science_qa", "--source", str(science)]):
         code = ("import sys; sys.path.insert(0, 'scripts'); import build_reasoning_dataset as b\n"
                 f"b.main(['--dataset', *{arguments}, '--output', {str(output)!r}])\nassert 'PIL' not in sys.modules")
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
         assert done.returncode == 0, done.stderr
 
 
@@ -187,7 +188,7 @@ def test_every_wrong_option_is_told_at_once(tmp_path):
 
 def test_the_hub_out_of_reach_is_one_line_and_exit_status_2(output):
     command = [sys.executable, "scripts/build_reasoning_dataset.py", "--dataset", "gsm8k", "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--source" in done.stderr and not list(output.parent.glob("*"))
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from patience import HANG_S
 from text_data import documents
 from text_data.batches import PreparedBatches
 from text_data.documents import Document, key_of, read_documents, source_files
@@ -469,7 +470,7 @@ def test_validate_names_the_bad_lines_and_exits_2(tmp_path, prepared, change, to
 
 def test_validate_exits_2_without_a_traceback(tmp_path):
     done = subprocess.run([sys.executable, "scripts/validate_dataset.py", str(tmp_path)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=HANG_S)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "meta.json" in done.stderr
 
 
@@ -483,7 +484,7 @@ def test_a_killed_prepare_leaves_no_final_file_and_runs_again(tmp_path, prepared
                "--tokenizer", str(prepared / "tokenizer.json"), "--tokenizer-batch-size", "50"]
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while not any(path.stat().st_size for path in dest.glob(".tmp-train.jsonl-*")):
             assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
@@ -493,7 +494,7 @@ def test_a_killed_prepare_leaves_no_final_file_and_runs_again(tmp_path, prepared
     left = sorted(path.name for path in dest.iterdir())
     assert left and all(name.startswith(".tmp-") for name in left)
     source.write_text("one document\n\nanother document\n\na third one")
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=HANG_S).returncode == 0
     assert {path.name for path in dest.iterdir()} == {"train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"}
     assert call(validate, dest) == 0
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.batches import IGNORE
+from patience import HANG_S
 from text_data.batches import PreparedBatches, pad_batch
 from text_data.synthetic import build_synthetic_dataset
 from text_data.triples import LineIndex, PreparedData, Triple, read_meta
@@ -338,7 +339,7 @@ def grown_memory(folder: Path, triple: Triple, megabytes: float) -> tuple[int, i
             file.write(line * (1_000_000 // len(line)))
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     command = [sys.executable, "-c", MEMORY, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=HANG_S)
     lines, gained = map(int, done.stdout.split())
     (folder / "train.jsonl").unlink()
     return lines, gained
