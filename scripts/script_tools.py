@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class ScriptParser(argparse.ArgumentParser):
@@ -60,3 +63,20 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table as CSV with a heading: floats with six digits, missing values and None empty.
+
+    Raises:
+        ValueError: a row has a value that is in no column.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = {}
+        for name, value in row.items():
+            cells[name] = f"{value:.6g}" if isinstance(value, float) else value
+        writer.writerow(cells)
+    return text.getvalue()

@@ -1,4 +1,4 @@
-"""scripts/depth_curve.py and halting.py: what is measured at each depth, readouts, calibration, alarms."""
+"""scripts/depth_curve.py, calibration.py and addon/halting.py: what is measured at each depth, calibration, alarms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 import train
 from addon import halting
-from addon.halting import HaltingAlarm, calibration_error, collapse, evaluation_collapse, reliability
+from addon.halting import HaltingAlarm, collapse, evaluation_collapse
+from calibration import calibration_error, reliability
+from depth_measures import MOST_GROUPS, QUANTILES, length_labels, own_difficulty
 from hrm_blocks import last_column, relative_change
 from tiny_runs import arguments, newest, only_run, tiny_model
 
@@ -113,20 +115,20 @@ def test_a_run_tells_its_alarms(tiny_host, tmp_path, monkeypatch, capsys):
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=50))
 def test_length_groups_are_ranges_that_hold_their_items(lengths):
-    labels = script.by_length(lengths)
+    labels = length_labels(lengths)
     for length, label in zip(lengths, labels, strict=True):
         low, high = map(int, label.removeprefix("prompt ").removesuffix(" tokens").split("-"))
         assert low <= length <= high
-    assert len(set(labels)) <= script.QUANTILES
+    assert len(set(labels)) <= QUANTILES
 
 
 def test_difficulty_is_a_number_that_the_task_gives_its_items():
     chain = [{"source_index": i, "num_terms": 2 + i % 2, "num_digits": 1, "difficulty": {}} for i in range(4)]
-    assert script.own_difficulty(chain) == "num_terms"
-    assert script.own_difficulty([{**entry, "num_terms": 2} for entry in chain]) is None
-    assert script.own_difficulty([{"source_index": i, "a": i} for i in range(4)]) is None
-    many = [{"num_terms": i} for i in range(script.MOST_GROUPS + 1)]
-    assert script.own_difficulty(many) is None
+    assert own_difficulty(chain) == "num_terms"
+    assert own_difficulty([{**entry, "num_terms": 2} for entry in chain]) is None
+    assert own_difficulty([{"source_index": i, "a": i} for i in range(4)]) is None
+    many = [{"num_terms": i} for i in range(MOST_GROUPS + 1)]
+    assert own_difficulty(many) is None
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

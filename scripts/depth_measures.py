@@ -1,0 +1,266 @@
+"""What a trained add-on does and answers at each number of segments; the measuring part of depth_curve.py."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from batching import PromptFormat  # noqa: E402
+from calibration import calibration_error  # noqa: E402
+from engine.intervals import wilson  # noqa: E402
+from evaluation import OVERALL, Answer, Decoding, answer  # noqa: E402
+from hrm_blocks import relative_change  # noqa: E402
+from model import HRMController  # noqa: E402
+from reasoning_gym_wrapper import Example  # noqa: E402
+
+ALL = "all"  # every difficulty
+QUANTILES = 4  # groups of prompt length
+MOST_GROUPS = 12  # values of a difficulty that still make groups
+READOUT_FIELDS = ("use_act", "eval_readout", "segments", "halt_max_segments", "halt_settled")  # of the model's config
+
+
+@dataclass
+class Loaded:
+    """A checkpoint ready to be measured, with the evaluation items of its run.
+
+    use_act: the run trained a halting head.
+    decoding: how its run decodes answers; the budget of new tokens is set.
+    precision: none, bf16 or fp16.
+    """
+
+    folder: Path
+    model: HRMController
+    format: PromptFormat
+    examples: list[Example]
+    use_act: bool
+    decoding: Decoding
+    precision: str
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of every forward pass."""
+        if self.precision == "none":
+            return contextlib.nullcontext()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.model.device.type, dtype=dtype)
+
+
+# --- groups of items --------------------------------------------------------------------------------------------------
+
+
+def difficulties(examples: Sequence[Example], prompt: PromptFormat, key: str) -> list[str]:
+    """The difficulty group of each item, a label; tasks are grouped each by itself.
+
+    `key` is a name in the items' metadata, `length` (quartiles of the prompt's tokens), or `auto`: what
+    `own_difficulty` finds, else length.
+
+    Raises:
+        ValueError: no item of a task has the metadata `key`.
+    """
+    labels = [""] * len(examples)
+    for task in dict.fromkeys(example.task for example in examples):
+        places = [place for place, example in enumerate(examples) if example.task == task]
+        own = _labels([examples[place] for place in places], prompt, key)
+        for place, label in zip(places, own, strict=True):
+            labels[place] = label
+    return labels
+
+
+def _labels(examples: Sequence[Example], prompt: PromptFormat, key: str) -> list[str]:
+    """The labels of one task's items. Raises ValueError."""
+    metadata = [example.entry["metadata"] for example in examples]
+    name: str | None = key
+    if key == "auto":
+        name = own_difficulty(metadata)
+    elif key == "length":
+        name = None
+
+    if name is not None and any(name in entry for entry in metadata):
+        return [f"{name} {entry.get(name, 'unknown')}" for entry in metadata]
+    if key not in ("auto", "length"):
+        names = sorted(n for n, value in metadata[0].items() if isinstance(value, int | str))
+        raise ValueError(
+            f"items of {examples[0].task} have no {key!r}: --difficulty takes auto, length or one of "
+            f"{', '.join(names)}"
+        )
+    prompts = prompt.prompts([example.question for example in examples])
+    return length_labels([len(ids) for ids in prompts])
+
+
+def own_difficulty(metadata: Sequence[dict[str, Any]]) -> str | None:
+    """The first whole number in the items' metadata that says how hard they are; None where there is none.
+
+    It is named as a count (`num_...`) or among the item's difficulties, varies, and takes few values.
+    """
+    for name, value in metadata[0].items():
+        if isinstance(value, bool) or not isinstance(value, int) or name == "source_index":
+            continue
+        if not name.startswith("num_") and name not in metadata[0].get("difficulty", {}):
+            continue
+        values = [entry.get(name) for entry in metadata]
+        if all(isinstance(v, int) for v in values) and 2 <= len(set(values)) <= MOST_GROUPS:
+            return name
+    return None
+
+
+def length_labels(lengths: Sequence[int]) -> list[str]:
+    """A label by quartile of prompt length (tokens); equal lengths share a label."""
+    ordered = sorted(lengths)
+    ends = sorted({ordered[(len(ordered) - 1) * (q + 1) // QUANTILES] for q in range(QUANTILES)})
+    labels = []
+    for length in lengths:
+        # The first range that reaches so far.
+        place = next(place for place, end in enumerate(ends) if length <= end)
+        low = ends[place - 1] + 1 if place else ordered[0]
+        labels.append(f"prompt {low}-{ends[place]} tokens")
+    return labels
+
+
+def groups(examples: Sequence[Example], labels: Sequence[str]) -> dict[tuple[str, str], list[int]]:
+    """(task, difficulty) -> places of its items, with all difficulties of a task and all tasks together."""
+    places_of: dict[tuple[str, str], list[int]] = {}
+    tasks = list(dict.fromkeys(example.task for example in examples))
+    for task in tasks:
+        places = [place for place, example in enumerate(examples) if example.task == task]
+        places_of[task, ALL] = places
+        for label in sorted({labels[place] for place in places}, key=_natural):
+            places_of[task, label] = [place for place in places if labels[place] == label]
+    if len(tasks) > 1:
+        places_of[OVERALL, ALL] = list(range(len(examples)))
+    return places_of
+
+
+def _natural(label: str) -> tuple[float, str]:
+    """Sorts `num_terms 10` behind `num_terms 9`; labels without a number come last."""
+    digits = "".join(c if c.isdigit() else " " for c in label).split()
+    number = float(digits[0]) if digits else float("inf")
+    return number, label
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trajectory:
+    """What the recurrence does on each item, segment by segment; all (segments, n).
+
+    z_high_change, z_low_change: ||z_k - z_(k-1)|| / ||z_k||, norms over the whole prompt.
+    halt_probability: of the halting head, after each segment.
+    """
+
+    z_high_change: torch.Tensor
+    z_low_change: torch.Tensor
+    halt_probability: torch.Tensor
+
+
+@torch.no_grad()
+def trajectory(loaded: Loaded, segments: int, batch_size: int) -> Trajectory:
+    """Thinks about every item for `segments` segments, without an answer."""
+    parts = []
+    for start in range(0, len(loaded.examples), batch_size):
+        batch = loaded.format.batch(loaded.examples[start : start + batch_size]).to(loaded.model.device)
+        with loaded.autocast():
+            rows = list(_segments(loaded.model, batch, segments))
+        parts.append(torch.stack(rows).cpu())  # (segments, 3, B)
+    return Trajectory(*torch.cat(parts, dim=2).unbind(dim=1))
+
+
+def _segments(model: HRMController, batch: Any, segments: int) -> Iterator[torch.Tensor]:
+    """(3, B) after each segment: change of z_H, change of z_L, halting probability."""
+    backbone = model.model
+    core = backbone.addon.core
+    states = model.encode(batch)
+    mask = states.context.mask
+    carry = core.initial_carry(mask)
+    for _ in range(segments):
+        before = carry
+        carry = backbone.advance(states.features, states.context, before)
+        yield torch.stack(
+            [
+                relative_change(before.z_high, carry.z_high, mask),
+                relative_change(before.z_low, carry.z_low, mask),
+                core.halt_logits(carry.z_high, mask).float().sigmoid(),
+            ]
+        )
+
+
+@contextlib.contextmanager
+def readout_config(loaded: Loaded, readout: str, segments: int, settled: float) -> Iterator[None]:
+    """Inside, the model answers by `readout` after (`on`, `settled`: at most) so many segments."""
+    config = loaded.model.config
+    before = {name: getattr(config, name) for name in READOUT_FIELDS}
+    config.use_act = loaded.use_act and readout != "last"
+    config.eval_readout = "best_halt" if readout == "best_halt" else "last"
+    config.segments = segments
+    config.halt_max_segments = segments
+    config.halt_settled = settled if readout == "settled" else 0.0
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def answers_at(loaded: Loaded, readout: str, segments: int, settled: float = 0.0) -> list[Answer]:
+    """The items' answers by one readout after (`on`, `settled`: at most) so many segments.
+
+    `settled` is the share of change under which an example stops, with the readout of that name.
+    """
+    with readout_config(loaded, readout, segments, settled), loaded.autocast():
+        return answer(loaded.model, loaded.format, loaded.examples, loaded.decoding)
+
+
+def rows_of(
+    answers: Sequence[Answer],
+    places_of: dict[tuple[str, str], list[int]],
+    walk: Trajectory,
+    readout: str,
+    segments: int,
+    seconds: float,
+    calibrated: bool,
+) -> list[dict[str, Any]]:
+    """CSV rows of one readout at one number of segments.
+
+    Args:
+        answers: one for each item.
+        places_of: `groups` of the items.
+        walk: what the recurrence did on them.
+        readout: its name.
+        segments: how many were run, at most.
+        seconds: what answering took.
+        calibrated: there is a halting head, so the readout `last` gets its probability and calibration error.
+    """
+    rows = []
+    for (task, label), places in places_of.items():
+        solved = [answers[place].solved for place in places]
+        low, high = wilson(sum(solved), len(solved))
+        row: dict[str, Any] = {
+            "task": task,
+            "difficulty": label,
+            "readout": readout,
+            "segments": segments,
+            "n": len(places),
+            "solved": sum(solved) / len(solved),
+            "ci_low": low,
+            "ci_high": high,
+            "seconds": seconds,
+            "segments_used": sum(answers[place].segments for place in places) / len(places),
+        }
+
+        # Only `last` reads the state after exactly so many segments, which is what the trajectory is of.
+        if readout == "last":
+            for name in ("z_high_change", "z_low_change"):
+                row[name] = float(getattr(walk, name)[segments - 1, places].mean())
+            if calibrated:
+                chances = walk.halt_probability[segments - 1, places].tolist()
+                row["halt_probability"] = sum(chances) / len(chances)
+                row["ece"] = calibration_error(chances, solved)
+        rows.append(row)
+    return rows
