@@ -56,6 +56,7 @@ class EnhancedHRMPreTrainedModel(PreTrainedModel):
         """Whether the gate stops tokens: the caller's choice, else never in training mode, else as the config says."""
         if choice is not None:
             return choice
+
         return self.config.adaptive_cycles and not self.training
 
     @contextlib.contextmanager
@@ -110,6 +111,7 @@ class EnhancedHRMModel(EnhancedHRMPreTrainedModel):
 
     def step(self, plan: Tensor, work: Tensor, before: Tensor, x: Tensor, cycle: CycleContext) -> tuple[Tensor, Tensor]:
         """One cycle: (plan, work), each (R, A, d); `before` is the worker's state one cycle before `work`."""
+        # More cycles than the model was trained with reuse the last one's embedding.
         x = x + self.cycle_embedding[min(cycle.index, len(self.cycle_embedding) - 1)]
         plan = self._run(self.planner, rms_norm(plan + work + x), cycle)
         work = self._run(self.worker, rms_norm(work + plan + x + self.skip * before), cycle)
@@ -152,6 +154,7 @@ class EnhancedHRMModel(EnhancedHRMPreTrainedModel):
         slots = KeyValueSlots(layers, cache, carry=adaptive)
         first, readable = self._first_cycle(input_ids, attention_mask, slots)
 
+        # The embedding begins with a deviation of d ** -0.5, so this makes its components of size 1.
         x = self.embed_tokens(input_ids) * self.config.d_model**0.5
         used = torch.zeros_like(input_ids)
         states = []
@@ -185,6 +188,7 @@ class EnhancedHRMModel(EnhancedHRMPreTrainedModel):
                 chosen = Chosen.of(active)
             ran = active
 
+            # Each cycle writes back what its tokens have changed; the others keep their last state.
             parts = [take(chosen, whole) for whole in (plan, work, before, x)]
             new_plan, new_work = self.step(*parts, first.of(index, chosen))
             if adaptive and index < cycles - 1:
@@ -225,6 +229,8 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
     def __init__(self, config: EnhancedHRMConfig):
         super().__init__(config)
         self.model = EnhancedHRMModel(config)
+
+        # Tied to the embedding by `post_init` unless the config says otherwise.
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.thought_head = ThoughtHead(config.d_model, config.thought_dim)
         self.post_init()
@@ -250,6 +256,8 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
             "gate": "heads",
         }
         shares = dict.fromkeys(("embedding", "planner", "worker", "head", "heads", "cycles"), 0)
+
+        # A tied head is no parameter of its own, so it is not named.
         for name, parameter in self.named_parameters():
             part = name.removeprefix("model.").split(".")[0]
             if parameter.requires_grad:
@@ -283,7 +291,8 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
         if labels is not None:
             if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
                 raise ValueError("labels need the logits of every position: leave logits_to_keep out, or the labels")
-            use_cache = False
+            use_cache = False  # a training step reads nothing twice
+
         out = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -296,6 +305,7 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
 
         if cycles_log is not None:
             cycles_log.add(out.cycles_used)
+
         state = out.last_hidden_state
         logits = self.lm_head(state[:, kept_columns(logits_to_keep)])
         loss = metrics = None
@@ -308,6 +318,8 @@ class EnhancedHRMForCausalLM(EnhancedHRMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers'; without a mask, one of ones as long as all tokens so far."""
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+        # The backbone counts positions by the mask, past tokens included.
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = torch.ones_like(input_ids)
         return inputs
@@ -317,6 +329,7 @@ def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:
     """The columns whose logits transformers asks for: the last so many, all of them (0), or those of an index."""
     if isinstance(logits_to_keep, Tensor):
         return logits_to_keep
+
     return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
 
 

@@ -32,7 +32,7 @@ from batching import PromptFormat
 from engine.optimization import NonFiniteError, ScheduleConfig, learning_rate
 from grpo.problems import Problem
 from grpo.rewards import repetition, text_of
-from grpo.stages import GrpoConfig, Stage
+from grpo.stages import Stage
 from model import HRMController, prompt_before
 
 __all__ = ["StageRun", "StageTrainer", "end_of_prompt", "newest_state", "rollout_mode", "train_stage", "trl_config"]
@@ -124,15 +124,15 @@ class StageTrainer(GRPOTrainer):
     Args:
         prompt_format: renders questions, and holds the tokenizer.
         cycles: cycles (add-on: segments) of a token where the model does not count them.
-        config: the schedule of the learning rate.
+        schedule: the learning rate's shape over the stage.
         args, kwargs: as TRL takes them.
     """
 
-    def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, config: GrpoConfig, **kwargs: Any):
+    def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, schedule: ScheduleConfig, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.format = prompt_format
         self.cycles = cycles
-        self.config = config
+        self.schedule = schedule
         self.segments: list[torch.Tensor] = []  # (B,) of each rollout: a halting head may end them early
 
         # The reference model scores, too, and needs the prompt's end for that; only rollouts of the model are counted.
@@ -145,11 +145,9 @@ class StageTrainer(GRPOTrainer):
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         warmup = min(WARMUP_STEPS, num_training_steps // 2)
-        config = self.config
-        schedule = ScheduleConfig(config.lr, config.lr_scheduler, config.lr_min_ratio)
 
         def share(step: int) -> float:
-            return learning_rate(schedule, step, step / num_training_steps, warmup) / schedule.lr
+            return learning_rate(self.schedule, step, step / num_training_steps, warmup) / self.schedule.lr
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
         return self.lr_scheduler
@@ -333,7 +331,7 @@ def train_stage(
             processing_class=prompt_format.tokenizer,
             callbacks=[Reporter(run)],
             prompt_format=prompt_format,
-            config=config,
+            schedule=config,
             cycles=getattr(model.config, "max_cycles", None) or getattr(model.config, "segments", 1),
         )
         # They print what `Reporter` hands to the run's own log.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from engine.optimization import ScheduleConfig
 from engine.records import normalise
 from flags import FIND
 from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, file_source, task_source
@@ -52,8 +53,10 @@ KEYS = ("epochs", "size", "levels", "rewards", "eval_n", "warm", "guess", *OVERR
 
 
 @dataclass(frozen=True)
-class GrpoConfig:
+class GrpoConfig(ScheduleConfig):
     """How one stage of GRPO trains. Every field has the name, the range and the default of a flag.
+
+    Of the schedule the shape over time is kept; its height is `grpo_lr`.
 
     Args:
         grpo_lr: peak learning rate, above 0.
@@ -69,9 +72,6 @@ class GrpoConfig:
         grad_clip: largest gradient norm; 0 = no clipping.
         beta1: first beta of AdamW, in [0, 1).
         beta2: second beta of AdamW, in [0, 1).
-        lr: peak learning rate of the supervised schedule. Its shape over time is kept, its height is `grpo_lr`.
-        lr_scheduler: that schedule after the warmup: cosine, linear or constant.
-        lr_min_ratio: its final rate as a share of the peak, in [0, 1].
         seed: seed of sampling and of the order of questions.
     """
 
@@ -88,9 +88,6 @@ class GrpoConfig:
     grad_clip: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95
-    lr: float = 3e-3
-    lr_scheduler: str = "cosine"
-    lr_min_ratio: float = 0.0
     seed: int = 0
 
 

@@ -72,7 +72,7 @@ def trained_addon(run: AddonRun, checkpoint: Path | None) -> TrainedModel:
         checkpoint=checkpoint,
         step=run.loop.step,
         elapsed_s=run.loop.elapsed_s,
-        title=f"HRM add-on for {run.opts.model_name}",
+        title=f"HRM add-on for {run.model.config.base_model_name}",
         library="peft",
         resume="the same command",
         has_tags=False,

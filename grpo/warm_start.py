@@ -150,7 +150,8 @@ class EnhancedRun:
         self.opts = opts
         config = part(LoopConfig, opts, settings=rerun_text(opts), flags=as_dict(opts))
         self.machine = start_machine(config)
-        self.stages, lines = stages_of(part(StagesConfig, opts))
+        stages_config = part(StagesConfig, opts)
+        self.stages, lines = stages_of(stages_config)
         if lines:
             raise ValueError("; ".join(lines))
 
@@ -158,7 +159,7 @@ class EnhancedRun:
         self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), max_seq_len=opts.max_seq_len)
         held_out = hold_out(self.stages, opts.eval_seed)
         if checkpoint:
-            warning = unreserved_since(checkpoint, opts, held_out)
+            warning = unreserved_since(checkpoint, stages_config, opts.eval_seed, held_out)
             if warning:
                 self.machine.say(warning)
         self.data = ExampleData(part(ExamplesConfig, opts), self.stages, held_out, self.format, self.machine)
@@ -249,17 +250,25 @@ def unreserved(new: int, of: int) -> str:
     )
 
 
-def unreserved_since(checkpoint: Path, opts: Options, held_out: HeldOut) -> str | None:
-    """A warning where the checkpoint's run did not keep all of today's held-out questions off its training."""
+def unreserved_since(checkpoint: Path, config: StagesConfig, seed: int, held_out: HeldOut) -> str | None:
+    """A warning where the checkpoint's run did not keep all of today's held-out questions off its training.
+
+    Args:
+        checkpoint: the checkpoint that the run goes on from.
+        config: the stages of now.
+        seed: seed of the held-out questions.
+        held_out: these questions.
+    """
     before = read_resolved(read_checkpoint(checkpoint, stems=[]).documents[CONFIG])
-    if all(before.get(name) == getattr(opts, name) for name in ("stages", "eval_n", "eval_seed")):
+    seed_before = before.get("eval_seed")
+    config_before = dataclasses.replace(config, stages=before.get("stages"), eval_n=before.get("eval_n"))
+    if seed_before == seed and config_before == config:
         return None
 
     # Draws again what that run reserved.
-    config = dataclasses.replace(part(StagesConfig, opts), stages=before.get("stages"), eval_n=before.get("eval_n"))
     reserved: set[str] = set()
     try:
-        reserved = hold_out(stages_of(config)[0], before.get("eval_seed")).reserved
+        reserved = hold_out(stages_of(config_before)[0], seed_before).reserved
     except ValueError:  # its files are gone, so nothing is known to be reserved
         pass
 

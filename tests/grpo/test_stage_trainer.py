@@ -660,7 +660,7 @@ def test_a_stage_follows_the_schedule_of_the_flags_from_its_first_step_on(schedu
     from grpo.stage_trainer import StageTrainer
 
     trainer = StageTrainer.__new__(StageTrainer)
-    trainer.config = GrpoConfig(lr_scheduler=scheduler, lr_min_ratio=0.0, lr=7.0)
+    trainer.schedule = GrpoConfig(lr_scheduler=scheduler, lr_min_ratio=0.0, lr=7.0)
     trainer.lr_scheduler = None
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
     schedule = trainer.create_scheduler(20, optimizer)
