@@ -45,11 +45,15 @@ def tiny_model(host: Path, **changes) -> HRMController:
 
 
 def tiny_trainer(
-    opts: options.Options, controller: Any, precision: str = "none", verdicts: Any = None
+    opts: options.Options,
+    controller: Any,
+    precision: str = "none",
+    verdicts: Any = None,
+    accelerator: Accelerator | None = None,
 ) -> Trainer:
     """A trainer of the controller as a run with `opts` builds it."""
     parts = [options.part(kind, opts) for kind in (AddonStepConfig, OptimConfig, PromptConfig)]
-    return Trainer(*parts, controller, Accelerator(cpu=True), precision, verdicts)
+    return Trainer(*parts, controller, accelerator or Accelerator(cpu=True), precision, verdicts)
 
 
 def command(*argv: str, script: str = "train.py", **environment: str) -> subprocess.Popen:
