@@ -67,6 +67,17 @@ def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0) 
     return random.Random(f"segments/{config.seed}/{step}").randint(1, most)
 
 
+def mean_segments(config: AddonStepConfig) -> float:
+    """Segments of an average batch, as `segments_of_step` draws them over a whole run."""
+    most = config.segments
+    drawn = (1 + most) / 2  # mean of 1..most
+    if config.segments_sampling == "growing":
+        return (1 + drawn) / 2  # `most` itself grows from 1
+    if config.segments_sampling == "uniform" or config.use_act:
+        return drawn
+    return most
+
+
 def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
     """HRM's hidden matrices and LoRA's factors take Muon; HRM's zero projections, heads, learned tokens take AdamW."""
     if ".lora_A." in name or ".lora_B." in name:

@@ -13,6 +13,7 @@ import torch
 import options
 from engine.checkpoints import (
     STEP_NAME,
+    Checkpoint,
     mark_best,
     read_checkpoint,
     rotate,
@@ -24,7 +25,8 @@ from engine.optimization import BaseTrainer
 from engine.optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
 from engine.system import LoopConfig
 
-STATE, CONFIG = "training_state", "config.resolved.yaml"
+STATE = "training_state"  # stem of the file that training goes on from
+CONFIG = "config.resolved.yaml"
 # What a position in the training items depends on.
 DATA = ("task", "tasks", "task_config", "train_n", "dataset", "seed")
 
@@ -53,29 +55,24 @@ def save_run(
     run: Path, config: LoopConfig, trainer: BaseTrainer, state: RunState, card: str, metric: str = "solved",
     is_best: bool = False,
 ) -> Path:
-    """Writes a checkpoint of the whole run and rotates the older ones. `metric` is what `state.best` measures.
+    """Writes a checkpoint of the whole run and rotates the older ones. Returns its folder.
+
+    Args:
+        run: the run's folder.
+        card: text of the checkpoint's README.md.
+        metric: what `state.best` measures.
+        is_best: True marks this checkpoint as the best one, which rotation keeps.
 
     Raises:
         CheckpointError: it cannot be written; nothing half-written is left.
     """
-    rng, rng_document = pack_rng()
-    tensors = {f"raw/{name}": p.detach() for name, p in trainer.parameters.items()} | rng
-    optimizer_documents = []
-    for index, (optimizer, names) in enumerate(trainer.optimizers):
-        moments, optimizer_document = pack_optimizer(optimizer, names)
-        tensors |= {f"{index}/{name}": tensor for name, tensor in moments.items()}
-        optimizer_documents.append(optimizer_document)
-    if trainer.ema:
-        tensors |= {f"ema/{name}": tensor for name, tensor in trainer.ema.average.items()}
+    tensors, document = _training_state(trainer)
+    document = dataclasses.asdict(state) | document
+
+    # What users load are the averaged weights, where there is an average.
     with trainer.evaluation_weights():
         weights = {name: tensor.detach().clone() for name, tensor in trainer.weights().items()}
-    document = {
-        **dataclasses.asdict(state),
-        "optimizers": optimizer_documents,
-        "rng": rng_document,
-        "ema_updates": trainer.ema.updates if trainer.ema else 0,
-        "scaler": trainer.scaler.state_dict(),
-    }
+
     folder = write_checkpoint(
         step_folder(run, state.step),
         {trainer.stem: weights, STATE: tensors},
@@ -86,11 +83,43 @@ def save_run(
             "README.md": card,
         },
     )
+
+    # The checkpoint is whole: what points at it may follow.
     write_text_aside(run / CONFIG, config.settings)
     if is_best:
         mark_best(run, folder, metric, state.best)
     rotate(run, config.checkpoint_limit, keep=[folder])
     return folder
+
+
+def _training_state(trainer: BaseTrainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and JSON-able values that training needs to go on exactly, beside the weights that users load.
+
+    Tensors are named `raw/NAME` (weights as they train), `ema/NAME` (their average), `INDEX/...` (moments of optimizer
+    INDEX) and as `pack_rng` names random states.
+    """
+    random_states, random_document = pack_rng()
+    tensors = {f"raw/{name}": parameter.detach() for name, parameter in trainer.parameters.items()}
+    tensors |= random_states
+
+    optimizer_documents = []
+    for index, (optimizer, names) in enumerate(trainer.optimizers):
+        moments, optimizer_document = pack_optimizer(optimizer, names)
+        tensors |= {f"{index}/{name}": tensor for name, tensor in moments.items()}
+        optimizer_documents.append(optimizer_document)
+
+    ema_updates = 0
+    if trainer.ema:
+        tensors |= {f"ema/{name}": tensor for name, tensor in trainer.ema.average.items()}
+        ema_updates = trainer.ema.updates
+
+    document = {
+        "optimizers": optimizer_documents,
+        "rng": random_document,
+        "ema_updates": ema_updates,
+        "scaler": trainer.scaler.state_dict(),
+    }
+    return tensors, document
 
 
 def load_run(folder: Path, config: LoopConfig, trainer: BaseTrainer) -> Restored:
@@ -99,64 +128,88 @@ def load_run(folder: Path, config: LoopConfig, trainer: BaseTrainer) -> Restored
     Raises:
         ValueError: a broken checkpoint, another base model, another shape.
     """
-    weights_alone = config.eval_only or config.reset_progress
-    stems = [trainer.stem] if weights_alone else [trainer.stem, STATE]
+    stems = [trainer.stem]
+    if not (config.eval_only or config.reset_progress):
+        stems.append(STATE)
     saved = read_checkpoint(folder, stems)
     trainer.load(saved, folder)
     flags = options.read_resolved(saved.documents[CONFIG])
 
     if config.reset_progress:
         trainer.restart_ema()
-        return Restored(
-            RunState(), flags, [f"weights of {folder}; step, optimizer and training items begin anew"]
-        )
+        note = f"weights of {folder}; step, optimizer and training items begin anew"
+        return Restored(RunState(), flags, [note])
     if config.eval_only:
         trainer.ema = None  # the saved weights are the averaged ones already
 
-    # Somebody may have passed on the weights alone; then the folder's name tells the step.
-    if f"{STATE}.json" not in saved.documents:
-        named = STEP_NAME.fullmatch(folder.name)
-        return Restored(RunState(int(named[1]) if named else 0), flags, [])
-
-    document = json.loads(saved.documents[f"{STATE}.json"])
-    names = {part.name for part in dataclasses.fields(RunState)}
-    state = RunState(**{name: value for name, value in document.items() if name in names})
-    if config.eval_only:
+    state, document = _saved_state(saved, folder)
+    if config.eval_only or not document:
         return Restored(state, flags, [])
 
+    # A position in other items than these would mean nothing.
     notes = []
     if any(config.flags[name] != value for name, value in flags.items() if name in DATA):
         state.stream = {}
         notes.append("the training items are not those of the checkpoint: they begin anew")
+
     _restore_training(trainer, saved.tensors[STATE], document)
     notes += unpack_rng(saved.tensors[STATE], document["rng"])
     return Restored(state, flags, notes)
 
 
+def _saved_state(saved: Checkpoint, folder: Path) -> tuple[RunState, dict[str, Any]]:
+    """The run's state in a checkpoint, and the whole document it comes from.
+
+    Somebody may have passed on the weights alone, which is enough to evaluate them: then the folder's name tells the
+    step, and the document is empty.
+    """
+    text = saved.documents.get(f"{STATE}.json")
+    if text is None:
+        named = STEP_NAME.fullmatch(folder.name)
+        step = int(named[1]) if named else 0
+        return RunState(step), {}
+
+    document = json.loads(text)
+    names = {part.name for part in dataclasses.fields(RunState)}
+    return RunState(**{name: value for name, value in document.items() if name in names}), document
+
+
 def _restore_training(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> None:
+    """Weights as they train, their average, optimizers and loss scaler; see `_training_state`."""
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             raw = tensors[f"raw/{name}"]
             parameter.copy_(raw)
-            if trainer.ema:  # a run that turns averaging on only now starts its average from the raw weights
+            # A run that turns averaging on only now starts its average from the raw weights.
+            if trainer.ema:
                 trainer.ema.average[name].copy_(tensors.get(f"ema/{name}", raw))
     if trainer.ema:
         trainer.ema.updates = document["ema_updates"]
+
     _restore_optimizers(trainer, tensors, document["optimizers"])
     if document["scaler"]:  # empty from a run without fp16
         trainer.scaler.load_state_dict(document["scaler"])
 
 
-def _restore_optimizers(trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]
-                        ) -> None:
+def _restore_optimizers(
+    trainer: BaseTrainer, tensors: dict[str, torch.Tensor], documents: list[dict[str, Any]]
+) -> None:
+    """Moments and counts of every optimizer. Raises ValueError where the checkpoint has others than the trainer."""
     if len(documents) != len(trainer.optimizers):
         kinds = " + ".join(document["class"] for document in documents)
         raise ValueError(f"the checkpoint was trained with {kinds}: resume with that --optimizer or start a new run")
+
     for index, (optimizer, names) in enumerate(trainer.optimizers):
         prefix = f"{index}/"
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        groups = optimizer.param_groups
-        asked = [{key: group[key] for key in ("weight_decay", "betas") if key in group} for group in groups]
+        own = {}
+        for name, tensor in tensors.items():
+            if name.startswith(prefix):
+                own[name.removeprefix(prefix)] = tensor
+
+        # The run's options stay, those typed on resume among them: loading would bring back the checkpoint's.
+        wanted = []
+        for group in optimizer.param_groups:
+            wanted.append({key: group[key] for key in ("weight_decay", "betas") if key in group})
         unpack_optimizer(optimizer, names, own, documents[index])
-        for group, values in zip(groups, asked, strict=True):
-            group.update(values)  # the run's options, those typed on resume among them
+        for group, values in zip(optimizer.param_groups, wanted, strict=True):
+            group.update(values)

@@ -17,6 +17,7 @@ import torch
 import addon_run as run
 import options
 import train
+from addon import items
 from engine import checkpoints as checkpointing
 from engine.checkpoints import MANIFEST
 from engine.records import normalise
@@ -33,7 +34,7 @@ from tiny_runs import (
     records,
     tensors,
 )
-from training import AddonStepConfig, Trainer, segments_of_step
+from training import AddonStepConfig, Trainer, mean_segments, segments_of_step
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
@@ -48,6 +49,7 @@ def update(self, step, loss):
     return norm
 training.Trainer._update = update
 import train
+from addon import items
 sys.exit(train.main(sys.argv[1:]))
 """
 SIX = "--max_steps 6 --save_every 2 --eval_every 3 --checkpoint_limit 0".split()
@@ -101,8 +103,8 @@ def test_growing_segments_follow_the_share_of_the_run_that_is_done(call, tmp_pat
 @pytest.mark.parametrize("flags", ["", "--use_act", "--segments_sampling uniform", "--segments_sampling growing"])
 def test_the_cost_told_beforehand_counts_the_segments_that_will_be_drawn(flags):
     opts = options.parse(["--segments", "5", *flags.split()])
-    expected = run.mean_segments(opts)
     config = options.part(AddonStepConfig, opts)
+    expected = mean_segments(config)
     drawn = [segments_of_step(config, step, step / 4000) for step in range(4000)]
     assert sum(drawn) / len(drawn) == pytest.approx(expected, rel=0.03)
 
@@ -531,8 +533,9 @@ def test_a_resumed_runs_configuration_reruns_from_the_start(call, tmp_path, caps
 
 
 def test_the_difficulty_that_was_trained_is_kept_for_other_tasks(tiny_host, tmp_path, monkeypatch):
-    drawn, plain = [], run.make_tasks
-    monkeypatch.setattr(run, "make_tasks", lambda names, config: drawn.append((names, config)) or plain(names, config))
+    drawn, plain = [], items.make_tasks
+    monkeypatch.setattr(items, "make_tasks", lambda names, config: (
+        drawn.append((names, config)) or plain(names, config)))
     argv = [word for word in arguments(tiny_host, tmp_path / "runs") if word not in ("--task", "toy_add")]
     assert train.main([*argv, "--run_name", "mine"]) == 0  # no task named: the default ones, small
     assert train.main(["--resume", str(tmp_path / "runs" / "mine"), "--task", "chain_sum", "--eval_only"]) == 0

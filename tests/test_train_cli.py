@@ -12,6 +12,7 @@ import pytest
 import addon_run as run
 import options
 import train
+from addon import items
 from batching import PromptFormat
 from engine import loop as run_loop
 from tiny_runs import ROOT, TINY, error_lines, newest, only_run, records
@@ -82,16 +83,16 @@ def test_training_items_that_are_too_long_are_counted(refused, monkeypatch, tiny
     config = json.dumps({"min_value": 1, "max_value": 10**9})
     lines = refused("--task_config", config, "--max_seq_len", "33", "--train_n", "50")
     assert len(lines) == 1 and " of 4 evaluation examples are longer than --max_seq_len 33" in lines[0]
-    monkeypatch.setattr(run.Reserve, "_draw", lambda self, task, n, seed: short(task, n))
+    monkeypatch.setattr(items.Reserve, "_draw", lambda self, task, n, seed: short(task, n))
     lines = refused("--task_config", config, "--max_seq_len", "33", "--train_n", "50")
     assert len(lines) == 1 and " of 50 training examples are longer than --max_seq_len 33" in lines[0]
     lines = refused("--task_config", config, "--max_seq_len", "33")
-    assert len(lines) == 1 and f" of {run.PROBE} training examples are longer" in lines[0]
+    assert len(lines) == 1 and f" of {items.PROBE} training examples are longer" in lines[0]
 
 
 def short(task, n: int) -> list:
     """Evaluation items of few digits, whatever the difficulty."""
-    easy = run.make_tasks(["toy_add"], "default")[0].items(1)
+    easy = items.make_tasks(["toy_add"], "default")[0].items(1)
     return [next(easy)[1] for _ in range(n)]
 
 
@@ -103,7 +104,7 @@ def test_overlong_items_are_dropped_on_request(call, monkeypatch, tokenizer):
         return plain(self, batches, *rest)
 
     monkeypatch.setattr(run.Trainer, "step", step)
-    monkeypatch.setattr(run.Reserve, "_draw", lambda self, task, n, seed: short(task, n))
+    monkeypatch.setattr(items.Reserve, "_draw", lambda self, task, n, seed: short(task, n))
     limit = max(PromptFormat(tokenizer).lengths(short(None, 50)))
     flags = ["--task_config", '{"max_value":199}', "--max_seq_len", str(limit)]  # one in four fits
     for train_n in ("0", "40"):

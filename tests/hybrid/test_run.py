@@ -23,8 +23,8 @@ from engine import checkpoints as checkpointing
 from engine.loop import RunLoop
 from flags import FIND, FLAGS, HYBRID
 from hybrid import data as hybrid_data
+from hybrid.measure import HybridEvaluator, SplitLoss
 from hybrid.model import HybridModel
-from hybrid.run import HybridEvaluator, Part
 from hybrid.training import HybridTrainer
 from text_data.synthetic import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
 from tiny_hybrid import RUN, rows_of, write_prepared
@@ -102,7 +102,7 @@ def losses_are(monkeypatch, losses: dict[int, float]) -> None:
         return plain(self, step)
 
     monkeypatch.setattr(HybridEvaluator, "evaluate", evaluate)
-    monkeypatch.setattr(HybridEvaluator, "_part", lambda self, part: Part(losses[self.step], 10, 4, 2.0))
+    monkeypatch.setattr(HybridEvaluator, "_split_loss", lambda self, split: SplitLoss(losses[self.step], 10, 4, 2.0))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
