@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import functools
 import io
 import json
 import os
@@ -22,18 +22,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import merge_prepared_batches  # noqa: E402
+import prepare_language_dataset  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from text_data.documents import read_documents, source_files  # noqa: E402
 from text_data.tokenizer import parse_tokenizer  # noqa: E402
 
+MERGED_SOURCES = 3
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = ScriptParser(__doc__)
     parser.add_argument("--source", type=Path, help="text to measure on; without it, text is generated")
     parser.add_argument("--megabytes", type=float, default=8, help="of generated text")
@@ -49,12 +55,38 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def script(name: str):
-    """The script `name` as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def seconds(action: Callable[..., object], *arguments: object) -> float:
+    """The time that `action(*arguments)` takes."""
+    start = time.perf_counter()
+    action(*arguments)
+    return time.perf_counter() - start
+
+
+def run_quietly(script: Any, command: Sequence[object]) -> None:
+    """Runs a script's `main` on the words of `command` and prints nothing."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        script.main([str(word) for word in command])
+
+
+def show(name: str, values: Sequence[float], unit: str) -> None:
+    """Prints the median, the smallest and the largest value on one line."""
+    print(f"{name:44} {statistics.median(values):8.2f} {unit}  ({min(values):.2f} to {max(values):.2f})")
+
+
+def show_speed(name: str, megabytes: float, times: Sequence[float]) -> None:
+    """Prints the throughput of runs that took `times` seconds."""
+    show(name, [megabytes / time for time in times], "MB/s")
+
+
+def show_ratio(name: str, best: Sequence[float], times: Sequence[float]) -> None:
+    """Prints the speed of `times` (seconds) as a share of that of `best`, repeat by repeat."""
+    show(name, [lower / upper for lower, upper in zip(best, times, strict=True)], "x   ")
+
+
+# --- preparing --------------------------------------------------------------------------------------------------------
 
 
 def generated_text(path: Path, megabytes: float) -> None:
@@ -69,58 +101,64 @@ def generated_text(path: Path, megabytes: float) -> None:
             file.write(" ".join(drawn) + ".\n\n")
 
 
-def seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def quietly(action: Callable[[], object]) -> None:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        action()
-
-
-def show(name: str, values: list[float], unit: str) -> None:
-    print(f"{name:44} {statistics.median(values):8.2f} {unit}  ({min(values):.2f} to {max(values):.2f})")
-
-
 def measure_prepare(options: argparse.Namespace, work: Path) -> Path:
     """Prepares the text `repeats` times beside bare `encode_batch`; the prepared folder."""
-    source = options.source or work / "generated.txt"
-    if not options.source:
+    source = options.source
+    if not source:
+        source = work / "generated.txt"
         generated_text(source, options.megabytes)
-    prepare, dest = script("prepare_language_dataset"), work / "prepared"
-    threads, size = options.tokenizer_num_threads, options.tokenizer_batch_size
+
+    # A first run trains the tokenizer and warms the file cache.
+    dest = work / "prepared"
+    threads = options.tokenizer_num_threads
+    size = options.tokenizer_batch_size
     command = ["--source", source, "--dest", dest, "--tokenizer_num_threads", threads, "--tokenizer_batch_size", size]
-    quietly(lambda: prepare.main(list(map(str, command))))  # trains the tokenizer, warms the file cache
+    run_quietly(prepare_language_dataset, command)
     tokenizer_file = work / "tokenizer.json"
     tokenizer_file.write_bytes((dest / "tokenizer.json").read_bytes())
-    documents = [document for document in read_documents(source_files(source))]
-    texts = [text for document in documents for text in (document.prompt, document.text) if text]
-    tokenizer = parse_tokenizer(tokenizer_file.read_text(), str(tokenizer_file))
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    parts = [texts[start: start + size] for start in range(0, len(texts), size)]
     command += ["--tokenizer", tokenizer_file]
-    bare, whole = [], []
+
+    # The same texts in memory, in batches of the same size, for the tokenizer alone.
+    texts = []
+    for document in read_documents(source_files(source)):
+        texts += filter(None, (document.prompt, document.text))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+    tokenizer = parse_tokenizer(tokenizer_file.read_text(), str(tokenizer_file))
+
+    def encode() -> None:
+        for part in parts:
+            tokenizer.encode_batch(part, add_special_tokens=False)
+
+    bare = []
+    whole = []
     for _ in range(options.repeats):
-        bare.append(seconds(lambda: [tokenizer.encode_batch(part, add_special_tokens=False) for part in parts]))
-        whole.append(seconds(lambda: quietly(lambda: prepare.main(list(map(str, command))))))
+        bare.append(seconds(encode))
+        whole.append(seconds(run_quietly, prepare_language_dataset, command))
+
     print(f"{len(texts)} texts, {megabytes:.1f} MB, {threads} tokenizer threads, {options.repeats} repeats; median "
           "(smallest to largest)")
-    show("bare encode_batch", [megabytes / took for took in bare], "MB/s")
-    show("prepare_language_dataset", [megabytes / took for took in whole], "MB/s")
-    show("prepare / encode_batch (at least 0.6)", [a / b for a, b in zip(bare, whole, strict=True)], "x   ")
+    show_speed("bare encode_batch", megabytes, bare)
+    show_speed("prepare_language_dataset", megabytes, whole)
+    show_ratio("prepare / encode_batch (at least 0.6)", bare, whole)
     return dest
 
 
-def grown(prepared: Path, folder: Path, megabytes: float, part: int) -> int:
-    """A prepared folder of about `megabytes`, its lines repeated from those of `prepared`; its number of lines."""
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def grow(prepared: Path, folder: Path, megabytes: float, part: int) -> int:
+    """Makes a prepared folder of about `megabytes` from a third of the lines of `prepared`, repeated.
+
+    `part` (0 to 2) chooses the third. Returns the number of lines.
+    """
     folder.mkdir()
-    lines = (prepared / "train.jsonl").read_bytes().splitlines(keepends=True)[part::3]
-    once = sum(map(len, lines))
-    times = max(1, round(megabytes * 1e6 / once))
+    lines = (prepared / "train.jsonl").read_bytes().splitlines(keepends=True)[part::MERGED_SOURCES]
+    size = sum(map(len, lines))
+    times = max(1, round(megabytes * 1e6 / size))
     (folder / "train.jsonl").write_bytes(b"".join(lines) * times)
     (folder / "val.jsonl").write_bytes(b"")
+
     (folder / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
     meta = json.loads((prepared / "meta.json").read_text())
     meta["splits"] = {"train": {"samples": len(lines) * times}, "val": {"samples": 0}}
@@ -129,10 +167,16 @@ def grown(prepared: Path, folder: Path, megabytes: float, part: int) -> int:
 
 
 def measure_merge(options: argparse.Namespace, prepared: Path, work: Path) -> None:
-    folders = [work / f"source{part}" for part in range(3)]
-    counts = [grown(prepared, folder, options.merge_megabytes / 3, part) for part, folder in enumerate(folders)]
+    """Merges three sources `repeats` times beside `cat` of their files, with fsync and without."""
+    folders = [work / f"source{part}" for part in range(MERGED_SOURCES)]
+    counts = []
+    for part, folder in enumerate(folders):
+        counts.append(grow(prepared, folder, options.merge_megabytes / MERGED_SOURCES, part))
     files = [str(folder / "train.jsonl") for folder in folders]
-    merge, output, copy = script("merge_prepared_batches"), work / "merged", work / "copy"
+    megabytes = sum(Path(file).stat().st_size for file in files) / 1e6
+
+    copy = work / "copy"
+    output = work / "merged"
     command = ["--sources", *folders, "--weights", *counts, "--output", output, "--train_samples", sum(counts),
                "--val_samples", 0]
 
@@ -142,26 +186,32 @@ def measure_merge(options: argparse.Namespace, prepared: Path, work: Path) -> No
             if sync:
                 os.fsync(file.fileno())
 
-    plain, synced, merged = [], [], []
+    sides = {
+        "cat": functools.partial(cat, sync=False),
+        "cat, fsync": functools.partial(cat, sync=True),
+        "merge_prepared_batches": functools.partial(run_quietly, merge_prepared_batches, command),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.repeats):
-        for action, took in ((lambda: cat(False), plain), (lambda: cat(True), synced),
-                             (lambda: quietly(lambda: merge.main(list(map(str, command)))), merged)):
+        for name, action in sides.items():
             for old in (copy, *output.glob("*")):
                 old.unlink(missing_ok=True)
-            os.sync()  # nobody pays for what another left to be written
-            took.append(seconds(action))
-    megabytes = sum(Path(file).stat().st_size for file in files) / 1e6
+            os.sync()  # no side pays for what another left to be written
+            times[name].append(seconds(action))
+
     print(f"\n{sum(counts)} lines, {megabytes:.0f} MB in three sources, every line once")
-    for name, took in (("cat", plain), ("cat, fsync", synced), ("merge_prepared_batches", merged)):
-        show(name, [megabytes / one for one in took], "MB/s")
-    show("merge / cat (at least 0.3)", [a / b for a, b in zip(plain, merged, strict=True)], "x   ")
-    show("merge / cat, fsync", [a / b for a, b in zip(synced, merged, strict=True)], "x   ")
+    for name, taken in times.items():
+        show_speed(name, megabytes, taken)
+    show_ratio("merge / cat (at least 0.3)", times["cat"], times["merge_prepared_batches"])
+    show_ratio("merge / cat, fsync", times["cat, fsync"], times["merge_prepared_batches"])
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Measures and prints."""
     options = parse(argv)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        measure_merge(options, measure_prepare(options, Path(folder)), Path(folder))
+        prepared = measure_prepare(options, Path(folder))
+        measure_merge(options, prepared, Path(folder))
     return 0
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import reasoning_gym_wrapper as rg
 from engine.records import normalise
 from patience import HANG_S
+from upstream_rows import CALCULATOR, gsm8k_row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 spec = importlib.util.spec_from_file_location("build", ROOT / "scripts" / "build_reasoning_dataset.py")
@@ -79,9 +80,9 @@ def test_gsm8k_keeps_steps_and_final_answer_apart_without_calculator_marks(tmp_p
 
 @given(parts=st.lists(st.sampled_from(["<<1+1=2>>", "<", ">", "a < b", "24", "\n", " "])), final=st.integers())
 def test_gsm8k_steps_hold_no_whole_mark_and_lose_nothing_else(parts, final):
-    row = build.gsm8k_row({"question": "q", "answer": "".join(parts) + f"\n#### {final:,}"}, None)
+    row = gsm8k_row({"question": "q", "answer": "".join(parts) + f"\n#### {final:,}"})
     assert row["final_answer"] == str(final) and row["answer"].splitlines()[-1] == f"#### {final}"
-    assert row["steps"] == build.CALCULATOR.sub("", "".join(parts)).strip()
+    assert row["steps"] == CALCULATOR.sub("", "".join(parts)).strip()
 
 
 def test_mbpp_keeps_its_tests_and_set_up_and_shows_the_first_test(tmp_path, output):

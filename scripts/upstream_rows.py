@@ -1,0 +1,260 @@
+"""The upstreams of reasoning data: where their items come from, and one row of JSON for each item.
+
+For `build_reasoning_dataset.py`. A further upstream is its hub name in `HUB` and a function in `ROWS`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.files import JsonLineError, json_lines
+
+HUB = {
+    "gsm8k": ("openai/gsm8k", "main"),
+    "mbpp": ("google-research-datasets/mbpp", "full"),
+    "science_qa": ("derek-thomas/ScienceQA", None),
+}
+# The raw MBPP file holds every split; these are the ranges of task_id its authors give.
+MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
+CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+Item = dict[str, Any]  # one item as upstream has it
+Row = dict[str, Any]  # one line of the output
+Raw = tuple[str, Any]  # where an item stands, for messages; the item, which may be broken
+
+
+class Skip(Exception):
+    """This item is left out on purpose, and counted."""
+
+
+# --- raw items --------------------------------------------------------------------------------------------------------
+
+
+def raw_items(dataset: str, source: Path | None, split: str | None) -> Iterator[Raw]:
+    """Every item as upstream has it, with a name for its place: of the hub's split, or of a whole file.
+
+    Raises:
+        ValueError: the hub is out of reach, or the file is not what upstream gives.
+    """
+    if source is None:
+        yield from _hub_items(dataset, split or "train")
+    elif dataset == "science_qa":
+        yield from _problem_items(source)
+    else:
+        yield from _line_items(source)
+
+
+def _line_items(path: Path) -> Iterator[Raw]:
+    """The items of GSM8K's or MBPP's file."""
+    try:
+        for number, item in json_lines(path):
+            yield f"{path} line {number}", item
+    except JsonLineError as error:
+        raise ValueError(
+            f"{path} line {error.number} is not JSON ({error.__cause__}): give the file as upstream has it, one "
+            "object a line"
+        ) from error
+
+
+def _problem_items(path: Path) -> Iterator[Raw]:
+    """The items of ScienceQA's problems.json, each with its id."""
+    try:
+        problems = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): give ScienceQA's problems.json") from error
+    if not isinstance(problems, dict):
+        raise ValueError(f"{path} holds a {type(problems).__name__}: expected ScienceQA's problems.json, items by id")
+
+    for key, item in problems.items():
+        if isinstance(item, dict):
+            item = {"id": key, **item}
+        yield f"{path} item {key}", item
+
+
+def _hub_items(dataset: str, split: str) -> Iterator[Raw]:
+    import datasets
+
+    name, config = HUB[dataset]
+    try:
+        loaded = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # noqa: BLE001 - hub, network and cache raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"cannot load {name} split {split} from the hub ({type(error).__name__}: {reason}): check the network and "
+            "the split, or give the raw file with --source"
+        ) from error
+
+    if dataset == "science_qa":
+        # As bytes: most pictures are dropped, so none is decoded here.
+        loaded = loaded.cast_column("image", datasets.Image(decode=False))
+    for number, item in enumerate(loaded, start=1):
+        yield f"{name} {split} item {number}", item
+
+
+def in_split(dataset: str, split: str, item: Item) -> bool:
+    """Whether an item of a raw file belongs to `split`; a raw GSM8K file is one split.
+
+    Raises:
+        ValueError: an MBPP item without a number.
+    """
+    if dataset == "gsm8k":
+        return True
+    if dataset == "science_qa":
+        return item.get("split") == split
+
+    first, last = MBPP_SPLITS[split]
+    if type(item.get("task_id")) is not int:
+        raise ValueError("task_id must be a whole number, the splits are ranges of it")
+    return first <= item["task_id"] <= last
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _text(item: Item, key: str, default: str | None = None) -> str:
+    """The text of a field, line breaks as `\\n`, no white space around it. Raises ValueError: none and no default."""
+    value = item.get(key, default)
+    if value is None and default is not None:
+        value = default
+    if not isinstance(value, str):
+        raise ValueError(f"{key} must be text, got {type(value).__name__}")
+
+    value = value.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if not value and default is None:
+        raise ValueError(f"{key} is empty")
+    return value
+
+
+def gsm8k_row(item: Item) -> Row:
+    """Worked steps without calculator marks, and the final number without thousands separators (Cobbe et al. 2021).
+
+    Raises:
+        ValueError: a broken item.
+    """
+    steps, mark, final = _text(item, "answer").rpartition("####")
+    if not mark or not final.strip():
+        raise ValueError("answer has no final line '#### N'")
+
+    steps = CALCULATOR.sub("", steps).strip()
+    final = final.strip().replace(",", "")
+    return {
+        "prompt": _text(item, "question"),
+        "answer": f"{steps}\n#### {final}".lstrip(),
+        "source": "gsm8k",
+        "steps": steps,
+        "final_answer": final,
+    }
+
+
+def mbpp_row(item: Item) -> Row:
+    """The task with its set-up and first test, which fixes the function's name and arguments (Austin et al. 2021).
+
+    Raises:
+        ValueError: a broken item.
+    """
+    tests = item.get("test_list")
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError("test_list must be a list of at least one text")
+
+    tests = [_text({"test": test}, "test") for test in tests]
+    setup = _text(item, "test_setup_code", "")
+    code = _text(item, "code")
+
+    # The set-up, if there is one, stands before the test that needs it.
+    shown = "\n".join(filter(None, (setup, tests[0])))
+    return {
+        "prompt": f"{_text(item, 'text')}\nThe code must pass this test:\n{shown}",
+        "answer": code,
+        "source": "mbpp",
+        "tests": tests,
+        "setup": setup,
+        "code": code,
+        "task_id": item.get("task_id"),
+    }
+
+
+def science_qa_row(item: Item, keep_images: bool = False, images: Path | None = None) -> Row:
+    """Hint, question and lettered choices; lecture, solution, then the choice as the last line (Lu et al. 2022).
+
+    Args:
+        item: the item.
+        keep_images: keep questions that need their picture; the prompt then names it.
+        images: the folder with upstream's unpacked pictures, `<split>/<id>/<name>`, if there is one.
+
+    Raises:
+        Skip: a question that needs its picture, where these are not kept.
+        ValueError: a broken item.
+    """
+    if item.get("image") and not keep_images:
+        raise Skip
+
+    choices = item.get("choices")
+    index = item.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError("choices must be a list of at least two texts")
+    if type(index) is not int or not 0 <= index < len(choices):
+        raise ValueError(f"answer is {index!r}, expected an index from 0 to {len(choices) - 1}")
+
+    # The prompt: hint, picture, question, choices, each on lines of its own.
+    parts = [_text(item, "hint", "")]
+    picture = _picture(item, images) if item.get("image") else {}
+    if "width" in picture:
+        parts.append(f"[picture, {picture['width']} x {picture['height']} pixels]")
+    elif picture:
+        parts.append("[picture]")
+    parts.append(_text(item, "question"))
+    parts += [f"({letter(place)}) {choice.strip()}" for place, choice in enumerate(choices)]
+
+    rationale = "\n".join(filter(None, (_text(item, "lecture", ""), _text(item, "solution", ""))))
+    row = {
+        "prompt": "\n".join(filter(None, parts)),
+        "answer": "\n".join(filter(None, (rationale, f"The answer is ({letter(index)})."))),
+        "source": "science_qa",
+        "choices": choices,
+        "answer_index": index,
+        "rationale": rationale,
+    }
+    if picture:
+        row["image"] = picture
+    return row
+
+
+def letter(place: int) -> str:
+    """A for the first choice, B for the second, ..."""
+    return chr(ord("A") + place)
+
+
+def _picture(item: Item, images: Path | None) -> dict[str, Any]:
+    """The picture's name, and its size in pixels if its bytes are there: in the hub's row, or in `images`.
+
+    Raises:
+        ValueError: bytes that are no picture.
+    """
+    image = item["image"]
+    content = None
+    if isinstance(image, str):
+        name = image
+        path = (images or Path()) / str(item.get("split")) / str(item.get("id")) / name
+        if images and path.is_file():
+            content = path.read_bytes()
+    else:
+        name = image.get("path") or "image.png"
+        content = image.get("bytes")
+    if not content:
+        return {"name": name}
+
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return {"name": name, "width": picture.width, "height": picture.height}
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is no picture that can be read") from error
+
+
+ROWS: dict[str, Callable[..., Row]] = {"gsm8k": gsm8k_row, "mbpp": mbpp_row, "science_qa": science_qa_row}
