@@ -50,13 +50,13 @@ def split_completion(text: str) -> Parsed:
     `<SOLUTION>` pair after it: none inside the thought counts, and of several none does.
     """
     before, opened, rest = text.partition(THINK)
-    thought, closed, after = "", "", ""
+    thought = closed = after = ""
     if opened:
         thought, closed, after = rest.partition(END_THINK)
 
     # The one solution, and what stands between thought and solution (lead) and behind it (tail).
     outside = before + after
-    solution, lead, tail = "", "", ""
+    solution = lead = tail = ""
     is_single = outside.count(SOLUTION) == outside.count(END_SOLUTION) == 1
     if is_single and outside.index(SOLUTION) < outside.index(END_SOLUTION):
         lead, _, rest = outside.partition(SOLUTION)

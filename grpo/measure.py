@@ -62,14 +62,16 @@ class Measured:
 
     def means(self) -> dict[str, float]:
         """Metric -> value, as the CSV names them."""
-        finished = sum(self.finished)
+        cut_off = len(self.finished) - sum(self.finished)
         means = {
             "solved": self.rate,
             "format_rate": self.format_rate,
             "mean_length": _mean(self.lengths),
-            "truncated": (len(self.finished) - finished) / max(len(self.finished), 1),
+            "truncated": cut_off / max(len(self.finished), 1),
             "repetition": _mean(list(map(repetition, self.completions))),
         }
+
+        # One column for each reward, whatever its weight.
         for name, values in self.rewards.items():
             means[f"reward_{name}"] = _mean(values)
         return means
@@ -82,9 +84,12 @@ class Measured:
         """Rows of eval.csv, one for each metric; the column `bare` holds the value at the start of the stage."""
         n = len(self.problems)
         bare = start or {}
+
         rows = []
         for metric, value in self.means().items():
-            interval = wilson(round(value * n), n) if metric in RATES else None
+            interval = None
+            if metric in RATES:
+                interval = wilson(round(value * n), n)
             row = metric_row(
                 self.stage, metric, value, n, interval=interval, bare=bare.get(metric), segments_used=self.cycles
             )
@@ -99,6 +104,7 @@ class Measured:
             line = prediction_line(
                 self.stage, index, problem.question, self.completions[index], score, finished=self.finished[index]
             )
+
             lines.append(line)
         return lines
 
@@ -120,7 +126,9 @@ class Measured:
         """The measurement for people. `start` holds the metrics at the start of the stage."""
         n = len(self.problems)
         solved = percent(self.rate, wilson(sum(self.solved), len(self.solved)))
-        before = f" (before {percent(start['solved'])})" if start else ""
+        before = ""
+        if start:
+            before = f" (before {percent(start['solved'])})"
         rewards = ", ".join(f"{name} {_mean(values):.2f}" for name, values in self.rewards.items())
         return (
             f"{self.stage}: solved {solved}{before} of {n}, format {percent(self.format_rate)}, "
@@ -155,12 +163,18 @@ def change_table(changes: Sequence[Change]) -> str:
     table = [("stage", "n", "solved", "format", "reward")]
     for change in changes:
         moments = (change.start, change.end)
-        cells = [change.stage, str(change.n)]
+
+        # A share's interval needs the number of questions behind it.
+        shares = []
         for metric in RATES:
-            shares = [percent(moment[metric], wilson(round(moment[metric] * change.n), change.n)) for moment in moments]
-            cells.append(" -> ".join(shares))
-        cells.append(" -> ".join(f"{_reward(moment, change.weights):.3f}" for moment in moments))
-        table.append(tuple(cells))
+            texts = []
+            for moment in moments:
+                share = moment[metric]
+                texts.append(percent(share, wilson(round(share * change.n), change.n)))
+            shares.append(" -> ".join(texts))
+
+        reward = " -> ".join(f"{_reward(moment, change.weights):.3f}" for moment in moments)
+        table.append((change.stage, str(change.n), *shares, reward))
     return text_table(table)
 
 
@@ -177,7 +191,7 @@ def _mean(values: Sequence[float]) -> float:
 def completions(
     model: Any, prompt_format: PromptFormat, questions: Sequence[str], longest: int, batch_size: int = 128
 ) -> tuple[list[str], list[int], list[bool], float | None]:
-    """Greedy completions of `longest` tokens at most, in the order of `questions`, which are batched by length.
+    """Greedy completions of `longest` tokens at most, in the order of `questions`.
 
     Returns (texts, their tokens, whether each ended by itself, mean cycles or segments).
     """
@@ -196,19 +210,25 @@ def completions(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=longest, **Decoding().arguments(),
             pad_token_id=prompt_format.pad_id, eos_token_id=eos, **extra,
         )
+
         answers = []
         for row in out[:, ids.shape[1] :]:
             text, finished = prompt_format.answer_text(row)
-            length = row.tolist().index(eos) + 1 if finished else len(row)
+            length = len(row)
+            if finished:  # behind its end the row is padding
+                length = row.tolist().index(eos) + 1
             answers.append((text, length, finished))
         return answers
 
+    # Batches of similar length waste little padding.
     answers = by_length(prompts, list(map(len, prompts)), batch_size, complete)
     texts, lengths, finished = zip(*answers, strict=True)
+
+    used = None
     if segments:
         used = torch.cat(segments).float().mean().item()
-    else:
-        used = meter.mean if meter.tokens else None
+    elif meter.tokens:
+        used = meter.mean
     return list(texts), list(lengths), list(finished), used
 
 
@@ -229,12 +249,16 @@ def measure(
         batch_size: completions generated at a time.
         autocast: the context that the model runs in; None = full precision.
     """
+    questions = [problem.question for problem in problems]
     was_training = model.training
     model.eval()
-    every_cycle = model.all_cycles() if hasattr(model, "all_cycles") else contextlib.nullcontext()
+
+    # As GRPO trains it: the gate of the planner/worker LM stops nothing.
+    every_cycle = contextlib.nullcontext()
+    if hasattr(model, "all_cycles"):
+        every_cycle = model.all_cycles()
     try:
         with every_cycle, autocast or contextlib.nullcontext():
-            questions = [problem.question for problem in problems]
             texts, lengths, finished, cycles = completions(model, prompt_format, questions, longest, batch_size)
     finally:
         model.train(was_training)
@@ -244,7 +268,10 @@ def measure(
     code_scores = rewards.get("code", [0.0] * len(problems))
     solved = []
     for problem, text, code_score in zip(problems, texts, code_scores, strict=True):
-        solved.append(code_score == 1.0 if problem.tests else _solved(problem, text, tags))
+        if problem.tests:
+            solved.append(code_score == 1.0)
+        else:
+            solved.append(_solved(problem, text, tags))
     return Measured(stage, problems, texts, lengths, finished, solved, rewards, cycles)
 
 
@@ -254,6 +281,8 @@ def judge(problems: Sequence[Problem], texts: Sequence[str], functions: Sequence
     columns: dict[str, list[Any]] = {}
     if rows:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
+
+    # As TRL calls a reward: prompts and completions by place, the other columns by name.
     prompts = columns.pop("prompt", [])
     return {function.__name__: function(prompts, list(texts), **columns) for function in functions}
 

@@ -37,7 +37,10 @@ class GrpoProgress:
 
     def document(self) -> str:
         """The text of `grpo.json`."""
-        return json.dumps({FILE_NAMES.get(name, name): value for name, value in vars(self).items()})
+        record = dict(vars(self))
+        for name, in_file in FILE_NAMES.items():
+            record[in_file] = record.pop(name)
+        return json.dumps(record)
 
 
 def read_progress(checkpoint: Path) -> GrpoProgress | None:
@@ -45,15 +48,18 @@ def read_progress(checkpoint: Path) -> GrpoProgress | None:
     documents = read_checkpoint(checkpoint, stems=[]).documents
     if PROGRESS not in documents:
         return None
-    record = json.loads(documents[PROGRESS])
 
-    fields = {in_file: name for name, in_file in FILE_NAMES.items()}
-    return GrpoProgress(**{fields.get(name, name): value for name, value in record.items()})
+    record = json.loads(documents[PROGRESS])
+    for name, in_file in FILE_NAMES.items():
+        record[name] = record.pop(in_file, {})
+    return GrpoProgress(**record)
 
 
 def conditions_of(stage: Stage, held_out: HeldOut) -> dict[str, Any]:
     """What a stage's held-out metrics are measured on: reward weights, number of questions, a digest of them."""
     problems = held_out.problems[stage.name]
     text = "\n".join(problem.question for problem in problems)
+
+    # Not each question by itself: the record is kept in every checkpoint.
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {"rewards": dict(stage.rewards), "n": len(problems), "questions": digest}

@@ -122,6 +122,7 @@ def _content(content: Any) -> str:
         return content
     if not isinstance(content, list | tuple):
         return ""
+
     texts = []
     for part in content:
         if isinstance(part, Mapping) and isinstance(part.get("text"), str):
@@ -134,6 +135,8 @@ def parse(completion: Any, settings: RewardSettings) -> Parsed:
     text = text_of(completion)
     if settings.tags or any(tag in text for tag in REASONING_TOKENS):
         return split_completion(text)
+
+    # Not well-formed, so that such a text never earns the format reward.
     bare = without_tags(text).strip()
     return Parsed(bare, bare, False)
 
@@ -143,6 +146,8 @@ def _column(columns: Mapping[str, Any], name: str, rows: int) -> list[Any]:
     values = columns.get(name)
     if not isinstance(values, list | tuple):
         return [None] * rows
+
+    # A data set's column may be shorter than the completions that TRL hands in.
     return [*values, *[None] * rows][:rows]
 
 
@@ -161,6 +166,7 @@ def math_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
     """
     answers = _column(columns, "answer", len(completions))
     questions = _column({"prompts": prompts}, "prompts", len(completions))
+
     scores = []
     for completion, answer, prompt in zip(completions, answers, questions, strict=True):
         solution = parse(completion, settings).solution
@@ -184,6 +190,8 @@ def same_answer(solution: str, answer: Any) -> bool:
     if answer is None or len(solution) > LONGEST_ANSWER:
         return False
     wanted = str(answer).rpartition("####")[2].strip()
+
+    # By value where both sides are plain numbers, else by text.
     gold = numbers(wanted)
     if len(gold) == 1 and is_plain(solution) and is_plain(wanted):
         return numbers(solution) == gold
@@ -222,6 +230,7 @@ def repetition(text: str) -> float:
     grams = [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
     if not grams:
         return 0.0
+
     return 1.0 - len(set(grams)) / len(grams)
 
 
@@ -238,10 +247,12 @@ def code_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
     # Completions of a group are often equal: each distinct program runs once.
     distinct = list(dict.fromkeys(job for job in jobs if job is not None))
     limits = (settings.code_workers, settings.code_timeout, settings.code_memory_mb, settings.allow_unconfined_code)
+
     scores: dict[CodeJob | None, float] = {None: 0.0}
     for job, result in zip(distinct, run_many(distinct, *limits), strict=True):
         parses = result.status not in ("syntax", "refused")
         scores[job] = parses * (PARSES + (1.0 - PARSES) * result.passed_tests / result.total_tests)
+
     return [scores[job] for job in jobs]
 
 
@@ -249,16 +260,22 @@ def _code_job(completion: Any, tests: Any, setup: Any, settings: RewardSettings)
     """The program of a completion with its tests; None where there are no tests, or nothing to run."""
     if not isinstance(tests, list | tuple) or not tests or not all(isinstance(test, str) for test in tests):
         return None
+
+    # A comment alone parses, but is no program.
     code = without_outer_fence(parse(completion, settings).solution)
     has_code = any(line.strip() and not line.lstrip().startswith("#") for line in code.splitlines())
     if not has_code or len(code) > LONGEST_CODE:
         return None
-    return CodeJob(code, tuple(tests), setup if isinstance(setup, str) else "")
+
+    if not isinstance(setup, str):
+        setup = ""
+    return CodeJob(code, tuple(tests), setup)
 
 
 def chain_of_thought_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
     """Share of the thought's equations that are right and follow from the prompt: `arithmetic.sound_share`."""
     questions = _column({"prompts": prompts}, "prompts", len(completions))
+
     scores = []
     for completion, prompt in zip(completions, questions, strict=True):
         thought = parse(completion, settings).thought
@@ -270,6 +287,7 @@ def verifier_reward(prompts, completions, completion_ids=None, *, settings=DEFAU
     """What the task's own scorer says of the solution: columns `task` (a name) and `item` (see `item_text`)."""
     tasks = _column(columns, "task", len(completions))
     items = _column(columns, "item", len(completions))
+
     scores = []
     for completion, task, item in zip(completions, tasks, items, strict=True):
         solution = parse(completion, settings).solution
@@ -291,6 +309,7 @@ def _verified(solution: str, name: Any, text: Any, settings: RewardSettings) -> 
     entry = read_item(text)
     if task is None or entry is None:
         return 0.0
+
     return Example(entry["question"], entry.get("answer"), name, entry, task).verify(solution).score
 
 
@@ -323,9 +342,11 @@ def _packed(value: Any) -> Any:
         return {"__dict__": [[_packed(key), _packed(part)] for key, part in value.items()]}
     if isinstance(value, list):
         return [_packed(part) for part in value]
+
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
             return {f"__{kind.__name__}__": [_packed(part) for part in value]}
+
     if value is None or isinstance(value, str | int | float):
         return value
     return str(value)
@@ -334,9 +355,11 @@ def _packed(value: Any) -> Any:
 def _unpacked(value: dict[str, Any]) -> Any:
     """`json.loads`' object hook: inner values are unpacked already."""
     builders: dict[str, Callable] = {"__tuple__": tuple, "__set__": set, "__frozenset__": frozenset, "__dict__": dict}
-    if len(value) == 1 and (tag := next(iter(value))) in builders:
-        return builders[tag](value[tag])
-    return value
+    if len(value) != 1:
+        return value
+
+    tag = next(iter(value))
+    return builders[tag](value[tag]) if tag in builders else value
 
 
 @functools.lru_cache(maxsize=4096)
@@ -346,7 +369,11 @@ def read_item(text: str) -> dict[str, Any] | None:
         entry = json.loads(text, object_hook=_unpacked)
     except (ValueError, TypeError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("question"), str) else None
+
+    # Scorers ask for the question at least.
+    if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
+        return None
+    return entry
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
@@ -395,9 +422,11 @@ def _weight_problems(weights: Mapping[str, float]) -> list[str]:
     for name in weights:
         if name not in REWARDS:
             problems.append(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}")
+
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
             problems.append(f"the weight of {name} must be a finite number of 0 or more, got {weight!r}")
+
     if not any(weights.values()):
         problems.append("no reward has a weight above 0")
     return problems

@@ -25,6 +25,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     if opts.arch == "enhanced":
         return warm_start.problems(opts, checkpoint)
 
+    # The add-on's stage needs the tasks, which are right only if the supervised run has nothing against them.
     lines = addon_run.problems(opts, checkpoint)
     if checkpoint is None:
         return ["--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce", *lines]
@@ -75,6 +76,7 @@ class GrpoRun:
             if status:
                 return status
 
+        # From here on both systems are alike.
         trained = self._trained()
         progress = progress or GrpoProgress(trained.step, elapsed_s=trained.elapsed_s)
         self.stage_loop = self._stage_loop(trained, progress)
@@ -98,8 +100,10 @@ class GrpoRun:
         if lines:
             raise ValueError("; ".join(lines))
 
+        # Drawn before anything is trained on, so that no stage meets them.
         held_out = hold_out(stages, opts.eval_seed)
         keep_off(held_out, trained)
+
         config = options.part(
             StageLoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts)
         )
@@ -107,11 +111,15 @@ class GrpoRun:
 
     def suite_subject(self) -> Subject | None:
         """What --eval_suite measures: the end of the last stage, or what --eval_only evaluated."""
+        if self.supervised is None:
+            return None
         if not self.finished:
-            return self.supervised.suite_subject() if self.supervised else None
+            return self.supervised.suite_subject()
+
         trained = self.stage_loop.trained
         if not trained.machine.is_main:
             return None
+
         weights = trained.trainer.evaluation_weights
         return Subject(trained.text_models, "bare LLM", weights, self.stage_loop.record, reserved_sums)
 
@@ -120,6 +128,7 @@ def keep_off(held_out: HeldOut, trained: TrainedModel) -> None:
     """Reserves what the supervised run evaluates, too; says which held-out questions it may have trained on."""
     if not trained.reserved:  # the planner/worker LM's run has said it itself
         return
+
     new = len(held_out.reserved - trained.reserved)
     if new:
         trained.machine.say(unreserved(new, len(held_out.reserved)))

@@ -85,7 +85,9 @@ class StageLoop:
     def run(self) -> int:
         """Runs what is left. Returns 0, or the exit status of an early but orderly end."""
         config = self.config
-        csv_path = Path(config.log_csv) if config.log_csv else None
+        csv_path = None
+        if config.log_csv:
+            csv_path = Path(config.log_csv)
         trackers = options.names(config.trackers)
         with RunLog(
             self.trained.folder, csv_path, trackers, dict(config.flags), self.machine.is_main, self.progress.elapsed_s
@@ -98,6 +100,7 @@ class StageLoop:
                     status = self.run_stage(stage, index, stop)
                     if status:
                         return status
+
             self._close()
         return 0
 
@@ -114,6 +117,8 @@ class StageLoop:
 
         base = self.progress.step
         place = self.trained.folder / STAGES / stage.name
+
+        # All of a stage follows from the flags and its number, so an interrupted one goes on with the same questions.
         functions, weights = rewards_of(stage, tags=self.trained.has_tags)
         seed = train_seed(self.config.seed + SEED_OF_STAGE + index)
         problems = training_problems(stage.levels, stage.size, seed, self.held_out.reserved)
@@ -124,6 +129,7 @@ class StageLoop:
         steps = step_of_state(state) if state else 0
         self.log.truncate_after(base + steps, evaluate=steps > 0)
         before = self._start_of(stage, functions, place)
+
         line = f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
         if state:
             line += f", going on from {state.name}"
@@ -158,9 +164,12 @@ class StageLoop:
         from grpo.stage_trainer import forget
 
         base = self.progress.step
+
+        # The state of another beginning would go on from weights that are not the stage's.
         mark = place / "begun_at.json"
         if place.exists() and (not mark.exists() or json.loads(mark.read_text()) != base):
             forget(place)
+
         place.mkdir(parents=True, exist_ok=True)
         write_text_aside(mark, json.dumps(base))
 
@@ -173,6 +182,7 @@ class StageLoop:
         if stage.name in self.progress.start:
             return self.progress.start[stage.name]
 
+        # Measuring takes as long as many steps, so an interrupted stage does not do it again.
         path = place / "start.json"
         record = json.loads(path.read_text()) if path.exists() else {}
         conditions = conditions_of(stage, self.held_out)
@@ -183,6 +193,7 @@ class StageLoop:
             record = {"asked": conditions, "metrics": start.means()}
             write_text_aside(path, json.dumps(record))
             self.machine.say(f"before {start.line()}")
+
         self.progress.start[stage.name] = record["metrics"]
         self.progress.conditions[stage.name] = conditions
         return record["metrics"]
@@ -191,6 +202,7 @@ class StageLoop:
         """Whether the CSV holds the stage's figures of this step: the warm start ends with those of every stage."""
         if not self.log.csv_path.exists():  # on other ranks
             return False
+
         place = (str(self.progress.step), stage.name)
         with open(self.log.csv_path, newline="", encoding="utf-8") as file:
             return any((row["step"], row["task"]) == place for row in csv.DictReader(file))
@@ -207,19 +219,15 @@ class StageLoop:
             return NON_FINITE_EXIT, 0
         if is_finished:
             return 0, steps
+
+        # TRL has saved the state that the same command goes on from.
         self.machine.say(f"stopped in stage {name} at its step {steps}, saved; go on with: {self.trained.resume}")
         return 128 + (stop.signal or signal.SIGTERM), steps
 
     def _log(self, stage: str, step: int, numbers: dict[str, float]) -> None:
         """Logs a step's metrics, and says the most telling of them."""
         self.log.log(step, stage=stage, **numbers)
-        words = [f"stage {stage} step {step}"]
-        for name in ("reward", "frac_reward_zero_std", "entropy"):
-            if name in numbers:
-                words.append(f"{name} {numbers[name]:.3f}")
-        words.append(f"{numbers.get('mean_length', 0):.0f} tokens")
-        words.append(f"{numbers.get('step_time', 0):.1f} s a step")
-        self.machine.say("  ".join(words))
+        self.machine.say(step_line(stage, step, numbers))
 
     def _measure(self, stage: Stage, functions: Sequence[Any]) -> Measured:
         return measure(
@@ -240,6 +248,8 @@ class StageLoop:
         """CSV, predictions and sample completions of a finished stage."""
         self.progress.done[stage.name] = after.means()
         self.record(after.report(before))
+
+        # For people to read; the CSV holds what they add up to.
         if self.machine.is_main:
             folder = self.trained.folder / SAMPLES
             folder.mkdir(exist_ok=True)
@@ -250,18 +260,21 @@ class StageLoop:
         """The checkpoint at the end of a stage."""
         if not self.machine.is_main:
             return
+
         config = self.trained.model.config
         if hasattr(config, "adaptive_cycles"):
             config.adaptive_cycles = False  # GRPO moves the states that the gate had learnt to judge
 
         self.progress.elapsed_s = self.log.elapsed_s
         trainer = self.trained.trainer
+
         documents = {
             PROGRESS: self.progress.document(),
             CONFIG: self.config.settings,
             "README.md": self._card(after),
             **trainer.documents(),
         }
+
         place = step_folder(self.trained.folder, self.progress.step)
         self.checkpoint = write_checkpoint(place, {trainer.stem: trainer.weights()}, documents)
         write_text_aside(self.trained.folder / CONFIG, self.config.settings)
@@ -277,17 +290,35 @@ class StageLoop:
         """The closing words: start and end of each stage, files, next command."""
         if not self.machine.is_main:
             return
-        changes = []
-        for stage in self.stages:
-            if stage.name not in self.progress.start:
-                continue
-            conditions = self.progress.conditions.get(stage.name) or conditions_of(stage, self.held_out)
-            start = self.progress.start[stage.name]
-            end = self.progress.done[stage.name]
-            changes.append(Change(stage.name, conditions["rewards"], conditions["n"], start, end))
-        print(change_table(changes))
+
+        print(change_table(changes_of(self.progress, self.stages, self.held_out)))
 
         curve = draw_curve(self.trained.folder, self.log.csv_path)
         question = self.held_out.problems[self.stages[-1].name][0].question
         samples = self.trained.folder / SAMPLES
         print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples))
+
+
+def step_line(stage: str, step: int, numbers: Mapping[str, float]) -> str:
+    """The most telling metrics of an optimizer step, for people; metrics that are not there are left out."""
+    words = [f"stage {stage} step {step}"]
+    for name in ("reward", "frac_reward_zero_std", "entropy"):
+        if name in numbers:
+            words.append(f"{name} {numbers[name]:.3f}")
+
+    words.append(f"{numbers.get('mean_length', 0):.0f} tokens")
+    words.append(f"{numbers.get('step_time', 0):.1f} s a step")
+    return "  ".join(words)
+
+
+def changes_of(progress: GrpoProgress, stages: Sequence[Stage], held_out: HeldOut) -> list[Change]:
+    """What each finished stage did, those of earlier calls too: the record holds their metrics."""
+    changes = []
+    for stage in stages:
+        if stage.name not in progress.start:
+            continue
+        conditions = progress.conditions.get(stage.name) or conditions_of(stage, held_out)
+        start = progress.start[stage.name]
+        end = progress.done[stage.name]
+        changes.append(Change(stage.name, conditions["rewards"], conditions["n"], start, end))
+    return changes

@@ -60,6 +60,8 @@ class TrainedModel:
 def trained_addon(run: AddonRun, checkpoint: Path | None) -> TrainedModel:
     """The add-on of `run`, whose weights are those of `checkpoint`."""
     run.trainer.end_training()
+
+    # Its answers are bare: the LLM was never shown reasoning tags.
     return TrainedModel(
         run.model,
         run.format,
@@ -84,6 +86,7 @@ def trained_planner(run: EnhancedRun) -> TrainedModel:
     """The planner/worker LM after its warm start."""
     run.trainer.end_training()
     folder = run.loop.folder
+
     return TrainedModel(
         run.model,
         run.format,

@@ -73,6 +73,7 @@ class StageEvaluator(Evaluator):
         with self.trainer.evaluation_weights():
             measured = [self._measured(stage) for stage in self.data.stages]
 
+        # One table of all stages; what --save_best_model compares counts every question alike.
         rows = []
         predictions = []
         solved = []
@@ -80,6 +81,7 @@ class StageEvaluator(Evaluator):
             rows += stage.rows()
             predictions += stage.predictions()
             solved += stage.solved
+
         table = "\n".join(stage.line() for stage in measured)
         question = measured[0].problems[0].question
         return Report(rows, predictions, table, sum(solved) / len(solved), question=question)
@@ -88,6 +90,7 @@ class StageEvaluator(Evaluator):
         """The random model, which writes no format yet."""
         if not self.config.measures_untrained:
             return None
+
         untrained = self._measured(self.data.stages[0])
         return dataclasses.replace(untrained.report(), table=f"untrained {untrained.line()}")
 
@@ -151,6 +154,8 @@ class EnhancedRun:
         self.stages, lines = stages_of(stages_config)
         if lines:
             raise ValueError("; ".join(lines))
+
+        # Questions for evaluation come first: no example may show one.
         self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), max_seq_len=opts.max_seq_len)
         held_out = hold_out(self.stages, opts.eval_seed)
         if checkpoint:
@@ -166,6 +171,7 @@ class EnhancedRun:
             self.format.tokenizer,
         )
         self.model.to(self.machine.device)
+
         self.trainer = EnhancedTrainer(
             part(EnhancedStepConfig, opts),
             part(OptimConfig, opts),
@@ -194,6 +200,7 @@ class EnhancedRun:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         names = ", ".join(stage.name for stage in self.stages if stage.warm)
         backbone = self.model.model
+
         card = Card(
             "transformers",
             ["hrm"],
@@ -201,6 +208,7 @@ class EnhancedRun:
             f" of supervised training on worked examples of {names}.",
             "Load with `AutoModelForCausalLM.from_pretrained` after `import enhanced`, or `generate.py`.",
         )
+
         return Facts(
             label="enhanced",
             introduction=f"planner/worker LM, {millions:.2f} M parameters, {self.opts.max_cycles} cycles, on "
@@ -225,6 +233,7 @@ class EnhancedRun:
         """What --eval_suite measures; None before the run is finished and on other processes than the main one."""
         if not self.loop.finished or not self.machine.is_main:
             return None
+
         return Subject(
             self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums
         )
@@ -262,5 +271,6 @@ def unreserved_since(checkpoint: Path, config: StagesConfig, seed: int, held_out
         reserved = hold_out(stages_of(config_before)[0], seed_before).reserved
     except ValueError:  # its files are gone, so nothing is known to be reserved
         pass
+
     new = len(held_out.reserved - reserved)
     return unreserved(new, len(held_out.reserved)) if new else None

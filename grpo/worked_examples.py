@@ -39,6 +39,7 @@ class WorkedExamples:
     def __init__(self, stages: Sequence[Stage], reserved: set[str], seed: int):
         self.reserved = reserved
         self.seed = seed
+
         self.stages = [stage for stage in stages if stage.warm and any(map(self._has_answers, stage.levels))]
         if not self.stages:
             raise ValueError(
@@ -52,30 +53,40 @@ class WorkedExamples:
         self.drawn = 0
         self._streams: list[list[Iterator[Problem]]] = []  # of each stage, one for each level
         for stage in self.stages:
-            levels = [level for level in stage.levels if self._has_answers(level)]
-            self._streams.append([stream(level, train_seed(self.seed), self.reserved) for level in levels])
+            streams = []
+            for level in stage.levels:
+                if self._has_answers(level):
+                    streams.append(stream(level, train_seed(self.seed), self.reserved))
+            self._streams.append(streams)
 
     def _has_answers(self, level: Source) -> bool:
         """False for a prepared file of tests alone, or whose answers are all reserved."""
         if not isinstance(level, FileSource):
             return True
+
+        # A search for an answer in such a file would never end.
         return any(row.answer and normalise(row.question) not in self.reserved for row in level.rows)
 
     def take(self, count: int) -> list[tuple[Problem, str]]:
         """The next batch: `count` problems, each with its example."""
         draw = random.Random(f"{self.seed}/{self.drawn}")
+
+        # A generator of its own for each batch: a position is then the number of batches, not a generator's state.
         (index,) = draw.choices(range(len(self.stages)), [stage.warm for stage in self.stages])
         self.drawn += 1
 
         # All levels first, then all problems, then all guesses: this order fixes the batches of a seed.
         levels = [draw.choice(self._streams[index]) for _ in range(count)]
         problems = [next(problem for problem in level if problem.answer) for level in levels]
+
         guess = self.stages[index].guess
         return [(problem, problem.worked(draw.random() < guess)) for problem in problems]
 
     def skip_to(self, drawn: int, count: int) -> None:
         """Draws again the `drawn` batches of `count` problems that a resumed run has had."""
         self._begin()
+
+        # The streams reject what is reserved, so how far they are is known only by drawing.
         while self.drawn < drawn:
             self.take(count)
 
@@ -126,6 +137,7 @@ class ExampleData:
         self.held_out = held_out
         self.format = prompt_format
         self.machine = machine
+
         self.examples = None
         if not config.eval_only:
             self.examples = WorkedExamples(stages, held_out.reserved, config.seed)
@@ -134,9 +146,12 @@ class ExampleData:
     def _check_lengths(self) -> None:
         """Raises ValueError where a stage's prompts pass --max_seq_len."""
         limit = self.config.max_seq_len
+
+        # All questions of a stage are alike in length, so a sample tells before hours of training do.
         for stage in self.stages:
             questions = [problem.question for problem in self.held_out.problems[stage.name][:PROBE]]
             longest = max(map(len, self.format.prompts(questions)))
+
             if longest > limit:
                 raise ValueError(
                     f"stage {stage.name} has prompts of {longest} tokens, --max_seq_len allows {limit}: raise it or "
@@ -155,12 +170,14 @@ class ExampleData:
 
     def next_batches(self) -> list[dict[str, torch.Tensor]]:
         """The micro-batches of the next batch, on the device, each as `token_batch` makes it."""
+        # Every process draws the whole batch and keeps its share, so all of them stay at one position.
         batches = []
         for _ in range(self.config.grad_accum_steps):
             drawn = self.examples.take(self._drawn_at_once)
-            own = drawn[self.machine.rank :: self.machine.world]
-            batch = token_batch(self.format, [problem.question for problem, _ in own], [text for _, text in own])
+            problems, texts = zip(*drawn[self.machine.rank :: self.machine.world], strict=True)
+            batch = token_batch(self.format, [problem.question for problem in problems], texts)
             batches.append({name: tensor.to(self.machine.device) for name, tensor in batch.items()})
+
         return batches
 
     def state(self) -> dict[str, Any]:
@@ -177,4 +194,5 @@ class ExampleData:
         for batch in batches:
             for row, mask in zip(batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True):
                 examples.append({"text": self.format.tokenizer.decode(row[mask.bool()])})
+
         return examples

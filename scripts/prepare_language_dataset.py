@@ -15,18 +15,18 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.files import staged  # noqa: E402
 from engine.logs import Progress  # noqa: E402
-from script_tools import ScriptParser, run_script, sha256  # noqa: E402
+from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 from text_data.documents import Document, read_documents, source_files  # noqa: E402
 from text_data.tokenizer import (  # noqa: E402
     LEAST_VOCABULARY,
@@ -38,11 +38,16 @@ from text_data.tokenizer import (  # noqa: E402
     vocabulary_size,
 )
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 HEAD = 32  # tokens at the start of a text that only the encoder reads; a quarter of a text shorter than four times that
 BATCH_CHARS = 1 << 20  # a batch of documents ends here at the latest, so that memory stays flat for long ones
+FILES = ("train.jsonl", "val.jsonl", "tokenizer.json", "meta.json")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises ValueError: everything wrong with it, one line each."""
     parser = ScriptParser(__doc__)
     parser.add_argument("--source", type=Path, required=True, help="a folder of .txt, .jsonl, .parquet, or one file")
     parser.add_argument("--dest", type=Path, required=True, help="the prepared folder to write")
@@ -55,9 +60,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer_num_threads", type=int, default=0, help="0: the tokenizer's own choice")
     parser.add_argument("--tokenizer_batch_size", type=int, default=512, help="documents encoded at a time, at most")
     options = parser.parse_args(argv)
-    problems = [f"--{name} {getattr(options, name)} must be at least {low}" for name, low in (
-        ("vocab_size", LEAST_VOCABULARY), ("max_seq_len", 2), ("tokenizer_num_threads", 0), ("tokenizer_batch_size", 1))
-        if getattr(options, name) < low]
+
+    problems = []
+    least = {
+        "vocab_size": LEAST_VOCABULARY,
+        "max_seq_len": 2,
+        "tokenizer_num_threads": 0,
+        "tokenizer_batch_size": 1,
+    }
+    for name, low in least.items():
+        if getattr(options, name) < low:
+            problems.append(f"--{name} {getattr(options, name)} must be at least {low}")
     if not 0 <= options.val_ratio < 1:
         problems.append(f"--val_ratio {options.val_ratio} must be at least 0 and below 1")
     if options.tokenizer and not options.tokenizer.is_file():
@@ -85,53 +98,79 @@ def windows(length: int, limit: int, ends: bool) -> Iterator[tuple[int, int, int
             end = length
         else:
             end = start + min(limit, left - 1)
+
         yield max(0, start - limit), start, end
         start = end
 
 
 class SplitWriter:
-    """Writes documents' triples to one split's file and counts what it writes."""
+    """Writes documents' triples to one split's file and counts what it writes.
 
-    def __init__(self, file: BinaryIO, tokenizer, special: dict[str, int], limit: int):
-        self.file, self.limit = file, limit
-        self.counts = Counter(samples=0, documents=0, encoder_tokens=0, decoder_tokens=0, decoder_bytes=0)
-        self.truncated, self.too_short = Counter(prompts=0, answers=0), 0
-        self._bytes = byte_counter(tokenizer)
+    Attributes:
+        counts: of the lines written; the keys of the split in meta.json.
+        truncated: prompts and answers that were cut.
+        too_short: texts of one token, which are left out.
+    """
+
+    def __init__(self, file: BinaryIO, tokenizer: Tokenizer, special: dict[str, int], limit: int):
+        self.file = file
+        self.limit = limit
+        names = ("samples", "documents", "encoder_tokens", "decoder_tokens", "decoder_bytes")
+        self.counts = dict.fromkeys(names, 0)
+        self.truncated = {"prompts": 0, "answers": 0}
+        self.too_short = 0
+
         # An id stands in up to three lines; to format it anew each time would be half of all the work.
         self._decimal = list(map(str, range(vocabulary_size(tokenizer)))).__getitem__
-        self._bos, self._eos = str(special["bos"]), str(special["eos"])
+        self._bytes = byte_counter(tokenizer)
+        self._bos = str(special["bos"])
+        self._eos = str(special["eos"])
 
-    def _line(self, context: list[str], target: list[str], ends: bool) -> None:
-        body = ", ".join(target) if ends else ", ".join(target[:-1])
-        read = f"{self._bos}, {body}" if body else self._bos
-        last = self._eos if ends else target[-1]
-        said = f"{body}, {last}" if body else last
-        line = f'{{"encoder_ids": [{", ".join(context)}], "decoder_input_ids": [{read}], "labels": [{said}]}}\n'
+    def _write_line(self, context: list[str], target: list[str], ends: bool) -> None:
+        """Writes one triple of ids in decimal: bos and the target to read, the target (and eos if it ends) to say."""
+        if ends:
+            body = ", ".join(target)
+            last = self._eos
+        else:
+            body = ", ".join(target[:-1])
+            last = target[-1]
+        inputs = ", ".join(filter(None, (self._bos, body)))
+        labels = ", ".join(filter(None, (body, last)))
+
+        # As json.dumps writes it, several times faster.
+        line = f'{{"encoder_ids": [{", ".join(context)}], "decoder_input_ids": [{inputs}], "labels": [{labels}]}}\n'
         self.file.write(line.encode("ascii"))
         self.counts["samples"] += 1
         self.counts["encoder_tokens"] += len(context)
         self.counts["decoder_tokens"] += len(target) + ends
 
-    def text(self, ids: list[int], ends: bool) -> None:
-        """A plain text: contexts to the encoder, continuations to the decoder."""
+    def add_text(self, ids: list[int], ends: bool) -> None:
+        """A plain text, or a piece of one: contexts to the encoder, continuations to the decoder.
+
+        `ends` is False where another piece follows.
+        """
         if len(ids) < 2:
             self.too_short += 1
             return
+
         words = list(map(self._decimal, ids))
-        first = None
-        for context, start, end in windows(len(ids), self.limit, ends):
-            first = start if first is None else first
-            self._line(words[context:start], words[start:end], ends and end == len(ids))
+        cuts = list(windows(len(ids), self.limit, ends))
+        for context, start, end in cuts:
+            self._write_line(words[context:start], words[start:end], ends and end == len(ids))
+
+        _, first, _ = cuts[0]  # what stands before is never predicted
         self.counts["decoder_bytes"] += self._bytes(ids[first:])
         self.counts["documents"] += ends
 
-    def answer(self, prompt: list[int], ids: list[int]) -> None:
+    def add_answer(self, prompt: list[int], ids: list[int]) -> None:
         """A prompt to the encoder, its END if it is too long; an answer to the decoder, its BEGINNING if too long."""
         ends = len(ids) < self.limit
         self.truncated["prompts"] += len(prompt) > self.limit
         self.truncated["answers"] += not ends
+
+        prompt = prompt[-self.limit :]
         ids = ids[: self.limit]
-        self._line(list(map(self._decimal, prompt[-self.limit:])), list(map(self._decimal, ids)), ends)
+        self._write_line(list(map(self._decimal, prompt)), list(map(self._decimal, ids)), ends)
         self.counts["decoder_bytes"] += self._bytes(ids)
         self.counts["documents"] += 1
 
@@ -145,49 +184,67 @@ def batched(documents: Iterable[Document], size: int) -> Iterator[list[Document]
         chars += len(document.text) + len(document.prompt or "")
         if len(batch) >= size or chars >= BATCH_CHARS:
             yield batch
-            batch, chars = [], 0
+            batch = []
+            chars = 0
     if batch:
         yield batch
 
 
-def encoded(batches: Iterable[list[Document]], tokenizer) -> Iterator[tuple[list[Document], list[list[int]]]]:
+def encoded(
+    batches: Iterable[list[Document]], tokenizer: Tokenizer
+) -> Iterator[tuple[list[Document], list[list[int]]]]:
     """(documents, ids of their texts and then of their prompts), encoded one batch ahead in a thread."""
-    def encode(batch: list[Document]) -> list:
+
+    def encode(batch: list[Document]) -> list[list[int]]:
+        texts = [document.text for document in batch]
         prompts = [document.prompt for document in batch if document.prompt is not None]
-        return tokenizer.encode_batch_fast([document.text for document in batch] + prompts, add_special_tokens=False)
+        encodings = tokenizer.encode_batch_fast(texts + prompts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     with ThreadPoolExecutor(1) as pool:
-        running: deque[tuple[list[Document], Future[list]]] = deque()
+        running: deque[tuple[list[Document], Future[list[list[int]]]]] = deque()
         for batch in batches:
             running.append((batch, pool.submit(encode, batch)))
             if len(running) > 1:
                 done, future = running.popleft()
-                yield done, [encoding.ids for encoding in future.result()]
+                yield done, future.result()
         for done, future in running:
-            yield done, [encoding.ids for encoding in future.result()]
+            yield done, future.result()
 
 
-def write_splits(documents: Iterable[Document], tokenizer, train: SplitWriter, val: SplitWriter, batch_size: int,
-                 threshold: int, shown: Callable[[int], None]) -> int:
+def write_splits(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    train: SplitWriter,
+    val: SplitWriter,
+    batch_size: int,
+    threshold: int,
+    progress: Callable[[int], None],
+) -> int:
     """Writes every document's triples, to val if its key is below `threshold`, else to train.
 
-    Returns the number of blank documents.
+    `progress` is called after each batch with the number of documents so far. Returns the number of blank documents.
     """
-    blank = done = 0
+    blank = 0
+    done = 0
     for batch, ids in encoded(batched(documents, batch_size), tokenizer):
-        prompts = iter(ids[len(batch):])
-        for document, text in zip(batch, ids, strict=False):  # the prompts' ids follow the texts'
+        # The prompts' ids follow the texts'.
+        texts = ids[: len(batch)]
+        prompts = iter(ids[len(batch) :])
+
+        for document, text in zip(batch, texts, strict=True):
             prompt = next(prompts) if document.prompt is not None else None
             if not text or prompt == [] or not document.text.strip():
                 blank += 1
                 continue
             writer = val if document.key < threshold else train
             if prompt is None:
-                writer.text(text, document.ends)
+                writer.add_text(text, document.ends)
             else:
-                writer.answer(prompt, text)
+                writer.add_answer(prompt, text)
+
         done += len(batch)
-        shown(done)
+        progress(done)
     return blank
 
 
@@ -195,80 +252,112 @@ def write_splits(documents: Iterable[Document], tokenizer, train: SplitWriter, v
 
 
 def val_threshold(files: list[Path], ratio: float) -> int:
-    """The key below which a document goes to val: `ratio` of all keys, moved to the nearest document's where one split
-    of a small source would stay empty by chance."""
-    threshold, smallest, largest = int(ratio * (1 << 64)), 1 << 64, -1
+    """The key below which a document goes to val: `ratio` of all 64-bit keys.
+
+    Where one split of a small source would stay empty by chance, the threshold is moved to the nearest document's key.
+    """
+    keys = 1 << 64
+    threshold = int(ratio * keys)
     if not threshold:
         return 0
+
+    # Most sources have a document on either side near their beginning; only that is read.
+    smallest = keys
+    largest = -1
     for document in read_documents(files):
         if document.text.strip() and document.prompt != "":
-            smallest, largest = min(smallest, document.key), max(largest, document.key)
+            smallest = min(smallest, document.key)
+            largest = max(largest, document.key)
         if smallest < threshold <= largest:
-            return threshold  # of any larger source only the beginning is read here
-    return min(max(threshold, smallest + 1), largest) if smallest < largest else threshold
+            return threshold
+
+    # All documents are on one side.
+    if smallest < largest:
+        return min(max(threshold, smallest + 1), largest)
+    return threshold
 
 
-def tokenizer_text(files: list[Path], options: argparse.Namespace, threshold: int) -> str:
-    if options.tokenizer:
+def tokenizer_text(tokenizer: Path | None, files: list[Path], vocab_size: int, threshold: int) -> str:
+    """The text of the tokenizer.json given, or of one trained on the training split of `files`.
+
+    Raises:
+        ValueError: the file is not text.
+    """
+    if tokenizer:
         try:
-            return options.tokenizer.read_text(encoding="utf-8")
+            return tokenizer.read_text(encoding="utf-8")
         except ValueError as error:
-            raise ValueError(f"--tokenizer {options.tokenizer} is not UTF-8 text") from error
+            raise ValueError(f"--tokenizer {tokenizer} is not UTF-8 text") from error
 
-    def texts() -> Iterator[str]:  # of the training split alone
+    def texts() -> Iterator[str]:
         with Progress(None, "tokenizer", "documents") as progress:
             for number, document in enumerate(read_documents(files), start=1):
                 progress.update(number)
                 if document.key >= threshold:
                     yield from filter(None, (document.prompt, document.text))
 
-    return train_tokenizer(texts(), options.vocab_size).to_str()
+    return train_tokenizer(texts(), vocab_size).to_str()
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Writes the prepared folder; its meta.json as a dict. Raises ValueError, OSError."""
     files = source_files(options.source)
     threshold = val_threshold(files, options.val_ratio)
-    names = ["train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"]
-    with staged(options.dest, names) as (train_file, val_file, tokenizer_file, meta_file):
-        text, place = tokenizer_text(files, options, threshold), f"--tokenizer {options.tokenizer}"
+    with staged(options.dest, FILES) as (train_file, val_file, tokenizer_file, meta_file):
+        # The tokenizer: given or trained.
+        text = tokenizer_text(options.tokenizer, files, options.vocab_size, threshold)
+        place = f"--tokenizer {options.tokenizer}"
         tokenizer = parse_tokenizer(text, place)
         special = special_ids(tokenizer, place, {role: getattr(options, f"{role}_token") for role in SPECIAL})
         tokenizer_file.write(text.encode())
         tokenizer_file.flush()
-        train, val = (SplitWriter(file, tokenizer, special, options.max_seq_len) for file in (train_file, val_file))
+
+        # The triples of both splits in one pass.
+        train = SplitWriter(train_file, tokenizer, special, options.max_seq_len)
+        val = SplitWriter(val_file, tokenizer, special, options.max_seq_len)
+        documents = read_documents(files)
+        size = options.tokenizer_batch_size
         with Progress(None, "prepare", "documents") as progress:
-            blank = write_splits(read_documents(files), tokenizer, train, val, options.tokenizer_batch_size, threshold,
-                                 progress.update)
+            blank = write_splits(documents, tokenizer, train, val, size, threshold, progress.update)
+        too_short = train.too_short + val.too_short
         if not train.counts["samples"]:
-            raise ValueError(f"--source {options.source} gives no training triple ({val.counts['documents']} documents "
-                             f"fell to val, {blank} are blank, {train.too_short + val.too_short} have one token): add "
-                             "documents")
-        meta = {
-            "format": "prepared-triples", "version": 1, "vocab_size": vocabulary_size(tokenizer),
-            **{f"{role}_id": number for role, number in special.items()},
-            "tokenizer_sha256": sha256(Path(tokenizer_file.name)),
-            "max_seq_len": options.max_seq_len, "val_ratio": options.val_ratio,
-            "sources": [{"name": str(path.relative_to(options.source)) if path != options.source else path.name}
-                        for path in files],
-            "splits": {"train": dict(train.counts), "val": dict(val.counts)},
-            "truncated": {what: train.truncated[what] + val.truncated[what] for what in train.truncated},
-            "left_out": {"blank": blank, "too_short": train.too_short + val.too_short},
-        }
+            raise ValueError(
+                f"--source {options.source} gives no training triple ({val.counts['documents']} documents fell to val, "
+                f"{blank} are blank, {too_short} have one token): add documents"
+            )
+
+        # What was done; the keys stand in the file in this order.
+        meta: dict[str, Any] = {"format": "prepared-triples", "version": 1, "vocab_size": vocabulary_size(tokenizer)}
+        meta |= {f"{role}_id": number for role, number in special.items()}
+        meta["tokenizer_sha256"] = file_sha256(Path(tokenizer_file.name))
+        meta["max_seq_len"] = options.max_seq_len
+        meta["val_ratio"] = options.val_ratio
+        meta["sources"] = [{"name": source_name(path, options.source)} for path in files]
+        meta["splits"] = {"train": train.counts, "val": val.counts}
+        meta["truncated"] = {name: count + val.truncated[name] for name, count in train.truncated.items()}
+        meta["left_out"] = {"blank": blank, "too_short": too_short}
         meta_file.write((json.dumps(meta, indent=2) + "\n").encode())
     return meta
 
 
+def source_name(path: Path, source: Path) -> str:
+    """A file's path inside the source folder, or the name of a source that is one file."""
+    return path.name if path == source else str(path.relative_to(source))
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Prepares and reports. Raises ValueError, OSError."""
     options = parse(argv)
     if options.tokenizer_num_threads:  # read by the tokenizer's thread pool when it first runs
         os.environ["RAYON_NUM_THREADS"] = str(options.tokenizer_num_threads)
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if options.tokenizer_num_threads > 1 else "false"
     meta = prepare(options)
+
     for split, counts in meta["splits"].items():
         print(f"{split}: {counts['samples']} triples of {counts['documents']} documents, {counts['encoder_tokens']} "
               f"encoder and {counts['decoder_tokens']} decoder tokens, {counts['decoder_bytes']} bytes to predict")
-    cut, out = meta["truncated"], meta["left_out"]
+    cut = meta["truncated"]
+    out = meta["left_out"]
     print(f"cut to {options.max_seq_len} tokens: {cut['prompts']} prompts (the end kept), {cut['answers']} answers "
           f"(the beginning kept); left out: {out['blank']} blank documents, {out['too_short']} texts of one token")
     print(f"{options.dest}: vocabulary {meta['vocab_size']}, tokenizer {meta['tokenizer_sha256'][:12]}")

@@ -17,28 +17,40 @@ class ScriptParser(argparse.ArgumentParser):
     """An argument parser that takes `--max-seq-len` and `--max_seq_len` alike; the help shows underscores."""
 
     def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        return super().parse_known_args([_underscored(word) for word in (sys.argv[1:] if args is None else args)],
-                                        namespace)
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's; `parse_args` calls it."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(word) for word in words], namespace)
 
 
 def _underscored(word: str) -> str:
+    """A flag with underscores for hyphens; its value, and a word that is no flag, stay as they are."""
     if not re.match("--[a-z]", word):
         return word
+
     flag, equals, value = word.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """`main`'s exit status; 2 and one line on stderr per problem for a user's mistake, 130 when interrupted."""
+    """Runs a script's `main`; returns the exit status.
+
+    A user's mistake (ValueError, OSError) prints one line to stderr for each problem and gives 2; an interruption
+    gives 130.
+    """
     name = Path(sys.argv[0]).name
     try:
         return main() or 0
     except (ValueError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        # The system's errors print as "[Errno 2] ...: 'path'"; the file and the words are enough.
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+
         for line in text.splitlines() or [type(error).__name__]:
             print(f"{name}: error: {line}", file=sys.stderr)
         return 2
@@ -47,7 +59,8 @@ def run_script(main: Callable[[], int | None]) -> int:
         return 130
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

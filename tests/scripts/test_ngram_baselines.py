@@ -11,14 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.batches import IGNORE
 from ngram_baselines import (
-    IGNORE,
     InterpolatedBigram,
     baseline_perplexities,
     fit_weight,
     label_rows,
+    main,
+    text_perplexities,
     unigram_bigram_baselines,
 )
+from text_data import documents
+from text_data.synthetic import SimpleTokenizer
+from tiny_hybrid import write_prepared
 
 V = 6
 rows = st.lists(st.lists(st.integers(0, V - 1), min_size=2, max_size=9), min_size=1, max_size=25)
@@ -149,3 +154,49 @@ def test_a_folder_of_prepared_data_is_read(tmp_path):
         (tmp_path / "val.jsonl").write_text('{"decoder_input_ids": [1], "labels": [2]}\n' + broken + "\n")
         with pytest.raises(ValueError, match=r"val\.jsonl, line 2: expected decoder_input_ids and labels"):
             baseline_perplexities(tmp_path, V)
+
+
+# --- text files and the command
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """(training file, validation file, tokenizer.json) of characters."""
+    files = [tmp_path / name for name in ("train.txt", "val.jsonl", "tokenizer.json")]
+    files[0].write_text("abcabc\n\nab\n\nbcabcacb\n\n" * 5)
+    files[1].write_text('{"text": "abcab"}\n{"prompt": "xyz", "answer": "bca"}\n{"text": ""}\n')
+    SimpleTokenizer("abc").save(files[2])
+    return files
+
+
+def test_text_files_are_measured_by_the_tokens_of_their_texts_and_answers(texts):
+    tokenizer = SimpleTokenizer("abc")
+    train, val = (list(map(tokenizer.encode, rows)) for rows in (["abcabc", "ab", "bcabcacb"] * 5, ["abcab", "bca"]))
+    assert text_perplexities(*texts) == unigram_bigram_baselines(train, val, tokenizer.vocab_size)
+
+
+def test_a_long_text_in_pieces_is_measured_as_a_whole(texts, monkeypatch):
+    whole = text_perplexities(*texts)
+    monkeypatch.setattr(documents, "MAX_CHARS", 2)
+    assert text_perplexities(texts[0], texts[1], texts[2])["val_tokens"] == whole["val_tokens"]
+
+
+def test_the_command_prints_both_perplexities(tmp_path, texts, capsys):
+    folder = write_prepared(tmp_path / "prepared", train=30)
+    for words, values in (([folder], baseline_perplexities(folder)),
+                          (["--train", texts[0], "--val", texts[1], "--tokenizer", texts[2]],
+                           text_perplexities(*texts))):
+        assert main(list(map(str, words))) == 0
+        first, unigram, bigram = capsys.readouterr().out.splitlines()
+        assert f"{values['train_tokens']} tokens" in first and first.endswith(str(values["val_tokens"]))
+        assert float(unigram.split()[-1]) == pytest.approx(values["unigram_perplexity"], abs=0.01)
+        assert float(bigram.split()[3]) == pytest.approx(values["bigram_perplexity"], abs=0.01)
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    ([], "give a prepared folder, or"), (["--train", "a", "--val", "b"], "give a prepared folder, or"),
+    (["folder", "--val", "b"], "give the folder or the three"), (["nowhere"], "no file nowhere/train.jsonl"),
+    (["--train", "a", "--val", "b", "--tokenizer", __file__], "is no tokenizer.json")])
+def test_what_the_command_cannot_measure_is_told(words, told):
+    with pytest.raises(ValueError, match=told):
+        main(words)
