@@ -84,22 +84,38 @@ class PromptFormat:
             raise ValueError("--prompt_style chat needs a chat template, this tokenizer has none: use auto or plain")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end: choose another model")
-        self.tokenizer, self.sentinel, self.max_seq_len = tokenizer, sentinel, max_seq_len
-        self.chat = bool(tokenizer.chat_template) if style == "auto" else style == "chat"
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.prefix, self.suffix = self._chat_frame(system_header) if self.chat else self._plain_frame(system_header)
+        self.tokenizer = tokenizer
+        self.sentinel = sentinel
+        self.max_seq_len = max_seq_len
+        self.chat = style == "chat" or (style == "auto" and bool(tokenizer.chat_template))
+
+        # Pads are masked wherever they stand, so a tokenizer without one may use its end of sequence.
+        self.pad_id = tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = tokenizer.eos_token_id
+
+        # Every prompt is prefix + question + suffix.
+        frame = self._chat_frame if self.chat else self._plain_frame
+        self.prefix, self.suffix = frame(system_header)
 
     def _plain_frame(self, header: str | None) -> tuple[str, str]:
-        return (f"{header}\n" if header else "", PLAIN_CUE)
+        prefix = f"{header}\n" if header else ""
+        return prefix, PLAIN_CUE
 
     def _chat_frame(self, header: str | None) -> tuple[str, str]:
-        """The template's text before and after a question, rendered once: templates are slow, questions are many."""
+        """The template's text before and after a question, rendered once: templates are slow, questions are many.
+
+        Raises:
+            ValueError: the template fails, or it does not show the question exactly once.
+        """
         turns = [{"role": "user", "content": _MARK}]
         if header:
             turns.insert(0, {"role": "system", "content": header})
+
+        # Templates are foreign code: a role that one refuses raises TemplateError, others raise what they like.
         try:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates are foreign code: a role they refuse raises TemplateError and the like
+        except Exception as error:
             raise ValueError(f"the tokenizer's chat template failed ({error}): try --prompt_style plain") from error
         if text.count(_MARK) != 1:
             raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
@@ -110,9 +126,12 @@ class PromptFormat:
         """Token ids of each rendered prompt."""
         texts = [self.prefix + question.strip() + self.suffix for question in questions]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat, return_attention_mask=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id  # some tokenizers close plain text with it, a prompt must stay open
-        return [row[:-1] if row and row[-1] == eos and not self.suffix.endswith(self.tokenizer.eos_token) else row
-                for row in ids]
+        if self.suffix.endswith(self.tokenizer.eos_token):
+            return ids
+
+        # Some tokenizers close plain text with an end of sequence. A prompt must stay open.
+        eos = self.tokenizer.eos_token_id
+        return [row[:-1] if row[-1:] == [eos] else row for row in ids]
 
     def targets(self, targets: Sequence[str]) -> list[list[int]]:
         """Token ids of each target: the answer alone, the sentinel if any, end of sequence.
@@ -120,16 +139,22 @@ class PromptFormat:
         Raises:
             ValueError: a target holds the sentinel, so the answer cut at it could never be right.
         """
+        # In plain text the answer stands behind a space, as a word does; a chat template opens the turn by itself.
         lead = "" if self.chat else " "
-        for target in targets if self.sentinel else ():
-            if (lead + target + self.sentinel).index(self.sentinel) < len(lead + target):
-                raise ValueError(f"--sentinel {self.sentinel!r} is part of the gold answer {target!r}: choose another")
-        texts = [lead + target + (self.sentinel or "") for target in targets]
+        sentinel = self.sentinel or ""
+        if sentinel:
+            for target in targets:
+                if (lead + target + sentinel).index(sentinel) < len(lead + target):
+                    raise ValueError(f"--sentinel {sentinel!r} is part of the gold answer {target!r}: choose another")
+        texts = [lead + target + sentinel for target in targets]
         ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [[*row, self.tokenizer.eos_token_id] for row in ids]
 
     def answer_text(self, ids: Tensor) -> tuple[str, bool]:
-        """(answer, finished) of generated ids (N,), cut at end of sequence and at the sentinel: no verifier sees it."""
+        """(answer, finished) of generated ids (N,), cut at end of sequence and at the sentinel.
+
+        `finished` is False where the answer was cut off by the limit of tokens.
+        """
         row = ids.tolist()
         finished = self.tokenizer.eos_token_id in row
         if finished:
@@ -146,13 +171,16 @@ class PromptFormat:
         return [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
 
     def fitting(self, examples: Sequence[Example], overlong: str, what: str) -> list[Example]:
-        """The examples within max_seq_len.
+        """The examples whose prompt and target have at most max_seq_len tokens; `what` names them in the error.
 
         Raises:
             ValueError: with `overlong="error"` when some are longer, or when none is left.
         """
         lengths = self.lengths(examples)
-        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= self.max_seq_len]
+        kept = []
+        for example, length in zip(examples, lengths, strict=True):
+            if length <= self.max_seq_len:
+                kept.append(example)
         dropped = len(examples) - len(kept)
         if dropped and (overlong == "error" or not kept):
             raise ValueError(
@@ -167,6 +195,8 @@ class PromptFormat:
         targets = self.targets([example.target or "" for example in examples])
         prompt_ids, prompt_mask = pad(prompts, self.pad_id, "left")
         target_ids, target_mask = pad(targets, self.pad_id, "right")
+
+        # Pads are no targets; an end of sequence that serves as pad elsewhere still is one where it ends an answer.
         labels = target_ids.masked_fill(target_mask == 0, IGNORE)
         return Batch(prompt_ids, prompt_mask, target_ids, labels, list(examples))
 
@@ -184,9 +214,11 @@ class TrainStream:
     """
 
     def __init__(self, tasks: Sequence[Task], reserve: Reserve, seed: int):
-        self.tasks, self.reserve, self.seed = list(tasks), reserve, seed
-        self._next = [0] * len(self.tasks)
-        self._turn = 0
+        self.tasks = list(tasks)
+        self.reserve = reserve
+        self.seed = seed
+        self._next = [0] * len(self.tasks)  # index of each task's next item
+        self._turn = 0  # index of the task whose turn it is
         self._open()
 
     def _open(self) -> None:
@@ -201,6 +233,8 @@ class TrainStream:
         for _ in range(MAX_REJECTED):
             index, example = next(self._items[turn])
             self._next[turn] = index + 1
+
+            # Reserved questions are passed over: evaluation must never meet an item that was trained on.
             if example.target is None:
                 raise TaskError(f"task {example.task} has an item without a gold answer: it cannot be trained on")
             if not self.reserve.rejects(example):
@@ -212,10 +246,13 @@ class TrainStream:
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able."""
         return {"next": list(self._next), "turn": self._turn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._next, self._turn = list(state["next"]), int(state["turn"])
+        """Goes to a position that `state_dict` returned."""
+        self._next = list(state["next"])
+        self._turn = int(state["turn"])
         self._open()
 
 
@@ -223,15 +260,18 @@ class EpochStream:
     """A fixed training set of `n` items, in a new order every epoch (a function of seed and epoch alone)."""
 
     def __init__(self, examples: Sequence[Example], seed: int):
-        self.examples, self.seed = list(examples), seed
-        self.drawn = 0
-        self._order: tuple[int, list[int]] = (-1, [])
+        self.examples = list(examples)
+        self.seed = seed
+        self.drawn = 0  # items handed out since the beginning
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its order of items
 
     def __iter__(self) -> EpochStream:
         return self
 
     def __next__(self) -> Example:
         epoch, place = divmod(self.drawn, len(self.examples))
+
+        # The order depends on seed and epoch alone, so a resumed run needs no history.
         if self._order[0] != epoch:
             order = list(range(len(self.examples)))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
@@ -240,9 +280,11 @@ class EpochStream:
         return self.examples[self._order[1][place]]
 
     def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able."""
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `state_dict` returned."""
         self.drawn = int(state["drawn"])
 
 
@@ -267,11 +309,30 @@ class TrainBatches:
         ValueError: with `overlong="error"`, an example longer than the format's max_seq_len.
     """
 
-    def __init__(self, stream: Any, prompt_format: PromptFormat, size: int, window: int = 1, seed: int = 0,
-                 overlong: str = "error", rank: int = 0, world: int = 1):
-        self.stream, self.format, self.size, self.window, self.seed = stream, prompt_format, size, window, seed
-        self.overlong, self.rank, self.world = overlong, rank, world
-        self._start, self._windows, self._place = stream.state_dict(), -1, window
+    def __init__(
+        self,
+        stream: Any,
+        prompt_format: PromptFormat,
+        size: int,
+        window: int = 1,
+        seed: int = 0,
+        overlong: str = "error",
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.stream = stream
+        self.format = prompt_format
+        self.size = size
+        self.window = window
+        self.seed = seed
+        self.overlong = overlong
+        self.rank = rank
+        self.world = world
+
+        # The position: where the stream stood when the window was drawn, the window's number, the next batch in it.
+        self._start = stream.state_dict()
+        self._windows = -1
+        self._place = window
         self._batches: list[list[Example]] = []
 
     def __iter__(self) -> TrainBatches:
@@ -285,44 +346,60 @@ class TrainBatches:
 
     def _open(self) -> None:
         """Draws the next window."""
-        self._start, self._windows, self._place = self.stream.state_dict(), self._windows + 1, 0
+        self._start = self.stream.state_dict()
+        self._windows += 1
+        self._place = 0
         per_batch = self.size * self.world
         examples: list[Example] = []
         while len(examples) < per_batch * self.window:
-            drawn = [next(self.stream) for _ in range(per_batch * self.window - len(examples))]
-            lengths = self.format.lengths(drawn)
-            if self.overlong == "error" and max(lengths) > self.format.max_seq_len:
-                raise ValueError(
-                    f"a training example of {max(lengths)} tokens is longer than --max_seq_len "
-                    f"{self.format.max_seq_len}: raise it, or leave such items out with --overlong drop"
-                )
-            pairs = zip(drawn, lengths, strict=True)
-            examples += [example for example, length in pairs if length <= self.format.max_seq_len]
+            examples += self._fitting([next(self.stream) for _ in range(per_batch * self.window - len(examples))])
+
+        # Batches of similar prompt length, in random order, so that lengths do not follow each other in training.
         if self.window > 1:
-            lengths = [len(ids) for ids in self.format.prompts([example.question for example in examples])]
-            examples = [examples[i] for i in sorted(range(len(examples)), key=lengths.__getitem__)]
+            lengths = list(map(len, self.format.prompts([example.question for example in examples])))
+            examples = [examples[index] for index in sorted(range(len(examples)), key=lengths.__getitem__)]
         self._batches = [examples[start : start + per_batch] for start in range(0, len(examples), per_batch)]
         random.Random(f"{self.seed}/{self._windows}").shuffle(self._batches)
 
+    def _fitting(self, drawn: list[Example]) -> list[Example]:
+        """Those of the drawn examples that have at most max_seq_len tokens."""
+        limit = self.format.max_seq_len
+        lengths = self.format.lengths(drawn)
+        if self.overlong == "error" and max(lengths) > limit:
+            raise ValueError(
+                f"a training example of {max(lengths)} tokens is longer than --max_seq_len {limit}: raise it, or leave "
+                "such items out with --overlong drop"
+            )
+        return [example for example, length in zip(drawn, lengths, strict=True) if length <= limit]
+
     def state_dict(self) -> dict[str, Any]:
+        """The position, JSON-able."""
         return {"stream": self._start, "windows": self._windows, "place": self._place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `state_dict` returned."""
         self.stream.load_state_dict(state["stream"])
-        self._start, self._windows, self._place = state["stream"], state["windows"], state["place"]
-        if self._windows >= 0:  # also where the window is used up: the stream must stand behind it
-            place, self._windows = self._place, self._windows - 1
+        self._start = state["stream"]
+        self._windows = state["windows"]
+        self._place = state["place"]
+
+        # Draw the window again, also where it is used up: the stream must stand behind it.
+        if self._windows >= 0:
+            place = self._place
+            self._windows -= 1
             self._open()
             self._place = place
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, longest) int64, padded with `value` on `side`."""
+    """(ids, mask), both (B, longest) int64, padded with `value` on `side`, which is left or right."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), value, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, (out, seen) in zip(rows, zip(ids, mask, strict=True), strict=True):
-        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        out[place] = torch.tensor(row, dtype=torch.int64)
-        seen[place] = 1
+    for index, row in enumerate(rows):
+        columns = slice(0, len(row))
+        if side == "left":
+            columns = slice(longest - len(row), None)
+        ids[index, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[index, columns] = 1
     return ids, mask

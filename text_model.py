@@ -10,6 +10,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,23 @@ from suite.text_model import TextModel
 __all__ = ["CausalTextModel", "TextModel", "adds_space"]
 
 MOST_LOGITS = 2**27  # of one batch, 0.5 GiB in float32: a large vocabulary makes batches smaller
-ANCHOR = "\n"
-Job = tuple[int, int, list[int], list[int]]  # place of the pair, start in its continuation, context ids, piece of ids
+ANCHOR = "\n"  # stands before a continuation while it is tokenized, where the tokenizer would add a space
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one continuation, scored in one row of a batch.
+
+    pair: index of the pair it belongs to.
+    start: index of its first token in the continuation.
+    context_ids: what the model reads before it.
+    ids: the tokens to score.
+    """
+
+    pair: int
+    start: int
+    context_ids: list[int]
+    ids: list[int]
 
 
 class CausalTextModel:
@@ -37,16 +53,29 @@ class CausalTextModel:
         ValueError: as PromptFormat, where a tokenizer is given in its place.
     """
 
-    def __init__(self, model: Any, prompt_format: Any, batch_size: int = 16, bare: bool = False,
-                 autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
-        given = isinstance(prompt_format, PromptFormat)
-        self.format: PromptFormat = prompt_format if given else PromptFormat(prompt_format)
-        self.model, self.batch_size, self.bare, self.autocast = model, batch_size, bare, autocast
+    def __init__(
+        self,
+        model: Any,
+        prompt_format: Any,
+        batch_size: int = 16,
+        bare: bool = False,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        if not isinstance(prompt_format, PromptFormat):
+            prompt_format = PromptFormat(prompt_format)
+        self.format: PromptFormat = prompt_format
+        self.model = model
+        self.batch_size = batch_size
+        self.bare = bare
+        self.autocast = autocast
         self.segments_used: float | None = None
-        text = model.config.get_text_config()
-        self.positions: float = getattr(text, "max_position_embeddings", None) or math.inf
-        self.positions -= 0 if bare else getattr(model, "virtual_tokens", 0)
-        self.vocab_size = text.vocab_size
+
+        # The tokens that prompt and answer may have together; virtual tokens of an adapter take some of them.
+        text_config = model.config.get_text_config()
+        self.positions: float = getattr(text_config, "max_position_embeddings", None) or math.inf
+        if not bare:
+            self.positions -= getattr(model, "virtual_tokens", 0)
+        self.vocab_size = text_config.vocab_size
         self._dummy_space = adds_space(self.format.tokenizer)
 
     @contextlib.contextmanager
@@ -54,10 +83,14 @@ class CausalTextModel:
         """(the model that answers, its device), in evaluation mode, without gradient."""
         was_training = self.model.training
         self.model.eval()
-        asked = self.model.bare() if self.bare else contextlib.nullcontext(self.model)
-        autocast = contextlib.nullcontext() if self.bare else self.autocast()
+        if self.bare:
+            answering = self.model.bare()
+            autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+        else:
+            answering = contextlib.nullcontext(self.model)
+            autocast = self.autocast()
         try:
-            with asked as model, autocast, torch.no_grad():
+            with answering as model, autocast, torch.no_grad():
                 yield model, next(model.parameters()).device
         finally:
             self.model.train(was_training)
@@ -68,26 +101,42 @@ class CausalTextModel:
         self, prompts: Sequence[str], max_new_tokens: int, progress: Callable[[int], None] = lambda done: None
     ) -> list[str]:
         """As `TextModel.generate`. A prompt that fills the LLM's positions gets fewer new tokens, or none and ""."""
-        lengths = [len(ids) for ids in self.format.prompts(prompts)] if prompts else []
+        if not prompts:
+            self.segments_used = None
+            return []
+
+        # Prompts that leave room for the same number of new tokens are generated together, the longest answers first.
+        lengths = list(map(len, self.format.prompts(prompts)))
         budgets = [int(min(max_new_tokens, self.positions - length)) for length in lengths]
-        order = sorted(range(len(prompts)), key=lambda place: (-budgets[place], lengths[place]))
-        texts, segments = [""] * len(prompts), []
-        done = sum(budget < 1 for budget in budgets)
-        with self._ready() as (model, device), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            thinks = "segments_log" in inspect.signature(model.forward).parameters
-            for budget, same in itertools.groupby(order, key=budgets.__getitem__):
-                group = list(same) if budget > 0 else []
-                for start in range(0, len(group), self.batch_size):
-                    places, log = group[start : start + self.batch_size], []
-                    questions, extra = [prompts[place] for place in places], {"segments_log": log} if thinks else {}
-                    answers = generate_texts(model, self.format, questions, Decoding(max_new_tokens=budget), **extra)
-                    for place, text in zip(places, answers, strict=True):
-                        texts[place] = text
-                    segments += log[0].tolist() if log else []
-                    done += len(places)
+        order = sorted(range(len(prompts)), key=lambda index: (-budgets[index], lengths[index]))
+        groups = itertools.groupby(order, key=budgets.__getitem__)
+
+        texts = [""] * len(prompts)
+        segments: list[int] = []
+        done = sum(budget < 1 for budget in budgets)  # these stay empty
+        with self._ready() as (model, device), torch.random.fork_rng(_cuda(device)):
+            for budget, indices in groups:
+                if budget < 1:
+                    continue
+                for chosen in _chunks(list(indices), self.batch_size):
+                    answers = self._answers(model, [prompts[index] for index in chosen], budget, segments)
+                    for index, text in zip(chosen, answers, strict=True):
+                        texts[index] = text
+                    done += len(chosen)
                     progress(done)
-        self.segments_used = sum(segments) / len(segments) if segments else None
+        self.segments_used = _mean(segments)
         return texts
+
+    def _answers(self, model: Any, questions: list[str], budget: int, segments: list[int]) -> list[str]:
+        """Answers of one batch; an HRM model's segments, one number a question, are added to `segments`."""
+        log: list[Tensor] = []
+        extra: dict[str, Any] = {}
+        if "segments_log" in inspect.signature(model.forward).parameters:
+            extra["segments_log"] = log
+        answers = generate_texts(model, self.format, questions, Decoding(max_new_tokens=budget), **extra)
+        if log:
+            segments.extend(log[0].tolist())
+        return answers
 
     # --- likelihood ---
 
@@ -101,101 +150,160 @@ class CausalTextModel:
         Where the LLM's positions are too few, the context loses its beginning, and a long continuation is predicted
         piece by piece, each from all that fits before it.
         """
-        contexts = self._context_ids([context for context, _ in pairs]) if pairs else []
-        continuations = self._continuation_ids([continuation for _, continuation in pairs]) if pairs else []
-        jobs = [job for place, ids in enumerate(zip(contexts, continuations, strict=True))
-                for job in self._pieces(place, *ids)]
-        jobs.sort(key=lambda job: len(job[2]) + len(job[3]))
-        found: dict[tuple[int, int], Tensor] = {}
+        if not pairs:
+            self.segments_used = None
+            return []
+
+        # Cut every continuation into pieces that fit, and sort them by length, so that batches waste little padding.
+        contexts = self._context_ids([context for context, _ in pairs])
+        continuations = self._continuation_ids([continuation for _, continuation in pairs])
+        pieces: list[Piece] = []
+        for pair, (context_ids, ids) in enumerate(zip(contexts, continuations, strict=True)):
+            pieces.extend(self._pieces(pair, context_ids, ids))
+        pieces.sort(key=lambda piece: len(piece.context_ids) + len(piece.ids))
+
+        # Score the pieces.
+        terms: dict[tuple[int, int], Tensor] = {}
         segments: list[int] = []
         with self._ready() as (model, device):
-            for batch in self._batches(jobs):
-                terms = self._score(model, device, [job[2] for job in batch], [job[3] for job in batch], segments)
-                found |= {job[:2]: row for job, row in zip(batch, terms, strict=True)}
-        self.segments_used = sum(segments) / len(segments) if segments else None
+            for batch in self._batches(pieces):
+                scored = self._score(model, device, batch, segments)
+                for piece, row in zip(batch, scored, strict=True):
+                    terms[piece.pair, piece.start] = row
+        self.segments_used = _mean(segments)
+
+        # Put the pieces of each continuation together again, in their order.
         rows: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in pairs]
-        for (place, _), terms in sorted(found.items(), key=lambda entry: entry[0]):
-            rows[place].append(terms)
+        for pair, start in sorted(terms):
+            rows[pair].append(terms[pair, start])
         return [torch.cat(row) for row in rows]
 
     def _context_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Opened as the tokenizer opens texts and never closed; an empty one holds a single special token."""
         tokenizer = self.format.tokenizer
         eos = tokenizer.eos_token_id
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos
-        rows = tokenizer(list(texts), add_special_tokens=True, return_attention_mask=False)["input_ids"]
+        first = tokenizer.bos_token_id
+        if first is None:
+            first = eos
+        opened = tokenizer(list(texts), add_special_tokens=True, return_attention_mask=False)["input_ids"]
         plain = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        closed = [row[-1:] == [eos] and own[-1:] != [eos] for row, own in zip(rows, plain, strict=True)]
-        return [(row[:-1] if shut else row) or [first] for row, shut in zip(rows, closed, strict=True)]
+
+        rows = []
+        for row, own in zip(opened, plain, strict=True):
+            # An end that the tokenizer added is taken off; one that the text itself holds stays.
+            if row[-1:] == [eos] and own[-1:] != [eos]:
+                row = row[:-1]
+            rows.append(row or [first])
+        return rows
 
     def _continuation_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenized apart from the contexts, as text that goes on: no special tokens, no space put in front."""
-
-        def ids(some: Sequence[str]) -> list[list[int]]:
-            return self.format.tokenizer(list(some), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-
+        alone = self._plain_ids(texts)
         if not self._dummy_space:
-            return ids(texts)
-        anchor = ids([ANCHOR])[0]
-        anchored = ids([ANCHOR + text for text in texts])
-        return [row[len(anchor) :] if row[: len(anchor)] == anchor else alone
-                for row, alone in zip(anchored, ids(texts), strict=True)]
+            return alone
 
-    def _pieces(self, place: int, context: list[int], ids: list[int]) -> Iterator[Job]:
-        """Jobs that fit the LLM's positions and cover `ids` once."""
-        tokenizer = self.format.tokenizer
-        fits = len(context) + len(ids) <= self.positions
-        size = len(ids) if fits else int(self.positions) // 2
+        # Behind an anchor the tokenizer adds no space. Where the anchor's own tokens changed, the text stands alone.
+        (anchor,) = self._plain_ids([ANCHOR])
+        rows = []
+        for row, fallback in zip(self._plain_ids([ANCHOR + text for text in texts]), alone, strict=True):
+            if row[: len(anchor)] == anchor:
+                rows.append(row[len(anchor) :])
+            else:
+                rows.append(fallback)
+        return rows
+
+    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
+        return self.format.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def _pieces(self, pair: int, context_ids: list[int], ids: list[int]) -> Iterator[Piece]:
+        """Pieces that fit the LLM's positions and cover `ids` once."""
+        if len(context_ids) + len(ids) <= self.positions:
+            if ids:
+                yield Piece(pair, 0, context_ids, ids)
+            return
+
+        # Half of the positions for the tokens to score, the rest for what comes before them.
+        bos = self.format.tokenizer.bos_token_id
+        size = int(self.positions) // 2
         for start in range(0, len(ids), size or 1):
-            piece, before = ids[start : start + size], context + ids[:start]
-            room = len(before) if fits else int(self.positions) - len(piece)
-            opened = before[:1] == [tokenizer.bos_token_id]  # some LLMs are lost without their first token
-            if len(before) > room:
-                before = before[:1] + before[len(before) - room + 1 :] if opened else before[-room:]
-            yield place, start, before, piece
+            piece = ids[start : start + size]
+            before = context_ids + ids[:start]
+            room = int(self.positions) - len(piece)
+            if len(before) > room and before[:1] == [bos]:
+                # Some LLMs are lost without their first token, so it stays when the beginning is cut.
+                before = before[:1] + before[len(before) - room + 1 :]
+            elif len(before) > room:
+                before = before[-room:]
+            yield Piece(pair, start, before, piece)
 
-    def _batches(self, jobs: list[Job]) -> Iterator[list[Job]]:
-        """Jobs in batches whose logits stay below MOST_LOGITS."""
-        batch: list[Job] = []
+    def _batches(self, pieces: list[Piece]) -> Iterator[list[Piece]]:
+        """Pieces in batches whose logits stay below MOST_LOGITS."""
+        batch: list[Piece] = []
         longest = 0
-        for job in jobs:
-            longest = max(longest, len(job[3]))
+        for piece in pieces:
+            longest = max(longest, len(piece.ids))
             full = len(batch) == self.batch_size or (len(batch) + 1) * longest * self.vocab_size > MOST_LOGITS
             if batch and full:
                 yield batch
-                batch, longest = [], len(job[3])
-            batch.append(job)
+                batch = []
+                longest = len(piece.ids)
+            batch.append(piece)
         if batch:
             yield batch
 
-    def _score(self, model: Any, device: torch.device, contexts: list[list[int]], targets: list[list[int]],
-               segments: list[int]) -> list[Tensor]:
-        """Log p of each row's target tokens. Contexts end in one column, so columns S - 1 to S + T - 2 predict them."""
-        context_ids, context_mask = pad(contexts, self.format.pad_id, "left")
-        target_ids, target_mask = pad(targets, self.format.pad_id, "right")
+    def _score(self, model: Any, device: torch.device, batch: list[Piece], segments: list[int]) -> list[Tensor]:
+        """(tokens,) float64 log p of each piece's tokens; an HRM model's segments are added to `segments`.
+
+        Contexts are padded on the left, so all end in column S - 1. Columns S - 1 to S + T - 2 predict the T tokens.
+        """
+        context_ids, context_mask = pad([piece.context_ids for piece in batch], self.format.pad_id, "left")
+        target_ids, target_mask = pad([piece.ids for piece in batch], self.format.pad_id, "right")
         ids = torch.cat([context_ids, target_ids], dim=1)[:, :-1].to(device)
         mask = torch.cat([context_mask, target_mask], dim=1)[:, :-1].to(device)
+        prompt_mask = torch.cat([context_mask, torch.zeros_like(target_mask)], dim=1)[:, :-1].to(device)
+
+        # Each family's forward takes what it knows of these.
         width = target_ids.shape[1]
-        known = inspect.signature(model.forward).parameters
-        offered = {
+        arguments = {
             "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
             "logits_to_keep": width,
-            "prompt_mask": torch.cat([context_mask, torch.zeros_like(target_mask)], dim=1)[:, :-1].to(device),
+            "prompt_mask": prompt_mask,
             "use_cache": False,
         }
-        out = model(input_ids=ids, attention_mask=mask, **{name: offered[name] for name in offered if name in known})
+        accepted = inspect.signature(model.forward).parameters.keys() & arguments.keys()
+        out = model(input_ids=ids, attention_mask=mask, **{name: arguments[name] for name in accepted})
         used = getattr(out, "segments_used", None)
-        segments.extend(used.tolist() if used is not None else [])
-        logits = out.logits[:, -width:]
+        if used is not None:
+            segments.extend(used.tolist())
+
+        # log p = logit - logsumexp, row by row, so that no (B, T, V) tensor in float32 is made.
         rows = []
-        for row, target in zip(logits, targets, strict=True):
-            own = row[: len(target)].float()
-            picked = own.gather(1, torch.tensor(target, device=device)[:, None])[:, 0]
+        for logits, piece in zip(out.logits[:, -width:], batch, strict=True):
+            own = logits[: len(piece.ids)].float()
+            picked = own.gather(1, torch.tensor(piece.ids, device=device)[:, None])[:, 0]
             rows.append((picked - own.logsumexp(dim=-1)).double().cpu())
         return rows
 
 
+def _cuda(device: torch.device) -> list[torch.device]:
+    """The devices whose random state must be kept beside the CPU's."""
+    return [device] if device.type == "cuda" else []
+
+
+def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
+    """Lists of at most `size` in order."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _mean(numbers: list[int]) -> float | None:
+    """None of nothing."""
+    return sum(numbers) / len(numbers) if numbers else None
+
+
 def adds_space(tokenizer: Any) -> bool:
-    """The tokenizer puts a space in front of every text (SentencePiece's dummy prefix), so pieces do not join."""
-    alone, spaced = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "\na"))
-    return alone != spaced[-len(alone) :]
+    """Whether the tokenizer puts a space in front of every text, as SentencePiece does: then pieces do not join."""
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    behind_a_line_break = tokenizer("\na", add_special_tokens=False)["input_ids"]
+    return alone != behind_a_line_break[-len(alone) :]

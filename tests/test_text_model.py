@@ -130,8 +130,8 @@ def test_the_opening_token_survives_a_cut_context(host, tokenizer, monkeypatch):
     seen = CausalTextModel(host, tokenizer)
     bos = tokenizer.bos_token_id
     pieces = list(seen._pieces(3, [bos, *range(10, 40)], list(range(50, 62))))
-    assert [piece for _, _, _, piece in pieces] == [[50, 51, 52, 53, 54], [55, 56, 57, 58, 59], [60, 61]]
-    assert [before for _, _, before, _ in pieces] == [
+    assert [piece.ids for piece in pieces] == [[50, 51, 52, 53, 54], [55, 56, 57, 58, 59], [60, 61]]
+    assert [piece.context_ids for piece in pieces] == [
         [bos, 36, 37, 38, 39], [bos, 51, 52, 53, 54], [bos, 53, 54, 55, 56, 57, 58, 59]]
 
 
@@ -143,12 +143,14 @@ def test_pieces_cover_the_continuation_once_and_fit(host, tokenizer, context, id
     before, after = first + list(range(1000, 1000 + context)), list(range(2000, 2000 + ids))
     joined = before + after
     covered = []
-    for place, start, given_ids, piece in seen._pieces(0, before, after):
-        assert place == 0 and start == len(covered) and len(given_ids) + len(piece) <= positions and given_ids
+    for piece in seen._pieces(0, before, after):
+        given_ids = piece.context_ids
+        assert piece.pair == 0 and piece.start == len(covered) and given_ids
+        assert len(given_ids) + len(piece.ids) <= positions
         tail = given_ids[1:] if opened else given_ids
-        end = len(before) + start
+        end = len(before) + piece.start
         assert tail == joined[end - len(tail) : end]
-        covered += piece
+        covered += piece.ids
     assert covered == after
 
 
@@ -199,9 +201,9 @@ def test_large_vocabularies_make_batches_smaller(host, tokenizer, monkeypatch):
     monkeypatch.setattr("text_model.MOST_LOGITS", 5 * host.config.vocab_size)
     sizes = []
     original = CausalTextModel._score
-    monkeypatch.setattr(CausalTextModel, "_score", lambda self, model, device, contexts, targets, *rest: (
-        sizes.append(len(targets) * max(map(len, targets))),
-        original(self, model, device, contexts, targets, *rest))[1])
+    monkeypatch.setattr(CausalTextModel, "_score", lambda self, model, device, batch, *rest: (
+        sizes.append(len(batch) * max(len(piece.ids) for piece in batch)),
+        original(self, model, device, batch, *rest))[1])
     seen = CausalTextModel(host, tokenizer, batch_size=64)
     found = seen.log_likelihoods([("12", "34")] * 5 + [("12", "3456789")])
     assert sizes == [4, 4, 7] or sizes == [4, 4, 2, 7] and len(found) == 6
