@@ -19,11 +19,10 @@ from addon.halting import HaltingAlarm, evaluation_collapse
 from addon.hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
 from addon.items import AddonData, AddonDataConfig
 from batching import Batch, PromptConfig, PromptFormat
-from engine.logs import format_table
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, machine_problems, raised, start_machine
 from engine.optimization import OptimConfig
-from engine.report import Card, Report
+from engine.report import Card, Report, format_table
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from evaluation import Answer, Decoding, Evaluation, answer, evaluate, solved_rate
 from host import load_config, load_tokenizer
@@ -115,32 +114,35 @@ class AddonEvaluator(Evaluator):
         """Generates and verifies on the whole evaluation set, shared among ranks."""
         # A curriculum that went up has other items, whose bare answers nobody knows yet.
         examples = self.data.eval_examples
-        mine = list(range(len(examples)))[self.machine.rank :: self.machine.world]
+        mine = slice(self.machine.rank, None, self.machine.world)
         own_bare = None
         if self._bare is not None and self._bare_examples is examples:
-            own_bare = [self._bare[i] for i in mine]
+            own_bare = self._bare[mine]
 
         # One limit for all ranks, whose shares of the items have different longest targets.
         decoding = replace(self.decoding, max_new_tokens=self.data.budget)
         with self.trainer.evaluation_weights():
-            share = [examples[i] for i in mine]
-            part = evaluate(self.model, self.data.format, share, decoding, own_bare, self.trainer.autocast())
+            part = evaluate(
+                self.model, self.data.format, examples[mine], decoding, own_bare, self.trainer.autocast()
+            )
 
-        self._bare = self._gathered(mine, part.bare)
+        self._bare = self._gathered(part.bare)
         self._bare_examples = examples
-        return self._report(Evaluation(self._gathered(mine, part.answers), self._bare))
+        return self._report(Evaluation(self._gathered(part.answers), self._bare))
 
-    def _gathered(self, mine: list[int], answers: list[Answer]) -> list[Answer]:
-        """The answers of all ranks in the order of the evaluation set; `mine` are the numbers of this rank's items."""
+    def _gathered(self, answers: list[Answer]) -> list[Answer]:
+        """The answers of all ranks in the order of the evaluation set, given those of this rank."""
         if self.machine.world == 1:
             return answers
 
         # Examples hold verifiers, which do not travel between processes: their numbers do.
+        examples = self.data.eval_examples
+        mine = range(self.machine.rank, len(examples), self.machine.world)
         packed = []
         for index, given in zip(mine, answers, strict=True):
             packed.append((index, given.text, given.score, given.finished, given.raised, given.segments))
         everyone = sorted(gather_object(packed))
-        return [Answer(self.data.eval_examples[index], *verdict) for index, *verdict in everyone]
+        return [Answer(examples[index], *verdict) for index, *verdict in everyone]
 
     def _report(self, evaluation: Evaluation) -> Report:
         """What the loop writes down and shows of an evaluation."""
@@ -158,11 +160,11 @@ class AddonEvaluator(Evaluator):
 
         # What makes a rate look worse than the model is.
         cut = sum(not answer.finished for answer in evaluation.answers)
-        raised = sum(answer.raised for answer in evaluation.answers)
+        errors = sum(answer.raised for answer in evaluation.answers)
         if cut:
             notes.append(f"{cut} answers were cut at the token limit")
-        if raised:
-            notes.append(f"the scorer raised on {raised} answers, counted as wrong")
+        if errors:
+            notes.append(f"the scorer raised on {errors} answers, counted as wrong")
 
         label = f"LLM + {self.model.title}"
         return Report(
@@ -378,7 +380,7 @@ class AddonRun:
         opts = self.opts
         count = sum(p.numel() for p in self.model.addon_parameters().values())
         host = sum(p.numel() for p in self.model.host.parameters() if not p.requires_grad)
-        tasks = ", ".join(task.name for task in self.data.tasks)
+        tasks = ", ".join(task_names(opts))
         metric = "solved"
         if self.data.curriculum:
             metric = "mean level + solved"

@@ -11,7 +11,7 @@ from engine.optimization import BaseTrainer, NonFiniteError
 from engine.system import Data, Facts, LoopConfig
 
 TRIES = 3  # the first pays for warming up
-NON_FINITE_EXIT = 3
+NON_FINITE_EXIT = 3  # exit status where loss or gradient is no number
 
 
 def dry_run(
@@ -21,16 +21,19 @@ def dry_run(
 
     The learning rate is 0 and nothing is written. Returns the exit status.
     """
+    # Real batches, drawn as training would draw them.
     times = []
     first = facts.dry_run_step
     for step in range(first, first + TRIES):
         batches = data.next_batches()
+
         began = time.perf_counter()
         try:
             metrics = trainer.step(batches, step, lr=0.0)
         except NonFiniteError as error:
             machine.say(f"{options.PROG}: {error}: training would stop here; nothing was written")
             return NON_FINITE_EXIT
+
         times.append((time.perf_counter() - began) / metrics["segments"])
 
     # The fastest try is nearest to what a step costs once everything is warm.
@@ -39,6 +42,7 @@ def dry_run(
     if limits.total_steps:
         total = f"about {seconds * limits.total_steps / 60:.1f} minutes for {total}"
 
+    # Everything for the user; stdout stays empty.
     machine.say(f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3f}")
     for name, module in facts.parts.items():
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -48,5 +48,10 @@ def limits_of(config: LoopConfig, data: Data, machine: Machine) -> Limits:
     if config.epochs and not config.eval_only:
         items = config.batch_size * config.grad_accum_steps * machine.world  # of a batch
         by_epochs = math.ceil(config.epochs * data.size / items)
-        steps = min(steps, by_epochs) if steps else by_epochs
+
+        # Steps that were set as well end the run earlier.
+        if steps:
+            steps = min(steps, by_epochs)
+        else:
+            steps = by_epochs
     return Limits(steps or None, config.max_minutes, machine)

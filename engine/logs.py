@@ -337,32 +337,6 @@ class Progress:
         self._shown, self._printed = self.clock(), self._step
 
 
-def _share(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
-
-
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """The closing table as fixed-width text, no trailing line break.
-
-    Each row: task, n, bare, bare_low, bare_high, value, low, high (fractions 0..1 or None), optional `label`, the title
-    of the value column. The gain is in percentage points.
-    """
-    label = next((row["label"] for row in rows if row.get("label")), "LLM + HRM")
-    table = [("task", "n", "bare LLM", label, "gain")]
-    for row in rows:
-        bare, value = row.get("bare"), row.get("value")
-        gain = "-" if bare is None or value is None else f"{round(100 * (value - bare), 1) + 0.0:+.1f}"
-        table.append((str(row["task"]), str(row["n"]), _share(bare, row.get("bare_low"), row.get("bare_high")),
-                      _share(value, row.get("low"), row.get("high")), gain))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    widths[0], widths[1] = max(16, widths[0]), max(4, widths[1])
-    alignments = "<><<>"
-    return "\n".join("  ".join(f"{cell:{side}{width}}" for cell, side, width
-                               in zip(line, alignments, widths, strict=True)).rstrip() for line in table)
-
-
 def _losses(folder: Path) -> list[tuple[int, float]]:
     points = []
     for _, record in json_lines(folder / "metrics.jsonl", skip_damaged=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class Card:
     def text(self, step: int, table: str = "") -> str:
         """The file's text after `step` batches, with the newest evaluation where there is one."""
         head = f"---\nlibrary_name: {self.library}\ntags: [{', '.join(self.tags)}]\n---\n\n# {self.title}\n\n"
+
+        # Every part but the first line may be missing.
         body = f"Step {step}{self.trained}\n"
         if self.loading:
             body += f"{self.loading}\n"
@@ -55,6 +57,7 @@ def metric_row(
     of what the model is compared with: the bare LLM, or the start of a stage.
     """
     low, high = interval or (None, None)
+
     return {
         "task": task,
         "metric": metric,
@@ -97,12 +100,16 @@ def text_table(rows: Sequence[Sequence[str]], align: str = "", widths: Sequence[
     """
     columns = list(zip(*rows, strict=True))
     align = align or "<" * len(columns)
+
+    # A column is as wide as its longest cell, or as `widths` demands.
     least = [*widths, *[0] * (len(columns) - len(widths))]
-    found = [max(width, *map(len, column)) for width, column in zip(least, columns, strict=True)]
+    broad = []
+    for width, column in zip(least, columns, strict=True):
+        broad.append(max(width, *map(len, column)))
 
     lines = []
     for row in rows:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, found, strict=True)]
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, broad, strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -112,8 +119,40 @@ def percent(value: float, interval: tuple[float, float] | None = None) -> str:
     text = f"{100 * value:.1f} %"
     if interval is None:
         return text
+
     low, high = interval
     return f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Each task's value beside the bare LLM's, as text.
+
+    A row holds task, n, bare, bare_low, bare_high, value, low, high (shares in 0..1 or None), and may hold `label`, the
+    heading of the value column. The gain is in percentage points.
+    """
+    label = next((row["label"] for row in rows if row.get("label")), "LLM + HRM")
+    cells = [("task", "n", "bare LLM", label, "gain")]
+    for row in rows:
+        bare = row.get("bare")
+        value = row.get("value")
+        gain = "-"
+        if bare is not None and value is not None:
+            # The sum with 0.0 keeps a rounded -0.0 from showing its sign.
+            gain = f"{round(100 * (value - bare), 1) + 0.0:+.1f}"
+
+        bare_cell = _share_cell(bare, row.get("bare_low"), row.get("bare_high"))
+        value_cell = _share_cell(value, row.get("low"), row.get("high"))
+        cells.append((str(row["task"]), str(row["n"]), bare_cell, value_cell, gain))
+    return text_table(cells, "<><<>", (16, 4))
+
+
+def _share_cell(value: float | None, low: float | None, high: float | None) -> str:
+    """A share with its interval, where they are known."""
+    if value is None:
+        return "-"
+    if low is None or high is None:
+        return percent(value)
+    return percent(value, (low, high))
 
 
 def closing_words(
@@ -126,6 +165,7 @@ def closing_words(
     """
     files = {"evaluation:": csv, "samples:": samples, "checkpoint:": checkpoint, "curve:": curve}
     lines = [f"{what:11} {path}" for what, path in files.items() if path]
+
     if question:
         # One line, whatever the question holds.
         prompt = shlex.quote(" ".join(question.split()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,18 +100,17 @@ def _training_state(trainer: BaseTrainer) -> tuple[dict[str, torch.Tensor], dict
     INDEX) and as `pack_rng` names random states.
     """
     random_states, random_document = pack_rng()
-    tensors = {f"raw/{name}": parameter.detach() for name, parameter in trainer.parameters.items()}
-    tensors |= random_states
+    tensors = _named("raw/", trainer.parameters) | random_states
 
     optimizer_documents = []
     for index, (optimizer, names) in enumerate(trainer.optimizers):
         moments, optimizer_document = pack_optimizer(optimizer, names)
-        tensors |= {f"{index}/{name}": tensor for name, tensor in moments.items()}
+        tensors |= _named(f"{index}/", moments)
         optimizer_documents.append(optimizer_document)
 
     ema_updates = 0
     if trainer.ema:
-        tensors |= {f"ema/{name}": tensor for name, tensor in trainer.ema.average.items()}
+        tensors |= _named("ema/", trainer.ema.average)
         ema_updates = trainer.ema.updates
 
     document = {
@@ -120,6 +120,11 @@ def _training_state(trainer: BaseTrainer) -> tuple[dict[str, torch.Tensor], dict
         "scaler": trainer.scaler.state_dict(),
     }
     return tensors, document
+
+
+def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without their graph, their names behind `prefix`."""
+    return {prefix + name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def load_run(folder: Path, config: LoopConfig, trainer: BaseTrainer) -> Restored:

@@ -84,10 +84,10 @@ class HybridEvaluation:
 
     def predictions(self) -> list[dict[str, Any]]:
         """One line per held-out addition."""
-        return [
-            prediction_line(SYNTHETIC, index, prompt, text, float(text == gold))
-            for index, (prompt, gold, text) in enumerate(self.answers)
-        ]
+        lines = []
+        for index, (prompt, gold, text) in enumerate(self.answers):
+            lines.append(prediction_line(SYNTHETIC, index, prompt, text, float(text == gold)))
+        return lines
 
     def table(self) -> str:
         """The evaluation for people."""
@@ -148,8 +148,8 @@ class HybridEvaluator(Evaluator):
         self.model.eval()
         with self.trainer.evaluation_weights():
             sets = {VALIDATION: self.data.val, **self.data.dev}
-            splits = {name: self._split_loss(split) for name, split in sets.items()}
-            evaluation = HybridEvaluation(splits, self._answers())
+            losses = {name: self._split_loss(split) for name, split in sets.items()}
+            evaluation = HybridEvaluation(losses, self._answers())
         self.model.train(was_training)
 
         # Only the synthetic task has a question that a user could ask again.
@@ -243,7 +243,7 @@ class HybridEvaluator(Evaluator):
         questions = self.data.questions
         if not questions:
             return []
-        mine = list(range(len(questions)))[self.machine.rank :: self.machine.world]
+        mine = range(self.machine.rank, len(questions), self.machine.world)
         prompts = [questions[index][0] for index in mine]
         texts = self.text.generate(prompts, self.config.max_new_tokens or 8)
 

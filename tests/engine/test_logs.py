@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine import logs as run_logging
-from engine.logs import EVAL_HEADER, Progress, RunLog, draw_curve, format_table
+from engine.logs import EVAL_HEADER, Progress, RunLog, draw_curve
+from engine.report import format_table
 
 
 def row(step: int, task: str = "chain_sum", metric: str = "solved", value: float | None = 0.5) -> dict:

@@ -1,0 +1,229 @@
+"""loop: a system plugs in by objects alone; what each is asked, in which order, and what a checkpoint brings back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import options
+from engine.limits import Limits, limits_of
+from engine.loop import RunLoop
+from engine.machine import start_machine
+from engine.optimization import BaseTrainer, OptimConfig
+from engine.report import Card, Report, metric_row, prediction_line
+from engine.system import Evaluator, Facts, Hooks, LoopConfig
+
+OPTS = options.parse(["--device", "cpu", "--mixed_precision", "none"])
+
+
+class Numbers:
+    """Training batches that are the numbers 0, 1, 2, ..."""
+
+    size = 10
+
+    def __init__(self):
+        self.next = 0
+
+    def next_batches(self) -> list[int]:
+        self.next += 1
+        return [self.next - 1]
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+    def describe(self, batches: list[int]) -> list[dict[str, Any]]:
+        return [{"number": batch} for batch in batches]
+
+
+class Adder(BaseTrainer):
+    """Its one weight is the sum of the batches it has seen."""
+
+    def __init__(self, machine):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        parameters = dict(model.named_parameters())
+        optimizers = [(torch.optim.SGD(model.parameters(), lr=1.0), list(parameters))]
+        super().__init__(
+            OptimConfig(ema=0.0), model, model, machine.accelerator, machine.precision, parameters, optimizers
+        )
+        self.steps: list[int] = []
+
+    def weights(self):
+        return dict(self.model.state_dict())
+
+    def documents(self):
+        return {"config.json": "{}"}
+
+    def load(self, saved, folder):
+        self.model.load_state_dict(saved.tensors[self.stem])
+
+    def step(self, batches, step, lr):
+        self.steps.append(step)
+        with torch.no_grad():
+            self.model.weight += sum(batches)
+        return {"loss": 1.0, "grad_norm": 0.0, "lr": lr, "segments": 1, "examples": 1, "tokens_read": 5}
+
+
+class SumEvaluator(Evaluator):
+    """Measures the sum."""
+
+    def __init__(self, trainer: Adder, untrained: bool = False):
+        self.trainer = trainer
+        self.untrained = untrained
+
+    def evaluate(self, step: int) -> Report:
+        value = float(self.trainer.model.weight.detach())
+        return Report(
+            [metric_row("numbers", "sum", value, 1)],
+            [prediction_line("numbers", 0, "sum?", str(value), value)],
+            f"the sum is {value:.0f}",
+            value,
+            notes="one note",
+            question="sum?",
+        )
+
+    def samples(self, turn: int) -> list[str]:
+        return [f"sample of turn {turn}"]
+
+    def before_training(self) -> Report | None:
+        return self.evaluate(0) if self.untrained else None
+
+
+class Told(Hooks):
+    """Remembers what it was asked; ends training early or refuses to go on where it is told to."""
+
+    def __init__(self, end_after: int | None = None, done: str | None = None):
+        super().__init__()
+        self.end_after = end_after
+        self.done = done
+        self.calls: list[tuple] = []
+
+    def alarms(self, step, metrics):
+        self.calls.append(("alarms", step))
+        return ["two!"] if step == 2 else []
+
+    def shown(self, metrics):
+        return {"extra": "shown"}
+
+    def after_evaluation(self, step, report, share):
+        self.calls.append(("after_evaluation", step, share))
+        self.extra["seen"] = step
+
+    def ended_early(self):
+        alarms = [call for call in self.calls if call[0] == "alarms"]
+        return "enough" if self.end_after is not None and len(alarms) >= self.end_after else None
+
+    def nothing_to_do(self, step, total_steps, share):
+        return self.done
+
+    def restored(self, before):
+        self.calls.append(("restored", dict(self.extra)))
+        return ["a note of the hooks"]
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """Builds a loop in `tmp_path/run`, going on from the newest checkpoint where there is one."""
+    monkeypatch.setattr("engine.loop.draw_curve", lambda *arguments: None)
+
+    def build_here(hooks: Hooks | None = None, untrained: bool = False, facts: dict | None = None, **flags) -> RunLoop:
+        given = {"max_steps": 4, "eval_every": 2, "save_every": 1, "log_steps": 1, "checkpoint_limit": 0,
+                 "save_dir": str(tmp_path), "run_name": "run", **flags}
+        opts = options.replace(OPTS, **given)
+        config = options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
+        machine = start_machine(config)
+        trainer = Adder(machine)
+        card = Card("none", ["test"], "An adder", ".")
+        described = Facts("numbers", "an adder", card, **(facts or {}))
+        found = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+        checkpoint = found[-1] if found else None
+        evaluator = SumEvaluator(trainer, untrained)
+        return RunLoop(config, machine, Numbers(), trainer, evaluator, described, hooks or Hooks(), checkpoint)
+
+    return build_here
+
+
+def rows_of(run: Path) -> list[list[str]]:
+    return [line.split(",") for line in (run / "eval.csv").read_text().splitlines()[1:]]
+
+
+def test_every_part_is_asked_in_its_turn(build, capsys, tmp_path):
+    hooks = Told()
+    loop = build(hooks, log_samples_every=2)
+    assert loop.go() == 0 and loop.finished
+    assert loop.trainer.steps == [0, 1, 2, 3] and loop.report.value == 0 + 1 + 2 + 3
+    assert hooks.calls == [("alarms", 1), ("alarms", 2), ("after_evaluation", 2, 0.5), ("alarms", 3), ("alarms", 4),
+                           ("after_evaluation", 4, 1.0)]
+    out, err = capsys.readouterr()
+    assert err.startswith("an adder; 4 steps of 64 examples\n")
+    assert "WARNING: step 2: two!" in err and "[step 4] sample of turn 2" in err and "extra shown" in err
+    assert "step 2\nthe sum is 1\n" in err
+    assert out.startswith("the sum is 6\none note\nevaluation: ") and out.rstrip().endswith("--compare --prompt 'sum?'")
+    assert [row[:4] for row in rows_of(tmp_path / "run")] == [
+        ["2", "numbers", "sum", "1"], ["4", "numbers", "sum", "6"]]
+    (first, second) = (json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"], second["id"]) == (2, 4, "numbers/00000")
+    card = (tmp_path / "run" / "checkpoints" / "step-00000004" / "README.md").read_text()
+    assert card == ("---\nlibrary_name: none\ntags: [test]\n---\n\n# An adder\n\nStep 4.\n\n```\nthe sum is 6\n```\n")
+
+
+def test_an_evaluation_outside_training_has_no_share(build):
+    hooks = Told()
+    assert build(hooks, eval_every=0).go() == 0
+    assert [call for call in hooks.calls if call[0] == "after_evaluation"] == [("after_evaluation", 4, None)]
+
+
+def test_what_changes_comes_back_from_a_checkpoint(build, capsys):
+    assert build(Told(end_after=3)).go() == 0
+    assert "training ended at step 3: enough" in capsys.readouterr().err
+    hooks = Told()
+    loop = build(hooks)
+    assert hooks.calls == [("restored", {"seen": 3})] and (loop.step, loop.data.next) == (3, 3)
+    assert "a note of the hooks" in capsys.readouterr().err
+    assert loop.go() == 0 and loop.trainer.steps == [3] and loop.report.value == 6
+    assert ", from step 3" in capsys.readouterr().err
+
+
+def test_a_run_with_nothing_left_to_do_is_not_touched(build, capsys, tmp_path):
+    loop = build(Told(done="is done"))
+    assert loop.go() == 0 and not loop.finished and not (tmp_path / "run").exists()
+    assert f"{tmp_path / 'run'} is done" in capsys.readouterr().err
+    assert build(Told(done="")).go() == 0
+    assert capsys.readouterr().err == "an adder; 4 steps of 64 examples\n"
+
+
+def test_the_random_weights_are_recorded_where_a_system_wants_it(build, tmp_path, capsys):
+    assert build(untrained=True).go() == 0
+    assert [row[0] for row in rows_of(tmp_path / "run")] == ["0", "2", "4"]
+    assert "the sum is 0" in capsys.readouterr().err
+
+
+def test_a_stage_that_another_follows_names_it_and_no_files(build, capsys):
+    assert build(facts={"next_stage": "done after {step} steps"}).go() == 0
+    assert capsys.readouterr().out == "the sum is 6\none note\ndone after 4 steps\n"
+
+
+def test_a_run_of_no_checkpoint_reports_and_saves_nothing_with_dry_run(build, tmp_path, capsys):
+    loop = build(dry_run=True, facts={"dry_run_step": 7, "parts": {"adder": torch.nn.Linear(2, 2)}})
+    assert loop.go() == 0 and not loop.finished and not (tmp_path / "run").exists()
+    assert loop.trainer.steps == [7, 8, 9]
+    assert "adder" in capsys.readouterr().err
+
+
+def test_limits_end_a_run_at_whichever_comes_first():
+    config = options.part(LoopConfig, OPTS, settings="", flags={})
+    machine = start_machine(config)
+    assert limits_of(replace(config, max_steps=0, epochs=3, batch_size=4), Numbers(), machine).total_steps == 8
+    assert limits_of(replace(config, max_steps=5, epochs=3, batch_size=4), Numbers(), machine).total_steps == 5
+    limits = Limits(10, 1.0, machine)
+    assert limits.share(5, 0.0) == 0.5 and limits.share(1, 45.0) == 0.75 and limits.share(11, 90.0) == 1.0
+    assert limits.warmup(3) == 3 and limits.warmup(50) == 5 and Limits(None, 1.0, machine).warmup(50) == 50
+    assert limits.words() == "10 steps" and Limits(None, 1.0, machine).words() == "1.0 minutes"

@@ -1,0 +1,60 @@
+"""report: rows, predictions, tables and closing words as every system writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.logs import EVAL_HEADER
+from engine.report import Card, closing_words, metric_row, percent, prediction_line, stamped, text_table
+
+
+def test_a_stamped_row_has_every_column_of_the_csv():
+    (row,) = stamped([metric_row("toy", "solved", 0.5, 8, interval=(0.2, 0.8), bare=0.1, segments_used=2)], 7, 1.5)
+    assert set(row) == set(EVAL_HEADER)
+    assert (row["step"], row["elapsed_s"], row["ci_low"], row["ci_high"]) == (7, 1.5, 0.2, 0.8)
+    assert metric_row("toy", "loss", 1.0, 3)["ci_low"] is None
+
+
+def test_a_prediction_says_which_item_it_answers():
+    (line,) = stamped([prediction_line("toy", 3, "Q  1", "A", 1.0, bare_score=None)], 9)
+    assert (line["step"], line["id"], line["task"], line["bare_score"]) == (9, "toy/00003", "toy", None)
+    assert line["prompt_hash"] == prediction_line("toy", 0, "q 1", "", 0.0)["prompt_hash"]
+    assert "elapsed_s" not in line
+
+
+CELLS = st.lists(st.lists(st.text("abc", max_size=6), min_size=3, max_size=3), min_size=1, max_size=5)
+
+
+@given(CELLS)
+def test_columns_of_a_table_begin_where_their_heading_does(rows):
+    lines = text_table(rows, "<><").split("\n")
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for line, row in zip(lines, rows, strict=True):
+        line = line.ljust(sum(widths) + 4)
+        assert line[: widths[0]].rstrip() == row[0]
+        assert line[widths[0] + 2 : widths[0] + 2 + widths[1]] == row[1].rjust(widths[1])
+        assert line[widths[0] + widths[1] + 4 :].rstrip() == row[2]
+
+
+def test_least_widths_hold_where_cells_are_short():
+    assert text_table([("a", "b"), ("c", "d")], "<>", (4, 3)) == "a       b\nc       d"
+
+
+def test_shares_are_percents_with_their_interval():
+    assert percent(0.412) == "41.2 %" and percent(0.5, (0.25, 0.75)) == "50.0 % [25.0, 75.0]"
+
+
+def test_the_command_that_follows_survives_a_shell_and_stays_on_one_line():
+    words = closing_words(Path("r/eval.csv"), Path("my runs/step-1"), None, "What's\n 1 + 1?")
+    assert words.split("\n") == [
+        "evaluation: r/eval.csv", "checkpoint: my runs/step-1",
+        "next:       python generate.py --checkpoint 'my runs/step-1' --compare --prompt 'What'\"'\"'s 1 + 1?'"]
+    assert closing_words(Path("e"), None, None, None) == "evaluation: e"
+
+
+def test_a_card_without_an_evaluation_has_no_table():
+    assert Card("peft", ["hrm", "grpo"], "T", "; tasks x.", "Load it.").text(3) == (
+        "---\nlibrary_name: peft\ntags: [hrm, grpo]\n---\n\n# T\n\nStep 3; tasks x.\nLoad it.\n")
