@@ -14,7 +14,7 @@ import json
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,12 +31,18 @@ YAML_TYPES = {"int": int, "float": (int, float, str), "bool": (bool, int), "list
 
 
 class Options(argparse.Namespace):
-    """All flags by name. Equal when all flags but `config` are equal.
+    """All flags by name. Equal when all flags but `config` are equal. Not written to: `replace` gives others.
 
     explicit: names of the flags that the user set, here or in the run gone on from. A value from a file counts where it
         is not the default, since `config.resolved.yaml` holds every flag.
     typed: names of the flags on the command line.
     """
+
+    def __init__(self, **values: Any):
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"options are not written to: options.replace(opts, {name}=...) gives others")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Options) and as_dict(self) == as_dict(other)
@@ -127,7 +133,7 @@ def settle(given: Given, saved: Mapping[str, Any] | None = None) -> tuple[Option
 
     from_files = [*saved.items(), *given.file.items()]
     explicit = {name for name, value in from_files if value != default[name]} | given.typed.keys()
-    opts = Options(**values, explicit=explicit, typed=set(given.typed))
+    opts = Options(**values, explicit=frozenset(explicit), typed=frozenset(given.typed))
 
     # What is illegal has been told: nobody who goes on with these options shall meet it.
     lines = given.problems + problems(opts, given.broken)
@@ -213,7 +219,7 @@ def problems(opts: argparse.Namespace, skip: Iterable[str] = ()) -> list[str]:
             lines.append(f"--{flag.name} {_illegal(flag, value)}")
             unsure.add(flag.name)
 
-    idle = _idle(opts, getattr(opts, "explicit", set()) - unsure)
+    idle = _idle(opts, getattr(opts, "explicit", frozenset()) - unsure)
     unsure |= idle.keys()
     for rule in RULES:
         line = None if rule.reads & unsure else rule.tell(opts)
@@ -222,7 +228,7 @@ def problems(opts: argparse.Namespace, skip: Iterable[str] = ()) -> list[str]:
     return lines + list(idle.values())
 
 
-def _idle(opts: argparse.Namespace, explicit: set[str]) -> dict[str, str]:
+def _idle(opts: argparse.Namespace, explicit: Set[str]) -> dict[str, str]:
     """Of the flags that the user set: flag -> what to tell where the system or the adapter does not know it."""
     lines = {}
     for name, flag in FIND.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def measure_suite(run: Any, opts: options.Options) -> None:
         measure_after_run(subject, options.part(SuiteConfig, opts))
 
 
-def matched(opts: options.Options, set_here: set[str]) -> tuple[options.Options, list[str]]:
+def matched(opts: options.Options, set_here: Set[str]) -> tuple[options.Options, list[str]]:
     """Options whose adapter is sized by --match_params, and at most one problem; says on stderr which size it is.
 
     `set_here` names the flags that this call sets: a size among them contradicts --match_params.
@@ -142,7 +142,7 @@ def matched(opts: options.Options, set_here: set[str]) -> tuple[options.Options,
 
     if os.environ.get("RANK", "0") == "0":  # of several processes one
         print(sentence, file=sys.stderr)
-    return options.replace(opts, **size, explicit=opts.explicit | size.keys()), []
+    return options.replace(opts, **size, explicit=opts.explicit | frozenset(size)), []
 
 
 def complain(problems: list[str], status: int = 2) -> int:

@@ -196,8 +196,7 @@ def build_arms(asked: argparse.Namespace, host: Any, prompt_format: PromptFormat
     arms, facts, rank = [], {}, 1
     for name in (ARMS[1], *ARMS):  # the first, which pays for what libraries set up, is thrown away
         adapter, *cached = name.split()
-        opts = training_options(asked, adapter)
-        opts.lora_rank = rank
+        opts = options.replace(training_options(asked, adapter), lora_rank=rank)
         peak = Peak(accelerator.device)
         torch.manual_seed(0)
         model = controller(opts, host).to(accelerator.device)

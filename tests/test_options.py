@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import re
@@ -480,6 +481,36 @@ def test_collect_hands_back_the_problems_and_legal_options(capsys):
 
 def test_what_a_call_says_of_itself_is_named_once():
     assert set(options.INVOCATION) <= {flag.name for flag in FLAGS}
+
+
+def test_options_are_not_written_to_and_replaced_ones_are_others():
+    opts = parse(["--lr", "0.5"])
+    with pytest.raises(AttributeError, match=r"options.replace\(opts, lr=...\)"):
+        opts.lr = 0.25
+    with pytest.raises(AttributeError):
+        opts.explicit.add("d_h")
+    other = options.replace(opts, lr=0.25)
+    assert (opts.lr, other.lr, other.explicit, other.typed) == (0.5, 0.25, {"lr"}, {"lr"})
+    assert copy.deepcopy(opts) == opts
+
+
+@pytest.mark.parametrize("typed,saved,steps", [
+    ("", {}, 1900), ("--epochs 2 --train_n 9", {}, 0), ("--max_minutes 1", {}, 0),
+    ("--max_minutes 1 --max_steps 5", {}, 5), ("--max_minutes 1", {"max_steps": 5}, 0), ("", {"max_minutes": 1.0}, 0),
+    ("", {"max_steps": 5, "max_minutes": 1.0}, 5), ("--max_steps 7", {"max_minutes": 1.0, "max_steps": 0}, 7),
+])
+def test_typed_epochs_and_minutes_replace_steps(typed, saved, steps):
+    opts = parse(typed.split(), saved)
+    assert options.resolve(opts).max_steps == steps
+
+
+@pytest.mark.parametrize("typed,saved,config", [
+    ("", {}, "small"), ("--task gcd", {}, "default"), ("--tasks gcd,lcm", {}, "default"),
+    ("--task gcd", {"task_config": "small"}, "small"), ("--task_config x.yaml", {}, "x.yaml"),
+    ("--arch hybrid --dataset synthetic", {}, None),
+])
+def test_a_run_has_a_difficulty_of_its_tasks(typed, saved, config):
+    assert options.resolve(parse(typed.split(), saved)).task_config == config
 
 
 def test_saved_options_lie_between_defaults_and_yaml(config):

@@ -43,8 +43,7 @@ def settings(**changes) -> options.Options:
     plain = {"init_state": "fixed", "segments_sampling": "fixed", "supervised_segments": 0, "ema": 0.0, "lr": 1e-2,
              "optimizer": "adamw", "reset_l": False, "grad_horizon": "full"}
     assert set(changes) <= set(vars(opts))
-    vars(opts).update({**plain, **changes})
-    return opts
+    return options.replace(opts, **{**plain, **changes})
 
 
 @pytest.fixture

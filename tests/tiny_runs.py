@@ -39,7 +39,7 @@ def arguments(host: Path, save_dir: Path, *more: str) -> list[str]:
 def tiny_model(host: Path, **changes) -> HRMController:
     """A controller on the tiny host as a run builds it, its zero factors random as after training."""
     opts = options.parse(TINY)
-    vars(opts).update({"model_name": str(host), "init_state": "fixed", **changes})
+    opts = options.replace(opts, **{"model_name": str(host), "init_state": "fixed", **changes})
     torch.manual_seed(0)
     return randomise(build_model(opts, "cpu")).eval()
 

@@ -65,8 +65,7 @@ def call(tiny_host, tmp_path, capsys):
 
 def opts_for(tiny_host, adapter: str, *more: str, **changes) -> options.Options:
     opts = options.parse([*PLAIN, "--adapter", adapter, *SMALL.get(adapter, []), *more])
-    vars(opts).update({"model_name": str(tiny_host), **changes})
-    return opts
+    return options.replace(opts, **{"model_name": str(tiny_host), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +330,7 @@ def test_hrm_is_sized_to_what_a_built_model_really_has(tiny_host, more):
 @pytest.mark.parametrize("adapter,wanted", [("lora", 20000), ("prompt", 1000), ("mlp", 2_000_000)])
 def test_each_baseline_is_sized_to_what_a_built_model_really_has(tiny_host, adapter, wanted):
     opts = options.parse([*PLAIN, "--adapter", adapter])
-    vars(opts).update(model_name=str(tiny_host), match_params=wanted, max_seq_len=128)
+    opts = options.replace(opts, model_name=str(tiny_host), match_params=wanted, max_seq_len=128)
     changes, told = match(opts)
     opts = options.replace(opts, **changes)
     found = sum(p.numel() for p in build_controller(opts, "cpu").addon_parameters().values())

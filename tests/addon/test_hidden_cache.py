@@ -40,8 +40,7 @@ def bf16_host(tiny_host, tmp_path_factory):
 
 def opts_for(host, *more: str) -> options.Options:
     opts = options.parse([*arguments(host, ROOT), "--cache_hidden", "ram", "--train_n", "12", "--ema", "0", *more])
-    opts.task_config = "default"
-    return opts
+    return options.replace(opts, task_config="default")
 
 
 def setting(host, *more: str):

@@ -51,9 +51,7 @@ ENHANCED = "--arch enhanced --objective grpo"
 
 
 def parsed(words: str = ENHANCED, **changes) -> options.Options:
-    opts = options.parse(words.split())
-    vars(opts).update(changes)
-    return opts
+    return options.replace(options.parse(words.split()), **changes)
 
 
 def given_stages(opts: options.Options) -> tuple[list[Stage], list[str]]:

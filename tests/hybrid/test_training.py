@@ -42,8 +42,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 def settings(**changes) -> options.Options:
     opts = options.parse([*RUN, "--dataset", "synthetic"])
     assert set(changes) <= set(vars(opts)), changes
-    vars(opts).update({"lr": 1e-2, **changes})
-    return opts
+    return options.replace(opts, **{"lr": 1e-2, **changes})
 
 
 def data_config(**changes) -> HybridDataConfig:
