@@ -20,7 +20,7 @@ from addon.hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
 from addon.items import AddonData, AddonDataConfig
 from batching import Batch, PromptConfig, PromptFormat
 from engine.loop import RunLoop
-from engine.machine import Machine, MachineConfig, machine_problems, raised, start_machine
+from engine.machine import Machine, MachineConfig, errors_of, machine_problems, start_machine
 from engine.optimization import OptimConfig
 from engine.report import Card, Report, format_table
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
@@ -66,7 +66,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
 
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
     lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
-    return lines + raised([lambda: _check_host(opts)])
+    return lines + errors_of(_check_host, opts)
 
 
 def _check_host(opts: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,6 @@ def errors_of(check: Callable[..., object], *arguments: Any) -> list[str]:
     except (ValueError, OSError) as error:
         return [str(error)]
     return []
-
-
-def raised(checks: Iterable[Callable[[], object]]) -> list[str]:
-    """`errors_of` several checks."""
-    return [line for check in checks for line in errors_of(check)]
 
 
 def check_device(device: str, mixed_precision: str) -> None:

@@ -95,7 +95,7 @@ class GrpoRun:
         opts = self.opts
         if trained.budget is not None and "max_completion_length" not in opts.explicit:
             # As long as the answers to the tasks may be in the supervised run; checkpoints keep the number.
-            opts = options.Options(**vars(opts) | {"max_completion_length": trained.budget})
+            opts = options.replace(opts, max_completion_length=trained.budget)
         stages, lines = stages_of(options.part(StagesConfig, opts), trained.tasks)
         if lines:
             raise ValueError("; ".join(lines))

@@ -14,10 +14,11 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
+import options
 from batching import PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
-from engine.machine import MachineConfig, machine_problems, raised, start_machine
+from engine.machine import MachineConfig, errors_of, machine_problems, start_machine
 from engine.optimization import OptimConfig
 from engine.report import Card, Report
 from engine.state import CONFIG
@@ -38,7 +39,7 @@ from text_model import CausalTextModel
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """Everything wrong with a run of the planner/worker LM that can be found without building one, one line each."""
     lines = stages_of(part(StagesConfig, opts))[1]
-    lines += raised([lambda: reasoning_tokenizer(opts.tokenizer)])
+    lines += errors_of(reasoning_tokenizer, opts.tokenizer)
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
     return lines + machine_problems(part(MachineConfig, opts), checkpoint)
 
@@ -190,7 +191,7 @@ class EnhancedRun:
     @classmethod
     def weights_of(cls, opts: Options, checkpoint: Path) -> EnhancedRun:
         """The run as --eval_only sets it up: the weights of `checkpoint`, nothing to train them on."""
-        return cls(Options(**vars(opts) | {"eval_only": True}), checkpoint)
+        return cls(options.replace(opts, eval_only=True), checkpoint)
 
     def go(self) -> int:
         """Runs the command and returns its exit status."""
