@@ -213,7 +213,7 @@ def _answer_batch(model, prompt_format, examples, budget, decoding, device, thin
     """Answers of one batch, scored."""
     log: list[torch.Tensor] = []
     extra = {"segments_log": log} if thinks else {}
-    ids = _generate(model, prompt_format, [e.question for e in examples], budget, decoding, device, **extra)
+    ids = generate_ids(model, prompt_format, [e.question for e in examples], budget, decoding, device, **extra)
     used = log[0].tolist() if log else [0] * len(examples)
     answers = []
     for example, row, segments in zip(examples, ids, used, strict=True):
@@ -223,8 +223,14 @@ def _answer_batch(model, prompt_format, examples, budget, decoding, device, thin
     return answers
 
 
-def _generate(model, prompt_format, questions, budget, decoding, device, **extra) -> torch.Tensor:
-    """(B, new tokens) ids generated for `questions`."""
+def generate_ids(
+    model: Any, prompt_format: PromptFormat, questions: Sequence[str], budget: int, decoding: Decoding,
+    device: torch.device, **extra: Any,
+) -> torch.Tensor:
+    """(B, at most `budget`) ids generated for `questions`, on `device`; a row is padded behind its end.
+
+    `extra` goes to `generate`.
+    """
     tokenizer = prompt_format.tokenizer
     prompt_ids, prompt_mask = pad(prompt_format.prompts(questions), prompt_format.pad_id, "left")
     if prompt_format.sentinel:
@@ -248,7 +254,7 @@ def generate_texts(
     """Answers to bare questions, without a verifier; `extra` goes to `generate`."""
     device = next(model.parameters()).device
     torch.manual_seed(decoding.seed)
-    ids = _generate(model, prompt_format, questions, decoding.max_new_tokens, decoding, device, **extra)
+    ids = generate_ids(model, prompt_format, questions, decoding.max_new_tokens, decoding, device, **extra)
     return [prompt_format.answer_text(row)[0] for row in ids]
 
 

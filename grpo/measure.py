@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from batching import PromptFormat, pad
+from batching import PromptFormat
 from engine.batches import by_length
 from engine.intervals import wilson
 from engine.report import Report, metric_row, percent, prediction_line, text_table
 from enhanced.config import CycleMeter
 from enhanced.reasoning_format import format_rate
-from evaluation import Decoding
+from evaluation import Decoding, generate_ids
 from grpo.problems import Problem
 from grpo.rewards import RewardSettings, parse, repetition, same_answer
 
@@ -196,7 +196,6 @@ def completions(
     Returns (texts, their tokens, whether each ended by itself, mean cycles or segments).
     """
     device = next(model.parameters()).device
-    prompts = prompt_format.prompts(questions)
     eos = prompt_format.tokenizer.eos_token_id
 
     # The planner/worker LM counts the cycles of every token, the add-on the segments of every example.
@@ -204,15 +203,9 @@ def completions(
     segments: list[torch.Tensor] = []
     extra = {"cycles_log": meter} if hasattr(model, "all_cycles") else {"segments_log": segments}
 
-    def complete(batch: list[list[int]]) -> list[tuple[str, int, bool]]:
-        ids, mask = pad(batch, prompt_format.pad_id, "left")
-        out = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=longest, **Decoding().arguments(),
-            pad_token_id=prompt_format.pad_id, eos_token_id=eos, **extra,
-        )
-
+    def complete(batch: list[str]) -> list[tuple[str, int, bool]]:
         answers = []
-        for row in out[:, ids.shape[1] :]:
+        for row in generate_ids(model, prompt_format, batch, longest, Decoding(), device, **extra):
             text, finished = prompt_format.answer_text(row)
             length = len(row)
             if finished:  # behind its end the row is padding
@@ -221,7 +214,8 @@ def completions(
         return answers
 
     # Batches of similar length waste little padding.
-    answers = by_length(prompts, list(map(len, prompts)), batch_size, complete)
+    prompts = prompt_format.prompts(questions)
+    answers = by_length(questions, list(map(len, prompts)), batch_size, complete)
     texts, lengths, finished = zip(*answers, strict=True)
 
     used = None
