@@ -1,4 +1,4 @@
-"""Ablations: a grid of arms x tasks x seeds, each a run of `train.py`, and the table of what they came to.
+"""Ablations: a grid of arms x tasks x seeds, each a run of `train.py`.
 
 A grid is YAML:
 
@@ -13,33 +13,23 @@ A grid is YAML:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import options
-from engine.files import json_lines, write_text_aside
-from engine.intervals import Interval, mean_interval, paired_seeds
 from reasoning_gym_wrapper import task_problems
 
-KEYS = ("arms", "tasks", "seeds", "common", "baseline", "minutes", "calibration_steps")
 # What the runner sets itself, or what would make runs of one grid incomparable.
 OWN = {"run_name", "resume", "eval_only", "dry_run", "reset_progress", "config", "task", "tasks", "seed", "save_dir",
        "log_csv", "num_threads"}
 LENGTH = {"max_steps", "epochs", "max_minutes"}  # with `minutes` the runner sets the length, too
 NAME = re.compile(r"[A-Za-z0-9][\w.=+-]*")
-COLUMNS = (
-    *("arm", "train_tasks", "seed", "task", "status", "solved", "n", "ci_low", "ci_high", "bare", "mean_score"),
-    *("truncated", "segments_used", "steps", "train_minutes", "examples_per_second", "trainable", "run"),
-)
-RECORD = "ablation.json"  # in each run's folder: its flags, and whether it is finished
 WARM = 4  # the first 1 / WARM of a calibration's batches is not timed
 
 
@@ -49,7 +39,15 @@ class GridError(ValueError):
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid file says."""
+    """What a grid file says.
+
+    name: the file's, without its suffix.
+    arms: name -> flags that the arm adds to `common`.
+    tasks: names, or several joined by + that are trained together.
+    baseline: the arm that others are compared with.
+    minutes: training time of each run; None: its length is what its flags say.
+    calibration_steps: batches of the run that measures an arm's speed.
+    """
 
     name: str
     arms: dict[str, dict[str, Any]]
@@ -81,6 +79,56 @@ class Job:
         return int(self.flags.get("max_steps", 0))
 
 
+# --- what a value may be ----------------------------------------------------------------------------------------------
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_flags(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_arms(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(flags, dict | None) for flags in value.values())
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def _are_seeds(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_whole, value))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_length(value: Any) -> bool:
+    return _is_whole(value) and value >= 2 * WARM
+
+
+# Key of a grid file -> (what it holds, for people; whether a value is that).
+KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "arms": ("a mapping of arm names to flags", _are_arms),
+    "tasks": ("a list of task names", _are_names),
+    "seeds": ("a list of whole numbers", _are_seeds),
+    "common": ("a mapping of flags", _is_flags),
+    "baseline": ("the name of an arm", _is_name),
+    "minutes": ("a number above 0", _is_amount),
+    "calibration_steps": (f"a whole number of at least {2 * WARM}", _is_length),
+}
+NEEDED = ("arms", "tasks", "seeds")
+
+
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,88 +141,153 @@ def read_grid(path: Path, changes: Mapping[str, Any] | None = None, only: Sequen
         GridError: every problem found, one a line.
     """
     try:
-        tree, found = options.load_yaml(str(path))
+        tree, problems = options.load_yaml(str(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise GridError(f"{path} cannot be read: {reason}") from error
     if not isinstance(tree, dict):
         raise GridError(f"{path} must hold a mapping with {', '.join(KEYS)}")
-    found += [f"{path}: unknown key {key}: expected {', '.join(KEYS)}" for key in tree if key not in KEYS]
-    given = {key: value for key, value in tree.items() if key in KEYS and value is not None} | dict(changes or {})
-    found += _shape_problems(given)
-    if found:
-        raise GridError("\n".join(found))
+
+    # An empty key of the file is as good as none.
+    given = {}
+    for key, value in tree.items():
+        if key not in KEYS:
+            problems.append(f"{path}: unknown key {key}: expected {', '.join(KEYS)}")
+        elif value is not None:
+            given[key] = value
+
+    given |= changes or {}
+    _raise(problems + _shape_problems(given))
+
+    # Shapes are right from here on; now what they say.
     arms = {str(name): flags or {} for name, flags in given["arms"].items()}
-    grid = Grid(path.stem, **given | {"arms": arms, "baseline": given.get("baseline") or next(iter(arms))})
-    found = _grid_problems(grid)
-    found += [f"{name!r} is no arm of {path}: choose from {', '.join(arms)}" for name in only or () if name not in arms]
-    if found:
-        raise GridError("\n".join(found))
-    if only is None:
-        return grid
-    kept = {name: flags for name, flags in arms.items() if name in only}
-    return dataclasses.replace(grid, arms=kept, baseline=grid.baseline if grid.baseline in kept else next(iter(kept)))
+    baseline = given.get("baseline") or next(iter(arms))
+    grid = Grid(path.stem, **given | {"arms": arms, "baseline": baseline})
+    problems = _grid_problems(grid)
+    for name in only or ():
+        if name not in arms:
+            problems.append(f"{name!r} is no arm of {path}: choose from {', '.join(arms)}")
+    _raise(problems)
+    return grid if only is None else _with_arms(grid, only)
+
+
+def _raise(problems: Sequence[str]) -> None:
+    """Raises GridError where there are problems."""
+    if problems:
+        raise GridError("\n".join(problems))
+
+
+def _with_arms(grid: Grid, names: Sequence[str]) -> Grid:
+    """The grid with these of its arms, in its order."""
+    kept = {name: flags for name, flags in grid.arms.items() if name in names}
+    baseline = grid.baseline
+    if baseline not in kept:
+        baseline = next(iter(kept))
+    return dataclasses.replace(grid, arms=kept, baseline=baseline)
 
 
 def _shape_problems(given: Mapping[str, Any]) -> list[str]:
     """What is missing or of the wrong type."""
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool)
+    # Missing keys first, then those that are there.
+    problems = []
+    for key in NEEDED:
+        if key not in given:
+            problems.append(f"{key} is missing: give {KEYS[key][0]}")
 
-    def amount(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    for key, value in given.items():
+        expected, is_legal = KEYS[key]
+        if not is_legal(value):
+            problems.append(f"{key} {value!r} is not legal: expected {expected}")
+    return problems
 
-    expected = {
-        "arms": ("a mapping of arm names to flags", lambda v: isinstance(v, dict) and bool(v) and all(
-            isinstance(flags, dict | None) for flags in v.values())),
-        "tasks": ("a list of task names", lambda v: isinstance(v, list) and bool(v) and all(
-            isinstance(task, str) for task in v)),
-        "seeds": ("a list of whole numbers", lambda v: isinstance(v, list) and bool(v) and all(map(whole, v))),
-        "common": ("a mapping of flags", lambda v: isinstance(v, dict)),
-        "baseline": ("the name of an arm", lambda v: isinstance(v, str)),
-        "minutes": ("a number above 0", amount),
-        "calibration_steps": (f"a whole number of at least {2 * WARM}", lambda v: whole(v) and v >= 2 * WARM),
-    }
-    found = [f"{key} is missing: give {expected[key][0]}" for key in ("arms", "tasks", "seeds") if key not in given]
-    return found + [f"{key} {value!r} is not legal: expected {expected[key][0]}"
-                    for key, value in given.items() if not expected[key][1](value)]
+
+def _twice(values: Iterable[Any]) -> list[Any]:
+    """The values that occur more than once, each once, in order."""
+    values = list(values)
+    return [value for value in dict.fromkeys(values) if values.count(value) > 1]
 
 
 def _grid_problems(grid: Grid) -> list[str]:
     """Names that cannot be used, tasks that do not exist, flags that train.py refuses."""
-    found = [f"arm {name!r} is no plain name: use letters, digits, . = + _ and -" for name in grid.arms
-             if not NAME.fullmatch(name) or "--" in name]
+    # Names: of arms, tasks, seeds and the baseline.
+    problems = []
+    for name in grid.arms:
+        if not NAME.fullmatch(name) or "--" in name:  # -- parts the names in a run's folder
+            problems.append(f"arm {name!r} is no plain name: use letters, digits, . = + _ and -")
     for what, values in (("task", grid.tasks), ("seed", grid.seeds)):
-        found += [f"{what} {value} is given twice" for value in dict.fromkeys(values) if values.count(value) > 1]
-    config, allowed = str(grid.common.get("task_config") or "default"), bool(grid.common.get("allow_code_tasks"))
-    if isinstance(grid.common.get("task_config"), dict):
-        config = json.dumps(grid.common["task_config"])
-    found += dict.fromkeys(line for task in grid.tasks
-                           for line in task_problems(task.split("+"), config, allowed, supervised=True))
+        problems += [f"{what} {value} is given twice" for value in _twice(values)]
+    problems += _task_problems(grid)
     if grid.baseline not in grid.arms:
-        found.append(f"baseline {grid.baseline} is not an arm: choose from {', '.join(grid.arms)}")
-    kept = OWN | (LENGTH if grid.minutes else set())
-    for where, flags in (("common", grid.common), *((f"arm {name}", flags) for name, flags in grid.arms.items())):
-        named = [options.FIND[name].name for name in flags if name in options.FIND]
-        found += [f"{where}: {name} is set by the grid's own keys: leave it out" for name in named if name in kept]
-        found += [f"{where}: {name} is given twice, under different names"
-                  for name in dict.fromkeys(named) if named.count(name) > 1]
-    if found:
-        return found
-    told = {line: job.arm for job in reversed(jobs_of(grid)) for line in options.collect(arguments(job.flags))[1]}
-    return [f"arm {arm}: {line}" for line, arm in reversed(told.items())]
+        problems.append(f"baseline {grid.baseline} is not an arm: choose from {', '.join(grid.arms)}")
+
+    # Flags: those that are the runner's to set, then what train.py itself says of a whole command line.
+    problems += _flag_problems("common", grid.common, grid.minutes)
+    for name, flags in grid.arms.items():
+        problems += _flag_problems(f"arm {name}", flags, grid.minutes)
+    if problems:
+        return problems
+
+    # A complaint that several runs share is told once, of the first arm that has it.
+    arm_of: dict[str, str] = {}
+    for job in reversed(jobs_of(grid)):
+        for line in options.collect(arguments(job.flags))[1]:
+            arm_of[line] = job.arm
+    return [f"arm {arm}: {line}" for line, arm in reversed(arm_of.items())]
+
+
+def _task_problems(grid: Grid) -> list[str]:
+    """What is wrong with the grid's tasks, each line once."""
+    config = grid.common.get("task_config")
+    if isinstance(config, dict):
+        config = json.dumps(config)
+    text = str(config or "default")
+    allow_code = bool(grid.common.get("allow_code_tasks"))
+
+    lines = []
+    for task in grid.tasks:
+        lines += task_problems(task.split("+"), text, allow_code, supervised=True)
+    return list(dict.fromkeys(lines))
+
+
+def _flag_problems(where: str, flags: Mapping[str, Any], minutes: float | None) -> list[str]:
+    """Flags at one place of the grid that are not its to set, or that are set under two names."""
+    kept = OWN | LENGTH if minutes else OWN
+    # Names that train.py does not know are told with its own words later.
+    names = [options.FIND[name].name for name in flags if name in options.FIND]
+    problems = []
+    for name in names:
+        if name in kept:
+            problems.append(f"{where}: {name} is set by the grid's own keys: leave it out")
+    for name in _twice(names):
+        problems.append(f"{where}: {name} is given twice, under different names")
+
+    return problems
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 def plain_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags under their first names: `steps` and `max_steps` are one."""
-    return {options.FIND[name].name if name in options.FIND else name: value for name, value in flags.items()}
+    plain = {}
+    for name, value in flags.items():
+        if name in options.FIND:
+            name = options.FIND[name].name
+        plain[name] = value
+    return plain
 
 
 def jobs_of(grid: Grid) -> list[Job]:
     """Every run, all arms of a seed before the next seed, so that a grid cut short can still be compared."""
+    # A grid has many runs: each evaluates at its end and keeps one checkpoint, unless it says otherwise.
     shared = {"eval_every": 0, "checkpoint_limit": 1} | plain_flags(grid.common)
-    return [Job(arm, task, seed, {**shared, **plain_flags(flags), "tasks": task.replace("+", ","), "seed": seed})
-            for seed in grid.seeds for task in grid.tasks for arm, flags in grid.arms.items()]
+    jobs = []
+    for seed in grid.seeds:
+        for task in grid.tasks:
+            for arm, flags in grid.arms.items():
+                own = {"tasks": task.replace("+", ","), "seed": seed}
+                jobs.append(Job(arm, task, seed, shared | plain_flags(flags) | own))
+    return jobs
 
 
 def arguments(flags: Mapping[str, Any]) -> list[str]:
@@ -183,13 +296,16 @@ def arguments(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
+    """A flag's value as it is typed."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value)
 
 
 # --- equal minutes ----------------------------------------------------------------------------------------------------
@@ -197,202 +313,30 @@ def _text(value: Any) -> str:
 
 def calibration_job(job: Job, steps: int) -> Job:
     """The short run that measures an arm's speed on a task: every batch timed, one item evaluated."""
-    short = {"max_steps": steps, "warmup_steps": min(int(job.flags.get("warmup_steps", 50)), steps), "log_steps": 1,
-             "eval_n": 1, "eval_every": 0, "save_every": 0, "log_samples_every": 0, "eval_suite": None}
-    return dataclasses.replace(job, flags={**job.flags, **short})
-
-
-def seconds_per_step(folder: Path) -> float | None:
-    """Mean seconds of a batch in a finished calibration, its first ones left out; None where nothing was trained."""
-    times = [record["elapsed_s"] for record in _records(folder / "metrics.jsonl")]
-    first = len(times) // WARM
-    return (times[-1] - times[first]) / (len(times) - 1 - first) if len(times) >= 2 * WARM else None
+    short = {
+        "max_steps": steps,
+        "warmup_steps": min(int(job.flags.get("warmup_steps", 50)), steps),
+        "log_steps": 1,
+        "eval_n": 1,
+        "eval_every": 0,
+        "save_every": 0,
+        "log_samples_every": 0,
+        "eval_suite": None,
+    }
+    return dataclasses.replace(job, flags=job.flags | short)
 
 
 def with_steps(job: Job, minutes: float, seconds: float | None) -> Job:
-    """The run with as many batches as fit into `minutes`, so that its schedule ends where its time ends."""
-    if seconds is None:  # nothing trains in this arm
-        return job
-    steps = max(round(60 * minutes / seconds), 1)
-    warmup = {"warmup_steps": steps // 2} if int(job.flags.get("warmup_steps", 0)) > steps else {}
-    return dataclasses.replace(job, flags={**job.flags, "max_steps": steps, **warmup})
+    """The run with as many batches of `seconds` as fit into `minutes`, so that its schedule ends where its time ends.
 
-
-# --- what runs came to ------------------------------------------------------------------------------------------------
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; a line that a crash cut off is left out."""
-    return [record for _, record in json_lines(path, skip_damaged=True)]
-
-
-def read_record(run: Path) -> dict[str, Any] | None:
-    """What `write_record` left in a run's folder. Raises GridError when it cannot be read."""
-    path = run / RECORD
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise GridError(f"{path} cannot be read: delete the folder {run}, and that run begins anew") from error
-
-
-def write_record(run: Path, flags: Mapping[str, Any], status: str, eval_n: int | None = None) -> None:
-    """Notes a run's flags, whether it is `waiting`, `interrupted`, `failed` or `finished`, and n of a later evaluation.
+    Seconds None: nothing trains in this arm, and the run stays as it is.
     """
-    again = {} if eval_n is None else {"eval_n": eval_n}
-    write_text_aside(run / RECORD, json.dumps({"flags": flags, "status": status, **again}, indent=1), "--output")
+    if seconds is None:
+        return job
 
-
-def finished_job(job: Job, runs: Path) -> Job | None:
-    """The job of a timed grid with the number of batches that its finished run had; None without such a run."""
-    record = read_record(runs / job.name)
-    if record is None or record["status"] != "finished":
-        return None
-    ours, made = ({name: value for name, value in flags.items() if name not in ("max_steps", "warmup_steps")}
-                  for flags in (json.loads(json.dumps(job.flags)), record["flags"]))
-    return dataclasses.replace(job, flags=record["flags"]) if ours == made else None
-
-
-def run_rows(job: Job, run: Path, status: str) -> list[dict[str, Any]]:
-    """One row of `COLUMNS` per evaluated task of a run; one without figures where nothing was evaluated."""
-    shared: dict[str, Any] = {"arm": job.arm, "train_tasks": job.task, "seed": job.seed, "status": status,
-                              "run": job.name}
-    metrics = _records(run / "metrics.jsonl")
-    if metrics:
-        last = metrics[-1]
-        shared |= {"train_minutes": last["elapsed_s"] / 60,
-                   "examples_per_second": last["step"] * last.get("examples", 0) / last["elapsed_s"]}
-    shared["trainable"] = trainable(run)
-    path = run / "eval.csv"
-    found: dict[str, dict[str, Any]] = {}
-    if status == "finished" and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit()]
-        last_step = max((int(row["step"]) for row in rows), default=0)
-        for row in rows:
-            if int(row["step"]) != last_step or row["metric"] not in ("solved", "mean_score", "truncated"):
-                continue
-            entry = found.setdefault(row["task"], {**shared, "task": row["task"], "steps": last_step})
-            entry[row["metric"]] = row["value"]  # of several evaluations of one checkpoint, the last
-            if row["metric"] == "solved":
-                entry |= {key: row[key] for key in ("n", "segments_used", "ci_low", "ci_high", "bare")}
-    return list(found.values()) or [shared | {"steps": metrics[-1]["step"] if metrics else 0}]
-
-
-def trainable(run: Path) -> int | None:
-    """Trainable parameters of the run's newest checkpoint, from the file's header; None without one."""
-    folders = sorted((run / "checkpoints").glob("step-*/training_state.safetensors"))
-    if not folders:
-        return None
-    with open(folders[-1], "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name.startswith("raw/"))
-
-
-def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The table as CSV; missing values are empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
-                         for key, value in row.items()})
-    return text.getvalue()
-
-
-def item_scores(run: Path, task: str) -> dict[str, float]:
-    """Item -> 1.0 if solved, at the run's last evaluation; `overall` is all tasks."""
-    lines = _records(run / "predictions.jsonl")
-    last = max((line["step"] for line in lines), default=0)
-    lines = [line for line in lines if line["step"] == last]
-    begins = max((i for i, line in enumerate(lines) if line["id"] == lines[0]["id"]), default=0)  # of the last one
-    return {f"{line['id']} {line['prompt_hash']}": float(line["score"] == 1.0) for line in lines[begins:]
-            if task in ("overall", line["task"])}
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """An arm on one evaluated task: its seeds, and how it differs from the baseline on the same items."""
-
-    arm: str
-    train_tasks: str
-    task: str
-    rates: dict[int, float]  # seed -> solved
-    solved: Interval
-    difference: Interval | None  # None for the baseline itself, or where no item was answered by both
-    minutes: float | None
-    steps: float | None
-    trainable: int | None
-    segments_used: float | None
-    bare: float | None
-    n: int
-
-
-def summarise(rows: Sequence[Mapping[str, Any]], runs: Path, baseline: str) -> list[ArmResult]:
-    """One result per training task, evaluated task and arm of finished runs, in the order of `rows`."""
-    cells: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row.get("solved") not in (None, ""):
-            cells.setdefault((row["train_tasks"], row["task"], row["arm"]), []).append(row)
-    scores: dict[tuple[str, str, str], dict[int, dict[str, float]]] = {
-        cell: {int(row["seed"]): item_scores(runs / row["run"], cell[1]) for row in members}
-        for cell, members in cells.items()
-    }
-    results = []
-    for (trained, task, arm), members in cells.items():
-        rates = {int(row["seed"]): float(row["solved"]) for row in members}
-        solved = mean_interval(list(rates.values()))
-        if solved.low is None:  # one seed: the interval over its items
-            solved = dataclasses.replace(solved, low=float(members[0]["ci_low"]), high=float(members[0]["ci_high"]))
-        else:  # t knows nothing of the ends of a rate
-            solved = dataclasses.replace(solved, low=max(solved.low, 0.0), high=min(solved.high, 1.0))
-        base = scores.get((trained, task, baseline))
-        difference = paired_seeds(scores[trained, task, arm], base) if base and arm != baseline else None
-        counts = [int(row["trainable"]) for row in members if row.get("trainable")]
-        averages = [_average(members, key) for key in ("train_minutes", "steps")]
-        results.append(ArmResult(arm, trained, task, rates, solved, difference, *averages,
-                                 max(counts, default=None), _average(members, "segments_used"),
-                                 _average(members, "bare"), min(int(row["n"]) for row in members)))
-    return results
-
-
-def _average(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [float(row[key]) for row in rows if row.get(key) not in (None, "")]
-    return sum(values) / len(values) if values else None
-
-
-def markdown(results: Sequence[ArmResult], grid: Grid, left: int) -> str:
-    """The tables, one per training task and evaluated task. `left` runs are not finished yet."""
-    lines = [f"# Ablation {grid.name}\n"]
-    if left:
-        lines.append(f"**{left} runs are not finished yet.**\n")
-    tables = dict.fromkeys((result.train_tasks, result.task) for result in results)
-    for trained, task in tables:
-        members = [result for result in results if (result.train_tasks, result.task) == (trained, task)]
-        lines.append(f"## {task}" + (f", trained on {trained.replace('+', ', ')}" if trained != task else "") + "\n")
-        lines.append(f"| arm | seeds | solved, % | minus {grid.baseline}, points | minutes | steps | trainable | "
-                     "segments used | n |\n|---|---|---|---|---|---|---|---|---|")
-        bare = next((result.bare for result in members if result.bare is not None), None)
-        if bare is not None:
-            lines.append(f"| bare LLM | | {100 * bare:.1f} | | | | | | |")
-        lines += [_line(result, grid.baseline) for result in members]
-        lines.append("")
-    lines.append("solved: mean over seeds with its 95 % t interval (one seed: Wilson interval over items). Difference: "
-                 "mean over seeds, 95 % paired bootstrap over the same items and seeds of both arms; it says nothing "
-                 "of other seeds.")
-    budget = f"{grid.minutes:g} minutes of training per run, steps from each arm's own speed" if grid.minutes else \
-        "equal steps unless an arm's flags say otherwise"
-    return "\n".join([*lines, f"Budget: {budget}. Minutes are those of training alone.", ""])
-
-
-def _line(result: ArmResult, baseline: str) -> str:
-    difference = "reference" if result.arm == baseline else "-"
-    if result.difference:
-        d = result.difference
-        difference = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-    solved = f"{100 * result.solved.value:.1f} [{100 * result.solved.low:.1f}, {100 * result.solved.high:.1f}]"
-    cells = [result.arm, str(len(result.rates)), solved, difference,
-             *("-" if value is None else f"{value:{form}}" for value, form in (
-                 (result.minutes, ".1f"), (result.steps, ",.0f"), (result.trainable, ","),
-                 (result.segments_used, ".2f"), (result.n, "d")))]
-    return "| " + " | ".join(cells) + " |"
-
+    # Warm-up must not be all there is.
+    steps = max(round(60 * minutes / seconds), 1)
+    length = {"max_steps": steps}
+    if int(job.flags.get("warmup_steps", 0)) > steps:
+        length["warmup_steps"] = steps // 2
+    return dataclasses.replace(job, flags=job.flags | length)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ablation_grid as ablation
+import ablation_results
 import options
 from ablation_grid import GridError, Job, read_grid
 from patience import HANG_S
@@ -151,9 +152,9 @@ def test_a_speed_is_that_of_the_batches_after_the_first_ones(tmp_path):
     slow_start = [10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0]
     lines = [json.dumps({"step": i + 1, "elapsed_s": t}) for i, t in enumerate(slow_start)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "ela')
-    assert ablation.seconds_per_step(tmp_path) == pytest.approx(0.5)
+    assert ablation_results.seconds_per_step(tmp_path) == pytest.approx(0.5)
     (tmp_path / "metrics.jsonl").write_text("")
-    assert ablation.seconds_per_step(tmp_path) is None
+    assert ablation_results.seconds_per_step(tmp_path) is None
     untrained = Job("none", "toy_add", 0, {})
     assert ablation.with_steps(untrained, 5, None) == untrained
 
@@ -251,7 +252,8 @@ def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_h
         assert "bare--toy_add+chain_sum--seed0: WARNING" not in err
         assert evaluated() == {(arm, task): str(n * (1 + (task == "overall"))) for arm in ("cab", "bare")
                                for task in ("toy_add", "chain_sum", "overall")}
-        assert len(ablation.item_scores(run, "toy_add")) == n and len(ablation.item_scores(run, "overall")) == 2 * n
+        assert len(ablation_results.item_scores(run, "toy_add")) == n
+        assert len(ablation_results.item_scores(run, "overall")) == 2 * n
         assert {row["segments_used"] for row in table(tmp_path / "out") if row["arm"] == "cab"} == {"2"}
     assert (run / "metrics.jsonl").read_text() == trained
     assert script.main([*call, "--threads", "2", "--eval_n", "4"]) == 0
@@ -277,14 +279,14 @@ def test_the_table_pairs_the_same_items_and_averages_over_seeds(tmp_path):
             rows.append({"arm": arm, "train_tasks": "gcd", "task": "gcd", "seed": seed, "solved": rate, "ci_low": 0,
                          "ci_high": 1, "run": f"{arm}{seed}", "bare": 0.25, "train_minutes": 1.0, "steps": 5,
                          "trainable": 10, "segments_used": 1, "n": 4})
-    base, better = ablation.summarise(rows, tmp_path, "base")
+    base, better = ablation_results.summarise(rows, tmp_path, "base")
     assert base.difference is None and base.solved.value == pytest.approx(0.375)
     assert (base.solved.low, base.solved.high) == (0.0, 1.0)  # t over two seeds would say -121 to 196 %
     assert better.rates == {0: 0.75, 1: 0.75} and better.solved.low == better.solved.high == 0.75
     assert better.difference.value == pytest.approx(0.375) and better.difference.n == 4
     assert 0 <= better.difference.low <= 0.375 <= better.difference.high <= 1
     grid = ablation.Grid("g", {"base": {}, "better": {}}, ["gcd"], [0, 1], baseline="base")
-    text = ablation.markdown([base, better], grid, left=1)
+    text = ablation_results.markdown([base, better], grid, left=1)
     assert "| bare LLM | | 25.0 |" in text and "| better | 2 | 75.0 [75.0, 75.0] | +37.5 [" in text
     assert "1 runs are not finished yet" in text
 
@@ -323,7 +325,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_host, tmp_path):
     reached = int(checkpoint.name.removeprefix("step-"))
     (job,) = ablation.jobs_of(read_grid(path))
     ended = Job(job.arm, job.task, job.seed, job.flags | {"max_steps": reached + 1})
-    ablation.write_record(output / "runs" / job.name, ended.flags, "waiting")
+    ablation_results.write_record(output / "runs" / job.name, ended.flags, "waiting")
     with script.stoppable() as stop, script.Runner(output, 1, 1, stop) as runner:
         assert script.train_all(read_grid(path), [ended], runner) == 0
     assert f"from step {reached}" in (output / "logs" / "cab--toy_add--seed0.log").read_text()
