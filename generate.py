@@ -141,6 +141,7 @@ def load(opts: argparse.Namespace) -> Answerer:
     from engine.machine import pick_device
     from evaluation import AnswerConfig, Decoding
 
+    # stderr is for the title and for the user's mistakes.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     decoding = Decoding(opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, opts.max_new_tokens,
@@ -158,6 +159,7 @@ def load(opts: argparse.Namespace) -> Answerer:
 
 def show(answerer: Answerer, question: str) -> None:
     """Prints question and answers; a question that is refused prints nothing."""
+    # Answers first, because they may raise.
     pairs = answerer.answers(question)
     print(f"> {question}")
     for label, text in pairs:
@@ -186,6 +188,7 @@ def interact(answerer: Answerer) -> None:
 
 def run(opts: argparse.Namespace) -> None:
     """Loads the checkpoint and answers. Raises ValueError and OSError for the user's mistakes, before any answer."""
+    # A question that is too long is refused before another is answered.
     answerer = load(opts)
     for question in opts.prompt:
         answerer.check_length(question)

@@ -84,14 +84,14 @@ class Given:
     file: flag -> value of the YAML file.
     broken: flags whose value could not be read.
     problems: what is wrong so far, one line each.
-    help: what `--help` asks for: `common`, a system, `all`, or None where it is not typed.
+    help: the word after `--help`, "" where none follows; None where it is not typed.
     """
 
     typed: dict[str, Any]
     file: dict[str, Any]
     broken: frozenset[str]
     problems: list[str]
-    help: str | None = None
+    help: str | None
 
 
 def read(argv: list[str] | None = None) -> Given:
@@ -100,8 +100,7 @@ def read(argv: list[str] | None = None) -> Given:
         argv = sys.argv[1:]
     problems: list[str] = []
     texts = _read_command_line(argv, problems)
-    if "help" in texts:
-        return Given({}, {}, frozenset(), [], _help_topic(texts))
+    help_word = texts.pop("help", None)
 
     path = texts.get("config")
     leaves = {}
@@ -112,7 +111,7 @@ def read(argv: list[str] | None = None) -> Given:
     file = _values(leaves, _from_yaml, f"{path}: ", problems)
     typed = _values(texts, _from_text, "--", problems)
     broken = (leaves.keys() - file.keys()) | (texts.keys() - typed.keys())
-    return Given(typed, file, frozenset(broken - typed.keys()), problems)
+    return Given(typed, file, frozenset(broken - typed.keys()), problems, help_word)
 
 
 def settle(given: Given, saved: Mapping[str, Any] | None = None) -> tuple[Options, list[str]]:
@@ -193,14 +192,6 @@ def _values(
         except (ValueError, TypeError, OverflowError):
             problems.append(f"{where}{name} {_illegal(FIND[name], raw)}")
     return values
-
-
-def _help_topic(texts: Mapping[str, str | None]) -> str:
-    """What `--help` asks for: what follows it, else the system that is typed beside it, else the common flags."""
-    for word in (texts["help"], texts.get("arch")):
-        if word in ("all", *ARCHS):
-            return word
-    return "common"
 
 
 # --- what is wrong ---
@@ -414,7 +405,7 @@ def _read_command_line(argv: Iterable[str], problems: list[str]) -> dict[str, st
 
         flag = FIND.get(name.removeprefix("--"))
         if name in ("-h", "--help"):
-            texts["help"] = text
+            texts["help"] = text or ""
         elif flag is None or not name.startswith("--"):
             problems.append(f"unknown flag {shown(name)}{_nearest(name.lstrip('-'), '--')}")
         elif flag.type == "bool" and text is None:

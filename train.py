@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     try:
         given = options.read(argv)
-        if given.help:
-            print(help_text(given.help), end="")
+        if given.help is not None:
+            print(help_text(help_topic(given)), end="")
             return 0
 
         opts, checkpoint, problems = understand(given)
@@ -239,6 +239,14 @@ def other_shape(opts: options.Options, saved: Mapping[str, Any], checkpoint: Pat
 
 
 # --- help ---
+
+
+def help_topic(given: options.Given) -> str:
+    """What `--help` asks for: the word after it, else the system typed beside it, else the common flags."""
+    for word in (given.help, given.typed.get("arch")):
+        if word in ("all", *ARCHS):
+            return word
+    return "common"
 
 
 def help_text(topic: str) -> str:

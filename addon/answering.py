@@ -25,6 +25,7 @@ class AddonAnswerer:
         if config.eval_segments and self.model.recurrent:
             self.model.config.segments = config.eval_segments
 
+        # Questions are put as they were in training.
         base = document["base_model_name_or_path"]
         prompt = document["prompt"]
         self.format = PromptFormat(

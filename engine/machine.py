@@ -62,6 +62,7 @@ def pick_precision(name: str, device: str) -> str:
     if name != "auto":
         return name
 
+    # A CPU without these instructions emulates bf16, which is slower than float32.
     native = False
     cpu_flags = Path("/proc/cpuinfo")
     if device == "cuda":
@@ -167,6 +168,7 @@ def start_machine(config: MachineConfig, handlers: Sequence[Any] = ()) -> Machin
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
+    # Before anything is computed: torch divides its work among these threads.
     device = pick_device(config.device)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -196,6 +198,7 @@ def interruptible() -> Iterator[Stop]:
     for number in before:
         signal.signal(number, ask)
 
+    # Also a run that ends by an error leaves the signals as they were.
     try:
         yield stop
     finally:

@@ -29,7 +29,9 @@ class EnhancedAnswerer:
         self.model = EnhancedHRMForCausalLM.from_pretrained(folder).to(device).eval()
         settings = read_resolved(read_checkpoint(folder, stems=[]).documents[CONFIG])
         self.format = PromptFormat(load_tokenizer(str(folder)), max_seq_len=settings.get("max_seq_len", 0))
-        self.cycles = {"max_cycles": config.eval_segments} if config.eval_segments else {}
+        self.cycles = {}  # as trained
+        if config.eval_segments:
+            self.cycles["max_cycles"] = config.eval_segments
         self.title = f"{folder}: planner/worker LM on {device}"
 
     def check_length(self, question: str) -> None:
@@ -47,8 +49,11 @@ class EnhancedAnswerer:
             texts = generate_texts(self.model, self.format, [question], self.config.decoding, cycles_log=meter,
                                    **self.cycles)
         parsed = split_completion(texts[0])
+
         if not self.config.compare:
-            return [("solution", parsed.solution) if parsed.well_formed else ("text", texts[0])]
+            if parsed.well_formed:
+                return [("solution", parsed.solution)]
+            return [("text", texts[0])]
 
         solution = parsed.solution or f"(none, not well-formed: {texts[0]})"
         return [("thought", parsed.thought or "(none)"), ("solution", solution),

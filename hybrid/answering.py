@@ -35,6 +35,7 @@ class HybridAnswerer:
             self.model.encoder.core.h_cycles = config.eval_segments
             self.model.config.h_cycles = config.eval_segments
 
+        # Prompts are cut as they were in training.
         settings = read_resolved(saved.documents[CONFIG])
         tokenizer = saved.documents[TOKENIZER_JSON]
         longest = settings.get("max_seq_len", 0)

@@ -47,15 +47,18 @@ def shown(value: object) -> str:
     """A default as it is typed."""
     if value is None or value == "":
         return "none"
-    return f"`{int(value) if isinstance(value, bool) else value}`"
+    if isinstance(value, bool):
+        value = int(value)
+    return f"`{value}`"
 
 
 def default_of(flag: Flag, systems: Sequence[str]) -> str:
     """The default in the first of some systems, and those of the others where they differ."""
-    first, *others = systems
-    parts = [shown(flag.default_in(first))]
-    parts += [f"{arch} {shown(flag.default_in(arch))}" for arch in others
-              if flag.default_in(arch) != flag.default_in(first)]
+    usual = flag.default_in(systems[0])
+    parts = [shown(usual)]
+    for arch in systems[1:]:
+        if flag.default_in(arch) != usual:
+            parts.append(f"{arch} {shown(flag.default_in(arch))}")
     return "; ".join(parts)
 
 
@@ -64,8 +67,12 @@ def meaning_of(flag: Flag) -> str:
     parts = [flag.help]
     if flag.aliases:
         parts.append(f"also `--{'`, `--'.join(flag.aliases)}`")
+
+    # Adapters are the add-on's: other systems know no such limit.
     if flag.adapters != ADAPTERS:
-        where = "only" if flag.archs == ("addon",) else "in the add-on only"
+        where = "in the add-on only"
+        if flag.archs == ("addon",):
+            where = "only"
         parts.append(f"{where} with `--adapter` {' or '.join(flag.adapters)}")
     if flag.shape:
         parts.append("*shape*")
@@ -86,13 +93,12 @@ def page() -> str:
     lines = [INTRODUCTION]
     for systems, (title, introduction) in SECTIONS.items():
         lines += [f"## {title}", "", introduction, ""]
+
+        # What every system knows stands once; what two of them know stands with each.
+        shared = systems == ARCHS
+        known = [flag for flag in FLAGS if systems[0] in flag.archs and (flag.archs == ARCHS) == shared]
         for group in GROUPS:
-            # What every system knows stands once; what two of them know stands with each.
-            if systems == ARCHS:
-                flags = [flag for flag in FLAGS if flag.group == group and flag.archs == ARCHS]
-            else:
-                flags = [flag for flag in FLAGS if flag.group == group and flag.archs != ARCHS
-                         and systems[0] in flag.archs]
+            flags = [flag for flag in known if flag.group == group]
             if flags:
                 lines += [f"### {title}: {group}", "", *table(flags, systems), ""]
     return "\n".join(lines).rstrip() + "\n"
