@@ -23,7 +23,7 @@ from engine.optimization import (
     load_weights,
     model_weights,
 )
-from hybrid.model import HybridModel, Weights, is_hrm_parameter
+from hybrid.model import HybridModel, LossWeights, is_hrm_parameter
 
 CONFIG_JSON, TOKENIZER_JSON = "config.json", "tokenizer.json"
 # Tables, heads, gates and queries take AdamW; hidden matrices may take Muon.
@@ -65,9 +65,9 @@ def gate_scale(config: HybridStepConfig, step: int) -> float:
     return config.hrm_gate_scale * min(1.0, (opened + 1) / max(config.hrm_gate_ramp_steps, 1))
 
 
-def loss_weights(config: HybridStepConfig) -> Weights:
+def loss_weights(config: HybridStepConfig) -> LossWeights:
     """Weights of the losses beside the tokens'; 0 for one that is off."""
-    return Weights(
+    return LossWeights(
         deep_supervision=config.ds_weight if config.deep_supervision else 0.0,
         halting=config.halting_weight if config.use_halting else 0.0,
         halting_target=config.halting_target,

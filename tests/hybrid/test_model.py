@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM
 
 from engine.batches import IGNORE
+from hrm_blocks import mean_state
 from hybrid import layers as hybrid_blocks
-from hybrid.layers import BankCore, Bridge, Gate, Mamba2Encoder, Memory, TransformerEncoder, key_mask, pooled_state
-from hybrid.model import HybridConfig, HybridModel, Weights, is_hrm_parameter, shifted
+from hybrid.banks import BankCore, Bridge, Gate
+from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder, key_mask
+from hybrid.model import HybridConfig, HybridModel, LossWeights, is_hrm_parameter, shifted
 from text_data.triples import Triple
 from tiny_hybrid import VOCABULARY, bare, batch_of, logits_of, tiny, triples
 
 ENCODERS, BRIDGES = ("mamba2", "transformer"), ("prefix", "cross_attn")
 BOTH = pytest.mark.parametrize("encoder,bridge", [("mamba2", "prefix"), ("transformer", "cross_attn")])
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-ALL_LOSSES = Weights(deep_supervision=0.3, halting=0.7, halting_target=1.5)
+ALL_LOSSES = LossWeights(deep_supervision=0.3, halting=0.7, halting_target=1.5)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -206,7 +208,7 @@ def test_where_the_padding_stands_and_what_it_holds_makes_no_difference(kind):
                 places = torch.randperm(12)[: len(row)].sort().values
             x[index, places], mask[index, places] = row, 1
         states = read(encoder, x, mask)
-        pooled = pooled_state(states, mask)
+        pooled = mean_state(states, mask)
         for index, state in enumerate(alone):
             torch.testing.assert_close(states[index][mask[index].bool()], state, **CLOSE)
             torch.testing.assert_close(pooled[index], state.mean(dim=0), **CLOSE)
@@ -399,7 +401,7 @@ def test_tied_tables_learn_as_one_and_untied_ones_apart(batch):
     assert "lm_head.weight" not in dict(tied.named_parameters())
     with torch.no_grad():
         untied.load_state_dict(tied.state_dict())
-    one, two = (gradients(model, model.training_loss(batch, Weights()).loss) for model in (tied, untied))
+    one, two = (gradients(model, model.training_loss(batch, LossWeights()).loss) for model in (tied, untied))
     both = two["encoder.embed.weight"] + two["lm_head.weight"]
     torch.testing.assert_close(one["encoder.embed.weight"], both, **CLOSE)
 
@@ -559,7 +561,7 @@ def test_only_the_calls_within_the_horizon_keep_a_graph(horizon, calls):
     model, seen = tiny(grad_horizon=horizon, l_steps=3), {"low": [], "high": []}
     for name, block in (("low", model.encoder.core.l_block), ("high", model.encoder.core.h_block)):
         block.register_forward_hook(lambda _, inputs, out, name=name: seen[name].append(out.requires_grad))
-    model.train().training_loss(batch_of(triples(2)), Weights())
+    model.train().training_loss(batch_of(triples(2)), LossWeights())
     assert seen == {"low": [bool(call) for call in calls] * 2, "high": [True] * 2}
 
 
@@ -643,23 +645,23 @@ def half_right(model: HybridModel, batch: dict[str, torch.Tensor], cycle: int = 
 def test_deep_supervision_is_divided_by_the_total_weight(batch, scale, cycles):
     model = tiny(h_cycles=cycles, gate_scale=scale)
     each = cycle_losses(model, batch)
-    out = model.training_loss(batch, Weights(deep_supervision=0.3))
+    out = model.training_loss(batch, LossWeights(deep_supervision=0.3))
     expected = (each[-1] + 0.3 * sum(each[:-1])) / (1 + 0.3 * (cycles - 1))
     torch.testing.assert_close(out.loss, expected, **CLOSE)
     torch.testing.assert_close(out.metrics["token_loss"], each[-1], **CLOSE)
     if cycles > 1:
         assert not torch.allclose(each[0], each[-1], rtol=1e-4)
         torch.testing.assert_close(out.metrics["deep_supervision_loss"], sum(each[:-1]) / (cycles - 1), **CLOSE)
-    torch.testing.assert_close(model.training_loss(batch, Weights()).loss, each[-1], **CLOSE)
+    torch.testing.assert_close(model.training_loss(batch, LossWeights()).loss, each[-1], **CLOSE)
 
 
 def test_deep_supervision_has_the_gradient_of_its_sum(batch):
     model = tiny(h_cycles=3)
-    out = model.training_loss(batch, Weights(deep_supervision=0.5))
+    out = model.training_loss(batch, LossWeights(deep_supervision=0.5))
     ours = gradients(model, out.loss)
     cycles = model.encoder.cycles(states := model.encoder.encode(batch["encoder_ids"], batch["encoder_mask"]),
                                   batch["encoder_mask"])
-    pooled, total = pooled_state(states, batch["encoder_mask"]), 0.0
+    pooled, total = mean_state(states, batch["encoder_mask"]), 0.0
     for weight, cycle in zip((0.25, 0.25, 0.5), cycles, strict=True):
         memory = model.encoder.memory(cycle.z_high, pooled, 1.0)
         logits = model.lm_head(model.decode(batch["decoder_input_ids"], states, batch["encoder_mask"], memory))
@@ -677,8 +679,8 @@ def test_the_halting_loss_by_hand(batch, scale, cycle):
     batch = half_right(model, batch, cycle)
     right = cycle_right(model, batch)
     assert {value for row in right for value in row} == {0.0, 1.0}
-    weights = Weights(halting=0.7, halting_target=1.5)
-    out, plain = model.training_loss(batch, weights), model.training_loss(batch, Weights())
+    weights = LossWeights(halting=0.7, halting_target=1.5)
+    out, plain = model.training_loss(batch, weights), model.training_loss(batch, LossWeights())
     with torch.no_grad():
         encoded = model.encoder(batch["encoder_ids"], batch["encoder_mask"])
         cycles = model.encoder.cycles(encoded.last_hidden_state, batch["encoder_mask"])
@@ -704,17 +706,17 @@ def test_the_halting_loss_by_hand(batch, scale, cycle):
 def test_shutting_the_gate_does_not_pay_for_halting(batch):
     """The halting losses are weighted by the gate and train the halting head alone: nobody else learns from them."""
     model = tiny(h_cycles=3)
-    with_halting = gradients(model, model.training_loss(batch, Weights(halting=50.0, halting_target=9.0)).loss)
-    without = gradients(model, model.training_loss(batch, Weights()).loss)
+    with_halting = gradients(model, model.training_loss(batch, LossWeights(halting=50.0, halting_target=9.0)).loss)
+    without = gradients(model, model.training_loss(batch, LossWeights()).loss)
     for name, gradient in with_halting.items():
         if "core.halt" in name:
             assert gradient.any() and without[name] is None
         else:
             same(gradient, without[name])
     with torch.no_grad():  # whatever the gate says, the loss of the tokens aside
-        halting = [model.training_loss(batch, Weights(halting=1.0)), model.training_loss(batch, Weights())]
+        halting = [model.training_loss(batch, LossWeights(halting=1.0)), model.training_loss(batch, LossWeights())]
         model.encoder.gate.score.bias.add_(-1)
-        shut = [model.training_loss(batch, Weights(halting=1.0)), model.training_loss(batch, Weights())]
+        shut = [model.training_loss(batch, LossWeights(halting=1.0)), model.training_loss(batch, LossWeights())]
     ratio = (shut[0].loss - shut[1].loss) / (halting[0].loss - halting[1].loss)
     torch.testing.assert_close(ratio, shut[1].metrics["gate"].mean() / halting[1].metrics["gate"].mean(),
                                rtol=1e-3, atol=0)
@@ -726,13 +728,13 @@ def test_ignored_labels_carry_no_loss(batch):
     labels[:, 0] = labels[1] = IGNORE
     partly = batch | {"labels": labels}
     expected = cycle_losses(model, partly)[-1]
-    torch.testing.assert_close(model.training_loss(partly, Weights()).loss, expected, **CLOSE)
+    torch.testing.assert_close(model.training_loss(partly, LossWeights()).loss, expected, **CLOSE)
     out = model.training_loss(partly, ALL_LOSSES)
     assert all(g is None or g.isfinite().all() for g in gradients(model, out.loss).values())
     nothing = batch | {"labels": torch.full_like(labels, IGNORE)}
     for scale in (0.0, 1.0):
         model.config.gate_scale = scale
-        out = model.training_loss(nothing, Weights(deep_supervision=0.5))
+        out = model.training_loss(nothing, LossWeights(deep_supervision=0.5))
         assert out.loss.item() == 0 and out.metrics["teacher_forced_exact"].item() == 0
         assert all(g is None or not g.any() for g in gradients(model, out.loss).values())
 
@@ -740,7 +742,7 @@ def test_ignored_labels_carry_no_loss(batch):
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_the_parts_of_a_batch_add_up_to_the_whole(scale):
     rows = triples(5, seed=8)
-    model, weights = tiny(gate_scale=scale, h_cycles=3), Weights(deep_supervision=0.4)
+    model, weights = tiny(gate_scale=scale, h_cycles=3), LossWeights(deep_supervision=0.4)
     tokens = sum(len(row.labels) for row in rows)
     whole = model.training_loss(batch_of(rows), weights)
     expected = gradients(model, whole.loss)
@@ -813,7 +815,7 @@ def test_training_never_halts(batch):
     losses = []
     for use_halting in (True, False):
         model.config.use_halting = use_halting
-        losses.append(model.train().training_loss(batch, Weights()).loss)
+        losses.append(model.train().training_loss(batch, LossWeights()).loss)
         logits = model(batch["encoder_ids"], batch["encoder_mask"], batch["decoder_input_ids"]).logits
         losses.append(F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE))
     torch.testing.assert_close(losses[0], losses[1], **CLOSE)

@@ -28,7 +28,7 @@ from hybrid.data import (
     usable_workers,
     validation_batches,
 )
-from hybrid.model import HybridModel, Weights, is_hrm_parameter
+from hybrid.model import HybridModel, LossWeights, is_hrm_parameter
 from hybrid.run import hybrid_config
 from hybrid.text import HybridText
 from hybrid.training import HybridStepConfig, HybridTrainer, gate_scale, learns_by_muon
@@ -111,7 +111,7 @@ def test_one_step_is_adamw_on_the_training_loss_with_decay_on_matrices():
     plain, batch = copy.deepcopy(model), batch_of(triples(4))
     trainer = trainer_of(model, optimizer="adamw", weight_decay=0.1, grad_clip=0.5, deep_supervision=True,
                          use_halting=True, ds_weight=0.3, halting_weight=0.2, halting_target=2.0)
-    loss = plain.training_loss(batch, Weights(0.3, 0.2, 2.0)).loss
+    loss = plain.training_loss(batch, LossWeights(0.3, 0.2, 2.0)).loss
     metrics = trainer.step([batch], 0, lr=0.01)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()
@@ -145,7 +145,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(scale):
 def test_the_metrics_of_gate_and_halting_are_over_the_examples_of_the_batch():
     rows, model = triples(5, seed=6), tiny()
     _, metrics = taken(trainer_of(model, use_halting=True), [batch_of(rows[:2]), batch_of(rows[2:])])
-    out = model.training_loss(batch_of(rows), Weights(halting=0.01))
+    out = model.training_loss(batch_of(rows), LossWeights(halting=0.01))
     for name in ("gate", "halt_sum"):
         values = out.metrics[name]
         expected = {"mean": values.mean(), "min": values.min(), "max": values.max(), "std": values.std(correction=0)}
@@ -347,7 +347,7 @@ def test_random_tokens_fill_the_longest_batch():
     assert all(batch[name].shape == (3, 30) for name in batch) and batch["encoder_mask"].all()
     assert data.tokenizer_json is None and not data.questions
     torch.manual_seed(0)
-    assert HybridModel(hybrid_config(opts, data)).training_loss(batch, Weights()).loss.isfinite()
+    assert HybridModel(hybrid_config(opts, data)).training_loss(batch, LossWeights()).loss.isfinite()
 
 
 # --- text
@@ -432,7 +432,7 @@ def test_teacher_forced_exact_is_greedy_generation(text):
             wrong[draw.randrange(len(answer))] ^= 1
             for labels, right in ((answer, 1.0), (wrong, 0.0)):
                 batch = batch_of([row._replace(decoder_input_ids=[1, *labels[:-1]], labels=labels)])
-                out = model.training_loss(batch, Weights())
+                out = model.training_loss(batch, LossWeights())
                 assert out.metrics["teacher_forced_exact"].item() == right
                 assert logits_of(model, batch).shape[1] == len(labels) and VOCABULARY <= model.config.vocab_size
     finally:
