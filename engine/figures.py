@@ -1,16 +1,25 @@
-"""Figures for people: matplotlib without a display, readable in grey, written whole or not at all."""
+"""Figures for people: matplotlib without a display, readable in grey, written whole or not at all; a run's curve."""
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.files import staged
+from engine.files import json_lines, staged
 
-# Told apart without colour: by dash, marker and tone together.
+# Distinguishable without colour: by dash, marker and tone together.
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 MARKERS = "osD^vPX*<>"
+
+# In a run's own curve the plain dash is the bare LLM's.
+TASK_DASHES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+WINDOWS = 25  # the loss of a curve is averaged over 1 / WINDOWS of the logged steps
+NUMBERS = ("step", "value", "ci_low", "ci_high", "bare", "segments_used", "elapsed_s")
+
+Row = dict[str, float]
 
 
 def style(index: int, count: int) -> dict[str, Any]:
@@ -40,3 +49,117 @@ def save_figure(figure: Any, paths: Sequence[Path]) -> None:
         metadata = {"Date": None} if path.suffix == ".svg" else None
         with staged(path.parent, [path.name]) as (file,):
             figure.savefig(file, format=path.suffix.removeprefix("."), metadata=metadata)
+
+
+# --- what a run recorded ----------------------------------------------------------------------------------------------
+
+
+def read_losses(path: Path, key: str = "loss") -> list[Row]:
+    """`step`, `elapsed_s` and `value` of each line of a metrics.jsonl that has a finite loss, in file order.
+
+    `key` names the loss; lines without it have the value of `loss`. What a crash cut off is left out.
+    """
+    rows = []
+    for _, record in json_lines(path, skip_damaged=True):
+        try:
+            value = float(record.get(key, record["loss"]))
+            rows.append({"step": float(record["step"]), "elapsed_s": float(record["elapsed_s"]), "value": value})
+        except (AttributeError, KeyError, TypeError, ValueError):  # no record of a step, or a loss that is null
+            continue
+    return rows
+
+
+def read_solved(path: Path) -> dict[str, list[Row]]:
+    """Task -> its 'solved' rows of an eval.csv, in file order; cells that are no numbers are left out.
+
+    A file that is missing has no rows.
+    """
+    tasks: dict[str, list[Row]] = {}
+    if not path.exists():
+        return tasks
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            numbers = {key: _number(row.get(key)) for key in NUMBERS}
+            numbers = {key: number for key, number in numbers.items() if number is not None}
+            if row.get("metric") == "solved" and {"step", "value", "elapsed_s"} <= numbers.keys():
+                tasks.setdefault(row["task"], []).append(numbers)
+    return tasks
+
+
+def _number(text: str | None) -> float | None:
+    """The cell's number; None for an empty cell, text and NaN."""
+    try:
+        number = float(text or "nan")
+    except ValueError:
+        return None
+    return None if math.isnan(number) else number
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place; of fewer at the start."""
+    means = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        means.append(sum(recent) / len(recent))
+    return means
+
+
+# --- a run's curve ----------------------------------------------------------------------------------------------------
+
+
+def draw_curve(folder: Path, csv_path: Path | None = None) -> Path | None:
+    """Draws loss and solved rate of a run into `<folder>/curve.png`; None when there is nothing to draw.
+
+    `csv_path` None means `<folder>/eval.csv`. Raises OSError.
+    """
+    folder = Path(folder)
+    losses = read_losses(folder / "metrics.jsonl")
+    tasks = read_solved(Path(csv_path) if csv_path else folder / "eval.csv")
+    if not losses and not tasks:
+        return None
+
+    figure, (left, right) = new_figure(2)
+    if losses:
+        _draw_losses(left, losses)
+    if tasks:
+        _draw_tasks(right, tasks)
+    for axes, drawn in ((left, losses), (right, tasks)):
+        axes.grid(alpha=0.3)
+        axes.set_visible(bool(drawn))
+    save_figure(figure, [folder / "curve.png"])
+    return folder / "curve.png"
+
+
+def _draw_losses(axes: Any, losses: Sequence[Row]) -> None:
+    """Each logged loss in light grey, their running mean above it."""
+    steps = [row["step"] for row in losses]
+    values = [row["value"] for row in losses]
+    window = max(1, len(values) // WINDOWS)
+    axes.plot(steps, values, color="0.75", linewidth=0.8, label="each logged step")
+    axes.plot(steps, smoothed(values, window), color="0.1", linewidth=1.8, label=f"mean of {window}")
+    axes.set(title="training loss", xlabel="step", ylabel="loss")
+    axes.legend(fontsize=8)
+
+
+def _draw_tasks(axes: Any, tasks: dict[str, list[Row]]) -> None:
+    """Each task's solved rate with its 95 % band, and the bare LLM's newest rate as a dashed line."""
+    for index, (task, rows) in enumerate(tasks.items()):
+        tone = str(0.75 * index / max(1, len(tasks)))
+        marker = MARKERS[index % len(MARKERS)]
+        steps = [row["step"] for row in rows]
+        rates = [100 * row["value"] for row in rows]
+        dash = TASK_DASHES[index % len(TASK_DASHES)]
+        axes.plot(steps, rates, color=tone, marker=marker, markersize=5, linestyle=dash, label=task)
+
+        band = [row for row in rows if {"ci_low", "ci_high"} <= row.keys()]
+        low = [100 * row["ci_low"] for row in band]
+        high = [100 * row["ci_high"] for row in band]
+        axes.fill_between([row["step"] for row in band], low, high, color=tone, alpha=0.15, linewidth=0)
+
+        bare = [100 * row["bare"] for row in rows if "bare" in row]
+        if bare:
+            look = {"linestyle": "--", "linewidth": 1, "markersize": 5, "markerfacecolor": "white"}
+            label = f"{task}, bare LLM"
+            axes.plot([0, max(steps) or 1], bare[-1:] * 2, color=tone, marker=marker, label=label, **look)
+    axes.set(title="solved, generated answers (95 % interval)", xlabel="step", ylabel="solved, %", ylim=(-2, 102))
+    axes.legend(fontsize=8, framealpha=0.6)

@@ -41,11 +41,13 @@ from accelerate.utils import gather_object
 import options
 from engine.checkpoints import step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
+from engine.figures import draw_curve
 from engine.files import write_text_aside
 from engine.limits import Limits, limits_of
-from engine.logs import Progress, RunLog, draw_curve
+from engine.logs import RunLog
 from engine.machine import Machine, Stop, interruptible, run_folder
 from engine.optimization import BaseTrainer, NonFiniteError, learning_rate
+from engine.progress import Progress
 from engine.report import Report, closing_words, stamped
 from engine.state import RunState, load_run, save_run
 from engine.system import Data, Evaluator, Facts, Hooks, LoopConfig

@@ -17,7 +17,8 @@ import transformers
 from accelerate import Accelerator
 
 from engine.checkpoints import FOLDER, disk_check
-from engine.logs import check_csv, check_trackers
+from engine.logs import check_csv
+from engine.trackers import check_trackers
 from flags import names
 
 

@@ -1,8 +1,26 @@
-"""What identifies a question in the records of every run, whatever system answered it."""
+"""What the records of every run share: how a value is written, and what identifies a question."""
 
 from __future__ import annotations
 
 import hashlib
+import math
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON can hold: tensors and numpy scalars of one element become numbers, NaN and infinity None.
+
+    Dicts and lists are taken apart; what is left and unknown becomes its text.
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if not isinstance(value, str | int | float | bool | None):
+        value = value.item() if hasattr(value, "item") else str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def normalise(question: str) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import options
 from engine.checkpoints import rotate, step_folder, write_checkpoint
 from engine.dry_run import NON_FINITE_EXIT
+from engine.figures import draw_curve
 from engine.files import write_text_aside
-from engine.logs import RunLog, draw_curve
+from engine.logs import RunLog
 from engine.machine import Stop, interruptible
 from engine.optimization import NonFiniteError
 from engine.report import Card, Report, closing_words, stamped

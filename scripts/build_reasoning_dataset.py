@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from batching import TrainStream  # noqa: E402
 from engine.files import staged  # noqa: E402
-from engine.logs import Progress  # noqa: E402
+from engine.progress import Progress  # noqa: E402
 from engine.records import normalise  # noqa: E402
 from reasoning_gym_wrapper import (  # noqa: E402
     EVAL_SEED,

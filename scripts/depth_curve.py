@@ -49,8 +49,8 @@ from depth_measures import (  # noqa: E402
 )
 from depth_report import draw, draw_reliability, table, verdicts, write  # noqa: E402
 from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
-from engine.logs import Progress  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
+from engine.progress import Progress  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, beyond_reserve, make_tasks  # noqa: E402

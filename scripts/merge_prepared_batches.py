@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.batches import IGNORE  # noqa: E402
 from engine.files import staged  # noqa: E402
-from engine.logs import Progress  # noqa: E402
+from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 from text_data.tokenizer import byte_counter, parse_tokenizer  # noqa: E402
 from text_data.triples import SPLITS, parse_line, read_meta  # noqa: E402

@@ -10,7 +10,6 @@ at evaluation. `--x minutes` is the time of each run itself, resumes included.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.figures import new_figure, save_figure, style  # noqa: E402
-from engine.files import json_lines  # noqa: E402
+from engine.figures import new_figure, read_losses, read_solved, save_figure, smoothed, style  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 
 WINDOWS = 40  # the loss is averaged over 1 / WINDOWS of a run's logged steps
-NUMBERS = ("step", "value", "ci_low", "ci_high", "bare", "segments_used", "elapsed_s")
 
 
 @dataclass
@@ -34,7 +31,7 @@ class RunCurves:
 
     label: str
     solved: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # task -> evaluations in order
-    loss: list[dict[str, float]] = field(default_factory=list)  # step, elapsed_s, loss
+    loss: list[dict[str, float]] = field(default_factory=list)  # step, elapsed_s, value
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,35 +57,11 @@ def read_run(folder: Path, label: str) -> RunCurves:
     table, metrics = folder / "eval.csv", folder / "metrics.jsonl"
     if not table.exists() and not metrics.exists():
         raise ValueError(f"{folder} is no run: expected eval.csv or metrics.jsonl in it")
-    if table.exists():
-        with open(table, newline="", encoding="utf-8", errors="replace") as file:
-            for row in csv.DictReader(file):
-                if row.get("metric") == "solved" and _all_numbers(row, ("step", "value", "elapsed_s")):
-                    numbers = {key: float(row[key]) for key in NUMBERS if _all_numbers(row, (key,))}
-                    found.solved.setdefault(row["task"], []).append(numbers)
-    for _, record in json_lines(metrics, skip_damaged=True):
-        try:
-            loss = record.get("answer_loss", record["loss"])
-            found.loss.append({"step": float(record["step"]), "elapsed_s": float(record["elapsed_s"]),
-                               "value": float(loss)})
-        except (ValueError, KeyError, TypeError):  # no loss, or a loss that was not finite
-            continue
+    found.solved = read_solved(table)
+    found.loss = read_losses(metrics, "answer_loss")
     if not found.solved and not found.loss:
         raise ValueError(f"{folder} has recorded nothing yet: wait for its first logged step")
     return found
-
-
-def _all_numbers(row: dict[str, Any], keys: Sequence[str]) -> bool:
-    try:
-        return all(float(row[key]) == float(row[key]) for key in keys)
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place; fewer at the start."""
-    return [sum(values[max(0, end - window):end]) / len(values[max(0, end - window):end])
-            for end in range(1, len(values) + 1)]
 
 
 def places(rows: Sequence[dict[str, float]], x: str) -> list[float]:

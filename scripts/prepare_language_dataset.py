@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.files import staged  # noqa: E402
-from engine.logs import Progress  # noqa: E402
+from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 from text_data.documents import Document, read_documents, source_files  # noqa: E402
 from text_data.tokenizer import (  # noqa: E402

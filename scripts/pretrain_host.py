@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from engine.checkpoints import read_checkpoint, write_checkpoint  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
-from engine.logs import Progress  # noqa: E402
 from engine.optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
+from engine.progress import Progress  # noqa: E402
 from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks, train_seed  # noqa: E402
 
 # Short prompts, fast to draw, gold answers, stable under PYTHONHASHSEED, and no scorer or item that executes code.

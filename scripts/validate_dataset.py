@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.batches import IGNORE  # noqa: E402
-from engine.logs import Progress  # noqa: E402
+from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 from text_data.tokenizer import parse_tokenizer, vocabulary_size  # noqa: E402
 from text_data.triples import SPLITS, LineIndex, Triple, parse_line, read_meta  # noqa: E402

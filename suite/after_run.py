@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engine.logs import Progress
+from engine.progress import Progress
 from engine.report import Report
 from suite.measure import run_suite
 from suite.spec import parse_suite, with_sums

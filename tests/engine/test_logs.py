@@ -1,9 +1,8 @@
-"""run_logging: whole rows only, no duplicates after a resume, readable terminal output, a curve."""
+"""logs: whole rows only, no duplicates after a resume."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import subprocess
@@ -14,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import logs as run_logging
-from engine.logs import EVAL_HEADER, Progress, RunLog, draw_curve
-from engine.report import format_table
+from engine.logs import EVAL_HEADER, RunLog
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(step: int, task: str = "chain_sum", metric: str = "solved", value: float | None = 0.5) -> dict:
@@ -115,7 +114,7 @@ def test_a_partial_write_is_taken_back(tmp_path):
             "log.eval_rows([{'step': 1, 'task': 'a'}])\n"
             "log.eval_rows([{'step': 2, 'task': 'b' * 90}] * 90)\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True,
-                          cwd=Path(run_logging.__file__).parent.parent)
+                          cwd=ROOT)
     assert done.returncode == 1 and "ValueError: cannot write" in done.stderr
     assert [line[0] for line in read_csv(tmp_path / "eval.csv")] == ["step", "1"]
 
@@ -164,59 +163,6 @@ def test_other_ranks_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name, hint", [("wandb", "pip install wandb"), ("trackio", "pip install trackio"),
-                                        ("tensorboard", "pip install tensorboard"), ("mlflow", "unknown tracker")])
-def test_a_missing_tracker_is_told_before_anything_is_written(tmp_path, monkeypatch, name, hint):
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=hint) as error:
-        RunLog(tmp_path / "run", None, [name], {})
-    one_line(error)
-    assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_receives_the_numbers(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with RunLog(tmp_path, None, ["tensorboard"], {"lr": 1e-3}) as log:
-        log.log(5, loss=0.5, text="not a number", bad=float("nan"))
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(5, 0.5)]
-    assert set(events.Tags()["scalars"]) == {"loss", "elapsed_s"}
-
-
-class FakeTracker:
-    """Stands in for wandb and trackio: the same calls as both packages document."""
-
-    def __init__(self) -> None:
-        self.calls: list = []
-
-    def init(self, **options) -> FakeTracker:
-        self.calls.append(("init", options))
-        return self
-
-    def log(self, numbers: dict, step: int | None = None) -> None:
-        self.calls.append(("log", step, numbers))
-
-    def finish(self) -> None:
-        self.calls.append(("finish",))
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_other_trackers_are_opened_fed_and_closed(tmp_path, monkeypatch, name):
-    fake = FakeTracker()
-    monkeypatch.setitem(sys.modules, name, fake)
-    monkeypatch.setattr(run_logging.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with RunLog(tmp_path / "mine", None, [name], {"lr": 1}) as log:
-        log.log(2, loss=0.5)
-    (_, options), (_, step, numbers), last = fake.calls
-    assert options["name"] == "mine" and options["config"] == {"lr": 1}
-    assert options.get("mode", "offline") == "offline" and step == 2 and numbers["loss"] == 0.5
-    assert last == ("finish",)
-
-
 def test_an_unwritable_folder_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot open the logs") as error:
@@ -224,98 +170,10 @@ def test_an_unwritable_folder_is_one_line(tmp_path):
     one_line(error)
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_without_a_terminal_progress_is_a_line_every_15_seconds():
-    clock, stream = Clock(), io.StringIO()
-    with Progress(2000, "step", "ex", stream=stream, clock=clock) as progress:
-        for step in range(1, 401):
-            clock.now = step * 0.18
-            progress.update(step, loss=0.41199, lr=9.1e-4, rate=620.4)
-        progress.say("[not markup]")
-    lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("step 1/2000  loss 0.412") and lines[-2] == "[not markup]"
-    assert lines[-1] == "step 400/2000  loss 0.412  lr 9.1e-4  620 ex/s  1:12 elapsed, 4:48 left"
-    assert len(lines) == 1 + 4 + 1 + 1  # first, at 15, 30, 45 and 60 s, what was said, the last state
-
-
-def test_unknown_total_shows_no_time_left_and_a_resumed_run_counts_its_own_steps():
-    clock, stream = Clock(), io.StringIO()
-    with Progress(None, "step", "step", start=100, stream=stream, clock=clock) as progress:
-        clock.now = 3700.0
-        progress.update(470, loss=None)
-    assert stream.getvalue() == "step 470  loss -  0.1 step/s  1:01:40 elapsed\n"
-
-
-def test_on_a_terminal_progress_is_one_bar_with_the_same_fields():
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    with Progress(10, "step", "ex", stream=stream) as progress:
-        progress.update(5, loss=0.5)
-        progress.say("a [sample]")
-        progress.update(10, loss=0.25)
-    assert "step 10/10" in stream.getvalue() and "loss 0.25" in stream.getvalue()
-    assert "a [sample]" in stream.getvalue()
-
-
-def test_progress_of_other_ranks_is_silent():
-    stream = io.StringIO()
-    with Progress(10, stream=stream, enabled=False) as progress:
-        progress.update(10)
-        progress.say("x")
-    assert stream.getvalue() == ""
-
-
-ROWS = [{"task": "chain_sum", "n": 256, "bare": 0.02, "bare_low": 0.008, "bare_high": 0.045, "value": 0.711,
-         "low": 0.652, "high": 0.763},
-        {"task": "toy", "n": 8, "bare": None, "value": 1.0, "low": None, "high": None},
-        {"task": "worse", "n": 10, "bare": 0.5, "bare_low": 0.2, "bare_high": 0.8, "value": 0.5, "low": 0, "high": 1}]
-
-
-def test_the_closing_table_is_fixed_width_text():
-    lines = format_table(ROWS).split("\n")
-    assert lines[0].split() == ["task", "n", "bare", "LLM", "LLM", "+", "HRM", "gain"]
-    assert lines[1] == "chain_sum          256  2.0 % [0.8, 4.5]     71.1 % [65.2, 76.3]  +69.1"
-    assert lines[2].split() == ["toy", "8", "-", "100.0", "%", "-"] and lines[3].endswith("+0.0")
-    for line in lines[1:]:
-        assert line[lines[0].index("LLM + HRM") - 1] == " " and len(line) == len(lines[0])
-
-
-def test_the_value_column_takes_another_title():
-    assert "LLM + LoRA" in format_table([{**ROWS[0], "label": "LLM + LoRA"}]).split("\n")[0]
-
-
-def test_the_curve_needs_something_to_draw(tmp_path):
-    assert draw_curve(tmp_path) is None
-    with RunLog(tmp_path, None, [], {}) as log:
-        log.log(1, lr=0.1)
-    assert draw_curve(tmp_path) is None and not (tmp_path / "curve.png").exists()
-
-
-def test_the_curve_is_drawn_from_what_is_there(tmp_path):
-    with RunLog(tmp_path, tmp_path / "elsewhere.csv", [], {}) as log:
-        for step in range(1, 40):
-            log.log(step, loss=float("nan") if step == 5 else 1 / step)
-        only_loss = draw_curve(tmp_path)
-        assert only_loss is not None
-        before = only_loss.read_bytes()
-        log.eval_rows([row(0, value=0.1), row(20, value=0.7), row(20, task="b", value=0.2), row(20, metric="mean")])
-    after = draw_curve(tmp_path, tmp_path / "elsewhere.csv")
-    assert after == tmp_path / "curve.png" and after.read_bytes()[:4] == b"\x89PNG" and after.read_bytes() != before
-    assert not list(tmp_path.glob(".tmp*"))
-
-
-def test_importing_the_module_imports_nothing_heavy():
-    code = ("import sys; from engine import logs; print([m for m in ('torch', 'matplotlib', 'rich', 'numpy', 'wandb') "
-            "if m in sys.modules])")
+def test_importing_the_modules_imports_nothing_heavy():
+    heavy = ("torch", "matplotlib", "rich", "numpy", "wandb", "accelerate")
+    code = ("import sys; from engine import figures, logs, progress, trackers; "
+            f"print([name for name in {heavy} if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(run_logging.__file__).parent.parent)
+                          cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.logs import EVAL_HEADER
-from engine.report import Card, closing_words, metric_row, percent, prediction_line, stamped, text_table
+from engine.report import Card, closing_words, format_table, metric_row, percent, prediction_line, stamped, text_table
 
 
 def test_a_stamped_row_has_every_column_of_the_csv():
@@ -58,3 +58,22 @@ def test_the_command_that_follows_survives_a_shell_and_stays_on_one_line():
 def test_a_card_without_an_evaluation_has_no_table():
     assert Card("peft", ["hrm", "grpo"], "T", "; tasks x.", "Load it.").text(3) == (
         "---\nlibrary_name: peft\ntags: [hrm, grpo]\n---\n\n# T\n\nStep 3; tasks x.\nLoad it.\n")
+
+
+ROWS = [{"task": "chain_sum", "n": 256, "bare": 0.02, "bare_low": 0.008, "bare_high": 0.045, "value": 0.711,
+         "low": 0.652, "high": 0.763},
+        {"task": "toy", "n": 8, "bare": None, "value": 1.0, "low": None, "high": None},
+        {"task": "worse", "n": 10, "bare": 0.5, "bare_low": 0.2, "bare_high": 0.8, "value": 0.5, "low": 0, "high": 1}]
+
+
+def test_the_closing_table_is_fixed_width_text():
+    lines = format_table(ROWS).split("\n")
+    assert lines[0].split() == ["task", "n", "bare", "LLM", "LLM", "+", "HRM", "gain"]
+    assert lines[1] == "chain_sum          256  2.0 % [0.8, 4.5]     71.1 % [65.2, 76.3]  +69.1"
+    assert lines[2].split() == ["toy", "8", "-", "100.0", "%", "-"] and lines[3].endswith("+0.0")
+    for line in lines[1:]:
+        assert line[lines[0].index("LLM + HRM") - 1] == " " and len(line) == len(lines[0])
+
+
+def test_the_value_column_takes_another_title():
+    assert "LLM + LoRA" in format_table([{**ROWS[0], "label": "LLM + LoRA"}]).split("\n")[0]
