@@ -59,6 +59,7 @@ def task_config(opts: argparse.Namespace) -> str:
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """Everything wrong with a run of the add-on that can be found without loading a model, one line each."""
+    # A task that only evaluates need not have gold answers.
     chosen = task_names(opts)
     lines = task_problems(chosen, task_config(opts), opts.allow_code_tasks, not opts.eval_only)
     if opts.curriculum and not lines:
@@ -87,6 +88,7 @@ def _check_host(opts: argparse.Namespace) -> None:
             f"--max_seq_len {opts.max_seq_len} and --virtual_tokens {virtual} are more than the {positions} positions "
             f"of {opts.model_name}: lower one"
         )
+
     if opts.max_seq_len > positions:
         raise ValueError(
             f"--max_seq_len {opts.max_seq_len} is more than the {positions} positions of {opts.model_name}: lower it"
@@ -166,11 +168,13 @@ class AddonEvaluator(Evaluator):
         if errors:
             notes.append(f"the scorer raised on {errors} answers, counted as wrong")
 
+        # The heading of the model's column names its adapter.
         label = f"LLM + {self.model.title}"
+        table = format_table([{**row, "label": label} for row in evaluation.table()])
         return Report(
             rows=rows,
             predictions=evaluation.predictions(),
-            table=format_table([{**row, "label": label} for row in evaluation.table()]),
+            table=table,
             value=value,
             notes="; ".join(notes),
             question=self.data.eval_examples[0].question,
@@ -181,6 +185,8 @@ class AddonEvaluator(Evaluator):
         """Prompt, target and prediction of `count` evaluation items, others each turn."""
         start = turn * count % len(self.data.eval_examples)
         examples = self.data.eval_examples[start : start + count]
+
+        # The next training step puts the model back into training mode itself.
         self.model.eval()
         with self.trainer.evaluation_weights(), self.trainer.autocast():
             answers = answer(self.model, self.data.format, examples, self.decoding)
@@ -200,6 +206,7 @@ class AddonEvaluator(Evaluator):
         with self.trainer.autocast():
             answers = answer(self.model, self.data.format, batch.examples, self.decoding)
         self.model.train(was_training)
+
         return torch.tensor([float(given.solved) for given in answers], device=self.machine.device)
 
 
@@ -223,6 +230,7 @@ class AddonHooks(Hooks):
         alarm = self.halting_alarm.update(step, metrics)
         if alarm is None:
             return []
+
         return [alarm]
 
     def after_evaluation(self, step: int, report: Report, share: float | None) -> None:

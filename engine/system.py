@@ -133,7 +133,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the loop says of a system and never computes with."""
+    """Names and figures of a system that stay the same for the whole run."""
 
     label: str  # begins the name of an unnamed run's folder
     introduction: str  # the first line: model and data
