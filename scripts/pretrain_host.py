@@ -11,6 +11,7 @@ rejected, so the frozen LLM has never read an evaluation item. Work files lie be
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -25,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from engine.batches import IGNORE  # noqa: E402
 from engine.checkpoints import read_checkpoint, write_checkpoint  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
@@ -43,7 +45,10 @@ spell_backward survo syllogism time_intervals word_sequence_reversal word_sortin
 manipulate_matrix list_functions
 """.split()
 RESERVED_PER_TASK = 1024  # evaluation items of each task and difficulty that the corpus must not hold
-MAX_TOKENS = 384
+MAX_TOKENS = 384  # of a document; longer ones are left out
+MOST_POSITIONS = 2048  # of the LLM, which reads longer prompts than it was trained on
+PLAIN_SHARE = 0.1  # of the documents is plain text, the rest are chats
+LENGTH_NOISE = 8  # tokens by which rows of one batch may differ in length, so that batches mix
 SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -57,6 +62,7 @@ SPLIT = r" ?\p{L}{2,}|\p{L}|\p{N}|\s|[^\s\p{L}\p{N}]"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Exits with status 2 and one line for a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "tiny_host")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma list; the default is the shipped host's list")
@@ -71,6 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     options = parser.parse_args(argv)
+
     for name in ("documents", "steps", "batch_tokens", "hidden_size", "layers", "vocab_size", "save_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} must be at least 1")
@@ -81,27 +88,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def draw_documents(names: list[str], per_task: int, seed: int) -> list[tuple[str, str]]:
-    """(question, answer) pairs, `per_task` of each task, none of them an evaluation question of the default seed."""
+    """(question, answer) pairs, `per_task` of each task, none of them an evaluation question of the default seed.
+
+    Raises:
+        SystemExit: a task has too few questions.
+    """
     documents: list[tuple[str, str]] = []
     with Progress(len(names), "corpus", "tasks") as progress:
         for done, name in enumerate(names, start=1):
             documents += _task_documents(name, per_task, seed)
             progress.update(done, documents=len(documents))
+
     random.Random(seed).shuffle(documents)
     return documents
 
 
 def _task_documents(name: str, per_task: int, seed: int) -> list[tuple[str, str]]:
+    """`per_task` (question, answer) pairs of one task, from its difficulties by turns."""
+    # A task whose config has none of the fields of `small` has one difficulty.
     levels: list[Task] = []
     for level in ("small", "default"):
         task = make_tasks([name], level)[0]
-        if task.config not in [known.config for known in levels]:
+        if all(task.config != other.config for other in levels):
             levels.append(task)
     reserves = [Reserve([task], RESERVED_PER_TASK, EVAL_SEED, must_fill=False) for task in levels]
-    streams = [(example for _, example in task.items(train_seed(seed))) for task in levels]
+    streams = [iter(task.items(train_seed(seed))) for task in levels]
+
     documents: list[tuple[str, str]] = []
     for attempt in range(per_task * 50):
-        example = next(streams[attempt % len(streams)])
+        _, example = next(streams[attempt % len(streams)])
+
         # The same question can come from either difficulty, so both reserves are asked.
         if not any(reserve.rejects(example) for reserve in reserves):
             documents.append((example.question, example.target))
@@ -115,6 +131,7 @@ def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    # Text is split into pieces that no token may cross, then into bytes, so that every text has tokens.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -126,7 +143,8 @@ def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator((text for document in documents for text in document), trainer)
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(documents), trainer)
+
     pad, bos, eos = SPECIAL[:3]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -134,7 +152,7 @@ def train_tokenizer(documents: list[tuple[str, str]], vocab_size: int):
         bos_token=bos,
         eos_token=eos,
         additional_special_tokens=SPECIAL[3:],
-        model_max_length=2048,
+        model_max_length=MOST_POSITIONS,
         clean_up_tokenization_spaces=False,
         # Given here they are saved with the tokenizer; every document starts with bos, so plain prompts must as well.
         add_bos_token=True,
@@ -149,46 +167,66 @@ def encode_documents(tokenizer, documents: list[tuple[str, str]], seed: int) -> 
     draw = random.Random(seed + 1)
     texts = []
     for question, answer in documents:
-        if draw.random() < 0.1:
+        if draw.random() < PLAIN_SHARE:
             texts.append(f"{tokenizer.bos_token}{question}\nAnswer: {answer}{tokenizer.eos_token}")
         else:
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+
+    # The template writes the special tokens itself.
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [np.asarray(row, dtype=np.int64) for row in ids if len(row) <= MAX_TOKENS]
 
 
 class Batches:
-    """Batch number k of about `batch_tokens` tokens, rows of like length; a function of (seed, k) alone."""
+    """Batch number k of about `batch_tokens` tokens, rows of like length; a function of (seed, k) alone.
+
+    Args:
+        rows: token ids of each document, (its length,).
+        batch_tokens: most tokens of a batch, padding included; a longer row is a batch of its own.
+        seed: of the order of rows and batches, another in each epoch.
+        pad: id that fills rows up on the right.
+    """
 
     def __init__(self, rows: list[np.ndarray], batch_tokens: int, seed: int, pad: int):
-        self.rows, self.batch_tokens, self.seed, self.pad = rows, batch_tokens, seed, pad
+        self.rows = rows
+        self.batch_tokens = batch_tokens
+        self.seed = seed
+        self.pad = pad
         self._plans: dict[int, list[list[int]]] = {}
 
     def _plan(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._plans:
-            draw = random.Random(f"{self.seed}/{epoch}")
-            order = sorted(range(len(self.rows)), key=lambda i: (len(self.rows[i]) + draw.uniform(0, 8), i))
-            plan, batch = [], []
-            for i in order:
-                if batch and (len(batch) + 1) * len(self.rows[i]) > self.batch_tokens:
-                    plan.append(batch)
-                    batch = []
-                batch.append(i)
-            plan.append(batch)
-            draw.shuffle(plan)
-            self._plans[epoch] = plan
-        return self._plans[epoch]
+        """Places of the rows of each batch of an epoch."""
+        if epoch in self._plans:
+            return self._plans[epoch]
+
+        # Rows of like length stand together; a little noise puts them into other batches in every epoch.
+        draw = random.Random(f"{self.seed}/{epoch}")
+        keys = [(len(row) + draw.uniform(0, LENGTH_NOISE), place) for place, row in enumerate(self.rows)]
+        plan = []
+        batch: list[int] = []
+        for _, place in sorted(keys):
+            if batch and (len(batch) + 1) * len(self.rows[place]) > self.batch_tokens:
+                plan.append(batch)
+                batch = []
+            batch.append(place)
+        plan.append(batch)
+
+        draw.shuffle(plan)
+        self._plans[epoch] = plan
+        return plan
 
     def __getitem__(self, number: int) -> torch.Tensor:
+        """(rows, longest row) int64 ids, padded on the right."""
         epoch = 0
         while number >= len(self._plan(epoch)):
             number -= len(self._plan(epoch))
             epoch += 1
-        chosen = [self.rows[i] for i in self._plan(epoch)[number]]
-        batch = np.full((len(chosen), max(map(len, chosen))), self.pad)
-        for row, ids in zip(batch, chosen, strict=True):
-            row[: len(ids)] = ids
+
+        rows = [self.rows[place] for place in self._plan(epoch)[number]]
+        batch = np.full((len(rows), max(map(len, rows))), self.pad)
+        for filled, ids in zip(batch, rows, strict=True):
+            filled[: len(ids)] = ids
         return torch.from_numpy(batch)
 
 
@@ -196,17 +234,19 @@ class Batches:
 
 
 def build_model(options: argparse.Namespace, tokenizer):
+    """A Llama of the asked shape with random weights, drawn by the seed; heads are 64 wide."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(options.seed)
+    heads = max(options.hidden_size // 64, 1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden_size,
         intermediate_size=options.hidden_size * 11 // 4,
         num_hidden_layers=options.layers,
-        num_attention_heads=max(options.hidden_size // 64, 1),
-        num_key_value_heads=max(options.hidden_size // 64, 1),
-        max_position_embeddings=2048,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=MOST_POSITIONS,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -216,10 +256,40 @@ def build_model(options: argparse.Namespace, tokenizer):
 
 
 def learning_rate(step: int, options: argparse.Namespace) -> float:
+    """The rate of batch `step` (from 0): a short linear warm-up, then a half cosine down to 5 % of the peak."""
     warmup = min(100, options.steps // 10 + 1)
     if step < warmup:
         return options.lr * (step + 1) / warmup
     return options.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(options.steps - warmup, 1))))
+
+
+def build_optimizer(model, lr: float) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW that decays matrices alone, and the names of its parameters in its order."""
+    parameters = list(model.named_parameters())
+    matrices = [(name, p) for name, p in parameters if p.ndim >= 2]
+    rest = [(name, p) for name, p in parameters if p.ndim < 2]
+    groups = [
+        {"params": [p for _, p in matrices], "weight_decay": 0.1},
+        {"params": [p for _, p in rest], "weight_decay": 0.0},
+    ]
+    names = [name for name, _ in matrices + rest]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95)), names
+
+
+def train_step(model, optimizer, ids: torch.Tensor, pad: int, lr: float) -> float:
+    """One batch of ids (B, S), padded on the right. Returns its loss, the mean over tokens in nats."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    labels = ids.masked_fill(ids == pad, IGNORE)
+
+    # Rows are padded on the right, so a causal mask alone keeps pads out of every scored position.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def train(options: argparse.Namespace, model, batches: Batches, work: Path) -> tuple[float, float]:
@@ -227,33 +297,20 @@ def train(options: argparse.Namespace, model, batches: Batches, work: Path) -> t
 
     Returns the smoothed loss and the seconds of training, those before a resume included.
     """
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    names = {id(p): name for name, p in model.named_parameters()}
-    order = [names[id(p)] for p in decay + rest]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95))
+    optimizer, order = build_optimizer(model, options.lr)
     step, smooth, seconds = restore(model, optimizer, order, work)
     began = time.monotonic() - seconds
     model.train()
     with Progress(options.steps, "pretraining", "steps") as progress:
         progress.update(step)
         while step < options.steps:
-            ids = batches[step]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, options)
-            labels = ids.masked_fill(ids == batches.pad, -100)
-            # Rows are padded on the right, so a causal mask alone keeps pads out of every scored position.
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            loss = train_step(model, optimizer, batches[step], batches.pad, learning_rate(step, options))
             step += 1
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             if step % 10 == 0:
                 progress.update(step, loss=smooth)
+
+            # A batch is a function of its number, so model, moments and step are all there is to keep.
             if step % options.save_every == 0 or step == options.steps:
                 seconds = time.monotonic() - began
                 keep(model, optimizer, order, work, {"step": step, "loss": smooth, "seconds": seconds})
@@ -261,6 +318,7 @@ def train(options: argparse.Namespace, model, batches: Batches, work: Path) -> t
 
 
 def keep(model, optimizer, order: list[str], work: Path, state: dict[str, float]) -> None:
+    """Writes all that a resumed run needs into the work folder."""
     moments, document = pack_optimizer(optimizer, order)
     write_checkpoint(
         work / "state",
@@ -270,6 +328,7 @@ def keep(model, optimizer, order: list[str], work: Path, state: dict[str, float]
 
 
 def restore(model, optimizer, order: list[str], work: Path) -> tuple[int, float | None, float]:
+    """Loads what `keep` wrote. Returns batches done, smoothed loss, seconds; (0, None, 0.0) for a new run."""
     if not (work / "state").is_dir():
         return 0, None, 0.0
     saved = read_checkpoint(work / "state")
@@ -279,7 +338,11 @@ def restore(model, optimizer, order: list[str], work: Path) -> tuple[int, float 
     return state["step"], state["loss"], state.get("seconds", 0.0)
 
 
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
 def model_card(options: argparse.Namespace, model, tokens: int, loss: float, seconds: float, used: int) -> str:
+    """The README.md of the host: `tokens` seen, final `loss`, `seconds` of training, documents `used`."""
     parameters = sum(p.numel() for p in model.parameters())
     tasks = options.tasks.split(",")
     dropped = options.documents * len(tasks) - used
@@ -310,30 +373,6 @@ Tasks: {", ".join(tasks)}.
 """
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    work = options.output.with_name(options.output.name + ".work")
-    work.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({k: str(v) for k, v in vars(options).items() if k not in ("threads", "save_every")})
-    if (work / "settings.json").exists() and (work / "settings.json").read_text() != settings:
-        raise SystemExit(f"pretrain_host.py: error: {work} holds a run with other settings: delete it or repeat those")
-    write_text_aside(work / "settings.json", settings, "--output")
-    documents = load_documents(options, work)
-    tokenizer = train_tokenizer(documents, options.vocab_size)
-    rows = encode_documents(tokenizer, documents, options.seed)
-    batches = Batches(rows, options.batch_tokens, options.seed, tokenizer.pad_token_id)
-    model = build_model(options, tokenizer)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{len(rows)} documents, {sum(map(len, rows)) / 1e6:.1f} M tokens, {count / 1e6:.2f} M parameters")
-    loss, seconds = train(options, model, batches, work)
-    tokens = sum(int((batches[k] != batches.pad).sum()) for k in range(options.steps))
-    save(options, model, tokenizer, model_card(options, model, tokens, loss, seconds, len(rows)))
-    shutil.rmtree(work)
-    print(f"{options.output}: loss {loss:.3f}, {seconds / 60:.1f} minutes of training")
-
-
 def load_documents(options: argparse.Namespace, work: Path) -> list[tuple[str, str]]:
     """The corpus, drawn once and kept in the work folder so that a resumed run starts at once."""
     path = work / "documents.json"
@@ -344,11 +383,49 @@ def load_documents(options: argparse.Namespace, work: Path) -> list[tuple[str, s
 
 
 def save(options: argparse.Namespace, model, tokenizer, card: str) -> None:
+    """Writes model (in bfloat16), tokenizer and card into the output folder."""
     model = model.to(torch.bfloat16).eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     write_text_aside(options.output / "README.md", card, "--output")
+
+
+def begin_work(options: argparse.Namespace) -> Path:
+    """The work folder of these settings. Raises SystemExit where it holds a run with others."""
+    work = options.output.with_name(options.output.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+
+    # What neither changes the result nor what has been done so far may differ.
+    settings = {name: str(value) for name, value in vars(options).items() if name not in ("threads", "save_every")}
+    text = json.dumps(settings)
+    path = work / "settings.json"
+    if path.exists() and path.read_text() != text:
+        raise SystemExit(f"pretrain_host.py: error: {work} holds a run with other settings: delete it or repeat those")
+    write_text_aside(path, text, "--output")
+    return work
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draws, trains, writes. Raises SystemExit for the user's mistakes."""
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    work = begin_work(options)
+
+    documents = load_documents(options, work)
+    tokenizer = train_tokenizer(documents, options.vocab_size)
+    rows = encode_documents(tokenizer, documents, options.seed)
+    batches = Batches(rows, options.batch_tokens, options.seed, tokenizer.pad_token_id)
+    model = build_model(options, tokenizer)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{len(rows)} documents, {sum(map(len, rows)) / 1e6:.1f} M tokens, {count / 1e6:.2f} M parameters")
+
+    loss, seconds = train(options, model, batches, work)
+    tokens = sum(int((batches[k] != batches.pad).sum()) for k in range(options.steps))
+    save(options, model, tokenizer, model_card(options, model, tokens, loss, seconds, len(rows)))
+    shutil.rmtree(work)
+    print(f"{options.output}: loss {loss:.3f}, {seconds / 60:.1f} minutes of training")
 
 
 if __name__ == "__main__":
