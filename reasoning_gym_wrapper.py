@@ -264,7 +264,7 @@ def _parse_config(text: str) -> dict[str, Any]:
     if not is_json and not os.path.isfile(text):  # unlike Path.is_file, False for text too long to be a name
         raise TaskError(f"--task_config {text!r} is no file: give small, default, a YAML/JSON file or JSON text")
     try:
-        config = yaml.safe_load(text if is_json else Path(text).read_text())
+        config = yaml.safe_load(text if is_json else Path(text).read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise TaskError(f"--task_config cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):

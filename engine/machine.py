@@ -69,7 +69,7 @@ def pick_precision(name: str, device: str) -> str:
     if device == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device == "cpu" and cpu_flags.exists():
-        text = cpu_flags.read_text()
+        text = cpu_flags.read_text(encoding="utf-8")
         native = "avx512_bf16" in text or "amx_bf16" in text
     return "bf16" if native else "none"
 

@@ -140,7 +140,7 @@ def enter_namespaces() -> None:
     maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
     try:
         for name, text in maps.items():
-            with open(f"/proc/self/{name}", "w") as file:
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
                 file.write(text)
     except OSError as error:
         raise CannotConfine(f"mapping the user: {error.strerror}") from error

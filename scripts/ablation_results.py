@@ -125,7 +125,7 @@ def run_rows(job: Job, run: Path, status: str) -> list[dict[str, Any]]:
 
 def _evaluated(path: Path, shared: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each task of the last evaluation in eval.csv, on top of what all of them share."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["step"].isdigit()]  # a crash may cut a line off
     last_step = max((int(line["step"]) for line in lines), default=0)
 

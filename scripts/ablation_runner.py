@@ -109,7 +109,7 @@ class Runner:
         (output / "logs").mkdir(exist_ok=True)
 
         # Two runners in one folder would start the same runs.
-        self._lock = open(output / ".lock", "w")
+        self._lock = open(output / ".lock", "w", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -136,7 +136,7 @@ class Runner:
 
         # A run that goes on adds to its log.
         path = self.output / "logs" / f"{log}.log"
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -171,7 +171,7 @@ class Runner:
 
 def last_words(log: Path) -> str:
     """The last line a child wrote that says something."""
-    for line in reversed(log.read_text(errors="replace").splitlines()):
+    for line in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines()):
         if line.strip():
             return line.strip()[:LONGEST_WORDS]
     return "it wrote nothing"

@@ -110,7 +110,7 @@ class Peak:
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed by other arms must not hide this one's
         self.before = psutil.Process().memory_info().rss
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark begins anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the high-water mark begins anew
             self.known = True
         except OSError:
             self.known = False
@@ -120,7 +120,7 @@ class Peak:
             return torch.cuda.max_memory_allocated(self.device) - self.before
         if not self.known:
             return None
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 - self.before
 
 

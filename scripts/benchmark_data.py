@@ -94,7 +94,7 @@ def generated_text(path: Path, megabytes: float) -> None:
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlucmfwygpbvkxqjz", k=2 + rank // 2500)) for rank in range(20_000)]
     weights = [1 / (rank + 3) for rank in range(len(words))]
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1e6:
             drawn = draw.choices(words, weights, k=draw.randint(30, 800))
             drawn[::17] = [f"{draw.randint(0, 9999)}," for _ in drawn[::17]]

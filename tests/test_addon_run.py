@@ -90,8 +90,8 @@ def test_a_run_killed_in_the_middle_and_resumed_equals_an_uninterrupted_one(call
     status, _, err = call("--run_name", "killed", *flags)
     assert status == 0 and ", from step 4" in err
     assert_same_run(tmp_path / "runs" / "whole", killed)
-    assert (killed / "config.resolved.yaml").read_text() == (
-        tmp_path / "runs" / "whole" / "config.resolved.yaml").read_text()
+    assert (killed / "config.resolved.yaml").read_text(encoding="utf-8") == (
+        tmp_path / "runs" / "whole" / "config.resolved.yaml").read_text(encoding="utf-8")
 
 
 def test_growing_segments_follow_the_share_of_the_run_that_is_done(call, tmp_path):
@@ -168,7 +168,7 @@ def test_sigterm_from_outside_is_orderly_too(tiny_host, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 143 and "stopped at step " in err and "Traceback" not in err
-    state = json.loads((newest(only_run(tmp_path / "runs")) / "training_state.json").read_text())
+    state = json.loads((newest(only_run(tmp_path / "runs")) / "training_state.json").read_text(encoding="utf-8"))
     assert state["step"] >= 1
 
 
@@ -244,7 +244,7 @@ def test_minutes_limit_a_run_and_anneal_over_their_time(call, tmp_path, monkeypa
 def test_typed_minutes_replace_the_default_steps(tiny_host, tmp_path, capsys):
     argv = [word for word in arguments(tiny_host, tmp_path / "runs") if word not in ("--max_steps", "3")]
     assert train.main([*argv, "--max_minutes", "0.01"]) == 0
-    saved = options.read_resolved((only_run(tmp_path / "runs") / "config.resolved.yaml").read_text())
+    saved = options.read_resolved((only_run(tmp_path / "runs") / "config.resolved.yaml").read_text(encoding="utf-8"))
     assert saved["max_steps"] == 0 and "0.01 minutes of 4 examples" in capsys.readouterr().err
 
 
@@ -301,7 +301,7 @@ def test_evaluation_only_needs_the_weights_alone(call, done, tmp_path):
 
 
 def records_of_evaluation(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "eval.csv", newline="") as file:
+    with open(folder / "eval.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -374,7 +374,7 @@ def broken(checkpoint: Path, how: str) -> None:
     elif how == "no manifest":
         (checkpoint / MANIFEST).unlink()
     elif how == "foreign":
-        (checkpoint / MANIFEST).write_text('{"format": "another", "version": 7, "files": {}}')
+        (checkpoint / MANIFEST).write_text('{"format": "another", "version": 7, "files": {}}', encoding="utf-8")
 
 
 @pytest.mark.parametrize("how,told", [
@@ -419,7 +419,7 @@ def test_a_loss_that_is_no_number_exits_3_with_the_weights_before_it(call, tmp_p
         status, out, err = call("--run_name", "bad", *flags)
     folder = tmp_path / "runs" / "bad"
     assert status == 3 and out == "" and "batch 2: loss nan" in err and "bad_batch.json" in err
-    bad = json.loads((folder / "bad_batch.json").read_text())
+    bad = json.loads((folder / "bad_batch.json").read_text(encoding="utf-8"))
     assert bad["step"] == 2 and len(bad["examples"]) == 4
     assert set(bad["examples"][0]) == {"task", "question", "target"}
     kept = tensors(newest(folder), "adapter_model")
@@ -456,7 +456,7 @@ def test_the_best_checkpoint_outlives_the_limit(call, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "best"
     assert status == 0, err
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
-    best = json.loads((folder / "best.json").read_text())
+    best = json.loads((folder / "best.json").read_text(encoding="utf-8"))
     assert (best["checkpoint"], best["value"]) == ("step-00000002", 0.75)
 
 
@@ -465,7 +465,8 @@ def test_without_save_every_a_better_model_is_saved_all_the_same(call, tmp_path,
     assert call("--run_name", "best", "--eval_every", "1", "--save_best_model")[0] == 0
     assert [path.name for path in sorted((tmp_path / "runs" / "best" / "checkpoints").iterdir())] == [
         "step-00000001", "step-00000002", "step-00000003"]
-    assert json.loads((tmp_path / "runs" / "best" / "best.json").read_text())["checkpoint"] == "step-00000002"
+    best = json.loads((tmp_path / "runs" / "best" / "best.json").read_text(encoding="utf-8"))
+    assert best["checkpoint"] == "step-00000002"
 
 
 def test_older_checkpoints_go_and_the_newest_stay(call, tmp_path):
@@ -494,13 +495,13 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files_only(small_disk, tiny_ho
     left = [path for path in (small_disk / "runs").rglob("*") if path.is_file()]
     assert not [path for path in left if "checkpoints" in path.parts or path.name.startswith(".")]
     for path in left:
-        assert path.read_text().endswith("\n")
+        assert path.read_text(encoding="utf-8").endswith("\n")
 
 
 def test_a_disk_that_fills_up_later_keeps_the_checkpoint_before(call, tmp_path, monkeypatch):
     def fills(temporary, *rest, plain=checkpointing._fill):
         if temporary.name.startswith(".tmp-step-00000004"):
-            (temporary / "begun").write_text("half")
+            (temporary / "begun").write_text("half", encoding="utf-8")
             raise OSError(28, "No space left on device")
         return plain(temporary, *rest)
 
@@ -518,14 +519,15 @@ def test_a_resolved_configuration_alone_reruns_the_run(call, done, tmp_path, cap
     assert status == 0, capsys.readouterr().err
     assert_same_run(done, only_run(again))
     for checkpoint in ("step-00000002", "step-00000006"):  # each checkpoint holds the same
-        assert options.read_resolved((done / "checkpoints" / checkpoint / "config.resolved.yaml").read_text()) == (
-            options.read_resolved((done / "config.resolved.yaml").read_text()))
+        saved = (done / "checkpoints" / checkpoint / "config.resolved.yaml").read_text(encoding="utf-8")
+        own = (done / "config.resolved.yaml").read_text(encoding="utf-8")
+        assert options.read_resolved(saved) == options.read_resolved(own)
 
 
 def test_a_resumed_runs_configuration_reruns_from_the_start(call, tmp_path, capsys):
     assert call("--run_name", "mine", "--max_steps", "2")[0] == 0
     assert call("--resume", str(tmp_path / "runs" / "mine"), "--max_steps", "3")[0] == 0
-    saved = options.read_resolved((tmp_path / "runs" / "mine" / "config.resolved.yaml").read_text())
+    saved = options.read_resolved((tmp_path / "runs" / "mine" / "config.resolved.yaml").read_text(encoding="utf-8"))
     assert all(saved[name] in (None, False) for name in options.INVOCATION)
     status = train.main(["--config", str(tmp_path / "runs" / "mine" / "config.resolved.yaml"), "--seed", "1"])
     assert status == 0 and ", from step" not in capsys.readouterr().err
@@ -545,7 +547,7 @@ def test_the_difficulty_that_was_trained_is_kept_for_other_tasks(tiny_host, tmp_
 def test_rows_of_several_runs_share_a_table_on_request(call, tmp_path):
     for name in ("one", "two"):
         assert call("--run_name", name, "--log_csv", str(tmp_path / "deep" / "all.csv"))[0] == 0
-    lines = (tmp_path / "deep" / "all.csv").read_text().splitlines()
+    lines = (tmp_path / "deep" / "all.csv").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + 2 * 4 and lines[0].startswith("step,task,metric")
     assert not (tmp_path / "runs" / "one" / "eval.csv").exists()
 

@@ -61,7 +61,7 @@ def sources() -> dict[str, str]:
     packages = [unit for unit in ROW_OF if (ROOT / unit).is_dir()]
     paths = [*ROOT.glob("*.py"), *(path for unit in packages for path in (ROOT / unit).rglob("*.py"))]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(paths)}
-    return {name: path.read_text() for path, name in names.items()}
+    return {name: path.read_text(encoding="utf-8") for path, name in names.items()}
 
 
 def unit_of(module: str) -> str:
@@ -131,7 +131,7 @@ def test_earlier_rows_and_the_own_package_may_be_imported():
 
 
 def test_nobody_imports_the_commands_or_the_scripts():
-    scripts = {path.stem: path.read_text() for path in (ROOT / "scripts").glob("*.py")}
+    scripts = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py")}
     for name, source in (sources() | scripts).items():
         assert not {unit_of(found) for found in imports(source)} & set(COMMANDS), name
     for name, source in sources().items():

@@ -55,14 +55,14 @@ def test_a_checkpoint_or_a_run_may_be_named(ask, runs):
     for place in (runs / "old", newest(runs / "old"), "old"):
         status, out, err = ask("--checkpoint", str(place), "--prompt", QUESTION, "--max_new_tokens", "4")
         assert status == 0 and str(newest(runs / "old")) in err
-        assert out.splitlines()[1] == f"LLM + HRM  {said(runs / 'old')['prediction']}".rstrip()
+        assert out.split("\n")[1] == f"LLM + HRM  {said(runs / 'old')['prediction']}".rstrip()
 
 
 def test_compare_shows_the_bare_llm_beside(ask, tiny_host):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     status, out, _ = ask("--prompt", QUESTION, "--compare", "--max_new_tokens", "4", "--checkpoint", "old")
-    lines = out.splitlines()
+    lines = out.removesuffix("\n").split("\n")
     tokenizer, host = AutoTokenizer.from_pretrained(tiny_host), AutoModelForCausalLM.from_pretrained(tiny_host)
     turns = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=False)

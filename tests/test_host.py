@@ -128,15 +128,15 @@ def test_truncated_weights(tiny_host, tmp_path, keep):
 
 def test_weights_of_another_shape(tiny_host, tmp_path):
     folder = shutil.copytree(tiny_host, tmp_path / "other")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}), encoding="utf-8")
     refused(lambda: load_host(str(folder)), str(folder))
 
 
 def test_weights_that_lack_a_layer_are_not_made_up(tiny_host, tmp_path):
     folder = shutil.copytree(tiny_host, tmp_path / "other")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}), encoding="utf-8")
     refused(lambda: load_host(str(folder)), str(folder), "layers.2")
 
 
@@ -171,7 +171,7 @@ def test_a_model_that_is_no_language_model(tmp_path):
 
 def test_a_broken_tokenizer(tiny_host, tmp_path):
     folder = shutil.copytree(tiny_host, tmp_path / "broken")
-    (folder / "tokenizer.json").write_text("{")
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     refused(lambda: load_tokenizer(str(folder)), str(folder), "tokenizer")
 
 

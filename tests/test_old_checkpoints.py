@@ -35,14 +35,14 @@ def test_an_old_checkpoint_is_evaluated_with_its_own_weights(old_run, capsys):
 def test_an_old_run_goes_on_where_it_stopped(old_run):
     steps = int(newest(old_run).name.removeprefix("step-"))
     before = tensors(newest(old_run))
-    shape = json.loads((newest(old_run) / "training_state.json").read_text())["optimizers"]
+    shape = json.loads((newest(old_run) / "training_state.json").read_text(encoding="utf-8"))["optimizers"]
     assert train.main(["--resume", str(old_run), "--max_steps", str(steps + 1), "--warmup_steps", "0",
                        "--device", "cpu"]) == 0
     assert newest(old_run).name == f"step-{steps + 1:08d}"
     after = tensors(newest(old_run))
     assert after.keys() == before.keys()
     assert any(not torch.equal(after[name], before[name]) for name in before if name.startswith("raw/"))
-    again = json.loads((newest(old_run) / "training_state.json").read_text())["optimizers"]
+    again = json.loads((newest(old_run) / "training_state.json").read_text(encoding="utf-8"))["optimizers"]
     assert [each["class"] for each in again] == [each["class"] for each in shape]
     ours = safetensors.torch.load_file(newest(old_run) / f"{STEMS[old_run.name]}.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in ours.values())
@@ -114,10 +114,10 @@ def test_an_old_folder_of_transformers_has_the_defaults_of_its_time(system, tmp_
                  "hybrid": (hybrid.model.OLD_DEFAULTS, hybrid.model.HybridConfig())}[system]
     made.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     assert old.keys() <= record.keys()
     whole = AutoConfig.from_pretrained(tmp_path)
     assert all(getattr(whole, name) == getattr(made, name) != old[name] for name in old)
-    path.write_text(json.dumps({name: value for name, value in record.items() if name not in old}))
+    path.write_text(json.dumps({name: value for name, value in record.items() if name not in old}), encoding="utf-8")
     again = AutoConfig.from_pretrained(tmp_path)
     assert {name: getattr(again, name) for name in old} == old

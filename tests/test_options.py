@@ -189,9 +189,9 @@ assert "--new_width" not in train.help_text("hybrid")
 
 def test_a_new_flag_is_one_line_in_one_table(tmp_path):
     """In a copy of the table: parser, record, checks of range, adapter, system and shape, and help know the flag."""
-    table = (ROOT / "flags.py").read_text()
+    table = (ROOT / "flags.py").read_text(encoding="utf-8")
     assert table.count('    "model": (\n') == 1
-    (tmp_path / "flags.py").write_text(table.replace('    "model": (\n', NEW))
+    (tmp_path / "flags.py").write_text(table.replace('    "model": (\n', NEW), encoding="utf-8")
     code = USE.format(place=str(tmp_path), root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

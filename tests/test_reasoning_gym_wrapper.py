@@ -423,7 +423,7 @@ def test_default_is_the_tasks_own_config():
 def test_a_config_comes_from_a_file_or_from_the_command_line(tmp_path, write, suffix):
     config = {"min_terms": 4, "max_terms": 5}
     path = tmp_path / f"tasks.{suffix}"
-    path.write_text(write(config))
+    path.write_text(write(config), encoding="utf-8")
     for text in (str(path), json.dumps(config), " " + json.dumps(config)):
         [task] = rg.make_tasks(["chain_sum"], text)
         assert (task.config, task.scorer.config.max_terms) == (config, 5)
@@ -435,7 +435,7 @@ def test_a_mapping_by_task_gives_each_task_its_own(tmp_path):
     tasks = rg.make_tasks(["toy_add", "chain_sum", "maze"], json.dumps(config))
     assert [task.config for task in tasks] == [{"max_value": 5}, {"max_terms": 9}, {}]
     path = tmp_path / "tasks.yaml"
-    path.write_text("chain_sum:\n  max_terms: 9\n")
+    path.write_text("chain_sum:\n  max_terms: 9\n", encoding="utf-8")
     assert rg.read_task_config(str(path), ["toy_add", "chain_sum"]) == {"toy_add": {}, "chain_sum": {"max_terms": 9}}
 
 
@@ -472,7 +472,7 @@ def test_one_mapping_is_for_every_task():
 def test_a_bad_config_is_one_clear_line(tmp_path, monkeypatch, names, config, words):
     files = {"list.yaml": "- 1\n", "empty.yaml": "", "date.yaml": "min_terms: 2020-01-01\n", "number.yaml": "1: 2\n"}
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     monkeypatch.chdir(tmp_path)
     [line] = problems(names, config)

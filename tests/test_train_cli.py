@@ -149,8 +149,8 @@ def test_a_folder_that_is_no_model_is_one_line(refused, bad_hosts, name, told):
 
 def test_places_that_cannot_be_written_are_told_before_a_model_loads(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("model.load_host", lambda *a: pytest.fail("a model was loaded"))
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "foreign.csv").write_text(FOREIGN)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "foreign.csv").write_text(FOREIGN, encoding="utf-8")
     for typed in (["--save_dir", str(tmp_path / "file")], ["--save_dir", str(tmp_path / "file" / "deep")],
                   ["--log_csv", str(tmp_path / "file" / "eval.csv")]):
         (line,) = refused(*typed)
@@ -160,10 +160,11 @@ def test_places_that_cannot_be_written_are_told_before_a_model_loads(refused, tm
     (line,) = refused("--log_csv", str(tmp_path))
     assert line.startswith(f"--log_csv {tmp_path} is a folder")
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "eval.csv").write_text(FOREIGN)  # the default place counts as well
+    (tmp_path / "runs" / "mine" / "eval.csv").write_text(FOREIGN, encoding="utf-8")  # the default place counts as well
     (line,) = refused("--run_name", "mine")
     assert "has the header 'step,accuracy'" in line
-    assert (tmp_path / "foreign.csv").read_text() == FOREIGN and (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "foreign.csv").read_text(encoding="utf-8") == FOREIGN
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def told_at_once(lines: list[str], expected: list[str]) -> None:
@@ -174,7 +175,7 @@ def told_at_once(lines: list[str], expected: list[str]) -> None:
 
 
 def test_all_problems_of_the_command_line_are_told_at_once(refused, tmp_path):
-    (tmp_path / "run.yaml").write_text("model: {d_hh: 3, inner_T: 0}\nlr: fast\n")
+    (tmp_path / "run.yaml").write_text("model: {d_hh: 3, inner_T: 0}\nlr: fast\n", encoding="utf-8")
     lines = refused("--config", str(tmp_path / "run.yaml"), "--tasks", "toy_add,nope", "--task", "none",
                     "--batch_size", "-1", "--d_h", "18", "--n_heads", "4", "--stesp", "3", "--inner_T", "0",
                     "--resume", "nowhere")
@@ -184,7 +185,7 @@ def test_all_problems_of_the_command_line_are_told_at_once(refused, tmp_path):
 
 
 def test_all_problems_of_a_run_are_told_at_once(refused, tmp_path, bad_hosts):
-    (tmp_path / "foreign.csv").write_text(FOREIGN)
+    (tmp_path / "foreign.csv").write_text(FOREIGN, encoding="utf-8")
     lines = refused("--tasks", "toy_add,nope,codeio", "--task", "none", "--mixed_precision", "fp16",
                     "--save_dir", str(tmp_path / "foreign.csv"), "--trackers", "trackio",
                     "--log_csv", str(tmp_path / "foreign.csv"), "--model_name", str(bad_hosts["empty"]))
@@ -291,7 +292,7 @@ def test_every_choice_of_every_flag_runs(call, refused, tmp_path, name, value):
         return
     folder = only_run(tmp_path / "runs")
     if name != "eval_only":
-        saved = options.read_resolved((folder / "config.resolved.yaml").read_text())
+        saved = options.read_resolved((folder / "config.resolved.yaml").read_text(encoding="utf-8"))
         typed = getattr(options.parse([*TINY, *flags]), name)
         assert name in options.INVOCATION or saved[name] == typed
     assert out.startswith("task") and len(records(folder)["predictions"]) >= 4
@@ -320,10 +321,11 @@ def test_samples_are_printed_every_k_steps(call):
 
 
 def test_a_yaml_file_runs_and_the_command_line_wins(call, tmp_path):
-    (tmp_path / "mine.yaml").write_text("training: {max_steps: 9, lr: 0.01}\nmodel: {injector: grb}\n")
+    settings = "training: {max_steps: 9, lr: 0.01}\nmodel: {injector: grb}\n"
+    (tmp_path / "mine.yaml").write_text(settings, encoding="utf-8")
     status, _, err = call("--config", str(tmp_path / "mine.yaml"), "--max_steps", "2")
     assert status == 0, err
-    saved = options.read_resolved((only_run(tmp_path / "runs") / "config.resolved.yaml").read_text())
+    saved = options.read_resolved((only_run(tmp_path / "runs") / "config.resolved.yaml").read_text(encoding="utf-8"))
     assert (saved["max_steps"], saved["lr"], saved["injector"]) == (2, 0.01, "grb")
 
 

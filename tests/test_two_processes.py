@@ -22,7 +22,7 @@ def of_two_processes(tiny_host, tmp_path_factory) -> dict[str, list[dict[str, fl
     done = subprocess.run([*launch, "tests/three_systems.py", str(tiny_host), str(out)], cwd=ROOT, env=environment,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

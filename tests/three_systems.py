@@ -89,4 +89,4 @@ def logged(name: str, host: Path) -> list[dict[str, float]]:
 if __name__ == "__main__":
     found = {name: logged(name, Path(sys.argv[1])) for name in SYSTEMS}
     if Accelerator(cpu=True).is_main_process:
-        Path(sys.argv[2]).write_text(json.dumps(found))
+        Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")

@@ -94,17 +94,17 @@ def write_prepared(folder: Path, train: int = 12, val: int = 5, seed: int = 0, c
             said = [*tokenizer.encode(text[cut:]), tokenizer.eos_id]
             row = Triple(tokenizer.encode(text[:cut]), [tokenizer.bos_id, *said[:-1]], said)
             lines.append(json.dumps(row._asdict()))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     text = tokenizer.tokenizer.to_str()
-    (folder / "tokenizer.json").write_text(text)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     meta = {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id, "max_seq_len": 2 * length, "splits": {
                 "train": {"samples": train}, "val": {"samples": val}},
             "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
 
 
 def rows_of(folder: Path, split: str) -> list[Triple]:
     """The triples of a prepared folder, read without prepared_data."""
-    return [Triple(**json.loads(line)) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+    return [Triple(**json.loads(line)) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -19,6 +19,7 @@ import options
 import train
 from addon.adapters import build_model
 from batching import PromptConfig
+from engine.files import json_lines
 from engine.optimization import OptimConfig
 from model import HRMController
 from tiny_families import randomise
@@ -59,7 +60,7 @@ def tiny_trainer(
 def command(*argv: str, script: str = "train.py", **environment: str) -> subprocess.Popen:
     """The command in a process of its own, as a user types it; stdout and stderr are pipes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
-    return subprocess.Popen([sys.executable, script, *argv], cwd=ROOT, text=True, env=environment,
+    return subprocess.Popen([sys.executable, script, *argv], cwd=ROOT, encoding="utf-8", env=environment,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -79,10 +80,10 @@ def tensors(checkpoint: Path, stem: str = "training_state") -> dict[str, torch.T
 
 def records(run: Path) -> dict[str, list]:
     """What a run recorded, without the columns that hold wall-clock time."""
-    with open(run / "eval.csv", newline="") as file:
+    with open(run / "eval.csv", newline="", encoding="utf-8") as file:
         rows = [{key: value for key, value in row.items() if key != "elapsed_s"} for row in csv.DictReader(file)]
-    lines = {name: [json.loads(line) for line in (run / name).read_text().splitlines()] if (run / name).exists() else []
-             for name in ("metrics.jsonl", "predictions.jsonl")}
+    names = ("metrics.jsonl", "predictions.jsonl")  # a hybrid leaves no predictions
+    lines = {name: [line for _, line in json_lines(run / name)] if (run / name).exists() else [] for name in names}
     timed = ("elapsed_s", "examples_per_second", "tokens_per_second")
     steps = [{key: value for key, value in line.items() if key not in timed} for line in lines["metrics.jsonl"]]
     return {"eval": rows, "metrics": steps, "predictions": lines["predictions.jsonl"]}
@@ -95,7 +96,7 @@ def assert_same_run(one: Path, other: Path, stem: str = "adapter_model") -> None
         ours, theirs = tensors(newest(one), part), tensors(newest(other), part)
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    states = [json.loads((newest(run) / "training_state.json").read_text()) for run in (one, other)]
+    states = [json.loads((newest(run) / "training_state.json").read_text(encoding="utf-8")) for run in (one, other)]
     assert states[0] | {"elapsed_s": 0} == states[1] | {"elapsed_s": 0}
     assert records(one) == records(other)
 

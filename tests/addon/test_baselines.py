@@ -20,6 +20,7 @@ from addon.baselines import BaselineConfig, BaselineController
 from addon.param_matching import Size, match
 from batching import PromptFormat
 from engine.batches import IGNORE
+from engine.files import json_lines
 from evaluation import Decoding, answer
 from model import HRMAddonConfig, HRMController
 from reasoning_gym_wrapper import Reserve, make_tasks
@@ -250,7 +251,9 @@ def test_a_run_resumed_equals_an_uninterrupted_one_and_keeps_the_adapter_alone(c
     status, out, err = call("--run_name", "whole", *flags)
     assert status == 0, err
     whole = tmp_path / "runs" / "whole"
-    saved, rows = tensors(newest(whole), "adapter_model"), list(csv.DictReader(open(whole / "eval.csv", newline="")))
+    saved = tensors(newest(whole), "adapter_model")
+    with open(whole / "eval.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
     assert bool(saved) == (adapter != "none") and all("lora_" in n or "prompt" in n or "addon" in n for n in saved)
     assert all(row["bare"] != "" for row in rows)
     if adapter == "none":
@@ -269,16 +272,17 @@ def test_a_run_resumed_equals_an_uninterrupted_one_and_keeps_the_adapter_alone(c
 def test_generate_py_answers_as_evaluation_did(call, tmp_path, capsys, adapter):
     flags = ["--adapter", adapter, *SMALL.get(adapter, []), "--lr", "0.05", "--warmup_steps", "0", "--ema", "0"]
     assert call("--run_name", "mine", *flags)[0] == 0
-    lines = (tmp_path / "runs" / "mine" / "predictions.jsonl").read_text().splitlines()
-    last = json.loads(lines[-4])
+    last = [line for _, line in json_lines(tmp_path / "runs" / "mine" / "predictions.jsonl")][-4]
     argv = ["--save_dir", str(tmp_path / "runs"), "--device", "cpu", "--max_new_tokens", "4", "--compare"]
     assert generate.main([*argv, "--prompt", "What is 64 + 76?"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out  # an untrained model may answer with any sign, line breaks included
     assert last["id"] == "toy_add/00000"
     title = {"lora": "LoRA rank 2", "prompt": "3 virtual tokens", "mlp": "single pass", "none": "no adapter"}[adapter]
-    assert lines[1].startswith("bare LLM") and lines[2] == f"LLM + {title}  {last['prediction']}".rstrip()
+    bare, ours = shown.removesuffix("\n").split(f"\nLLM + {title}  ")
+    assert bare.startswith("> What is 64 + 76?\nbare LLM   ")
+    assert ours.rstrip() == last["prediction"].replace("\n", "\n" + " " * 11).rstrip()
     if adapter == "none":
-        assert lines[1].removeprefix("bare LLM").strip() == lines[2].removeprefix("LLM + no adapter").strip()
+        assert bare.removeprefix("> What is 64 + 76?\nbare LLM").strip() == ours.strip()
 
 
 def test_a_checkpoint_of_another_adapter_is_one_line(call, tmp_path):
@@ -358,7 +362,7 @@ def test_a_matched_run_records_its_size_and_goes_on_with_or_without_the_flag(cal
     flags = ["--run_name", "mine", "--adapter", "lora", "--match_params", "11000"]
     status, _, err = call(*flags)
     assert status == 0 and "--lora_rank 10 gives 10,880 trainable parameters (-1.1 %)" in err
-    saved = options.read_resolved((tmp_path / "runs" / "mine" / "config.resolved.yaml").read_text())
+    saved = options.read_resolved((tmp_path / "runs" / "mine" / "config.resolved.yaml").read_text(encoding="utf-8"))
     assert saved["lora_rank"] == 10 and saved["match_params"] == 0
     for again in (flags, flags[:2]):
         assert call(*again, "--max_steps", "5")[0] == 0

@@ -156,7 +156,7 @@ def test_a_level_whose_items_are_too_long_ends_the_ladder():
 
 
 def levels(run: Path) -> list[tuple[str, float]]:
-    with open(run / "eval.csv", newline="") as file:
+    with open(run / "eval.csv", newline="", encoding="utf-8") as file:
         return [(row["step"], float(row["value"])) for row in csv.DictReader(file)
                 if row["metric"] == "curriculum_level"]
 
@@ -180,7 +180,7 @@ def test_a_run_climbs_and_its_resume_is_exact(tiny_host, tmp_path, solves_everyt
     assert train.main(["--resume", str(run), "--save_dir", str(parts)]) == 0
     assert_same_run(only_run(whole), run)
     assert levels(run) == [("2", 0.0), ("4", 1.0), ("6", 2.0)]
-    state = json.loads((run / "checkpoints" / "step-00000006" / "training_state.json").read_text())
+    state = json.loads((run / "checkpoints" / "step-00000006" / "training_state.json").read_text(encoding="utf-8"))
     assert state["extra"]["curriculum"] == {"gcd": 2}
     assert "curriculum level: gcd 2 of 3" in capsys.readouterr().out
 

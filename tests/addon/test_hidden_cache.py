@@ -250,14 +250,14 @@ def test_filling_says_how_far_it_is(call, monkeypatch):
 def test_two_processes_each_hold_all_of_it(tiny_host, tmp_path):
     """Every epoch deals the items anew, so each rank meets all of them."""
     script = tmp_path / "two.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{TWO}")
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{TWO}", encoding="utf-8")
     losses = {}
     for name, more in (("with", []), ("without", ["--cache_hidden", "off"])):
         argv = arguments(tiny_host, tmp_path / "runs", "--run_name", name, *CACHED, *more, "--batch_size", "2")
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                                "2", str(script), *argv], capture_output=True, text=True, cwd=ROOT, timeout=HANG_S)
         assert done.returncode == 0, done.stderr[-2000:]
-        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines]
         assert ("in each of 2 processes" in done.stderr) == (name == "with")
     assert losses["with"] == pytest.approx(losses["without"], rel=1e-2)

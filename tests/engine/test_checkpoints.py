@@ -52,7 +52,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def test_the_module_never_touches_pickle():
-    source = Path(ck.__file__).read_text()
+    source = Path(ck.__file__).read_text(encoding="utf-8")
     assert "torch.load(" not in source.replace("safetensors.torch.load(", "") and "import pickle" not in source
     assert "torch.save(" not in source.replace("safetensors.torch.save(", "")
 
@@ -123,28 +123,28 @@ def test_a_truncated_or_missing_file_is_found(folder, name):
 def test_missing_foreign_and_future_folders_are_told_apart(folder, tmp_path):
     fails(lambda: ck.read_checkpoint(tmp_path / "nowhere"), "is no checkpoint folder", "nowhere")
     fails(lambda: ck.read_checkpoint(folder / "README.md"), "README.md")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     for change in ({"version": 99}, {"format": "other"}):
-        (folder / "manifest.json").write_text(json.dumps(manifest | change))
+        (folder / "manifest.json").write_text(json.dumps(manifest | change), encoding="utf-8")
         fails(lambda: ck.read_checkpoint(folder), "version", "hrm-checkpoint")
     for text in ("", "{", "[]", "{}", '{"format": "hrm-checkpoint", "version": 1, "files": {"a": 3}}', "\x00"):
-        (folder / "manifest.json").write_text(text)
+        (folder / "manifest.json").write_text(text, encoding="utf-8")
         fails(lambda: ck.read_checkpoint(folder), "manifest.json", "damaged")
     (folder / "manifest.json").unlink()
     fails(lambda: ck.read_checkpoint(folder), "no manifest.json", "train.py")
 
 
 def test_a_manifest_cannot_reach_outside_its_folder(folder, tmp_path):
-    (tmp_path / "secret.txt").write_text("secret")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "secret.txt").write_text("secret", encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     manifest["files"] = {"../../../secret.txt": {"sha256": "0", "bytes": 6}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     fails(lambda: ck.read_checkpoint(folder), "secret.txt is missing")
 
 
 def test_the_card_may_be_edited_and_files_added(folder):
-    (folder / "README.md").write_text("# my own words")
-    (folder / ".gitattributes").write_text("x")
+    (folder / "README.md").write_text("# my own words", encoding="utf-8")
+    (folder / ".gitattributes").write_text("x", encoding="utf-8")
     assert ck.read_checkpoint(folder).documents["README.md"] == "# my own words"
 
 
@@ -233,7 +233,7 @@ def test_a_full_disk_says_what_was_needed_and_leaves_nothing(tmp_path, monkeypat
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path):
-    (tmp_path / "run").write_text("")
+    (tmp_path / "run").write_text("", encoding="utf-8")
     fails(lambda: write(tmp_path / "run", 1), "cannot write", "--save_dir")
 
 
@@ -241,7 +241,7 @@ def test_disk_check_leaves_nothing_behind(tmp_path, monkeypatch):
     ck.disk_check(tmp_path / "a" / "b")
     assert names(tmp_path) == []
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "mine").write_text("")
+    (tmp_path / "runs" / "mine").write_text("", encoding="utf-8")
     ck.disk_check(tmp_path / "runs")
     assert names(tmp_path / "runs") == ["mine"]
     fails(lambda: ck.disk_check(tmp_path / "runs" / "mine" / "x"), "cannot write", "mine", "--save_dir")
@@ -263,7 +263,7 @@ def test_folders_are_sorted_by_step_and_the_newest_is_complete(tmp_path):
     place = tmp_path / "checkpoints"
     for junk in (".tmp-step-999999999999-1", "step-abc", "step-99999999999"):
         (place / junk).mkdir()
-    (place / "step-77777777777").write_text("a file")
+    (place / "step-77777777777").write_text("a file", encoding="utf-8")
     found = [int(f.name[5:]) for f in ck.checkpoint_folders(tmp_path)]
     assert found == [5, 40, 123456789, 99999999999]
     assert ck.newest_checkpoint(tmp_path) == place / "step-123456789"
@@ -311,7 +311,7 @@ def test_the_best_is_remembered_until_it_is_gone(tmp_path):
     fails(lambda: ck.mark_best(tmp_path / "moved", moved, "loss", float("nan")), "nan")
     shutil.rmtree(moved)
     assert ck.best_checkpoint(tmp_path / "moved") is None
-    (tmp_path / "moved" / "best.json").write_text("{")
+    (tmp_path / "moved" / "best.json").write_text("{", encoding="utf-8")
     fails(lambda: ck.best_checkpoint(tmp_path / "moved"), "best.json", "damaged")
 
 

@@ -41,7 +41,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_file_in_the_way_is_one_line(tmp_path):
-    (tmp_path / "run").write_text("")
+    (tmp_path / "run").write_text("", encoding="utf-8")
     fails(lambda: write_text_aside(tmp_path / "run" / "a.txt", "x"), "cannot write", "--save_dir")
     fails(lambda: write_bytes_aside(tmp_path / "run" / "a.txt", b"x", "--output"), "cannot write", "--output")
 
@@ -56,27 +56,27 @@ def test_a_full_disk_says_what_was_needed(tmp_path, monkeypatch):
 
 
 def test_a_link_stays_a_link(tmp_path):
-    (tmp_path / "target").write_text("old")
+    (tmp_path / "target").write_text("old", encoding="utf-8")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     write_text_aside(tmp_path / "link", "new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text(encoding="utf-8") == "new"
 
 
 def test_leftovers_of_dead_processes_are_removed_and_those_of_the_living_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for name in (f".tmp-a.txt-{dead.pid}", ".tmp-a.txt-1", f".tmp-other-{dead.pid}"):
-        (tmp_path / name).write_text("half")
+        (tmp_path / name).write_text("half", encoding="utf-8")
     write_text_aside(tmp_path / "a.txt", "whole")
     assert names(tmp_path) == sorted([".tmp-a.txt-1", f".tmp-other-{dead.pid}", "a.txt"])
 
 
 def test_files_appear_together_the_seal_last_or_not_at_all(tmp_path, monkeypatch):
-    (tmp_path / "meta.json").write_text("old")
+    (tmp_path / "meta.json").write_text("old", encoding="utf-8")
     with pytest.raises(KeyError), staged(tmp_path, ["train.jsonl", "meta.json"]) as files:
         files[0].write(b"half")
         raise KeyError
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"meta.json": "old"}
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {"meta.json": "old"}
     replaced, real = [], os.replace
 
     def crash(source, target):

@@ -24,7 +24,7 @@ def row(step: int, task: str = "chain_sum", metric: str = "solved", value: float
 
 
 def read_csv(path: Path) -> list[list[str]]:
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
 
 
@@ -53,11 +53,11 @@ def test_reopening_appends_below_the_same_header(tmp_path):
 
 def test_a_csv_with_another_header_is_refused_before_anything_is_written(tmp_path):
     foreign = tmp_path / "mine.csv"
-    foreign.write_text("step,accuracy\n1,0.95\n")
+    foreign.write_text("step,accuracy\n1,0.95\n", encoding="utf-8")
     with pytest.raises(ValueError, match="mine.csv") as error:
         RunLog(tmp_path / "run", foreign, [], {})
     assert "step,accuracy" in one_line(error) and ",".join(EVAL_HEADER) in str(error.value)
-    assert foreign.read_text() == "step,accuracy\n1,0.95\n" and not (tmp_path / "run").exists()
+    assert foreign.read_text(encoding="utf-8") == "step,accuracy\n1,0.95\n" and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content", [b"step,accuracy", b"no newline at all", b"\x00\xff\n"])
@@ -126,7 +126,7 @@ def test_metrics_are_json_lines_with_elapsed_time_and_null_for_nan(tmp_path):
         log.log(3, loss=torch.tensor(0.5), lr=1e-3, bad=float("nan"), worse=[float("inf")], note="x")
         log.elapsed_offset = 500.0
         log.log(4, loss=0.25)
-    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     assert 100 <= first.pop("elapsed_s") < 160 and 500 <= second["elapsed_s"] < 560
     assert first == {"step": 3, "loss": 0.5, "lr": 1e-3, "bad": None, "worse": [None], "note": "x"}
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     with RunLog(tmp_path / "resumed", None, [], {}) as log:
         record(log, range(1, 8))
     for name in ("metrics.jsonl", "predictions.jsonl"):
-        with open(tmp_path / "resumed" / name, "a") as file:
+        with open(tmp_path / "resumed" / name, "a", encoding="utf-8") as file:
             file.write('{"step": 3, "lo')
     with RunLog(tmp_path / "resumed", None, [], {}) as log:
         log.truncate_after(4)
@@ -164,7 +164,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="cannot open the logs") as error:
         RunLog(tmp_path / "file" / "run", None, [], {})
     one_line(error)

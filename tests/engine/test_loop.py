@@ -152,7 +152,7 @@ def build(tmp_path, monkeypatch):
 
 
 def rows_of(run: Path) -> list[list[str]]:
-    return [line.split(",") for line in (run / "eval.csv").read_text().splitlines()[1:]]
+    return [line.split(",") for line in (run / "eval.csv").read_text(encoding="utf-8").splitlines()[1:]]
 
 
 def test_every_part_is_asked_in_its_turn(build, capsys, tmp_path):
@@ -169,9 +169,10 @@ def test_every_part_is_asked_in_its_turn(build, capsys, tmp_path):
     assert out.startswith("the sum is 6\none note\nevaluation: ") and out.rstrip().endswith("--compare --prompt 'sum?'")
     assert [row[:4] for row in rows_of(tmp_path / "run")] == [
         ["2", "numbers", "sum", "1"], ["4", "numbers", "sum", "6"]]
-    (first, second) = (json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines())
+    predictions = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8")
+    (first, second) = (json.loads(line) for line in predictions.splitlines())
     assert (first["step"], second["step"], second["id"]) == (2, 4, "numbers/00000")
-    card = (tmp_path / "run" / "checkpoints" / "step-00000004" / "README.md").read_text()
+    card = (tmp_path / "run" / "checkpoints" / "step-00000004" / "README.md").read_text(encoding="utf-8")
     assert card == ("---\nlibrary_name: none\ntags: [test]\n---\n\n# An adder\n\nStep 4.\n\n```\nthe sum is 6\n```\n")
 
 

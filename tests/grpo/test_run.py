@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import engine.loop
 import options
 import train
+from engine.files import json_lines
 from grpo import rewards, stage_loop
 from grpo.rewards import text_of
 from grpo.run import GrpoRun
@@ -44,7 +45,7 @@ def no_curve(monkeypatch):
 def rows_of(run: Path) -> dict[tuple[str, str, str], list[str]]:
     """(step, task, metric) -> the values in the CSV."""
     found: dict[tuple[str, str, str], list[str]] = {}
-    with open(run / "eval.csv", newline="") as file:
+    with open(run / "eval.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             found.setdefault((row["step"], row["task"], row["metric"]), []).append(row["value"])
     return found
@@ -149,9 +150,9 @@ def test_all_five_stages_run_as_a_command_with_what_each_leaves_behind(tmp_path,
         for metric in measured:
             assert len(rows[start, name, metric]) == len(rows[end, name, metric]) == 1, (name, metric)
         assert (run / "checkpoints" / f"step-{int(end):08d}" / "model.safetensors").exists()
-        assert len((run / "samples" / f"{name}.jsonl").read_text().splitlines()) == 5
+        assert len(list(json_lines(run / "samples" / f"{name}.jsonl"))) == 5
         assert f"\n{name} " in out
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["stage"] for line in logged if "stage" in line] == [name for name in PUBLISHED for _ in range(2)]
 
     again = command(*words)

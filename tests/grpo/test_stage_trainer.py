@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import options
 from batching import PromptFormat, pad
+from engine.files import json_lines
 from engine.records import normalise
 from engine.report import stamped
 from enhanced.config import EnhancedHRMConfig
@@ -163,7 +164,8 @@ def test_the_solutions_of_a_task_with_few_are_split_between_evaluation_and_train
 
 
 def test_an_answer_of_0_in_a_file_is_an_answer(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1 - 1", "answer": 0}\n{"prompt": "1 + 1", "answer": 2}\n')
+    lines = '{"prompt": "1 - 1", "answer": 0}\n{"prompt": "1 + 1", "answer": 2}\n'
+    (tmp_path / "p.jsonl").write_text(lines, encoding="utf-8")
     assert [problem.answer for problem in file_source(tmp_path / "p.jsonl").rows] == ["0", "2"]
 
 
@@ -173,7 +175,7 @@ def test_a_warm_start_without_an_answer_left_is_refused(tmp_path):
 
     rows = [{"prompt": "Write f", "tests": ["assert f()"], "answer": "def f(): return 1"},
             {"prompt": "Write g", "tests": ["assert g()"]}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     code = Stage("code", 1, 2, (file_source(tmp_path / "p.jsonl"),), {"code": 1.0}, 1, 1.0)
     assert "return 1" in WorkedExamples([code], {"write g"}, 0).take(1)[0][1]
     with pytest.raises(ValueError, match="no stage gives the warm start an example"):
@@ -182,7 +184,7 @@ def test_a_warm_start_without_an_answer_left_is_refused(tmp_path):
 
 def test_no_question_held_out_for_any_stage_is_trained_on_in_any(tmp_path):
     lines = [json.dumps({"prompt": f"Write f{i}", "tests": [f"assert f{i}() == {i}"]}) for i in range(20)]
-    (tmp_path / "code.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "code.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     stages = [stage(name="format", eval_n=30), stage(name="math", eval_n=30, levels=(SUMS, SUMS)),
               stage(name="code", eval_n=30, levels=()).__class__("code", 1, 5, (file_source(tmp_path / "code.jsonl"),),
                                                                 {"code": 1.0}, 30, 1.0)]
@@ -210,7 +212,7 @@ def test_levels_come_in_the_order_given():
 ])
 def test_a_broken_file_of_problems_is_refused_in_one_line(tmp_path, text, told):
     path = tmp_path / "p.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(told)) as caught:
         file_source(path)
     assert "\n" not in str(caught.value)
@@ -277,7 +279,8 @@ def test_a_stage_takes_its_problems_from_a_prepared_file(tmp_path):
     """As `scripts/build_reasoning_dataset.py --dataset mbpp` writes it."""
     row = {"answer": "def f(): return 1", "source": "mbpp", "tests": ["assert f() == 1"], "setup": "", "task_id": 1}
     path = tmp_path / "mbpp.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Write f, number {n}.", **row}) + "\n" for n in range(9)))
+    lines = [json.dumps({"prompt": f"Write f, number {n}.", **row}) + "\n" for n in range(9)]
+    path.write_text("".join(lines), encoding="utf-8")
     opts = parsed(stages=json.dumps({"code": {"levels": str(path)}}), allow_unconfined_code=confinement() is not None)
     (code,), problems = given_stages(opts)
     assert problems == [] and code.levels == (file_source(path),)
@@ -372,7 +375,7 @@ def test_batch_4_accumulation_2_and_8_generations_are_fine():
 
 def test_trl_is_imported_by_grpo_alone_and_grpo_only_where_a_stage_runs():
     for path in ROOT.glob("*.py"):
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         top = {name for node in tree.body for name in _imported(node)}
         anywhere = {name for node in ast.walk(tree) for name in _imported(node)}
         assert path.stem == "grpo" or "trl" not in anywhere, path
@@ -523,7 +526,7 @@ def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monke
         loop._measure = lambda *given: measured
         loop._save = lambda after: None
         assert loop.run_stage(chosen, 0, types.SimpleNamespace(signal=None)) == 0
-        lines = log.csv_path.read_text().splitlines()
+        lines = log.csv_path.read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[0] for line in lines if ",solved," in line] == ["2", "4"]
 
 
@@ -816,7 +819,7 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
     first = capsys.readouterr()
     assert "stage format: 2 questions" in first.err and "stage math: 2 questions" in first.err
     run = tmp_path / "r"
-    rows = (run / "eval.csv").read_text()
+    rows = (run / "eval.csv").read_text(encoding="utf-8")
     for metric in ("solved", "format_rate", "mean_length", "reward_math"):
         assert f"6,math,{metric}," in rows
     assert "0,format,format_rate,0," in rows  # before anything was learnt
@@ -824,12 +827,12 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
         assert rows.count(f"\n{start}solved,") == rows.count(f"\n{start}reward_format,") == 1
     for name in ("format", "math"):
         assert re.search(rf"^{name} +2 +[\d.]+ % \[.*\] -> [\d.]+ % \[", first.out, re.MULTILINE)
-    assert json.loads((run / "samples" / "math.jsonl").read_text().splitlines()[0])["rewards"]
+    assert next(json_lines(run / "samples" / "math.jsonl"))[1]["rewards"]
     assert not list(run.glob("stages/*/checkpoint-*"))
     assert train.main(words) == 0
     again = capsys.readouterr()
     assert "stage format is finished, skipped" in again.err and "2 questions" not in again.err
-    assert (run / "eval.csv").read_text() == rows
+    assert (run / "eval.csv").read_text(encoding="utf-8") == rows
     other = json.loads(TWO)
     other["math"] |= {"rewards": {"math": 1.0, "brevity": 1.0, "verifier": 1.0}, "eval_n": 3}
     assert train.main([*words, "--stages", json.dumps(other)]) == 0
@@ -862,7 +865,7 @@ def test_a_stopped_command_goes_on_inside_its_stage_and_ends(tmp_path, tiny_host
     words = [*TINY, "--tokenizer", str(tiny_host), "--stages", many, "--save_dir", str(tmp_path), "--run_name", "r"]
     process = command(*words)
     metrics = tmp_path / "r" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
+    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text(encoding="utf-8")):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=HANG_S)
@@ -870,5 +873,5 @@ def test_a_stopped_command_goes_on_inside_its_stage_and_ends(tmp_path, tiny_host
     again = command(*words)
     _, told = again.communicate(timeout=HANG_S)
     assert again.returncode == 0 and "going on from checkpoint-" in told, told
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert steps == list(range(1, 43))  # 2 of the warm start, 40 of the stage, none twice and none missing

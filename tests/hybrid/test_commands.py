@@ -87,9 +87,10 @@ def test_the_documented_commands_run_from_raw_files_to_the_suite(sources):
             assert out.startswith("> What is 12 + 7?\ngate shut") and "\nhybrid" in out
     stages = ["hrm-gated-pretrain", "hrm-stageB", "hrm-stageC"]
     assert {folder.name for folder in (sources / "runs").iterdir()} >= set(stages)
-    rows = (sources / "runs" / "hrm-stageC" / "eval.csv").read_text()
+    rows = (sources / "runs" / "hrm-stageC" / "eval.csv").read_text(encoding="utf-8")
     assert all(f"suite/{name}," in rows for name in ("perplexity", "gsm8k", "synthetic"))
-    assert "gate_mean" in rows and "gate_mean" not in (sources / "runs" / stages[0] / "eval.csv").read_text()
+    first = (sources / "runs" / stages[0] / "eval.csv").read_text(encoding="utf-8")
+    assert "gate_mean" in rows and "gate_mean" not in first
 
 
 @pytest.mark.slow
@@ -110,7 +111,7 @@ def test_two_processes_train_the_hybrid_as_one_with_twice_the_batch(tmp_path):
     ours, theirs = (tensors(newest(folder), "model") for folder in folders)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
-    rows = [(folder / "eval.csv").read_text().splitlines() for folder in folders]
+    rows = [(folder / "eval.csv").read_text(encoding="utf-8").splitlines() for folder in folders]
     assert len(rows[0]) == len(rows[1]) > 8
     for line, other in zip(*([row.split(",") for row in part[1:]] for part in rows), strict=True):
         assert line[:3] + line[4:5] == other[:3] + other[4:5]

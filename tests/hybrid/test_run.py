@@ -110,11 +110,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def state(run: Path) -> dict:
-    return json.loads((newest(run) / "training_state.json").read_text())
+    return json.loads((newest(run) / "training_state.json").read_text(encoding="utf-8"))
 
 
 def checkpoints(run: Path) -> list[int]:
@@ -253,7 +253,7 @@ def test_a_resolved_configuration_alone_reruns_the_run(call, tmp_path, capsys):
     done, again = tmp_path / "runs" / "done", tmp_path / "again"
     assert train.main(["--config", str(done / "config.resolved.yaml"), "--save_dir", str(again)]) == 0
     assert_same_run(done, only_run(again), STEM)
-    assert "model_name" not in (done / "config.resolved.yaml").read_text()
+    assert "model_name" not in (done / "config.resolved.yaml").read_text(encoding="utf-8")
 
 
 # --- what a run leaves
@@ -311,7 +311,7 @@ def test_a_run_leaves_losses_answers_diagnostics_and_a_checkpoint_that_transform
                         ("z_norm", sum(norms) / 6)):
         assert math.isclose(values[name], value, rel_tol=1e-4), name
     assert f"evaluation: {run / 'eval.csv'}" in out and f"checkpoint: {newest(run)}" in out
-    assert "hybrid" in (newest(run) / "README.md").read_text()
+    assert "hybrid" in (newest(run) / "README.md").read_text(encoding="utf-8")
 
 
 def test_averaged_weights_are_those_validated_and_saved(call, tmp_path):
@@ -401,7 +401,7 @@ def test_the_lowest_loss_is_the_best_and_outlives_the_limit_with_the_newest(call
     run = tmp_path / "runs" / "mine"
     assert call("--run_name", "mine", "--max_steps", "6", "--eval_every", "1", "--checkpoint_limit", "2",
                 "--save_best_model", "--eval_loss_patience", "0")[0] == 0
-    best = json.loads((run / "best.json").read_text())
+    best = json.loads((run / "best.json").read_text(encoding="utf-8"))
     assert best == {"checkpoint": "step-00000002", "metric": "negative_validation_loss", "value": -3.0}
     assert checkpoints(run) == [2, 5, 6]
 
@@ -410,7 +410,7 @@ def test_a_loss_that_is_no_number_is_never_the_best_and_ends_nothing(call, tmp_p
     losses_are(monkeypatch, {1: math.nan, 2: 4.0, 3: math.nan})
     run = tmp_path / "runs" / "mine"
     assert call("--run_name", "mine", "--eval_every", "1", "--save_best_model")[0] == 0
-    assert json.loads((run / "best.json").read_text())["checkpoint"] == "step-00000002"
+    assert json.loads((run / "best.json").read_text(encoding="utf-8"))["checkpoint"] == "step-00000002"
 
 
 def test_only_the_newest_stay_and_the_final_one_is_among_them(call, tmp_path):
@@ -538,7 +538,7 @@ def test_evaluation_only_of_the_weights_alone(done, tmp_path, capsys):
 def records_of(run: Path) -> list[dict[str, str]]:
     import csv
 
-    with open(run / "eval.csv", newline="") as file:
+    with open(run / "eval.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -564,7 +564,7 @@ def test_prepared_folders_are_trained_and_dev_sets_scored_by_name(call, tmp_path
         assert int(row["n"]) == len(terms) and math.isclose(float(row["value"]), sum(terms) / len(terms), rel_tol=1e-4)
         assert re.search(rf"^{name} ", out, re.MULTILINE)
     assert rows[0]["value"] == rows[16]["value"] and "next: " not in out
-    assert (newest(run) / "tokenizer.json").read_text() == (folders["data"] / "tokenizer.json").read_text()
+    assert (newest(run) / "tokenizer.json").read_bytes() == (folders["data"] / "tokenizer.json").read_bytes()
 
 
 def test_all_that_is_wrong_with_the_data_is_told_at_once(call, tmp_path, folders):
@@ -609,23 +609,23 @@ def test_long_samples_are_cut(call, tmp_path, monkeypatch):
 
 def test_a_bad_line_ends_the_run_or_is_passed_over(call, tmp_path):
     bad = write_prepared(tmp_path / "bad", train=6)
-    lines = (bad / "train.jsonl").read_text().splitlines()
+    lines = (bad / "train.jsonl").read_text(encoding="utf-8").splitlines()
     lines[2] = '{"encoder_ids": [1, 2'
-    (bad / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (bad / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     status, _, err = call("--dataset", str(bad), "--on_bad_line", "error")
     assert status == 2 and "train.jsonl line 3: not JSON" in error_lines(err.splitlines()[-1])[0]
     status, _, err = call("--dataset", str(bad), "--on_bad_line", "skip", "--run_name", "mine")
     assert status == 0, err
-    (bad / "val.jsonl").write_text("{}\n{}\n")
+    (bad / "val.jsonl").write_text("{}\n{}\n", encoding="utf-8")
     status, _, err = call("--dataset", str(bad), "--on_bad_line", "skip")
     assert status == 2 and "val.jsonl has no good line" in error_lines(err.splitlines()[-1])[0]
 
 
 def test_a_bad_validation_line_is_passed_over_and_no_other_counts_twice(call, tmp_path):
     bad = write_prepared(tmp_path / "bad", val=4)
-    lines = (bad / "val.jsonl").read_text().splitlines()
+    lines = (bad / "val.jsonl").read_text(encoding="utf-8").splitlines()
     lines[1] = "{}"
-    (bad / "val.jsonl").write_text("\n".join(lines) + "\n")
+    (bad / "val.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     status, _, err = call("--dataset", str(bad), "--on_bad_line", "skip", "--run_name", "mine")
     assert status == 0, err
     good = [json.loads(line) for index, line in enumerate(lines) if index != 1]
@@ -642,7 +642,7 @@ def test_a_loss_that_is_no_number_exits_3_with_the_weights_and_the_batch(call, t
     status, _, err = call("--run_name", "bad", "--lr", "1e30", "--warmup_steps", "0", "--max_steps", "6")
     assert status == 3 and "Traceback" not in err
     run = tmp_path / "runs" / "bad"
-    bad = json.loads((run / "bad_batch.json").read_text())
+    bad = json.loads((run / "bad_batch.json").read_text(encoding="utf-8"))
     assert bad["step"] == state(run)["step"] >= 1 and len(bad["examples"]) == 4
     assert set(bad["examples"][0]) == {"encoder_ids", "encoder_mask", "decoder_input_ids", "decoder_mask", "labels"}
 

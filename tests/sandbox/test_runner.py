@@ -352,7 +352,7 @@ def test_nothing_is_writable_outside_the_private_folder(folder):
 
 @confined
 def test_host_files_are_not_there(tmp_path):
-    (tmp_path / "secret").write_text("s3cret")
+    (tmp_path / "secret").write_text("s3cret", encoding="utf-8")
     for path in (tmp_path / "secret", "/etc/passwd", Path(__file__), "/proc/self/environ", "/proc/1/environ"):
         output = probe(f"open({str(path)!r}).read()").output
         assert "FileNotFoundError" in output, (path, output)
@@ -417,7 +417,7 @@ def alive(marker: str) -> list[int]:
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            parent = int((folder / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
             command = (folder / "cmdline").read_bytes().decode("utf-8", "replace")
         except (OSError, ValueError):
             continue

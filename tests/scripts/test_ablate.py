@@ -40,7 +40,8 @@ spec.loader.exec_module(script)
 def grid_file(folder: Path, **changes) -> Path:
     tree = {"arms": {"cab": {}, "grb": {"injector": "grb"}}, "tasks": ["toy_add"], "seeds": [0], **changes}
     path = folder / "grid.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}, sort_keys=False))
+    kept = {key: value for key, value in tree.items() if value is not None}
+    path.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -51,7 +52,7 @@ def command(*argv: str) -> subprocess.Popen:
 
 
 def table(output: Path) -> list[dict[str, str]]:
-    with open(output / "results.csv", newline="") as file:
+    with open(output / "results.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -60,7 +61,8 @@ def table(output: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_shipped_grid_is_legal_and_compares_with_one_of_its_arms(path):
-    needed = {name for flags in yaml.safe_load(path.read_text())["arms"].values() for name in flags or {}}
+    arms = yaml.safe_load(path.read_text(encoding="utf-8"))["arms"]
+    needed = {name for flags in arms.values() for name in flags or {}}
     if needed - set(options.FIND):
         pytest.skip(f"this train.py has no {', '.join(sorted(needed - set(options.FIND)))}")
     grid = read_grid(path)
@@ -100,7 +102,7 @@ def test_a_grid_that_cannot_run_is_refused_with_every_reason(tmp_path, changes, 
 
 def test_an_arm_written_twice_is_told_and_a_missing_file_too(tmp_path):
     path = grid_file(tmp_path)
-    path.write_text(path.read_text().replace("  grb:", "  cab:"))
+    path.write_text(path.read_text(encoding="utf-8").replace("  grb:", "  cab:"), encoding="utf-8")
     with pytest.raises(GridError, match="line 3: cab is given twice"):
         read_grid(path)
     with pytest.raises(GridError, match="nowhere.yaml cannot be read: No such file"):
@@ -151,9 +153,9 @@ def test_steps_fill_the_minutes_and_the_warmup_fits_into_them(minutes, seconds):
 def test_a_speed_is_that_of_the_batches_after_the_first_ones(tmp_path):
     slow_start = [10.0, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0]
     lines = [json.dumps({"step": i + 1, "elapsed_s": t}) for i, t in enumerate(slow_start)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "ela')
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "ela', encoding="utf-8")
     assert ablation_results.seconds_per_step(tmp_path) == pytest.approx(0.5)
-    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
     assert ablation_results.seconds_per_step(tmp_path) is None
     untrained = Job("none", "toy_add", 0, {})
     assert ablation.with_steps(untrained, 5, None) == untrained
@@ -178,14 +180,14 @@ def test_a_grid_leaves_one_row_per_run_and_task_a_table_and_a_figure(finished):
     assert [(row["arm"], row["seed"], row["task"], row["status"]) for row in rows] == [
         ("cab", "0", "toy_add", "finished"), ("bad", "0", "", "failed")]
     run = output / "runs" / rows[0]["run"]
-    with open(run / "eval.csv", newline="") as file:
+    with open(run / "eval.csv", newline="", encoding="utf-8") as file:
         (solved,) = [r for r in csv.DictReader(file) if r["metric"] == "solved"]
     assert (rows[0]["solved"], rows[0]["n"], rows[0]["steps"]) == (solved["value"], "6", "3")
     (checkpoint,) = (run / "checkpoints").iterdir()
     state = load_file(checkpoint / "training_state.safetensors")
     assert int(rows[0]["trainable"]) == sum(t.numel() for name, t in state.items() if name.startswith("raw/")) > 1000
     assert float(rows[0]["train_minutes"]) > 0
-    summary = (output / "summary.md").read_text()
+    summary = (output / "summary.md").read_text(encoding="utf-8")
     assert "| cab | 1 |" in summary and "reference" in summary and "**1 runs are not finished yet.**" in summary
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
@@ -195,20 +197,20 @@ def test_a_run_that_fails_is_told_in_the_words_of_train_py(finished):
     assert status == 1
     log = output / "logs" / "bad--toy_add--seed0.log"
     assert script.last_words(log).startswith("train.py: error: ") and "nowhere" in script.last_words(log)
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in log.read_text(encoding="utf-8")
 
 
 def test_a_second_call_skips_finished_runs_and_refuses_other_flags(finished, capsys, tmp_path):
     path, output, _ = finished
-    tree = yaml.safe_load(path.read_text())
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     good = {**tree, "arms": {"cab": tree["arms"]["cab"]}}
     other = tmp_path / "grid.yaml"
-    other.write_text(yaml.safe_dump(good))
+    other.write_text(yaml.safe_dump(good), encoding="utf-8")
     stamp = (output / "runs" / "cab--toy_add--seed0" / "eval.csv").stat().st_mtime_ns
     assert script.main([str(other), "--output", str(output), "--threads", "1", "--seeds", "0"]) == 0
     assert "1 runs are finished already" in capsys.readouterr().err
     assert stamp == (output / "runs" / "cab--toy_add--seed0" / "eval.csv").stat().st_mtime_ns
-    other.write_text(yaml.safe_dump({**good, "common": {**tree["common"], "max_steps": 4}}))
+    other.write_text(yaml.safe_dump({**good, "common": {**tree["common"], "max_steps": 4}}), encoding="utf-8")
     with pytest.raises(GridError, match=r"made with other flags: max_steps 3 \(now 4\); delete it or take another"):
         script.main([str(other), "--output", str(output), "--threads", "1", "--seeds", "0"])
 
@@ -225,7 +227,7 @@ def fake_run(runs: Path, name: str, task: str, scores: list[float]) -> None:
     (runs / name).mkdir(parents=True)
     lines = [{"step": step, "id": f"{task}/{i:05d}", "task": task, "prompt_hash": f"h{i}", "score": s if step else 0.0}
              for step in (0, 5) for i, s in enumerate(scores)]
-    (runs / name / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (runs / name / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_host, tmp_path, capsys):
@@ -237,7 +239,7 @@ def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_h
     call = [str(path), "--output", str(tmp_path / "out")]
     run = tmp_path / "out" / "runs" / "cab--toy_add+chain_sum--seed0"
     assert script.main([*call, "--threads", "1"]) == 0
-    trained = (run / "metrics.jsonl").read_text()
+    trained = (run / "metrics.jsonl").read_text(encoding="utf-8")
 
     def evaluated():
         return {(row["arm"], row["task"]): row["n"] for row in table(tmp_path / "out")}
@@ -255,7 +257,7 @@ def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_h
         assert len(ablation_results.item_scores(run, "toy_add")) == n
         assert len(ablation_results.item_scores(run, "overall")) == 2 * n
         assert {row["segments_used"] for row in table(tmp_path / "out") if row["arm"] == "cab"} == {"2"}
-    assert (run / "metrics.jsonl").read_text() == trained
+    assert (run / "metrics.jsonl").read_text(encoding="utf-8") == trained
     assert script.main([*call, "--threads", "2", "--eval_n", "4"]) == 0
     assert "evaluated on" not in capsys.readouterr().err
 
@@ -328,7 +330,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_host, tmp_path):
     ablation_results.write_record(output / "runs" / job.name, ended.flags, "waiting")
     with script.stoppable() as stop, script.Runner(output, 1, 1, stop) as runner:
         assert script.train_all(read_grid(path), [ended], runner) == 0
-    assert f"from step {reached}" in (output / "logs" / "cab--toy_add--seed0.log").read_text()
+    assert f"from step {reached}" in (output / "logs" / "cab--toy_add--seed0.log").read_text(encoding="utf-8")
     (row,) = table(output)
     assert (row["status"], row["steps"]) == ("finished", str(reached + 1))
 
@@ -338,10 +340,11 @@ def test_equal_minutes_measure_the_speed_first_and_anneal_fully(tiny_host, tmp_p
     common = {**{k: v for k, v in TINY.items() if k != "max_steps"}, "model_name": str(tiny_host)}
     path = grid_file(tmp_path, common=common, arms={"cab": {}}, minutes=0.01, calibration_steps=8)
     assert script.main([str(path), "--output", str(tmp_path / "out"), "--threads", "1"]) == 0
-    (seconds,) = json.loads((tmp_path / "out" / "calibration.json").read_text()).values()
+    (seconds,) = json.loads((tmp_path / "out" / "calibration.json").read_text(encoding="utf-8")).values()
     (row,) = table(tmp_path / "out")
     assert int(row["steps"]) == max(round(0.6 / seconds), 1)
-    last = json.loads((tmp_path / "out" / "runs" / row["run"] / "metrics.jsonl").read_text().splitlines()[-1])
+    metrics = (tmp_path / "out" / "runs" / row["run"] / "metrics.jsonl").read_text(encoding="utf-8")
+    last = json.loads(metrics.splitlines()[-1])
     assert last["step"] == int(row["steps"])
-    assert "0.01 minutes of training per run" in (tmp_path / "out" / "summary.md").read_text()
+    assert "0.01 minutes of training per run" in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
     assert not list((tmp_path / "out" / "calibration").iterdir())

@@ -48,12 +48,12 @@ def call(*words) -> int:
 
 
 def lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def output(tmp_path) -> Path:
 
 @pytest.fixture
 def science(tmp_path) -> Path:
-    (tmp_path / "problems.json").write_text(json.dumps(SCIENCE))
+    (tmp_path / "problems.json").write_text(json.dumps(SCIENCE), encoding="utf-8")
     return tmp_path / "problems.json"
 
 
@@ -165,7 +165,7 @@ def test_limit_takes_the_first_rows(tmp_path, output):
 def test_broken_items_are_named_and_nothing_is_written(tmp_path, output, dataset, raw, told):
     source = tmp_path / "raw"
     if isinstance(raw, dict) or raw == [1]:
-        source.write_text(json.dumps(raw))
+        source.write_text(json.dumps(raw), encoding="utf-8")
     else:
         lines(source, raw)
     with pytest.raises(ValueError) as error:

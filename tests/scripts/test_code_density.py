@@ -45,7 +45,7 @@ def plain(pairs):
 
 def measured(folder: Path, source: str) -> Counts:
     path = folder / "module.py"
-    path.write_text(textwrap.dedent(source))
+    path.write_text(textwrap.dedent(source), encoding="utf-8")
     return count(path)
 
 
@@ -144,14 +144,14 @@ def test_what_is_too_long_is_named(tmp_path, source, lines):
 def test_the_module_that_reads_better_whole_may_be_long(tmp_path, monkeypatch):
     monkeypatch.setattr(code_density, "ROOT", tmp_path)
     for name, too_long in (("model.py", False), ("other.py", True)):
-        (tmp_path / name).write_text("x = 1\n" * 451)
+        (tmp_path / name).write_text("x = 1\n" * 451, encoding="utf-8")
         assert bool(count(tmp_path / name).too_long) == too_long
 
 
 def test_tests_and_hidden_folders_are_left_out_unless_named(tmp_path):
     for name in ("a.py", "tests/b.py", ".venv/c.py", "package/d.py", "package/tests/e.py", "package/f.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     names = [path.relative_to(tmp_path).as_posix() for path in python_files([tmp_path])]
     assert names == ["a.py", "package/d.py"]
     named = tmp_path / "tests" / "b.py"
@@ -160,7 +160,7 @@ def test_tests_and_hidden_folders_are_left_out_unless_named(tmp_path):
 
 def test_the_command_prints_a_line_for_each_place_and_fails_only_where_it_checks(tmp_path, capsys):
     for name, source in (("one.py", DENSE), ("two.py", PLAIN)):
-        (tmp_path / name).write_text(source)
+        (tmp_path / name).write_text(source, encoding="utf-8")
     places = [str(tmp_path / "one.py"), str(tmp_path / "two.py")]
     assert main(places) == 0
     lines = capsys.readouterr().out.splitlines()

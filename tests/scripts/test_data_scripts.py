@@ -47,12 +47,12 @@ def call(module, *words) -> int:
 
 def write_lines(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def rows_of(folder: Path, split: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def texts(tmp_path_factory) -> Path:
     """Sixty different documents of different lengths in a text file."""
     path, words = tmp_path_factory.mktemp("texts") / "texts.txt", ["lobster", "crab", "shore", "claws", "été", "the"]
     path.write_text("\n\n".join(" ".join(f"{words[(i + j * j) % 6]} {i}" for j in range(3 + i * 7 % 90))
-                                for i in range(60)))
+                                for i in range(60)), encoding="utf-8")
     return path
 
 
@@ -83,14 +83,14 @@ def qa(tmp_path_factory, prepared) -> Path:
 
 
 def tokenizer_of(folder: Path):
-    return parse_tokenizer((folder / "tokenizer.json").read_text(), str(folder))
+    return parse_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"), str(folder))
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
 def read_text(folder: Path, text: str) -> list[str]:
-    (folder / "file.txt").write_text(text)
+    (folder / "file.txt").write_text(text, encoding="utf-8")
     return [document.text for document in read_documents([folder / "file.txt"])]
 
 
@@ -141,7 +141,7 @@ def test_json_lines_and_parquet_give_prompts_and_texts(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"answer": ["A", None], "prompt": ["P", "Q"], "n": [1, 2]}),
                                 tmp_path / "b.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["T"]}), tmp_path / "c.parquet")
-    (tmp_path / "notes.md").write_text("not read")
+    (tmp_path / "notes.md").write_text("not read", encoding="utf-8")
     found = list(read_documents(source_files(tmp_path)))
     assert [document[:2] for document in found] == [("p", "a"), (None, "t"), ("P", "A"), ("Q", ""), (None, "T")]
     assert found[0].key == key_of(" P ")
@@ -230,7 +230,7 @@ def test_text_triples_on_disk_rebuild_each_document_once(prepared, texts):
             rebuilt.append(tokenizer.decode(current[:-1]))
             current = []
     assert not current
-    assert sorted(rebuilt) == sorted(texts.read_text().split("\n\n"))
+    assert sorted(rebuilt) == sorted(texts.read_text(encoding="utf-8").split("\n\n"))
     assert any(len(row["encoder_ids"]) == meta["max_seq_len"] for row in rows)
 
 
@@ -344,17 +344,17 @@ def test_merging_takes_exact_shares_and_repeats_in_whole_epochs(tmp_path, prepar
     few = len(rows_of(qa, "train"))
     total = 5 * few  # of which half are the questions', each two or three times
     folder = merged(tmp_path / "mix", [prepared, qa], ".5 .5", total, 6)
-    lines = (folder / "train.jsonl").read_text().splitlines()
-    ours = (qa / "train.jsonl").read_text().splitlines()
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ours = (qa / "train.jsonl").read_text(encoding="utf-8").splitlines()
     counts = [lines.count(line) for line in ours]
     assert len(lines) == total and sum(counts) == total // 2 and set(counts) == {2, 3}
     meta = read_meta(folder)
     assert meta["sources"][1]["train"] == {"samples": total // 2, "available": few, "epochs": 2.5}
     assert meta["sources"][1]["weight"] == 0.5
     assert meta["splits"]["train"]["samples"] == total and meta["splits"]["val"]["samples"] == 6
-    known = set(ours) | set((prepared / "train.jsonl").read_text().splitlines())
+    known = set(ours) | set((prepared / "train.jsonl").read_text(encoding="utf-8").splitlines())
     assert set(lines) <= known
-    assert not set(lines) & set((folder / "val.jsonl").read_text().splitlines())
+    assert not set(lines) & set((folder / "val.jsonl").read_text(encoding="utf-8").splitlines())
     # Shuffled together: neither source fills a third of the file by itself.
     third = total // 3
     assert all(set(ours) & set(lines[k * third: (k + 1) * third]) < set(lines[k * third: (k + 1) * third])
@@ -363,8 +363,9 @@ def test_merging_takes_exact_shares_and_repeats_in_whole_epochs(tmp_path, prepar
 
 
 def test_a_short_source_comes_again_in_another_order(tmp_path, qa):
-    ours = (qa / "train.jsonl").read_text().splitlines()
-    lines = (merged(tmp_path / "mix", [qa], "1", 3 * len(ours), 0) / "train.jsonl").read_text().splitlines()
+    ours = (qa / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    mixed = merged(tmp_path / "mix", [qa], "1", 3 * len(ours), 0)
+    lines = (mixed / "train.jsonl").read_text(encoding="utf-8").splitlines()
     epochs = [lines[start: start + len(ours)] for start in range(0, len(lines), len(ours))]
     assert all(sorted(epoch) == sorted(ours) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != ours
@@ -419,7 +420,7 @@ def test_a_torn_or_exchanged_source_is_refused(tmp_path, prepared):
     os.truncate(torn / "train.jsonl", (torn / "train.jsonl").stat().st_size - 5)
     with pytest.raises(ValueError, match="train.jsonl is torn"):
         merged(tmp_path / "mix", [torn], "1", 10, 2)
-    (exchanged / "tokenizer.json").write_text("{}")
+    (exchanged / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="is not the one its meta.json names"):
         merged(tmp_path / "mix", [exchanged], "1", 10, 2)
     assert not list(tmp_path.glob("mix/*"))
@@ -479,7 +480,7 @@ def test_validate_exits_2_without_a_traceback(tmp_path):
 
 def test_a_killed_prepare_leaves_no_final_file_and_runs_again(tmp_path, prepared):
     source, dest = tmp_path / "texts.txt", tmp_path / "dest"
-    source.write_text("\n\n".join(f"document {i} " + "w " * 200 for i in range(30_000)))
+    source.write_text("\n\n".join(f"document {i} " + "w " * 200 for i in range(30_000)), encoding="utf-8")
     command = [sys.executable, "scripts/prepare_language_dataset.py", "--source", str(source), "--dest", str(dest),
                "--tokenizer", str(prepared / "tokenizer.json"), "--tokenizer-batch-size", "50"]
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -493,7 +494,7 @@ def test_a_killed_prepare_leaves_no_final_file_and_runs_again(tmp_path, prepared
     assert running.wait() == -signal.SIGKILL
     left = sorted(path.name for path in dest.iterdir())
     assert left and all(name.startswith(".tmp-") for name in left)
-    source.write_text("one document\n\nanother document\n\na third one")
+    source.write_text("one document\n\nanother document\n\na third one", encoding="utf-8")
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=HANG_S).returncode == 0
     assert {path.name for path in dest.iterdir()} == {"train.jsonl", "val.jsonl", "tokenizer.json", "meta.json"}
     assert call(validate, dest) == 0

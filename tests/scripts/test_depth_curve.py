@@ -106,7 +106,7 @@ def test_a_run_tells_its_alarms(tiny_host, tmp_path, monkeypatch, capsys):
     assert sum("step 2: halting has collapsed to nothing: mean probability 0.007" in line for line in told) == 1
     assert [line[:16] for line in told if "no example halted before segment 2 at evaluation" in line] == [
         "WARNING: step 1:", "WARNING: step 2:"]
-    lines = (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    lines = (only_run(tmp_path) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert all(0 <= json.loads(line)["halt_deviation"] < 0.02 for line in lines)
 
 
@@ -202,7 +202,7 @@ def measured(tiny_host, tmp_path_factory):
     run = only_run(folder)
     assert script.main([str(newest(run)), "--segments", "1,2,3", "--num_threads", "1", "--device", "cpu",
                         "--halt_settled", "0.999"]) == 0
-    with open(run / "depth" / "depth.csv", newline="") as file:
+    with open(run / "depth" / "depth.csv", newline="", encoding="utf-8") as file:
         return run, list(csv.DictReader(file))
 
 
@@ -237,7 +237,7 @@ def test_items_that_training_was_not_kept_off_are_told(measured, capsys, tmp_pat
 def test_the_trained_depth_is_the_evaluation_of_the_run_itself(measured):
     """Two segments without halting, at most two with it: the run evaluated the latter."""
     run, rows = measured
-    with open(run / "eval.csv", newline="") as file:
+    with open(run / "eval.csv", newline="", encoding="utf-8") as file:
         (solved,) = [row for row in csv.DictReader(file) if row["metric"] == "solved"]
     (ours,) = [row for row in rows if (row["readout"], row["segments"], row["difficulty"]) == ("on", "2", "all")]
     assert (ours["solved"], ours["n"], ours["segments_used"]) == (solved["value"], solved["n"], solved["segments_used"])

@@ -136,7 +136,7 @@ def test_an_ordinary_example_is_one_row():
 def test_a_folder_of_prepared_data_is_read(tmp_path):
     def write(name, examples):
         lines = [json.dumps({"encoder_ids": [3], "decoder_input_ids": d, "labels": labels}) for d, labels in examples]
-        (tmp_path / name).write_text("\n".join(lines) + "\n\n")
+        (tmp_path / name).write_text("\n".join(lines) + "\n\n", encoding="utf-8")
 
     write("train.jsonl", [([1, 2, 3], [2, 3, 4]), ([1, 2], [2, IGNORE])] * 10)
     with pytest.raises(ValueError, match=r"no file .*val\.jsonl"):
@@ -144,14 +144,15 @@ def test_a_folder_of_prepared_data_is_read(tmp_path):
     write("val.jsonl", [([1, 2], [2, 4])])
     train = [[1, 2, 3, 4], [1, 2]] * 10
     assert baseline_perplexities(tmp_path, V) == unigram_bigram_baselines(train, [[1, 2, 4]], V)
-    (tmp_path / "meta.json").write_text('{"vocab_size": 6}')
+    (tmp_path / "meta.json").write_text('{"vocab_size": 6}', encoding="utf-8")
     assert baseline_perplexities(tmp_path) == baseline_perplexities(str(tmp_path), 6)
-    (tmp_path / "meta.json").write_text("{}")
+    (tmp_path / "meta.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="tells no vocab_size"):
         baseline_perplexities(tmp_path)
     assert Counter(token for row in train for token in row[1:])[2] == 20
     for broken in ('{"labels": [1]}', '{"decoder_input_ids": [1, 2], "labels": [1]}', "{", "[1]"):
-        (tmp_path / "val.jsonl").write_text('{"decoder_input_ids": [1], "labels": [2]}\n' + broken + "\n")
+        good = '{"decoder_input_ids": [1], "labels": [2]}\n'
+        (tmp_path / "val.jsonl").write_text(good + broken + "\n", encoding="utf-8")
         with pytest.raises(ValueError, match=r"val\.jsonl, line 2: expected decoder_input_ids and labels"):
             baseline_perplexities(tmp_path, V)
 
@@ -163,8 +164,8 @@ def test_a_folder_of_prepared_data_is_read(tmp_path):
 def texts(tmp_path):
     """(training file, validation file, tokenizer.json) of characters."""
     files = [tmp_path / name for name in ("train.txt", "val.jsonl", "tokenizer.json")]
-    files[0].write_text("abcabc\n\nab\n\nbcabcacb\n\n" * 5)
-    files[1].write_text('{"text": "abcab"}\n{"prompt": "xyz", "answer": "bca"}\n{"text": ""}\n')
+    files[0].write_text("abcabc\n\nab\n\nbcabcacb\n\n" * 5, encoding="utf-8")
+    files[1].write_text('{"text": "abcab"}\n{"prompt": "xyz", "answer": "bca"}\n{"text": ""}\n', encoding="utf-8")
     SimpleTokenizer("abc").save(files[2])
     return files
 

@@ -36,9 +36,9 @@ def made_run(folder: Path, tasks: tuple[str, ...], rise: float) -> Path:
 
 def test_a_run_is_read_as_it_was_logged(tmp_path):
     run = made_run(tmp_path / "run", ("gcd", "lcm"), 0.01)
-    with open(run / "metrics.jsonl", "a") as file:
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 31, "elapsed_s": 1, "loss": null}\n{"step": 32, "el')
-    with open(run / "eval.csv", "a") as file:
+    with open(run / "eval.csv", "a", encoding="utf-8") as file:
         file.write("40,gcd,solved\n")
     found = script.read_run(run, "mine")
     assert list(found.solved) == ["gcd", "lcm"]
@@ -62,7 +62,7 @@ def test_runs_are_compared_in_png_and_svg(tmp_path, capsys, x):
     png, svg = (Path(line) for line in capsys.readouterr().out.split())
     assert (png.name, svg.name) == ("compare.v1.png", "compare.v1.svg")
     assert png.read_bytes().startswith(b"\x89PNG")
-    text = svg.read_text()
+    text = svg.read_text(encoding="utf-8")
     colours = set(re.findall(r"#[0-9a-fA-F]{6}", text))
     assert colours and all(len({c[1:3], c[3:5], c[5:7]}) == 1 for c in map(str.lower, colours)), "grey alone"
     assert "first" in text and "second" in text and "gcd, solved" in text

@@ -256,9 +256,9 @@ def test_the_result_is_a_host_that_loads_and_generates(made):
     assert len(generated(made)) == 1
     assert not made.with_name("host.work").exists()  # work files go once they are not needed
     assert {tensor.dtype for tensor in weights(made)} == {torch.bfloat16}
-    config = json.loads((made / "config.json").read_text())
+    config = json.loads((made / "config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("llama", 64, 2)
-    card = (made / "README.md").read_text()
+    card = (made / "README.md").read_text(encoding="utf-8")
     assert "90 question-and-answer texts drawn from 3 Reasoning Gym tasks" in card and "less the 0 that are" in card
     assert re.search(r"\*\*Steps\*\*: 7 of about 512 tokens", card)
 
@@ -281,7 +281,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(made, tmp_path
     with pytest.raises(Killed):
         run(tmp_path / "host", save_every=2)
     assert not (tmp_path / "host").exists()
-    assert json.loads((tmp_path / "host.work" / "state" / "state.json").read_text())["step"] == 4
+    assert json.loads((tmp_path / "host.work" / "state" / "state.json").read_text(encoding="utf-8"))["step"] == 4
 
     steps = []
     monkeypatch.setattr(script, "learning_rate", lambda step, options: steps.append(step) or rate(step, options))
@@ -303,7 +303,7 @@ def test_another_seed_is_another_model(made, tmp_path):
 def test_a_work_folder_of_other_settings_is_refused(tmp_path, capsys):
     work = tmp_path / "host.work"
     work.mkdir()
-    (work / "settings.json").write_text("{}")
+    (work / "settings.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SystemExit, match="holds a run with other settings: delete it or repeat those"):
         run(tmp_path / "host")
     with pytest.raises(SystemExit):
@@ -314,7 +314,7 @@ def test_a_work_folder_of_other_settings_is_refused(tmp_path, capsys):
 
 def test_training_lowers_the_loss(made, tmp_path):
     def final_loss(card: Path) -> float:
-        return float(re.search(r"\(smoothed\): (\d+\.\d+) nats", card.read_text()).group(1))
+        return float(re.search(r"\(smoothed\): (\d+\.\d+) nats", card.read_text(encoding="utf-8")).group(1))
 
     longer = run(tmp_path / "host", more=("--steps", "40"))
     assert final_loss(longer / "README.md") < final_loss(made / "README.md") - 0.3
@@ -330,12 +330,12 @@ def test_the_shipped_host_keeps_its_promises():
     tensors = weights(SHIPPED)
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert 3e6 < sum(tensor.numel() for tensor in tensors) < 5e6
-    config = json.loads((SHIPPED / "config.json").read_text())
+    config = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] in ("llama", "qwen2")
     [text] = generated(SHIPPED)
     assert re.match(r"-?\d+<\|eos\|>", text), text  # an answer in the form it was taught, right or wrong
 
-    card = (SHIPPED / "README.md").read_text()
+    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
     for said in (r"\*Data\*\*: \d+ ", r"\*Steps\*\*: \d+ ", r"loss\*\* \(smoothed\): \d\.\d+", r"license: apache-2\.0"):
         assert re.search(said, card), said
     named = re.search(r"^Tasks: (.*)\.$", card, re.MULTILINE).group(1).split(", ")

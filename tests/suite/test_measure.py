@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.files import json_lines
 from engine.intervals import wilson
 from engine.logs import EVAL_HEADER, RunLog
 from engine.records import question_hash
@@ -64,7 +65,7 @@ class Told:
 def write(tmp_path):
     def lines(name: str, rows: list[dict]):
         path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return path
 
     return lines
@@ -170,7 +171,7 @@ def test_published_forms_are_read_as_the_builder_writes_them(write, tmp_path):
     }
     path = tmp_path / "problems.json"
     for text in (json.dumps(problems), json.dumps(list(problems.values())[0]) + "\n"):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         (science,) = read_questions(SuiteItem("science_qa", path))
         assert science.prompt == "Look.\nWhich?\n(A) a\n(B) b"
         assert (science.choices, science.answer_index, science.rationale) == (("a", "b"), 1, "L.\nS.")
@@ -198,9 +199,9 @@ def test_windows_are_cut_before_white_space():
 def test_documents_of_each_kind_of_file(write, tmp_path):
     assert read_documents(write("d.jsonl", [{"text": " a "}, {"text": " "}, {"text": "b"}])) == ["a", "b"]
     path = tmp_path / "wiki.txt"
-    path.write_text(" \n = One = \n \n text \n = = Part = = \n more \n \n = Two = \n \n other\n")
+    path.write_text(" \n = One = \n \n text \n = = Part = = \n more \n \n = Two = \n \n other\n", encoding="utf-8")
     assert read_documents(path) == ["= One = \n \n text \n = = Part = = \n more", "= Two = \n \n other"]
-    path.write_text("para one\n\npara two\n")
+    path.write_text("para one\n\npara two\n", encoding="utf-8")
     assert read_documents(path) == ["para one\n\npara two"]
 
 
@@ -224,10 +225,10 @@ def test_perplexity_counts_every_window_but_the_first_once(write):
 
 def test_a_single_document_is_resampled_in_blocks_and_short_ones_are_refused(tmp_path):
     path = tmp_path / "book.txt"
-    path.write_text(STORY * 20)
+    path.write_text(STORY * 20, encoding="utf-8")
     rows = rows_of(run_suite(Told(), [SuiteItem("perplexity", path)]))
     assert rows["suite/perplexity", "perplexity"]["ci_low"] is not None
-    path.write_text("too short")
+    path.write_text("too short", encoding="utf-8")
     with pytest.raises(SuiteError, match="no document of .* is longer than its first window"):
         run_suite(Told(), [SuiteItem("perplexity", path)])
 
@@ -278,10 +279,10 @@ def test_rows_and_predictions_go_into_a_runs_records(tmp_path, write):
     with RunLog(tmp_path / "run", None, [], {}) as log:
         log.eval_rows([{"step": 3, **row, "elapsed_s": 2.0} for row in result.rows()])
         log.predictions([{"step": 3, **line} for line in result.predictions()])
-    with open(tmp_path / "run" / "eval.csv") as file:
+    with open(tmp_path / "run" / "eval.csv", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert [row[key] for key in ("task", "metric", "value", "n", "bare")] == ["suite/gsm8k", "accuracy", "0", "3", ""]
-    assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 3
+    assert len(list(json_lines(tmp_path / "run" / "predictions.jsonl"))) == 3
 
 
 def test_the_table_shows_values_with_intervals_and_tells_of_empty_answers(write):

@@ -28,9 +28,9 @@ def write_folder(folder: Path, triples: list[Triple], meta: dict | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         lines = [json.dumps(triple._asdict()) + "\n" for triple in triples]
-        (folder / f"{split}.jsonl").write_text("".join(lines))
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     splits = {split: {"samples": len(triples)} for split in ("train", "val")}
-    (folder / "meta.json").write_text(json.dumps(META | {"splits": splits} | (meta or {})))
+    (folder / "meta.json").write_text(json.dumps(META | {"splits": splits} | (meta or {})), encoding="utf-8")
     return folder
 
 
@@ -150,7 +150,7 @@ def test_a_bad_line_can_be_skipped_and_is_counted(folder, triples, line, told):
 
 def test_a_file_of_bad_lines_alone_ends_with_an_error(tmp_path, triples):
     folder = write_folder(tmp_path, triples[:2])
-    (folder / "train.jsonl").write_text("{}\n[]\n")
+    (folder / "train.jsonl").write_text("{}\n[]\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no good line"):
         PreparedData(folder, "train", on_bad_line="skip")[0]
 
@@ -182,7 +182,7 @@ def test_a_missing_or_unreadable_meta_is_told_in_one_line(folder, content):
 
 
 def test_an_empty_or_missing_split_is_refused(folder):
-    (folder / "val.jsonl").write_text("")
+    (folder / "val.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="val.jsonl is empty"):
         PreparedData(folder, "val")
     (folder / "val.jsonl").unlink()
