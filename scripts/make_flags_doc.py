@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.files import write_text_aside  # noqa: E402
 from flags import ADAPTERS, ARCHS, FLAGS, GROUPS, Flag  # noqa: E402
+from script_tools import ScriptParser, run_script  # noqa: E402
 
 PAGE = ROOT / "docs" / "flags.md"
 INTRODUCTION = """# Flags of train.py
@@ -104,12 +105,13 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page and says where it lies."""
+    ScriptParser(__doc__).parse_args(argv)
     write_text_aside(PAGE, page())
     print(PAGE.relative_to(ROOT))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))
