@@ -61,6 +61,8 @@ def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0) 
     """
     if config.segments_sampling == "fixed" and not config.use_act:
         return config.segments
+
+    # Drawn from seed and step alone, so that ranks agree and a resumed run draws what the other drew.
     most = config.segments
     if config.segments_sampling == "growing":
         most = min(1 + int(progress * most), most)
@@ -82,6 +84,8 @@ def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
     """HRM's hidden matrices and LoRA's factors take Muon; HRM's zero projections, heads, learned tokens take AdamW."""
     if ".lora_A." in name or ".lora_B." in name:
         return parameter.ndim == 2
+
+    # Muon's steps have one size; what begins at zero must leave it slowly.
     inner = name.removeprefix(ADDON_PREFIX)
     zero_or_head = ("injector.out.", "vocabulary_bias.out.", "core.halt.", "verifier.", "injector.memory")
     return parameter.ndim == 2 and inner != name and not (inner + ".").startswith(zero_or_head)
@@ -119,6 +123,7 @@ class Trainer(BaseTrainer):
         parameters = controller.addon_parameters()
         if not parameters and controller.config.adapter != "none":
             raise HostError("nothing to train: the add-on has no trainable parameter")
+
         optimizers = build_optimizers(optim, parameters, learns_by_muon)
         super().__init__(optim, controller, SegmentLoss(controller), accelerator, precision, parameters, optimizers)
         self.config = config
@@ -154,6 +159,8 @@ class Trainer(BaseTrainer):
         self.begin(step, lr)
         verdicts = self._verdicts(batches, step)
         self.wrapped.train()
+
+        # Losses are sums over the global batch, divided by its counts, however it is cut.
         answer_tokens = [int((batch.labels != IGNORE).sum()) for batch in batches]
         counts = [[tokens, len(batch.examples)] for tokens, batch in zip(answer_tokens, batches, strict=True)]
         tokens, examples = self.totals(counts)
@@ -166,6 +173,7 @@ class Trainer(BaseTrainer):
         for _ in range(count - supervised):
             carries = self._advance(states, carries)
 
+        # Each supervised segment is a step of its own; its carry goes on without gradient.
         for segment in range(supervised):
             if segment and self.controller.config.lora_layers:
                 states = self._encode(batches)  # the last backward spent the graph, the last step moved the weights

@@ -34,10 +34,13 @@ def by_length(
     """
     if len(items) != len(lengths):
         raise ValueError(f"{len(lengths)} lengths for {len(items)} items: give one for each")
+
+    # Sorting is stable: items of equal length keep their order.
     order = sorted(range(len(items)), key=lengths.__getitem__)
     results: dict[int, Result] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = run([items[index] for index in chosen])
         results.update(zip(chosen, batch, strict=True))
+
     return [results[index] for index in range(len(items))]

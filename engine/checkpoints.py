@@ -24,8 +24,12 @@ from engine.files import process_lives, reason_of, sync_folder, write_problem, w
 if TYPE_CHECKING:  # torch loads where tensors are read or written, so that documents alone are read at once
     from torch import Tensor
 
-FORMAT, VERSION = "hrm-checkpoint", 1
-MANIFEST, BEST, FOLDER = "manifest.json", "best.json", "checkpoints"
+FORMAT = "hrm-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+BEST = "best.json"
+FOLDER = "checkpoints"
+TENSORS = ".safetensors"
 UNVERIFIED = ("README.md",)  # for people: editing the model card must not make a checkpoint unreadable
 STEP_NAME = re.compile(r"step-(\d+)")
 LEFTOVER_NAME = re.compile(r"\.(tmp|old)-(.+)-(\d+)")
@@ -38,7 +42,12 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint folder holds: tensors by file stem, then by name (any shape, CPU); documents by file name."""
+    """What a checkpoint folder holds.
+
+    folder: where it was read.
+    tensors: file stem -> name -> tensor of any shape, on the CPU.
+    documents: file name -> text.
+    """
 
     folder: Path
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -50,11 +59,16 @@ def step_folder(run: Path, step: int) -> Path:
     return Path(run) / FOLDER / f"step-{step:08d}"
 
 
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
 def disk_check(folder: Path) -> None:
     """Raises CheckpointError when `folder` cannot be created or written. Leaves nothing behind, either way."""
     folder = Path(folder).absolute()
     probe = folder / f".tmp-disk_check-{os.getpid()}"
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
+
+    # Permissions alone do not tell: the disk may be full, or the file system read-only.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_synced(probe, b"can this folder be written?\n" * 128)
@@ -67,27 +81,65 @@ def disk_check(folder: Path) -> None:
                 place.rmdir()
 
 
-def _fill(temporary: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, str]) -> None:
-    import safetensors.torch
+def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, str]) -> Path:
+    """Writes a checkpoint whole or not at all; an existing `folder` is replaced and survives a failure.
 
+    Args:
+        folder: where it shall stand.
+        tensors: file stem -> {name: tensor of any shape, dtype and device}.
+        documents: file name -> text.
+
+    Returns `folder`. Raises CheckpointError when the disk refuses, after removing what was begun.
+    """
+    folder = Path(folder).absolute()
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+
+    # Filled under another name: a crash at any moment leaves the old checkpoint or the new one under its own.
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a dead run that had our process number
+        temporary.mkdir(parents=True)
+        _fill(temporary, tensors, documents)
+        _swap_in(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # before free space is measured for the message
+        needed = sum(t.nbytes for group in tensors.values() for t in group.values())
+        needed += sum(map(len, documents.values()))
+        raise CheckpointError(write_problem(folder, error, needed)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _fill(temporary: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, str]) -> None:
+    """Writes every file of a checkpoint, the manifest last. Raises OSError."""
+    names = [*(stem + TENSORS for stem in tensors), *documents]
+    is_distinct = len({*names, MANIFEST}) > len(names)
+    assert is_distinct and all(name == Path(name).name for name in names), f"plain, distinct names only: {names}"
+
+    # Hashed as they are written, not as they are read back: what the disk spoils is then found.
     files: dict[str, dict[str, Any]] = {}
-    names = [f"{stem}.safetensors" for stem in tensors] + list(documents)
-    clash = len({*names, MANIFEST}) <= len(names)
-    assert not clash and all(name == Path(name).name for name in names), f"plain, distinct names only: {names}"
     for name in names:
-        # a clone of its own for each name: safetensors refuses tensors that share memory or have holes
-        plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.get(Path(name).stem, {}).items()}
-        content = (documents[name].encode() if name in documents
-                   else safetensors.torch.save(plain, metadata={"format": "pt"}))
+        content = documents[name].encode() if name in documents else _tensor_bytes(tensors[Path(name).stem])
         write_synced(temporary / name, content)
         files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+    # The manifest is the seal: a folder without it is no checkpoint.
     manifest = {"format": FORMAT, "version": VERSION, "files": files}
     write_synced(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     sync_folder(temporary)
 
 
+def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """The content of a safetensors file. Each name has a clone: the format takes no shared memory and no holes."""
+    import safetensors.torch
+
+    clones = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(clones, metadata={"format": "pt"})
+
+
 def _swap_in(temporary: Path, folder: Path) -> None:
     """Renames `temporary` to `folder`; an existing folder steps aside first and comes back if that fails."""
+    # A rename cannot replace a folder that holds files, so there are two.
     aside = folder.with_name(f".old-{folder.name}-{os.getpid()}")
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -97,32 +149,57 @@ def _swap_in(temporary: Path, folder: Path) -> None:
     finally:
         if aside.exists() and not folder.exists():
             os.rename(aside, folder)
+
+    # The new name must be on the disk before the old content goes; `checkpoints` itself may be new.
     sync_folder(folder.parent)
-    sync_folder(folder.parent.parent)  # `checkpoints` itself may be new
+    sync_folder(folder.parent.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, str]) -> Path:
-    """Writes a checkpoint whole or not at all; an existing `folder` is replaced and survives a failure.
+# --- reading ----------------------------------------------------------------------------------------------------------
 
-    `tensors` maps file stem -> {name: tensor of any shape, dtype and device}, `documents` maps file name -> text.
-    Returns `folder`. Raises CheckpointError when the disk refuses, after removing what was begun.
+
+def read_checkpoint(folder: Path, stems: Sequence[str] | None = None) -> Checkpoint:
+    """Reads and verifies a checkpoint; all tensors on the CPU.
+
+    Args:
+        folder: a checkpoint.
+        stems: the tensor files that are read, hashed and required; None = all. The document paired with a skipped one
+            (`training_state.json`) is optional.
+
+    Raises:
+        CheckpointError: a missing, truncated, altered or foreign checkpoint.
     """
-    folder = Path(folder).absolute()
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a dead run that had our process number
-        temporary.mkdir(parents=True)
-        _fill(temporary, tensors, documents)
-        _swap_in(temporary, folder)
-    except OSError as error:
-        needed = sum(t.nbytes for group in tensors.values() for t in group.values())
-        shutil.rmtree(temporary, ignore_errors=True)  # before free space is measured for the message
-        needed += sum(map(len, documents.values()))
-        raise CheckpointError(write_problem(folder, error, needed)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    folder = Path(folder)
+    files = _read_manifest(folder)
+    missing = [stem for stem in stems or () if stem + TENSORS not in files]
+    if missing:
+        raise CheckpointError(f"{folder} has no {missing[0]}{TENSORS}, only {', '.join(files)}; give another")
+
+    # Stems whose tensors nobody asked for.
+    skipped: set[str] = set()
+    if stems is not None:
+        skipped = {Path(name).stem for name in files if name.endswith(TENSORS)} - set(stems)
+
+    result = Checkpoint(folder)
+    for name, expected in files.items():
+        path = folder / name
+
+        # Two kinds of files may be missing: those skipped, and what is for people alone.
+        if path.stem in skipped and (name.endswith(TENSORS) or not path.exists()):
+            continue
+        if name in UNVERIFIED:
+            result.documents[name] = path.read_text(errors="replace") if path.is_file() else ""
+            continue
+
+        content = _read_verified(path, expected)
+        if name.endswith(TENSORS):
+            import safetensors.torch
+
+            result.tensors[path.stem] = safetensors.torch.load(content)
+        else:
+            result.documents[name] = content.decode()
+    return result
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -131,21 +208,26 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         what = f"has no {MANIFEST}, so is no checkpoint of ours" if folder.is_dir() else "is no checkpoint folder"
         raise CheckpointError(f"{folder} {what}; give the path of a step-NNNNNNNN folder written by train.py")
+
+    files = {}
     try:
         manifest = json.loads(path.read_bytes())
-        found = (manifest["format"], manifest["version"])
-        # .name: a forged manifest must not reach outside its folder
-        files = {Path(name).name: {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
-                 for name, entry in manifest["files"].items()}
+        kind = manifest["format"]
+        version = manifest["version"]
+        for name, entry in manifest["files"].items():
+            plain_name = Path(name).name  # a forged manifest must not reach outside its folder
+            files[plain_name] = {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {reason_of(error)}); {EARLIER}") from error
-    if found != (FORMAT, VERSION):
-        raise CheckpointError(f"{folder} has format {found[0]} version {found[1]}, this program reads {FORMAT} version "
+
+    if (kind, version) != (FORMAT, VERSION):
+        raise CheckpointError(f"{folder} has format {kind} version {version}, this program reads {FORMAT} version "
                               f"{VERSION}; use the release that wrote it")
     return files
 
 
 def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
+    """The content of a file whose size and sha256 are as `expected`. Raises CheckpointError."""
     try:
         if not path.is_file():
             raise CheckpointError(f"checkpoint file {path} is missing; {EARLIER}")
@@ -161,71 +243,38 @@ def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
     return content
 
 
-def read_checkpoint(folder: Path, stems: Sequence[str] | None = None) -> Checkpoint:
-    """Reads and verifies a checkpoint; all tensors on the CPU.
-
-    `stems` limits which tensor files are read, hashed and required, and makes the document paired with a skipped one
-    (`training_state.json`) optional. Raises CheckpointError for a missing, truncated, altered or foreign checkpoint.
-    """
-    folder = Path(folder)
-    files, result = _read_manifest(folder), Checkpoint(folder)
-    missing = [stem for stem in stems or () if f"{stem}.safetensors" not in files]
-    if missing:
-        raise CheckpointError(f"{folder} has no {missing[0]}.safetensors, only {', '.join(files)}; give another")
-    stored = {Path(name).stem for name in files if name.endswith(".safetensors")}
-    skipped = stored - set(stored if stems is None else stems)
-    for name, expected in files.items():
-        path, is_tensors = folder / name, name.endswith(".safetensors")
-        if path.stem in skipped and (is_tensors or not path.exists()):
-            continue
-        if name in UNVERIFIED:
-            result.documents[name] = path.read_text(errors="replace") if path.is_file() else ""
-            continue
-        content = _read_verified(path, expected)
-        if is_tensors:
-            import safetensors.torch
-
-            result.tensors[path.stem] = safetensors.torch.load(content)
-        else:
-            result.documents[name] = content.decode()
-    return result
-
-
 def _defect(folder: Path) -> str | None:
     """What makes a checkpoint unusable as far as names and sizes tell, or None. Hashes nothing."""
     try:
         files = _read_manifest(folder)
     except CheckpointError as error:
         return str(error)
-    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in files}
-    wrong = [name for name in files if name not in UNVERIFIED and sizes[name] != files[name]["bytes"]]
-    return f"{wrong[0]} is missing or has another size" if wrong else None
+    for name, entry in files.items():
+        path = folder / name
+        if name not in UNVERIFIED and (not path.is_file() or path.stat().st_size != entry["bytes"]):
+            return f"{name} is missing or has another size"
+    return None
+
+
+# --- the checkpoints of a run -----------------------------------------------------------------------------------------
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """All `step-NNN` folders of a run, complete or not, lowest step first."""
     place = Path(run) / FOLDER
-    found = [f for f in place.iterdir() if STEP_NAME.fullmatch(f.name) and f.is_dir()] if place.is_dir() else []
-    return sorted(found, key=lambda f: (int(f.name.removeprefix("step-")), f.name))
+    if not place.is_dir():
+        return []
+
+    folders = [folder for folder in place.iterdir() if STEP_NAME.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(folders, key=_step_and_name)
 
 
-def _tidy(run: Path, delete: bool) -> None:
-    """Puts back a checkpoint that was being replaced when its run died; `delete`s whatever else dead runs left."""
-    place = Path(run) / FOLDER
-    for path in list(place.iterdir()) if place.is_dir() else []:
-        match = LEFTOVER_NAME.fullmatch(path.name)
-        with contextlib.suppress(FileNotFoundError):
-            # this process writes and tidies in turn, so what bears its own number is a dead run's
-            if not match or (int(match[3]) != os.getpid() and process_lives(int(match[3]))):
-                continue
-            target = path.with_name(match[2])
-            if match[1] == "old" and not target.exists() and _defect(path) is None:
-                os.rename(path, target)
-            elif delete:
-                shutil.rmtree(path, ignore_errors=True)
+def _step_and_name(folder: Path) -> tuple[int, str]:
+    return int(folder.name.removeprefix("step-")), folder.name
 
 
 def _whole(run: Path) -> list[Path]:
+    """The run's complete checkpoints, lowest step first."""
     return [folder for folder in checkpoint_folders(run) if _defect(folder) is None]
 
 
@@ -233,21 +282,56 @@ def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step, or None. Temporary and incomplete folders do not count."""
     with contextlib.suppress(OSError):  # putting back needs write access, looking does not
         _tidy(run, delete=False)  # a reader on another machine cannot tell whether the writer lives
-    return next(iter(reversed(_whole(run))), None)
+    whole = _whole(run)
+    return whole[-1] if whole else None
+
+
+def _tidy(run: Path, delete: bool) -> None:
+    """Puts back a checkpoint that was being replaced when its run died; `delete`s whatever else dead runs left."""
+    place = Path(run) / FOLDER
+    if not place.is_dir():
+        return
+    for path in list(place.iterdir()):
+        match = LEFTOVER_NAME.fullmatch(path.name)
+        if not match:
+            continue
+        kind, name, process = match.groups()
+        with contextlib.suppress(FileNotFoundError):
+            # This process writes and tidies in turn, so what bears its own number is a dead run's.
+            if int(process) != os.getpid() and process_lives(int(process)):
+                continue
+            target = path.with_name(name)
+            if kind == "old" and not target.exists() and _defect(path) is None:
+                os.rename(path, target)
+            elif delete:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def rotate(run: Path, limit: int, keep: Collection[Path] = ()) -> list[Path]:
-    """Keeps the newest `limit` complete checkpoints (0 = all), all in `keep` and the marked best; returns the removed.
+    """Removes old checkpoints of a run. Folders that are not whole checkpoints are left for the user to judge.
 
-    Folders that are not whole checkpoints are left for the user to judge. Raises CheckpointError.
+    Args:
+        run: the run's folder.
+        limit: how many of the newest stay; 0 = all.
+        keep: checkpoints that stay whatever their age, as the marked best does.
+
+    Returns the removed folders. Raises CheckpointError: a limit below 0, or a folder that cannot be removed.
     """
     if limit < 0:
         raise CheckpointError(f"checkpoint_limit is {limit}, expected 0 (keep all) or more; give --checkpoint_limit 3")
-    kept = {Path(folder).resolve() for folder in (*keep, *(best_checkpoint(run) or ())[:1])}
-    removed = [f for f in _whole(run)[:-limit] if f.resolve() not in kept] if limit else []
+
+    # What stays, by its real path: the caller may name a checkpoint through a link.
+    spared = {Path(folder).resolve() for folder in keep}
+    best = best_checkpoint(run)
+    if best:
+        spared.add(best[0].resolve())
+    oldest = _whole(run)[:-limit] if limit else []
+    removed = [folder for folder in oldest if folder.resolve() not in spared]
+
     try:
         _tidy(run, delete=True)
-        for folder in removed:  # renamed first: a deletion cut short must not leave half a checkpoint under its name
+        for folder in removed:
+            # Renamed first: a deletion cut short must not leave half a checkpoint under its name.
             doomed = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
@@ -269,53 +353,97 @@ def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
     path = Path(run) / BEST
     if not path.exists():
         return None
+
     try:
         record = json.loads(path.read_bytes())
-        name, metric, value = str(record["checkpoint"]), str(record["metric"]), float(record["value"])
+        name = str(record["checkpoint"])
+        metric = str(record["metric"])
+        value = float(record["value"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({reason_of(error)}); remove it, evaluation rewrites it") from error
+
+    # Its folder may have been removed by hand; a forged name must not reach outside the run.
     folder = Path(run) / FOLDER / name
-    return (folder, metric, value) if STEP_NAME.fullmatch(name) and folder.is_dir() else None
+    if not STEP_NAME.fullmatch(name) or not folder.is_dir():
+        return None
+    return folder, metric, value
 
 
-def resolve_resume(text: str, save_dir: Path, flag: str = "--resume",
-                   fits: Callable[[Path], bool] = lambda folder: True) -> Path:
-    """The checkpoint folder meant by `--resume TEXT`: a checkpoint, a run, its `checkpoints` folder, or 'auto'.
+# --- what --resume means ----------------------------------------------------------------------------------------------
 
-    A run or `checkpoints` folder stands for its newest whole checkpoint, `RUN@best` for its marked best, 'auto' for the
-    one written last in any run of `save_dir`, among those that `fits` accepts. A name that is no path is looked up in
-    `save_dir`.
+
+def resolve_resume(
+    text: str, save_dir: Path, flag: str = "--resume", fits: Callable[[Path], bool] | None = None
+) -> Path:
+    """The checkpoint folder meant by `--resume TEXT`.
+
+    Args:
+        text: a checkpoint; a run or its `checkpoints` folder, for its newest whole checkpoint; `RUN@best`, for its
+            marked best; or 'auto', for the one written last in any run of `save_dir`.
+        save_dir: the folder of all runs. A name that is no path is looked up in it.
+        flag: the flag that gave `text`, for messages.
+        fits: False leaves a checkpoint out of 'auto'; None takes any.
 
     Raises:
-        CheckpointError: nothing is found.
+        CheckpointError: there is no such checkpoint.
     """
     save_dir = Path(save_dir)
-    runs = [place.parent for place in sorted(save_dir.glob(f"*/{FOLDER}"))]
     if text == "auto":
-        whole = [folder for run in runs if newest_checkpoint(run) for folder in _whole(run)]
-        whole.sort(key=lambda place: ((place / MANIFEST).stat().st_mtime_ns, place.name), reverse=True)
-        found = next(filter(fits, whole), None)
-        if found is None:
-            what = "none of the checkpoints is of that kind" if whole else "no whole checkpoint"
-            raise CheckpointError(f"{flag} auto: {what} in any run of {save_dir}; train one first")
-        return found
-    name, wants_best = text.removesuffix("@best"), text.endswith("@best")
-    places = [Path(os.path.abspath(p)) for p in (Path(name), save_dir / name) if name.strip()]
-    place = next((p for p in places if p.exists()), None)
+        return _newest_of_all(save_dir, flag, fits)
+
+    # A path as it stands comes before a run of that name.
+    name = text.removesuffix("@best")
+    places = [Path(os.path.abspath(path)) for path in (Path(name), save_dir / name) if name.strip()]
+    place = next((path for path in places if path.exists()), None)
     if place is not None and ((place / MANIFEST).exists() or STEP_NAME.fullmatch(place.name)):
         _read_manifest(place)
         return place
+
+    # Not a checkpoint, so a run or its folder of checkpoints.
     run = place.parent if place and place.name == FOLDER else place
     if run is None or not (run / FOLDER).is_dir():
         what = "does not exist" if place is None else "is neither a checkpoint nor a run"
-        known = [str(known) for run in runs for known in (run, *checkpoint_folders(run))]
-        near = difflib.get_close_matches(str(save_dir / text), known, cutoff=0.3) or known[:3] or ["none here"]
-        raise CheckpointError(f"{flag} {text!r} {what}; give a checkpoint, a run or 'auto'; near: {', '.join(near)}")
-    best = best_checkpoint(run) if wants_best else None
-    if wants_best and (best is None or _defect(best[0])):
-        raise CheckpointError(f"{flag} {text!r}: no best checkpoint is marked in {run}; train with --save_best_model")
-    newest = best[0] if best else newest_checkpoint(run)
+        near = ", ".join(_near(text, save_dir))
+        raise CheckpointError(f"{flag} {text!r} {what}; give a checkpoint, a run or 'auto'; near: {near}")
+    if text.endswith("@best"):
+        best = best_checkpoint(run)
+        if best is None or _defect(best[0]):
+            raise CheckpointError(f"{flag} {text!r}: no best checkpoint is marked in {run}; train with "
+                                  "--save_best_model")
+        return best[0]
+
+    newest = newest_checkpoint(run)
     if newest is None:
         broken = [f"{folder.name}: {_defect(folder)}" for folder in checkpoint_folders(run)] or ["none was written"]
         raise CheckpointError(f"{flag} {text!r} holds no whole checkpoint ({broken[-1]}); give another")
     return newest
+
+
+def _runs(save_dir: Path) -> list[Path]:
+    """Folders of runs that have checkpoints, by name."""
+    return [place.parent for place in sorted(save_dir.glob(f"*/{FOLDER}"))]
+
+
+def _newest_of_all(save_dir: Path, flag: str, fits: Callable[[Path], bool] | None) -> Path:
+    """The checkpoint written last in any run, among those that fit. Raises CheckpointError."""
+    whole: list[Path] = []
+    for run in _runs(save_dir):
+        newest_checkpoint(run)  # puts back what a dead run was replacing
+        whole += _whole(run)
+    whole.sort(key=_written_and_name, reverse=True)
+
+    for folder in whole:
+        if fits is None or fits(folder):
+            return folder
+    what = "none of the checkpoints is of that kind" if whole else "no whole checkpoint"
+    raise CheckpointError(f"{flag} auto: {what} in any run of {save_dir}; train one first")
+
+
+def _written_and_name(folder: Path) -> tuple[int, str]:
+    return (folder / MANIFEST).stat().st_mtime_ns, folder.name
+
+
+def _near(text: str, save_dir: Path) -> list[str]:
+    """Runs and checkpoints that `text` may have meant, else the first few."""
+    places = [str(place) for run in _runs(save_dir) for place in (run, *checkpoint_folders(run))]
+    return difflib.get_close_matches(str(save_dir / text), places, cutoff=0.3) or places[:3] or ["none here"]

@@ -45,8 +45,9 @@ def new_figure(columns: int, rows: int = 1, width: float = 5.0, height: float = 
 def save_figure(figure: Any, paths: Sequence[Path]) -> None:
     """Writes the figure to each path, in the format of its suffix (.png, .svg). Raises OSError."""
     for path in map(Path, paths):
-        # No date: the same figures give the same file.
-        metadata = {"Date": None} if path.suffix == ".svg" else None
+        metadata = None
+        if path.suffix == ".svg":
+            metadata = {"Date": None}  # no date: the same figures give the same file
         with staged(path.parent, [path.name]) as (file,):
             figure.savefig(file, format=path.suffix.removeprefix("."), metadata=metadata)
 
@@ -79,8 +80,13 @@ def read_solved(path: Path) -> dict[str, list[Row]]:
         return tasks
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
-            numbers = {key: _number(row.get(key)) for key in NUMBERS}
-            numbers = {key: number for key, number in numbers.items() if number is not None}
+            numbers = {}
+            for key in NUMBERS:
+                number = _number(row.get(key))
+                if number is not None:
+                    numbers[key] = number
+
+            # A row that a crash cut off lacks its last columns.
             if row.get("metric") == "solved" and {"step", "value", "elapsed_s"} <= numbers.keys():
                 tasks.setdefault(row["task"], []).append(numbers)
     return tasks
@@ -92,7 +98,14 @@ def _number(text: str | None) -> float | None:
         number = float(text or "nan")
     except ValueError:
         return None
-    return None if math.isnan(number) else number
+    if math.isnan(number):
+        return None
+    return number
+
+
+def column(rows: Sequence[Row], key: str, scale: float = 1.0) -> list[float]:
+    """The values of one key, times `scale`: 100 makes percents of shares."""
+    return [scale * row[key] for row in rows]
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -118,6 +131,7 @@ def draw_curve(folder: Path, csv_path: Path | None = None) -> Path | None:
     if not losses and not tasks:
         return None
 
+    # An empty panel stays hidden.
     figure, (left, right) = new_figure(2)
     if losses:
         _draw_losses(left, losses)
@@ -126,14 +140,15 @@ def draw_curve(folder: Path, csv_path: Path | None = None) -> Path | None:
     for axes, drawn in ((left, losses), (right, tasks)):
         axes.grid(alpha=0.3)
         axes.set_visible(bool(drawn))
+
     save_figure(figure, [folder / "curve.png"])
     return folder / "curve.png"
 
 
 def _draw_losses(axes: Any, losses: Sequence[Row]) -> None:
     """Each logged loss in light grey, their running mean above it."""
-    steps = [row["step"] for row in losses]
-    values = [row["value"] for row in losses]
+    steps = column(losses, "step")
+    values = column(losses, "value")
     window = max(1, len(values) // WINDOWS)
     axes.plot(steps, values, color="0.75", linewidth=0.8, label="each logged step")
     axes.plot(steps, smoothed(values, window), color="0.1", linewidth=1.8, label=f"mean of {window}")
@@ -144,22 +159,27 @@ def _draw_losses(axes: Any, losses: Sequence[Row]) -> None:
 def _draw_tasks(axes: Any, tasks: dict[str, list[Row]]) -> None:
     """Each task's solved rate with its 95 % band, and the bare LLM's newest rate as a dashed line."""
     for index, (task, rows) in enumerate(tasks.items()):
+        # The rate itself.
         tone = str(0.75 * index / max(1, len(tasks)))
         marker = MARKERS[index % len(MARKERS)]
-        steps = [row["step"] for row in rows]
-        rates = [100 * row["value"] for row in rows]
         dash = TASK_DASHES[index % len(TASK_DASHES)]
+        steps = column(rows, "step")
+        rates = column(rows, "value", 100)
         axes.plot(steps, rates, color=tone, marker=marker, markersize=5, linestyle=dash, label=task)
 
+        # Its band, at the evaluations that have an interval.
         band = [row for row in rows if {"ci_low", "ci_high"} <= row.keys()]
-        low = [100 * row["ci_low"] for row in band]
-        high = [100 * row["ci_high"] for row in band]
-        axes.fill_between([row["step"] for row in band], low, high, color=tone, alpha=0.15, linewidth=0)
+        low = column(band, "ci_low", 100)
+        high = column(band, "ci_high", 100)
+        axes.fill_between(column(band, "step"), low, high, color=tone, alpha=0.15, linewidth=0)
 
-        bare = [100 * row["bare"] for row in rows if "bare" in row]
+        # The bare LLM is measured once: a line over the whole run.
+        bare = [row for row in rows if "bare" in row]
         if bare:
+            rate = 100 * bare[-1]["bare"]
             look = {"linestyle": "--", "linewidth": 1, "markersize": 5, "markerfacecolor": "white"}
             label = f"{task}, bare LLM"
-            axes.plot([0, max(steps) or 1], bare[-1:] * 2, color=tone, marker=marker, label=label, **look)
+            axes.plot([0, max(steps) or 1], [rate, rate], color=tone, marker=marker, label=label, **look)
+
     axes.set(title="solved, generated answers (95 % interval)", xlabel="step", ylabel="solved, %", ylim=(-2, 102))
     axes.legend(fontsize=8, framealpha=0.6)

@@ -60,6 +60,7 @@ def write_problem(path: Path, error: OSError, needed: int = 0, flag: str = "--sa
         flag: the command's option that chooses where `path` lies.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # The folder itself may not exist yet.
         existing = next(place for place in path.absolute().parents if place.exists())
         free = shutil.disk_usage(existing).free
         return (f"cannot write {path}: the disk is full: {needed / 1e6:.3f} MB needed, {free / 1e6:.3f} MB free; "
@@ -93,6 +94,7 @@ def write_synced(path: Path, content: bytes) -> None:
 def _remove_leftovers(folder: Path, names: Sequence[str]) -> None:
     """Removes what killed processes left of `names`; a process that is still alive keeps its files."""
     for leftover in folder.glob(MARK + "*"):
+        # `.tmp-NAME-PID`, where the name itself may hold a hyphen.
         name, _, process = leftover.name.removeprefix(MARK).rpartition("-")
         if name in names and process.isdigit() and not process_lives(int(process)):
             leftover.unlink(missing_ok=True)
@@ -117,10 +119,12 @@ def staged(folder: Path, names: Sequence[str]) -> Iterator[list[BinaryIO]]:
             files = [stack.enter_context(open(path, "wb", buffering=BUFFER)) for path in temporary]
             yield files
 
+            # A rename that reaches the disk before the content would leave an empty file under the final name.
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
 
+        # Without its seal the folder counts for nothing while its files are replaced one by one.
         if len(names) > 1:
             (folder / names[-1]).unlink(missing_ok=True)
         for path, name in zip(temporary, names, strict=True):
@@ -176,12 +180,15 @@ def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, An
     """
     if skip_damaged and not Path(path).exists():
         return
+    errors = "replace" if skip_damaged else "strict"
+
+    # Read as bytes: a text file would end a line at a lone carriage return as well.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8-sig", "replace" if skip_damaged else "strict"))
+                value = json.loads(line.decode("utf-8-sig", errors))
             except (ValueError, RecursionError) as error:
                 if skip_damaged:
                     continue

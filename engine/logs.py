@@ -51,6 +51,8 @@ def _json_line(record: dict[str, Any]) -> str:
 def _append(path: Path, text: str, sync: bool) -> None:
     """Appends `text` in one write; if the disk refuses, the file is cut back to what it was. Raises ValueError."""
     content = text.encode("utf-8", "backslashreplace")  # a model may emit half a surrogate pair
+
+    # Unbuffered, in one write: buffers would hand the kernel a row in pieces.
     try:
         with open(path, "ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
@@ -154,9 +156,11 @@ class RunLog:
         self.csv_path = Path(csv_path) if csv_path else self.folder / "eval.csv"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.predictions_path = self.folder / "predictions.jsonl"
+
         self.main = main
         self.elapsed_offset = elapsed_offset
         self._start = time.monotonic()
+
         self._config = config
         self._waiting = list(trackers)  # names of those that have not started
         self._trackers: list[Any] = []
@@ -171,10 +175,11 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.csv_path.parent.mkdir(parents=True, exist_ok=True)
             for path in (self.csv_path, self.metrics_path, self.predictions_path):
-                _cut_torn_line(path)
+                _cut_torn_line(path)  # only after the header has shown that the CSV is ours
         except OSError as error:
             raise ValueError(f"cannot open the logs in {self.folder}: {error.filename}: {error.strerror}; choose a "
                              "--save_dir and --log_csv that can be written") from error
+
         if not self.csv_path.exists() or self.csv_path.stat().st_size == 0:
             _append(self.csv_path, _csv_line(EVAL_HEADER), sync=True)
 
@@ -196,9 +201,11 @@ class RunLog:
         record = {"step": int(step), "elapsed_s": round(self.elapsed_s, 3), **plain(metrics)}
         _append(self.metrics_path, _json_line(record), sync=False)
 
+        # Only now, so that a run which ends before its first step leaves nothing with a tracker.
         while self._waiting:
             name = self._waiting.pop(0)
             self._trackers.append(start_tracker(name, self.folder, self._config, self._after))
+
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
         for tracker in self._trackers:
             tracker.log(numbers, step=int(step))
@@ -207,12 +214,14 @@ class RunLog:
         """Appends whole rows to the CSV in one write; missing values are empty, `elapsed_s` is added."""
         if not self.main or not rows:
             return
+
         lines = []
         for row in rows:
-            row = {"elapsed_s": self.elapsed_s, **row}
+            row = {"elapsed_s": self.elapsed_s, **row}  # a row that knows its time keeps it
             assert set(row) <= set(EVAL_HEADER), f"no such column: {sorted(set(row) - set(EVAL_HEADER))}"
             assert "step" in row, "truncate_after needs the step of every row"
             lines.append(_csv_line(row.get(column) for column in EVAL_HEADER))
+
         _append(self.csv_path, "".join(lines), sync=True)
 
     def predictions(self, lines: list[dict[str, Any]]) -> None:

@@ -71,12 +71,15 @@ def learning_rate(schedule: ScheduleConfig, step: int, progress: float, warmup: 
     """
     if step < warmup:
         return schedule.lr * (step + 1) / warmup
+
+    # What is left of the way from peak to floor, from 1 down to 0.
     if schedule.lr_scheduler == "cosine":
         falling = 0.5 * (1 + math.cos(math.pi * progress))
     elif schedule.lr_scheduler == "linear":
         falling = 1 - progress
     else:
         falling = 1.0
+
     return schedule.lr * (schedule.lr_min_ratio + (1 - schedule.lr_min_ratio) * falling)
 
 
@@ -91,9 +94,15 @@ def seed_of_step(seed: int, step: int, rank: int, world: int) -> int:
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str = "checkpoint") -> None:
     """Raises ValueError naming the first difference in names or shapes of a model's own tensors and those of `what`."""
     for name in sorted(own.keys() | state.keys()):
-        ours, theirs = (tuple(s[name].shape) if name in s else "absent" for s in (own, state))
+        ours = _shape_in(own, name)
+        theirs = _shape_in(state, name)
         if ours != theirs:
             raise ValueError(f"{what} does not fit this model: {name} is {theirs} there, expected {ours}")
+
+
+def _shape_in(state: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
+    """The shape of a tensor, or "absent"."""
+    return tuple(state[name].shape) if name in state else "absent"
 
 
 def model_weights(model: Any) -> dict[str, Tensor]:
@@ -124,6 +133,8 @@ class Ema:
     def update(self) -> None:
         """Moves the average towards the weights of now."""
         self.updates += 1
+
+        # Kernels over all parameters at once: one by one they would cost a step's time on a GPU.
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = [p.detach().float() for p in self.parameters.values()]
         torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
@@ -169,9 +180,7 @@ def build_optimizers(
         separate_decay: True puts a parameter in its own group, so that the trainer can switch its weight decay. Such
             a group has the key `SEPARATE_DECAY`.
     """
-    by_muon_names = {name for name, p in parameters.items() if config.optimizer == "muon" and by_muon(name, p)}
-    matrices = [name for name, p in parameters.items() if name not in by_muon_names and p.ndim >= 2]
-    vectors = [name for name, p in parameters.items() if name not in by_muon_names and p.ndim < 2]
+    hidden, matrices, vectors = _by_kind(parameters, by_muon if config.optimizer == "muon" else None)
 
     # Checkpoints store moments by this order of groups: decayed matrices, then vectors.
     groups, order = _groups(parameters, matrices, config.weight_decay, separate_decay)
@@ -180,6 +189,7 @@ def build_optimizers(
     order += plain_order
     betas = (config.beta1, config.beta2)
 
+    # Imported here: bitsandbytes is slow to load and rarely asked for.
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
@@ -188,14 +198,30 @@ def build_optimizers(
     optimizers: Optimizers = []
     if order:
         optimizers.append((torch.optim.AdamW(groups, lr=config.lr, betas=betas), order))
-    if by_muon_names:
-        hidden = [name for name in parameters if name in by_muon_names]
+    if hidden:
         groups, order = _groups(parameters, hidden, config.weight_decay, separate_decay)
         muon = torch.optim.Muon(
             groups, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         optimizers.append((muon, order))
     return optimizers
+
+
+def _by_kind(
+    parameters: dict[str, nn.Parameter], by_muon: Callable[[str, nn.Parameter], bool] | None
+) -> tuple[list[str], list[str], list[str]]:
+    """Names of what Muon takes, of the other matrices, and of vectors and scalars, each in the order given."""
+    hidden: list[str] = []
+    matrices: list[str] = []
+    vectors: list[str] = []
+    for name, parameter in parameters.items():
+        if by_muon and by_muon(name, parameter):
+            hidden.append(name)
+        elif parameter.ndim >= 2:
+            matrices.append(name)
+        else:
+            vectors.append(name)
+    return hidden, matrices, vectors
 
 
 def _groups(
@@ -205,9 +231,15 @@ def _groups(
     separate_decay: Callable[[str], bool] | None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Parameter groups of `names`, and the names in the groups' order."""
-    separate = [name for name in names if separate_decay and separate_decay(name)]
-    together = [name for name in names if name not in set(separate)]
+    together: list[str] = []
+    separate: list[str] = []
+    for name in names:
+        if separate_decay and separate_decay(name):
+            separate.append(name)
+        else:
+            together.append(name)
 
+    # The first group stays where it is empty: the optimizer of an older checkpoint has it too.
     groups: list[dict[str, Any]] = [{"params": [parameters[name] for name in together], "weight_decay": decay}]
     if separate:
         group = {"params": [parameters[name] for name in separate], "weight_decay": decay, SEPARATE_DECAY: True}
@@ -283,6 +315,8 @@ class BaseTrainer:
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
         self.scaler_skips = 0
         self.progress = 1.0
+
+        # DDP copies the main process's weights to the others.
         self.wrapped = accelerator.prepare_model(loss) if accelerator.num_processes > 1 else loss
 
     # --- what a checkpoint holds ---
@@ -310,7 +344,9 @@ class BaseTrainer:
 
     def evaluation_weights(self) -> contextlib.AbstractContextManager:
         """The averaged weights where there are any."""
-        return self.ema.applied() if self.ema else contextlib.nullcontext()
+        if self.ema:
+            return self.ema.applied()
+        return contextlib.nullcontext()
 
     def restart_ema(self) -> None:
         """The average begins anew at the weights of now."""
@@ -328,6 +364,7 @@ class BaseTrainer:
         rank = self.accelerator.process_index
         world = self.accelerator.num_processes
         torch.manual_seed(seed_of_step(self.optim.seed, step, rank, world))
+
         for optimizer, _ in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -353,6 +390,7 @@ class BaseTrainer:
         world = self.accelerator.num_processes
         sums: dict[str, float] = {}
         for index, batch in enumerate(batches):
+            # DDP exchanges gradients in the backward pass, unless it is told to wait.
             is_last = index == len(batches) - 1
             exchange = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
             with exchange, contextlib.ExitStack() as reduced:
@@ -367,6 +405,7 @@ class BaseTrainer:
                 share = micro.shares.get(name, 1.0)
                 sums[name] = sums.get(name, 0.0) + float(value) * share / world
 
+        # Every process logs the whole, not its share.
         if world == 1:
             return sums
         names = sorted(sums)
@@ -375,6 +414,7 @@ class BaseTrainer:
 
     def _update(self, step: int, loss: float) -> float:
         """Clips and steps, unless something is not a number. Returns the gradient norm before clipping."""
+        # Gradients of fp16 are scaled up; the norm is that of the true ones.
         for optimizer, _ in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.optim.grad_clip or math.inf
@@ -393,6 +433,8 @@ class BaseTrainer:
             self.scaler.step(optimizer)
         self.scaler.update()
         self._forget_gradients()
+
+        # A step that the scaler skipped has moved nothing, so there is nothing to average.
         if finite:
             self.scaler_skips = 0
             if self.ema:

@@ -20,6 +20,7 @@ def number_text(value: Any) -> str:
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
 
+    # Three digits; beyond four places in front or two behind the point, as a power of ten.
     if value == 0 or 0.01 <= abs(value) < 1000:
         return f"{value:.3g}"
     if 1000 <= abs(value) < 1e6:
@@ -71,12 +72,14 @@ class Progress:
         self.stream = stream or sys.stderr
         self.enabled = enabled
         self.clock = clock
+
+        # What the last `update` said, and when and with what the last line was printed.
         self._step = start
         self._fields: dict[str, Any] = {}
         self._bar: Any = None
-        self._printed: int | None = None  # step of the last line
+        self._printed: int | None = None  # a step
         self._begun = clock()
-        self._shown = self._begun  # time of the last line
+        self._shown = self._begun
 
     def __enter__(self) -> Progress:
         self._begun = self.clock()
@@ -86,11 +89,13 @@ class Progress:
         return self
 
     def _start_bar(self) -> None:
+        # Imported here: a loop without a terminal needs no bar.
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
         text = TextColumn("{task.description}", markup=False)
+        # Our own line is the only text, so that a bar and a line read alike; brackets in it are no markup.
         self._bar = RichProgress(BarColumn(bar_width=24), text, console=Console(file=self.stream), transient=False)
         self._task = self._bar.add_task(self.line(), total=self.total, completed=self.start)
         self._bar.start()

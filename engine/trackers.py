@@ -23,6 +23,7 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise ValueError(f"unknown tracker {name!r}, expected {', '.join(TRACKERS)}; correct --trackers")
+        # `find_spec` fails on a module that was set to None, which hides an installed one.
         hidden = name in sys.modules and sys.modules[name] is None
         if hidden or importlib.util.find_spec(name) is None:
             raise ValueError(f"--trackers {name} needs a package that is not installed; run: pip install {name}")
@@ -43,10 +44,12 @@ def start_tracker(name: str, folder: Path, config: dict[str, Any], after: int | 
     """
     from accelerate import tracking
 
+    # JSON's values: tensors and infinities would not be taken.
     settings = plain(config)
     project = folder.parent.name or "runs"
+
     if name == "tensorboard":
-        purge_step = None if after is None else after + 1
+        purge_step = after + 1 if after is not None else None  # the first step that is dropped
         tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=purge_step)
     elif name == "wandb":
         tracker = tracking.WandBTracker(project, name=folder.name, dir=folder, config=settings, mode=_wandb_mode())
@@ -64,4 +67,6 @@ def _wandb_mode() -> str:
     """online, offline or disabled: a run is never stopped for a login, so online only where one is arranged for."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
-    return "online" if "WANDB_API_KEY" in os.environ else "offline"
+    if "WANDB_API_KEY" in os.environ:
+        return "online"
+    return "offline"

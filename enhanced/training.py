@@ -50,9 +50,11 @@ def token_batch(prompt_format: PromptFormat, prompts: Sequence[str], answers: Se
 
     The prompt is not scored.
     """
+    # Padded on both outer sides: no pad stands between a prompt and its answer.
     prompt_ids, prompt_mask = pad(prompt_format.prompts(prompts), prompt_format.pad_id, "left")
     answer_ids, answer_mask = pad(prompt_format.targets(answers), prompt_format.pad_id, "right")
     unscored = torch.full_like(prompt_ids, IGNORE)
+
     return {
         "input_ids": torch.cat([prompt_ids, answer_ids], dim=1),
         "attention_mask": torch.cat([prompt_mask, answer_mask], dim=1),
@@ -62,14 +64,17 @@ def token_batch(prompt_format: PromptFormat, prompts: Sequence[str], answers: Se
 
 def model_documents(model: Any, tokenizer: Any) -> dict[str, str]:
     """File name -> text of what `from_pretrained` reads beside the weights, tokenizer included."""
+    # transformers writes these files itself, so they are written and read back.
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
     model.config.architectures = [type(model).__name__]
     texts = {}
     for name, content in files.items():
-        with contextlib.suppress(UnicodeDecodeError):  # a SentencePiece model: tokenizer.json holds the same
+        # A SentencePiece model is no text; tokenizer.json holds the same.
+        with contextlib.suppress(UnicodeDecodeError):
             texts[name] = content.decode()
     return {CONFIG_JSON: model.config.to_json_string(use_diff=False), **texts}
 
@@ -116,6 +121,7 @@ class EnhancedTrainer(BaseTrainer):
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another shape or another tokenizer."""
+        # Told before the shapes are: another tokenizer is the likelier mistake.
         stored = json.loads(saved.documents[CONFIG_JSON]).get("vocab_size")
         here = self.model.config.vocab_size
         if stored != here:
@@ -125,6 +131,8 @@ class EnhancedTrainer(BaseTrainer):
     def begin(self, step: int, lr: float) -> None:
         """Muon stands the full rate; what AdamW trains beside it takes a share of it."""
         super().begin(step, lr)
+
+        # Of two optimizers AdamW is the first.
         if len(self.optimizers) > 1:
             for group in self.optimizers[0][0].param_groups:
                 group["lr"] = lr * self.config.adamw_lr_ratio
@@ -137,6 +145,8 @@ class EnhancedTrainer(BaseTrainer):
         """
         self.begin(step, lr)
         self.wrapped.train()
+
+        # Divided by the global count per rank: DDP averages over ranks what is to be summed.
         tokens, examples = self.totals([[_scored(batch), len(batch["labels"])] for batch in batches])
         share = tokens / self.accelerator.num_processes
 
@@ -150,7 +160,8 @@ class EnhancedTrainer(BaseTrainer):
 
         sums = self.accumulate(batches, loss_of)
         norm = self._update(step, sums["loss"])
-        self.model.update_ema()
+        self.model.update_ema()  # the thought target follows the weights that were just moved
+
         return {
             **sums,
             "answer_loss": sums["loss_token"],

@@ -25,7 +25,8 @@ from engine.optimization import (
 )
 from hybrid.model import HybridModel, LossWeights, is_hrm_parameter
 
-CONFIG_JSON, TOKENIZER_JSON = "config.json", "tokenizer.json"
+CONFIG_JSON = "config.json"
+TOKENIZER_JSON = "tokenizer.json"
 # Tables, heads, gates and queries take AdamW; hidden matrices may take Muon.
 NOT_FOR_MUON = ("embed.weight", "lm_head.weight", "halt.weight", "score.weight", "queries", "_slots")
 BATCH = ("encoder_ids", "decoder_input_ids", "labels", "encoder_mask")
@@ -62,6 +63,8 @@ def gate_scale(config: HybridStepConfig, step: int) -> float:
     opened = step - config.hrm_gate_warmup_steps
     if opened < 0:
         return 0.0
+
+    # The first open batch has one step of the ramp already: at 0 it would be a shut one.
     return config.hrm_gate_scale * min(1.0, (opened + 1) / max(config.hrm_gate_ramp_steps, 1))
 
 
@@ -101,6 +104,7 @@ class HybridTrainer(BaseTrainer):
     ):
         parameters = dict(model.named_parameters())
         optimizers = build_optimizers(optim, parameters, learns_by_muon, separate_decay=is_hrm_parameter)
+
         loss = LossModule(model, HybridModel.training_loss)
         super().__init__(optim, model, loss, accelerator, precision, parameters, optimizers)
         self.config = config
@@ -140,6 +144,8 @@ class HybridTrainer(BaseTrainer):
         """
         self.begin(step, lr)
         self.wrapped.train()
+
+        # A checkpoint keeps the scale of its last batch, by which it is evaluated.
         scale = gate_scale(self.config, step)
         self.model.config.gate_scale = scale
         self._decay_hrm(bool(scale))
@@ -177,6 +183,8 @@ class HybridTrainer(BaseTrainer):
         def loss_of(batch: dict[str, Tensor]) -> MicroLoss:
             inputs = {name: batch[name] for name in BATCH}
             out = self.wrapped(inputs, self.weights_of_losses, tokens / world, examples / world)
+
+            # Scalars add up; values of each example are kept, for their extremes over the global batch.
             parts = {}
             for name, value in out.metrics.items():
                 if value.ndim:
@@ -188,6 +196,7 @@ class HybridTrainer(BaseTrainer):
             return MicroLoss(out.loss, parts, {"z_norm": len(batch["labels"]) / (examples / world)})
 
         sums = self.accumulate(batches, loss_of)
+
         spreads: dict[str, float] = {}
         for name, values in sorted(rows.items()):
             spreads |= _spread(name, self.accelerator.gather(torch.cat(values)))
