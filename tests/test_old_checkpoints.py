@@ -107,11 +107,11 @@ def test_an_old_folder_of_transformers_has_the_defaults_of_its_time(system, tmp_
     """`from_pretrained` on a config.json that lacks each setting whose default has changed."""
     from transformers import AutoConfig
 
-    import hybrid.model
+    import hybrid.config
     import model
 
     old, made = {"addon": (model.OLD_DEFAULTS, model.HRMAddonConfig()),
-                 "hybrid": (hybrid.model.OLD_DEFAULTS, hybrid.model.HybridConfig())}[system]
+                 "hybrid": (hybrid.config.OLD_DEFAULTS, hybrid.config.HybridConfig())}[system]
     made.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     record = json.loads(path.read_text(encoding="utf-8"))
