@@ -119,6 +119,7 @@ def run_tests(
     Raises:
         ValueError: timeout not above 0, or memory_mb below 64.
     """
+    # A timeout that is not a number is not above 0 either.
     if not timeout > 0 or memory_mb < MIN_MEMORY_MB:
         raise ValueError(f"need timeout > 0 and memory_mb >= {MIN_MEMORY_MB}, got {timeout} and {memory_mb}")
     started = time.monotonic()
@@ -148,6 +149,7 @@ def run_many(
     allow_unconfined: bool = False,
 ) -> list[CodeResult]:
     """`run_tests` of every job, in order, `workers` at a time (0: one per core this process may use)."""
+    # Threads do: each only waits for a process.
     workers = workers or len(os.sched_getaffinity(0))
 
     def one(job: CodeJob) -> CodeResult:
@@ -203,6 +205,7 @@ def _run(job_fd: int, folder: str, timeout: float, memory_mb: int, allow_unconfi
 
 def _read(record: _Record, verdict_fd: int, output_fd: int, timeout: float) -> None:
     """Fills `record` until the judge hangs up; the clock starts when it is ready."""
+    # Both are read by turns: code that fills its pipe would else wait for ever.
     poll = select.poll()
     poll.register(verdict_fd, select.POLLIN)
     poll.register(output_fd, select.POLLIN)
@@ -285,6 +288,7 @@ def _result(lines: list[tuple[str, str]], total: int, output: str, timed_out: bo
     else:
         status = "error"
 
+    # What the code printed, then what the judge noted, one line each.
     parts = [output.rstrip("\n")]
     for kind, note in lines:
         if note and kind != "refused":

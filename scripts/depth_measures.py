@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +67,19 @@ def difficulties(examples: Sequence[Example], prompt: PromptFormat, key: str) ->
         ValueError: no item of a task has the metadata `key`.
     """
     labels = [""] * len(examples)
-    for task in dict.fromkeys(example.task for example in examples):
-        places = [place for place, example in enumerate(examples) if example.task == task]
+    for places in places_by_task(examples).values():
         own = _labels([examples[place] for place in places], prompt, key)
         for place, label in zip(places, own, strict=True):
             labels[place] = label
     return labels
+
+
+def places_by_task(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Task -> places of its items; tasks in the order of the items."""
+    places: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        places.setdefault(example.task, []).append(place)
+    return places
 
 
 def _labels(examples: Sequence[Example], prompt: PromptFormat, key: str) -> list[str]:
@@ -81,15 +90,17 @@ def _labels(examples: Sequence[Example], prompt: PromptFormat, key: str) -> list
         name = own_difficulty(metadata)
     elif key == "length":
         name = None
-
     if name is not None and any(name in entry for entry in metadata):
         return [f"{name} {entry.get(name, 'unknown')}" for entry in metadata]
+
+    # A name that no item has: the names that would do are numbers and words.
     if key not in ("auto", "length"):
-        names = sorted(n for n, value in metadata[0].items() if isinstance(value, int | str))
+        names = sorted(name for name, value in metadata[0].items() if isinstance(value, int | str))
         raise ValueError(
             f"items of {examples[0].task} have no {key!r}: --difficulty takes auto, length or one of "
             f"{', '.join(names)}"
         )
+
     prompts = prompt.prompts([example.question for example in examples])
     return length_labels([len(ids) for ids in prompts])
 
@@ -104,20 +115,24 @@ def own_difficulty(metadata: Sequence[dict[str, Any]]) -> str | None:
             continue
         if not name.startswith("num_") and name not in metadata[0].get("difficulty", {}):
             continue
+
         values = [entry.get(name) for entry in metadata]
-        if all(isinstance(v, int) for v in values) and 2 <= len(set(values)) <= MOST_GROUPS:
+        if all(isinstance(value, int) for value in values) and 2 <= len(set(values)) <= MOST_GROUPS:
             return name
+
     return None
 
 
 def length_labels(lengths: Sequence[int]) -> list[str]:
     """A label by quartile of prompt length (tokens); equal lengths share a label."""
+    # The longest length of each quartile, the last one that of all; two may be the same.
     ordered = sorted(lengths)
-    ends = sorted({ordered[(len(ordered) - 1) * (q + 1) // QUANTILES] for q in range(QUANTILES)})
+    last = len(ordered) - 1
+    ends = sorted({ordered[last * quartile // QUANTILES] for quartile in range(1, QUANTILES + 1)})
+
     labels = []
     for length in lengths:
-        # The first range that reaches so far.
-        place = next(place for place, end in enumerate(ends) if length <= end)
+        place = bisect_left(ends, length)  # the first range that reaches so far
         low = ends[place - 1] + 1 if place else ordered[0]
         labels.append(f"prompt {low}-{ends[place]} tokens")
     return labels
@@ -126,12 +141,15 @@ def length_labels(lengths: Sequence[int]) -> list[str]:
 def groups(examples: Sequence[Example], labels: Sequence[str]) -> dict[tuple[str, str], list[int]]:
     """(task, difficulty) -> places of its items, with all difficulties of a task and all tasks together."""
     places_of: dict[tuple[str, str], list[int]] = {}
-    tasks = list(dict.fromkeys(example.task for example in examples))
-    for task in tasks:
-        places = [place for place, example in enumerate(examples) if example.task == task]
+    tasks = places_by_task(examples)
+    for task, places in tasks.items():
         places_of[task, ALL] = places
-        for label in sorted({labels[place] for place in places}, key=_natural):
-            places_of[task, label] = [place for place in places if labels[place] == label]
+        by_label: dict[str, list[int]] = {}
+        for place in places:
+            by_label.setdefault(labels[place], []).append(place)
+        for label in sorted(by_label, key=_natural):
+            places_of[task, label] = by_label[label]
+
     if len(tasks) > 1:
         places_of[OVERALL, ALL] = list(range(len(examples)))
     return places_of
@@ -139,7 +157,7 @@ def groups(examples: Sequence[Example], labels: Sequence[str]) -> dict[tuple[str
 
 def _natural(label: str) -> tuple[float, str]:
     """Sorts `num_terms 10` behind `num_terms 9`; labels without a number come last."""
-    digits = "".join(c if c.isdigit() else " " for c in label).split()
+    digits = re.search(r"\d+", label)
     number = float(digits[0]) if digits else float("inf")
     return number, label
 
@@ -163,12 +181,14 @@ class Trajectory:
 @torch.no_grad()
 def trajectory(loaded: Loaded, segments: int, batch_size: int) -> Trajectory:
     """Thinks about every item for `segments` segments, without an answer."""
+    # In the order of the items, so that a column of the result is an item's place.
     parts = []
     for start in range(0, len(loaded.examples), batch_size):
         batch = loaded.format.batch(loaded.examples[start : start + batch_size]).to(loaded.model.device)
         with loaded.autocast():
             rows = list(_segments(loaded.model, batch, segments))
         parts.append(torch.stack(rows).cpu())  # (segments, 3, B)
+
     return Trajectory(*torch.cat(parts, dim=2).unbind(dim=1))
 
 
@@ -179,6 +199,7 @@ def _segments(model: HRMController, batch: Any, segments: int) -> Iterator[torch
     states = model.encode(batch)
     mask = states.context.mask
     carry = core.initial_carry(mask)
+
     for _ in range(segments):
         before = carry
         carry = backbone.advance(states.features, states.context, before)
@@ -201,6 +222,7 @@ def readout_config(loaded: Loaded, readout: str, segments: int, settled: float) 
     config.segments = segments
     config.halt_max_segments = segments
     config.halt_settled = settled if readout == "settled" else 0.0
+
     try:
         yield
     finally:
