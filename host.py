@@ -1,6 +1,7 @@
 """The frozen LLM: how it is found, loaded, read and, on request, given LoRA layers.
 
 Everything that depends on a host's family is here: logits (scaling, soft-capping), decoder layers, positions.
+Shapes: B batch, N tokens, D LLM width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +24,20 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.
 
 class HostError(ValueError):
     """The base model cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """Which LLM is frozen, and how it is loaded; each field is the flag of its name.
+
+    model_name: a local folder or a hub name.
+    load_in: none (its own dtype), 8bit or 4bit.
+    trust_remote_code: run Python code that comes with a hub model.
+    """
+
+    model_name: str = DEFAULT_HOST
+    load_in: str = "none"
+    trust_remote_code: bool = False
 
 
 def resolve_name(name: str) -> str:
@@ -49,11 +65,20 @@ def hub_unreachable() -> bool:
 def _source(name: str) -> dict:
     """Where transformers finds `name`: a folder, the hub, or, with the hub unreachable, what it once downloaded."""
     path = resolve_name(name)
-    return {"pretrained_model_name_or_path": path, "local_files_only": not Path(path).is_dir() and hub_unreachable()}
+    local = Path(path).is_dir()
+    return {"pretrained_model_name_or_path": path, "local_files_only": not local and hub_unreachable()}
+
+
+def _one_line(error: Exception) -> str:
+    """The beginning of a library's message, its line breaks taken out."""
+    return " ".join(str(error).split())[:200]
 
 
 def _no_host(name: str, error: Exception) -> HostError:
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    """The message for a name that is neither a folder nor on the hub."""
+    reason = type(error).__name__
+    if str(error).strip():
+        reason = str(error).strip().splitlines()[0][:160]
     return HostError(
         f"--model_name {name}: no such folder here, and the hub could not give it ({reason}): check the name and the "
         f"network, or use the local default {DEFAULT_HOST}"
@@ -72,13 +97,16 @@ def load_config(name: str, trust_remote_code: bool = False):
     local = Path(path).is_dir()
     if local and not any(any(Path(path).glob(pattern)) for pattern in WEIGHT_PATTERNS):
         raise HostError(f"--model_name {name}: the folder {path} holds no weights (*.safetensors): give a saved model")
+
     try:
         config = AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if not local:
             raise _no_host(name, error) from error
-        reason = " ".join(str(error).split())[:200]
-        raise HostError(f"--model_name {name}: {path} is no causal LM that transformers can load: {reason}") from error
+        raise HostError(
+            f"--model_name {name}: {path} is no causal LM that transformers can load: {_one_line(error)}"
+        ) from error
+
     if config.is_encoder_decoder:
         raise HostError(f"--model_name {name}: {config.model_type} is an encoder-decoder; choose a causal LM")
     return config
@@ -91,14 +119,19 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HostError(f"--model_name {name}: its tokenizer cannot be loaded: {reason}") from error
+        raise HostError(f"--model_name {name}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     tokenizer.padding_side = "left"
     return tokenizer
 
 
 def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu"):
     """The causal LM in its own dtype (or quantised), frozen, in evaluation mode, its logits checked.
+
+    Args:
+        name: hub name or folder.
+        load_in: "none" for its own dtype, "8bit" or "4bit".
+        trust_remote_code: run Python code that comes with a hub model.
+        device: "cpu", "cuda" or "mps".
 
     Raises:
         HostError: as `load_config`; broken weights; a family whose logits `host_logits` does not reproduce.
@@ -113,23 +146,27 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
             **_source(name), config=config, output_loading_info=True, **arguments
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise HostError(f"--model_name {name}: the model cannot be loaded: {reason}") from error
-    if info["missing_keys"]:  # transformers would make them up
+        raise HostError(f"--model_name {name}: the model cannot be loaded: {_one_line(error)}") from error
+    if info["missing_keys"]:
+        # transformers would draw them at random and say so in a warning alone.
         missing = sorted(info["missing_keys"])
         raise HostError(f"--model_name {name}: {len(missing)} weights are missing, the first is {missing[0]}")
+
+    # A quantised model is on its device already, and may not be moved.
     if load_in == "none":
         host.to(device)
     freeze(host)
     try:
         check_logits(host)
     except RuntimeError as error:  # bitsandbytes cannot multiply every shape
-        reason = " ".join(str(error).split())[:200]
-        raise HostError(f"--model_name {name} --load_in {load_in}: the model cannot be loaded: {reason}") from error
+        raise HostError(
+            f"--model_name {name} --load_in {load_in}: the model cannot be loaded: {_one_line(error)}"
+        ) from error
     return host
 
 
 def _quantisation(load_in: str, device: str) -> dict:
+    """Arguments of `from_pretrained` that quantise while loading; none for "none"."""
     if load_in == "none":
         return {}
     from transformers import BitsAndBytesConfig
@@ -151,8 +188,11 @@ def host_logits(host, hidden: Tensor) -> Tensor:
     """
     head = host.get_output_embeddings()
     config = host.config.get_text_config()
+    if head.weight.is_floating_point():  # a quantised head takes what it is given
+        hidden = hidden.to(head.weight.dtype)
+
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = head(hidden.to(head.weight.dtype) if head.weight.is_floating_point() else hidden)
+        logits = head(hidden)
         if getattr(config, "logit_scale", None):
             logits = logits * config.logit_scale
         if getattr(config, "logits_scaling", None):
@@ -174,6 +214,7 @@ def check_logits(host) -> None:
     ids = torch.arange(8, device=device)[None] % host.config.get_text_config().vocab_size
     own = host(input_ids=ids).logits.float()
     ours = host_logits(host, host.base_model(input_ids=ids).last_hidden_state)
+
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
         raise HostError(
             f"model family {host.config.model_type} changes its logits in a way this program does not know, so HRM "
@@ -202,6 +243,8 @@ def decoder_layers(host) -> tuple[str, nn.ModuleList]:
 def add_lora(host, layers: int, rank: int) -> None:
     """Puts peft LoRA on every linear map of the host's top `layers` layers, in place; base weights stay as they are.
 
+    The factors have `rank` and are kept in float32; LoRA's alpha is twice the rank (arXiv 2106.09685).
+
     Raises:
         HostError: more layers asked for than the host has.
     """
@@ -211,15 +254,16 @@ def add_lora(host, layers: int, rank: int) -> None:
     name, stack = decoder_layers(host)
     if layers > len(stack):
         raise HostError(f"--lora_layers {layers}: {host.config.model_type} has only {len(stack)} layers")
-    top = range(len(stack) - layers, len(stack))
-    targets = [
-        f"{name}.{index}.{inner}"
-        for index in top
-        for inner, module in stack[index].named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
+
+    # peft finds modules by their full names.
+    targets = []
+    for index in range(len(stack) - layers, len(stack)):
+        for inner, module in stack[index].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                targets.append(f"{name}.{index}.{inner}")
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none")
     inject_adapter_in_model(config, host)
+
     for parameter_name, parameter in host.named_parameters():
         trained = "lora_" in parameter_name
         parameter.requires_grad_(trained)
@@ -233,6 +277,7 @@ def without_lora(host) -> Iterator[None]:
     if "peft" not in sys.modules:  # nobody has added LoRA; importing peft takes seconds
         yield
         return
+
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in host.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,4 +1,4 @@
-"""The recurrent heart: norms, attention, `HBlock`, `LBlock`, `Carry`, the recurrence, gradient horizon, halting head.
+"""What recurs: norms, attention, `HBlock`, `LBlock`, `Carry`, the recurrence, its gradient horizon, the halting head.
 
 Follows Hierarchical Reasoning Model (arXiv 2506.21734, section 2): a fast state z_L and a slow state z_H over the same
 positions, `z_L = L(z_L + z_H + x)` inner_T times, then `z_H = H(z_H + z_L)` once per segment; x enters L only.
@@ -52,9 +52,9 @@ class Context:
     keys: Tensor | None = field(init=False)  # (B, 1, 1, S) mask for attention
 
     def __post_init__(self) -> None:
-        # Without a mask where every position is readable: the faster call. A row without any readable position sees all
-        # of them, so that softmax stays finite; nobody reads its result.
+        # A row without any readable position sees all of them, so that softmax stays finite; nobody reads its result.
         readable = self.mask | ~self.mask.any(dim=1, keepdim=True)
+        # Where every position is readable there is no mask: attention without one is faster.
         self.keys = None if bool(readable.all()) else readable[:, None, None, :]
 
     def rows(self, index: Tensor) -> Context:
@@ -121,9 +121,11 @@ class Attention(nn.Module):
         self.out = linear(d, d)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "B S (three h e) -> three B h S e", three=3, h=self.heads)
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        mixed = attend(q, k, v, context.keys)
+        query, key, value = rearrange(self.qkv(x), "B S (three h e) -> three B h S e", three=3, h=self.heads)
+        query = rotate(query, context.cos, context.sin)
+        key = rotate(key, context.cos, context.sin)
+
+        mixed = attend(query, key, value, context.keys)
         return self.out(rearrange(mixed, "B h S e -> B S (h e)"))
 
 
@@ -191,6 +193,7 @@ def first_call_with_gradient(horizon: str, calls: int) -> int:
         return 0
     if horizon == "one_step":
         return calls - 1
+
     match = re.fullmatch(r"k:([1-9]\d*)", horizon)
     if not match:
         raise ValueError(f"gradient horizon {horizon!r} is unknown: choose one_step, full or k:N with N >= 1")
@@ -210,9 +213,13 @@ def recur(
 
     The steps know the input x: HRM's are `L(z_L + z_H + x)` and `H(z_H + z_L)`. Calls before the horizon run without
     gradient. Returns (z_high, z_low), shapes as given.
+
+    Raises:
+        ValueError: as `first_call_with_gradient`.
     """
     first = first_call_with_gradient(horizon, cycles * inner_T)
-    enabled = torch.is_grad_enabled()
+    enabled = torch.is_grad_enabled()  # inside `no_grad` no call carries gradient, whatever the horizon
+
     for call in range(cycles * inner_T):
         with torch.set_grad_enabled(enabled and call >= first):
             z_low = step_low(z_low, z_high)
@@ -224,17 +231,28 @@ def recur(
 class HRMCore(nn.Module):
     """H and L blocks with their initial states and the halting head.
 
-    Initial states are fixed vectors (truncated normal, deviation 1), persistent buffers, saved but not trained; with
-    `init_state="random"` every example of a training batch starts from fresh normal vectors of deviation 1, which
-    teaches the recurrence to settle from anywhere, while evaluation uses the fixed ones. With `init_state="zero"` both
-    states begin as zeros, so that the first L call sees x alone, not x under two vectors of its own size. With `share`
-    one block makes both steps, as in the Tiny Recursive Model (arXiv 2510.04871): only L's input holds x, which tells
-    the two apart.
+    `init_state` says how z_H and z_L begin:
 
-    `state_mix="sum"` is the published recurrence. With `"gated"` earlier states enter by learned gates (d,), one per
-    channel, that begin at zero: `L(x + g1 * z_L + g2 * z_H)` and `H(z_L + g3 * z_H)`. Every segment of an untrained
-    core is then the same single pass, and training opens the gates where a further step pays. One segment from zero
-    states reads no z_H but zero: g2 and g3 get no gradient before there is a second segment.
+        fixed   two vectors drawn once (truncated normal, deviation 1), kept as buffers: saved, not trained
+        random  in training every example starts from fresh normal vectors of deviation 1, which teaches the recurrence
+                to settle from anywhere; at evaluation as `fixed`
+        zero    zeros, so that the first L call sees x alone, not x under two vectors of its own size
+
+    `state_mix` says how earlier states enter a block:
+
+        sum     the published recurrence, `L(x + z_L + z_H)` and `H(z_L + z_H)`
+        gated   learned gates (d,), one per channel, that begin at zero: `L(x + g1 * z_L + g2 * z_H)`, `H(z_L + g3 *
+                z_H)`. Every segment of an untrained core is then the same single pass, and training opens the gates
+                where a further step pays. One segment from zero states reads no z_H but zero, so g2 and g3 get no
+                gradient before there is a second segment.
+
+    With `share` one block makes both steps, as in the Tiny Recursive Model (arXiv 2510.04871): the block can tell the
+    steps apart because only L's input holds x. `d` is the width, `heads` divides it into an even number of channels,
+    `inner_T` counts the L steps before each H step, `horizon` is `first_call_with_gradient`'s, `reset_l` starts z_L
+    anew at each segment.
+
+    Raises:
+        ValueError: a width that the heads do not divide, a shared block of two depths, an unknown horizon.
     """
 
     def __init__(
@@ -256,17 +274,27 @@ class HRMCore(nn.Module):
         if d % heads or d // heads % 2:
             raise ValueError(f"HRM width {d} must be an even multiple of its {heads} heads: RoPE turns pairs of a head")
         first_call_with_gradient(horizon, inner_T)
-        self.d, self.heads, self.inner_T = d, heads, inner_T
-        self.horizon, self.reset_l, self.init_state = horizon, reset_l, init_state
-        self.h_block = HBlock(d, heads, h_layers)
-        # One name per tensor: a second name for the shared block would be saved and averaged twice.
-        self.l_block = None if share else LBlock(d, heads, l_layers)
+        self.d = d
+        self.heads = heads
+        self.inner_T = inner_T
+        self.horizon = horizon
+        self.reset_l = reset_l
+        self.init_state = init_state
         self.state_mix = state_mix
+
+        # One name per tensor: a second name for the shared block would be saved and averaged twice.
+        self.h_block = HBlock(d, heads, h_layers)
+        self.l_block = None if share else LBlock(d, heads, l_layers)
         if state_mix == "gated":
-            self.low_gate, self.high_gate, self.carry_gate = (nn.Parameter(torch.zeros(d)) for _ in range(3))
+            self.low_gate = nn.Parameter(torch.zeros(d))
+            self.high_gate = nn.Parameter(torch.zeros(d))
+            self.carry_gate = nn.Parameter(torch.zeros(d))
+
         self.halt = nn.Linear(d, 1)
         nn.init.zeros_(self.halt.weight)
         nn.init.constant_(self.halt.bias, HALT_BIAS)
+
+        # Drawn for "zero" as well, so that the random numbers after this do not depend on `init_state`.
         for name in ("z_high_init", "z_low_init"):
             fixed = nn.init.trunc_normal_(torch.empty(d), std=1.0, a=-2.0, b=2.0)
             self.register_buffer(name, torch.zeros(d) if init_state == "zero" else fixed)
@@ -277,6 +305,7 @@ class HRMCore(nn.Module):
         return Context(mask, cos, sin)
 
     def _initial(self, fixed: Tensor, batch: int, length: int) -> Tensor:
+        """(B, S, d): the fixed vector, or in training with `random` one drawn vector per example."""
         if self.training and self.init_state == "random":
             start = torch.randn(batch, 1, self.d, device=fixed.device, dtype=fixed.dtype)
             return start.expand(batch, length, self.d)
@@ -293,25 +322,29 @@ class HRMCore(nn.Module):
         )
 
     def _low_input(self, z_low: Tensor, z_high: Tensor, x: Tensor) -> Tensor:
+        """What L reads; the order of the sum is part of the numbers a run repeats."""
         if self.state_mix == "sum":
             return z_low + z_high + x
         return x + self.low_gate * z_low + self.high_gate * z_high
 
     def _high_input(self, z_high: Tensor, z_low: Tensor) -> Tensor:
-        return z_high + z_low if self.state_mix == "sum" else z_low + self.carry_gate * z_high
+        """What H reads."""
+        if self.state_mix == "sum":
+            return z_high + z_low
+        return z_low + self.carry_gate * z_high
 
     def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
         """One segment over x (B, S, d)."""
         z_low = self._initial(self.z_low_init, *x.shape[:2]) if self.reset_l else carry.z_low
         l_block = self.h_block if self.l_block is None else self.l_block
-        z_high, z_low = recur(
-            lambda low, high: l_block(self._low_input(low, high, x), context),
-            lambda high, low: self.h_block(self._high_input(high, low), context),
-            carry.z_high,
-            z_low,
-            self.inner_T,
-            horizon=self.horizon,
-        )
+
+        def step_low(low: Tensor, high: Tensor) -> Tensor:
+            return l_block(self._low_input(low, high, x), context)
+
+        def step_high(high: Tensor, low: Tensor) -> Tensor:
+            return self.h_block(self._high_input(high, low), context)
+
+        z_high, z_low = recur(step_low, step_high, carry.z_high, z_low, self.inner_T, horizon=self.horizon)
         return Carry(z_high, z_low, carry.steps + 1, carry.halted)
 
     def halt_logits(self, z_high: Tensor, mask: Tensor) -> Tensor:
@@ -320,19 +353,20 @@ class HRMCore(nn.Module):
 
 
 class SinglePassCore(HRMCore):
-    """HRM's blocks without HRM's recurrence, what `--adapter mlp` trains in place of `HRMCore`.
+    """HRM's blocks without HRM's recurrence: what `--adapter mlp` trains in place of `HRMCore`.
 
-        HRM:          z_L = L(z_L + z_H + x) inner_T times, z_H = H(z_H + z_L), for every segment, from initial states
-        single pass:  z_L = L(x), z_H = H(z_L), once
+        HRM          z_L = L(z_L + z_H + x) inner_T times, z_H = H(z_H + z_L), for every segment, from initial states
+        single pass  z_L = L(x), z_H = H(z_L), once
 
-    Reading, injection and both blocks are HRM's; there is no initial state, no sum with an earlier state, no gate, no
-    loop and no segment. It is an encoder of l_layers + h_layers layers between reading and injection. It takes
-    `HRMCore`'s arguments; those of the recurrence have no effect.
+    Reading, injection and both blocks are HRM's. There is no initial state, no sum with an earlier state, no gate, no
+    loop and no segment: it is an encoder of l_layers + h_layers layers. It takes `HRMCore`'s arguments; those of the
+    recurrence have no effect.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs | {"state_mix": "sum"})  # no gates: there is no earlier state
-        del self.z_high_init, self.z_low_init
+        del self.z_high_init
+        del self.z_low_init
 
     def initial_carry(self, mask: Tensor) -> Carry:
         """An empty state, which nothing reads, for a batch with mask (B, S)."""
@@ -343,7 +377,11 @@ class SinglePassCore(HRMCore):
     def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
         """The pass over x (B, S, d); whatever state comes in, the same one goes out."""
         z_low = self.l_block(x, context)
-        return Carry(self.h_block(z_low, context), z_low, carry.steps + 1, carry.halted)
+        z_high = self.h_block(z_low, context)
+        return Carry(z_high, z_low, carry.steps + 1, carry.halted)
+
+
+# --- positions and states ---------------------------------------------------------------------------------------------
 
 
 def token_positions(attention_mask: Tensor) -> Tensor:
@@ -365,14 +403,16 @@ def last_state(z: Tensor, mask: Tensor) -> Tensor:
 def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
     """(B,) of ||after - before|| / ||after||, norms over the readable positions of (B, S, d)."""
     weight = mask[..., None].float()
-    difference, size = ((z * weight).flatten(1).norm(dim=1) for z in (after.float() - before.float(), after.float()))
-    return difference / size.clamp(min=1e-12)
+    difference = (after.float() - before.float()) * weight
+    size = (after.float() * weight).flatten(1).norm(dim=1)
+    return difference.flatten(1).norm(dim=1) / size.clamp(min=1e-12)
 
 
 def mean_state(z: Tensor, mask: Tensor) -> Tensor:
     """(B, d): mean of z (B, S, d) over readable columns; zeros in a row without any."""
     weight = mask[..., None].to(z.dtype)
-    return reduce(z * weight, "B S d -> B d", "sum") / reduce(weight, "B S one -> B one", "sum").clamp(min=1)
+    count = reduce(weight, "B S one -> B one", "sum").clamp(min=1)
+    return reduce(z * weight, "B S d -> B d", "sum") / count
 
 
 def all_correct(logits: Tensor, labels: Tensor) -> Tensor:

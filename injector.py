@@ -1,8 +1,9 @@
 """How z_H enters the LLM: `InjectorGRB` (gated residual bias) and `InjectorCAB` (cross-attention bridge).
 
 Both map (hidden, embedded token, z_H) at the answer's positions to a bias on the LLM's final hidden states. Exactly one
-factor, the output projection `out`, starts at zero, so at step 0 the model is the bare LLM. Both are the identity in a
-row whose prompt is empty. Shapes: B batch, S prompt tokens, T answer positions, D LLM width, d HRM width.
+factor, the output projection `out`, starts at zero, so at step 0 the model is the bare LLM. A row whose prompt is empty
+keeps the bare LLM's states (`model.HRMBackbone.inject`).
+Shapes: B batch, S prompt tokens, T answer positions, D LLM width, d HRM width, m memory tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Slots:
     allowed: Tensor | None = None  # (B, T) bool, False before the last prompt token; None: all may be injected
 
     def seen(self) -> Tensor:
-        """(B, T, 2 D) float32: what an injector knows of each position beside z_H."""
+        """(B, T, 2 D) float32: what an injector sees of each position beside z_H."""
         return torch.cat([rms_norm(self.hidden.float()), rms_norm(self.embedded.float())], dim=-1)
 
 
@@ -47,6 +48,7 @@ def zero_out(fan_in: int, fan_out: int) -> nn.Linear:
 
 
 def _check_width(slots: Slots, width: int) -> None:
+    """Raises ValueError when the LLM is not as wide as the one the injector was made for."""
     if slots.hidden.shape[-1] != width:
         raise ValueError(
             f"injector expects hidden width {width}, got {slots.hidden.shape[-1]}; "
@@ -58,6 +60,7 @@ class InjectorGRB(nn.Module):
     """Gated residual bias: one vector from z_H (last and mean state), through a gate that also sees the token's state.
 
     The gate is a sigmoid per channel of the LLM's width, so positions differ; `gate_init` is its logit at the start.
+    `width` is D, `d` the HRM's; `heads` and `mem` are taken because both injectors are made alike, and have no effect.
     """
 
     def __init__(self, width: int, d: int, heads: int, gate_init: float = 0.0, mem: int = 0):
@@ -72,26 +75,34 @@ class InjectorGRB(nn.Module):
     def forward(self, slots: Slots, thought: Thought) -> Tensor:
         """(B, T, D) bias to add to the hidden states."""
         _check_width(slots, self.width)
+
+        # (B, 2 d): what the prompt's thought comes to, alike for every position.
         mask = thought.context.mask
         summary = torch.cat([last_state(thought.z_high, mask), mean_state(thought.z_high, mask)], dim=-1)
+
+        # The gate decides at each position, by channel, how much of the bias enters.
         token = self.token(slots.seen())
         seen = torch.cat([token, repeat(summary, "B d -> B T d", T=token.shape[1])], dim=-1)
         gate = torch.sigmoid(self.gate(seen) + self.gate_bias)
+
         bias = self.out(rms_norm(self.readout(summary)))
         return gate * rearrange(bias, "B D -> B 1 D")
 
 
 class InjectorCAB(nn.Module):
-    """Cross-attention bridge: each answer position asks z_H, knowing its place and the token just emitted.
+    """Cross-attention bridge: each answer position attends to z_H, with its place and the token just emitted as query.
 
     Queries and keys carry RoPE at the tokens' positions. With `mem` > 0 that many learned queries first pool z_H into
     memory tokens, which have no positions. The readout is a SwiGLU over [query, attended], not a linear map: worth
-    ten points in the experiments this design follows. A learned scalar gate starts at `gate_init`.
+    ten points in the experiments this design follows. A learned scalar gate starts at `gate_init`. `width` is D, `d`
+    the HRM's width, which `heads` divides.
     """
 
     def __init__(self, width: int, d: int, heads: int, gate_init: float = 1.0, mem: int = 0):
         super().__init__()
-        self.width, self.heads, self.head_dim = width, heads, d // heads
+        self.width = width
+        self.heads = heads
+        self.head_dim = d // heads
         self.query_in = linear(2 * width, d)
         self.query = linear(d, d)
         self.key_value = linear(d, 2 * d)
@@ -106,9 +117,11 @@ class InjectorCAB(nn.Module):
     def forward(self, slots: Slots, thought: Thought) -> Tensor:
         """(B, T, D) bias to add to the hidden states."""
         _check_width(slots, self.width)
-        asked = rms_norm(self.query_in(slots.seen()))
-        query = self._split(self.query(asked))
+        position = rms_norm(self.query_in(slots.seen()))
+        query = self._split(self.query(position))
+
         if self.mem:
+            # Memory tokens stand nowhere in the text, so neither side is rotated.
             key, value = self._keys_values(self.key_value, self._memory(thought))
             attended = attend(query, key, value, None)
         else:
@@ -117,13 +130,17 @@ class InjectorCAB(nn.Module):
             query = rotate(query, *rope(slots.positions, self.head_dim))
             key = rotate(key, context.cos, context.sin)
             attended = attend(query, key, value, context.keys)
+
         attended = rearrange(attended, "B h T e -> B T (h e)")
-        return self.gate * self.out(rms_norm(self.readout(torch.cat([asked, attended], dim=-1))))
+        readout = self.readout(torch.cat([position, attended], dim=-1))
+        return self.gate * self.out(rms_norm(readout))
 
     def _split(self, x: Tensor) -> Tensor:
+        """(B, S, d) -> (B, h, S, e)."""
         return rearrange(x, "B S (h e) -> B h S e", h=self.heads)
 
     def _keys_values(self, projection: nn.Linear, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, S, e) of z (B, S, d)."""
         return rearrange(projection(z), "B S (two h e) -> two B h S e", two=2, h=self.heads).unbind(0)
 
     def _memory(self, thought: Thought) -> Tensor:

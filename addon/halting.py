@@ -1,54 +1,80 @@
-"""Is the halting head worth its name: an alarm for a collapse to all or nothing."""
+"""An alarm for a halting head that halts nobody, or everybody, whatever is right."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-EVERY = 100  # batches a judgement rests on
-FLAT = 0.02  # mean and deviation of the halting probability this near to an end are a collapse
-SETTLED = 0.1  # share of right (wrong) answers under which halting nobody (everybody) is what it should do
+EVERY = 100  # batches that one judgement rests on
+FLAT = 0.02  # a mean this near to 0 or 1, with a deviation this small, is a collapse
+SETTLED = 0.1  # with a smaller share of right answers nobody should halt, with a smaller share of wrong ones everybody
+WATCHED = ("halt_probability", "halt_deviation", "teacher_forced_exact")  # metrics of a batch
 
 
 def collapse(probability: float, deviation: float, right: float) -> str | None:
-    """How halting has collapsed, in words, or None: mean and deviation of its probability, share of right answers."""
+    """How halting has collapsed in training, in words; None where it has not.
+
+    Args:
+        probability, deviation: mean and deviation of the halting probability over examples.
+        right: share of right answers, 0 to 1.
+    """
     if deviation > FLAT:
         return None
+
     if probability < FLAT and right > SETTLED:
-        return (f"halting has collapsed to nothing: mean probability {probability:.3f} though {100 * right:.0f} % of "
-                "the answers are right; try --halt_detach, or a longer run")
+        return (
+            f"halting has collapsed to nothing: mean probability {probability:.3f} though {100 * right:.0f} % of the "
+            "answers are right; try --halt_detach, or a longer run"
+        )
     if probability > 1 - FLAT and right < 1 - SETTLED:
-        return (f"halting has collapsed to all: mean probability {probability:.3f} though only {100 * right:.0f} % of "
-                "the answers are right; lower --act_penalty or try --halt_detach")
+        return (
+            f"halting has collapsed to all: mean probability {probability:.3f} though only {100 * right:.0f} % of the "
+            "answers are right; lower --act_penalty or try --halt_detach"
+        )
     return None
 
 
 def evaluation_collapse(used: Sequence[int], limit: int, solved: float) -> str | None:
-    """As `collapse`, from the segments that an evaluation used of `limit`; None where there was nothing to choose."""
+    """How halting has collapsed at an evaluation, in words; None where it has not, or had nothing to choose.
+
+    Args:
+        used: segments that each example used.
+        limit: most segments of an example.
+        solved: share of solved items, 0 to 1.
+    """
     if limit < 2 or not used:
         return None
+
     if min(used) >= limit and solved > SETTLED:
-        return (f"no example halted before segment {limit} at evaluation though {100 * solved:.0f} % were solved: "
-                "halting has collapsed to nothing")
+        return (
+            f"no example halted before segment {limit} at evaluation though {100 * solved:.0f} % were solved: halting "
+            "has collapsed to nothing"
+        )
     if max(used) <= 1 and solved < 1 - SETTLED:
-        return (f"every example halted after 1 of {limit} segments at evaluation though only {100 * solved:.0f} % were "
-                "solved: halting has collapsed to all")
+        return (
+            f"every example halted after 1 of {limit} segments at evaluation though only {100 * solved:.0f} % were "
+            "solved: halting has collapsed to all"
+        )
     return None
 
 
 class HaltingAlarm:
-    """Watches a run's batches and judges every `EVERY` of them."""
+    """Watches a run's batches, and judges `EVERY` of them together."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, float, float]] = []
+        self._batches: list[tuple[float, ...]] = []  # `WATCHED` of each batch since the last judgement
 
     def update(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Takes in batch `step`; the alarm, if it is due and there is cause. Runs without a halting head never are."""
+        """Takes in batch `step`. Returns the alarm, if a judgement is due and there is cause.
+
+        A run without a halting head has no such metrics and no alarm.
+        """
         if "halt_probability" not in metrics:
             return None
-        names = ("halt_probability", "halt_deviation", "teacher_forced_exact")
-        self._seen.append(tuple(float(metrics[name]) for name in names))
+        self._batches.append(tuple(float(metrics[name]) for name in WATCHED))
         if step % EVERY:
             return None
-        means = [sum(column) / len(column) for column in zip(*self._seen, strict=True)]
-        self._seen = []
+
+        columns = zip(*self._batches, strict=True)
+        means = [sum(column) / len(column) for column in columns]
+        self._batches = []
         return collapse(*means)
