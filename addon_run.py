@@ -13,10 +13,10 @@ import torch
 from accelerate.utils import gather_object, set_seed
 
 import options
-from addon.adapters import build_controller
+from addon.adapters import build_controller, config_class
 from addon.curriculum import curriculum_problems
 from addon.halting import HaltingAlarm, evaluation_collapse
-from addon.hidden_cache import CachePlan, HiddenCache, cache_key, plan_cache
+from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
 from addon.items import AddonData, AddonDataConfig
 from batching import Batch, PromptConfig, PromptFormat
 from engine.loop import RunLoop
@@ -25,8 +25,8 @@ from engine.optimization import OptimConfig
 from engine.report import Card, Report, format_table
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from evaluation import Answer, Decoding, Evaluation, answer, evaluate, solved_rate
-from host import load_config, load_tokenizer
-from model import AdapterController
+from host import HostConfig, load_config, load_tokenizer
+from model import AdapterConfig, AdapterController, HRMAddonConfig
 from reasoning_gym_wrapper import (
     Example,
     beyond_reserve,
@@ -55,6 +55,14 @@ def task_config(opts: argparse.Namespace) -> str:
     if opts.task_config:
         return opts.task_config
     return "default" if opts.task or opts.tasks else "small"
+
+
+def adapter_config(opts: argparse.Namespace) -> AdapterConfig:
+    """The shape and settings of the adapter that the flags describe."""
+    kind = config_class(opts.adapter)
+    if kind is HRMAddonConfig:
+        return options.part(kind, opts, verifier_head=opts.verifier_weight > 0)
+    return options.part(kind, opts)
 
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
@@ -158,7 +166,7 @@ class AddonEvaluator(Evaluator):
             levels = curriculum.rows()
             rows += levels
             value += sum(row["value"] for row in levels) / max(len(levels), 1)
-            notes.append(f"curriculum level: {curriculum.told()}")
+            notes.append(f"curriculum level: {curriculum.summary()}")
 
         # What makes a rate look worse than the model is.
         cut = sum(not answer.finished for answer in evaluation.answers)
@@ -253,7 +261,7 @@ class AddonHooks(Hooks):
         if share < 1:
             rates = {name: solved_rate(evaluation.of(name)) for name in curriculum.levels}
             if curriculum.update(rates):
-                self.machine.say(f"step {step}: curriculum goes up to level {curriculum.told()}")
+                self.machine.say(f"step {step}: curriculum goes up to level {curriculum.summary()}")
                 self.data.to_levels()
         self.extra["curriculum"] = dict(curriculum.levels)
 
@@ -307,7 +315,7 @@ class AddonRun:
 
         # The first weights depend on the seed alone, not on how many items were drawn before.
         set_seed(opts.seed)
-        self.model = build_controller(opts, str(self.machine.device))
+        self.model = build_controller(options.part(HostConfig, opts), adapter_config(opts), str(self.machine.device))
         self._check_positions()
         if self.model.recurrent:
             self.model.config.segments = opts.eval_segments or opts.segments  # training draws its own number
@@ -350,8 +358,10 @@ class AddonRun:
         # Each process of this machine holds a cache of its own, since every epoch deals the items anew.
         config = load_config(opts.model_name, opts.trust_remote_code)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        plan = plan_cache(opts, config, self.format, self.data.fixed_examples, processes)
-        self.machine.say(f"--cache_hidden ram: {plan.told()}, at most --cache_max_gb {opts.cache_max_gb:g}")
+        plan = plan_cache(
+            options.part(CacheConfig, opts), config, self.format, self.data.fixed_examples, processes
+        )
+        self.machine.say(f"--cache_hidden ram: {plan.size_text()}, at most --cache_max_gb {opts.cache_max_gb:g}")
         return plan
 
     def _trainer(self) -> Trainer:
@@ -370,7 +380,8 @@ class AddonRun:
                 "--dry_run leaves the cache of hidden states empty: its time is that of a step without it"
             )
         elif self.plan:
-            key = cache_key(self.model, self.format, opts)
+            items = options.part(ItemsConfig, opts)
+            key = cache_key(self.model, self.format.tokenizer, options.part(PromptConfig, opts), items)
             cache = HiddenCache(key, self.plan, self.format, self.machine.say)
             trainer.encode = cache.encoder(self.model, key)
         return trainer
@@ -431,7 +442,7 @@ class AddonRun:
 def prompt_format(opts: argparse.Namespace) -> PromptFormat:
     """How questions become prompts, with the LLM's tokenizer. Raises ValueError (HostError) where it cannot load."""
     tokenizer = load_tokenizer(opts.model_name, opts.trust_remote_code)
-    return PromptFormat(tokenizer, opts.prompt_style, opts.system_header, opts.sentinel, opts.max_seq_len)
+    return PromptFormat(tokenizer, options.part(PromptConfig, opts))
 
 
 def decoding(opts: argparse.Namespace) -> Decoding:

@@ -72,21 +72,15 @@ class PromptFormat:
         ValueError: `chat` without a chat template; a tokenizer without an end-of-sequence token.
     """
 
-    def __init__(
-        self,
-        tokenizer,
-        style: str = "auto",
-        system_header: str | None = None,
-        sentinel: str | None = None,
-        max_seq_len: int = 512,
-    ):
+    def __init__(self, tokenizer: Any, config: PromptConfig = PromptConfig()):
+        style = config.prompt_style
         if style == "chat" and not tokenizer.chat_template:
             raise ValueError("--prompt_style chat needs a chat template, this tokenizer has none: use auto or plain")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end: choose another model")
         self.tokenizer = tokenizer
-        self.sentinel = sentinel
-        self.max_seq_len = max_seq_len
+        self.sentinel = config.sentinel
+        self.max_seq_len = config.max_seq_len
         self.chat = style == "chat" or (style == "auto" and bool(tokenizer.chat_template))
 
         # Pads are masked wherever they stand, so a tokenizer without one may use its end of sequence.
@@ -96,7 +90,7 @@ class PromptFormat:
 
         # Every prompt is prefix + question + suffix.
         frame = self._chat_frame if self.chat else self._plain_frame
-        self.prefix, self.suffix = frame(system_header)
+        self.prefix, self.suffix = frame(config.system_header)
 
     def _plain_frame(self, header: str | None) -> tuple[str, str]:
         prefix = f"{header}\n" if header else ""

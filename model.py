@@ -56,15 +56,52 @@ CORES = {"hrm": HRMCore, "mlp": SinglePassCore}  # by `HRMAddonConfig.adapter`
 OLD_DEFAULTS = {"segments": 4, "init_state": "fixed", "state_mix": "sum"}
 
 
-class HRMAddonConfig(PreTrainedConfig):
-    """Shape and settings of the add-on, each named after the flag of `train.py` that sets it.
-
-    The defaults are those of `train.py`. Only keyword arguments are taken. `base_config` and `base_model_name` are the
-    LLM's and are set by `from_base`.
+class AdapterConfig(PreTrainedConfig):
+    """What the configs of all adapters share: the LLM they sit on. Only keyword arguments are taken.
 
     Attributes:
         base_config: the LLM's own config; a dict of it is accepted.
         base_model_name: folder or hub name that the LLM was loaded from.
+    """
+
+    sub_configs = {"base_config": AutoConfig}
+
+    base_config: PreTrainedConfig | dict | None = None
+    base_model_name: str = ""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.base_config, dict):
+            self.base_config = AutoConfig.for_model(**self.base_config)
+        # A copy: transformers sets the attention of sub-configs to None below, and a host that shared it with us
+        # would silently lose its causal mask.
+        self.base_config = copy.deepcopy(self.base_config)
+
+        # `generate` asks the outer config for the special tokens.
+        if self.base_config is not None:
+            text = self.base_config.get_text_config()
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                kwargs.setdefault(name, getattr(text, name, None))
+        kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The host's text config: cache creation and TRL ask it for layers, heads and vocabulary."""
+        if self.base_config is None:
+            return self
+        return self.base_config.get_text_config(*args, **kwargs)
+
+    def settings(self) -> dict[str, Any]:
+        """Name -> value of the adapter's own settings, in their order: with an LLM, they rebuild the adapter."""
+        shared = {field.name for field in dataclasses.fields(AdapterConfig)}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in shared}
+
+
+class HRMAddonConfig(AdapterConfig):
+    """Shape and settings of the add-on, each named after the flag of `train.py` that sets it.
+
+    The defaults are those of `train.py`.
+
+    Attributes:
         d_h: width of the HRM; a multiple of 2 x n_heads.
         h_layers, l_layers: layers of the slow block H and of the fast block L, at least 1.
         share_hl: one block is both H and L, as in TRM; needs h_layers == l_layers.
@@ -95,11 +132,8 @@ class HRMAddonConfig(PreTrainedConfig):
     """
 
     model_type = "hrm_addon"
-    sub_configs = {"base_config": AutoConfig}
     auto_map = {}  # TRL reads it when it loads a reference model whose class transformers does not export
 
-    base_config: PreTrainedConfig | dict | None = None
-    base_model_name: str = ""
     d_h: int = 128
     h_layers: int = 1
     l_layers: int = 1
@@ -131,36 +165,14 @@ class HRMAddonConfig(PreTrainedConfig):
     adapter: str = "hrm"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.base_config, dict):
-            self.base_config = AutoConfig.for_model(**self.base_config)
-        # A copy: transformers sets the attention of sub-configs to None below, and a host that shared it with us
-        # would silently lose its causal mask.
-        self.base_config = copy.deepcopy(self.base_config)
         if self.adapter != "hrm":
             self.segments = 1
-
-        # `generate` asks the outer config for the special tokens.
-        if self.base_config is not None:
-            text = self.base_config.get_text_config()
-            for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-                kwargs.setdefault(name, getattr(text, name, None))
-        kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers'. A setting that an older version left out of the record has the value it had then."""
         return super().from_dict(OLD_DEFAULTS | config_dict, **kwargs)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The host's text config: cache creation and TRL ask it for layers, heads and vocabulary."""
-        return self.base_config.get_text_config(*args, **kwargs) if self.base_config is not None else self
-
-    def settings(self) -> dict[str, Any]:
-        """Name -> value of everything above but the LLM's own, in the order above: what rebuilds the add-on."""
-        inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-        names = [field.name for field in dataclasses.fields(self) if field.name not in inherited]
-        return {name: getattr(self, name) for name in names if name not in ("base_config", "base_model_name")}
 
 
 @dataclass

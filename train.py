@@ -128,6 +128,8 @@ def matched(opts: options.Options, set_here: Set[str]) -> tuple[options.Options,
     `set_here` names the flags that this call sets: a size among them contradicts --match_params.
     """
     from addon.param_matching import match
+    from addon_run import adapter_config
+    from host import HostConfig
 
     sizes = {"d_h", "lora_rank", "virtual_tokens"}
     if opts.lora_layers:  # then the rank is of the LoRA beside HRM, and d_h is what is sized
@@ -136,13 +138,15 @@ def matched(opts: options.Options, set_here: Set[str]) -> tuple[options.Options,
     if typed:
         return opts, [f"--match_params {opts.match_params} and --{typed[0]} are both set: keep one"]
     try:
-        size, sentence = match(opts)
+        size = match(
+            options.part(HostConfig, opts), adapter_config(opts), opts.match_params, opts.max_seq_len
+        )
     except ValueError as error:
         return opts, [str(error)]
 
     if os.environ.get("RANK", "0") == "0":  # of several processes one
-        print(sentence, file=sys.stderr)
-    return options.replace(opts, **size, explicit=opts.explicit | frozenset(size)), []
+        print(size.line, file=sys.stderr)
+    return options.replace(opts, **{size.flag: size.value}, explicit=opts.explicit | {size.flag}), []
 
 
 def complain(problems: list[str], status: int = 2) -> int:

@@ -1,11 +1,9 @@
-"""Adapters of every kind: built from options, written to a checkpoint's `adapter_config.json`, loaded from there."""
+"""Adapters of every kind: built, described in a checkpoint's `adapter_config.json`, loaded from there."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,19 +11,39 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from addon.baselines import PEFT_TYPES, SHAPE_FIELDS, BaselineController
+from addon.baselines import BaselineConfig, BaselineController
 from batching import PromptConfig
 from engine.checkpoints import read_checkpoint
-from model import OLD_DEFAULTS, AdapterController, HRMAddonConfig, HRMController
+from host import HostConfig
+from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
 
-ADAPTER = "adapter_model"
+ADAPTER = "adapter_model"  # file stem of the weights in a checkpoint
 ADAPTER_CONFIG = "adapter_config.json"
-PROMPT_FIELDS = ("prompt_style", "system_header", "sentinel", "max_seq_len")
+CONTROLLERS = {HRMAddonConfig: HRMController, BaselineConfig: BaselineController}
+
+
+def config_class(adapter: str) -> type[AdapterConfig]:
+    """The config that describes `--adapter`."""
+    return HRMAddonConfig if adapter in ("hrm", "mlp") else BaselineConfig
+
+
+def build_controller(host: HostConfig, config: AdapterConfig, device: str) -> AdapterController:
+    """A new adapter with the settings of `config` on the LLM that `host` names; `device` is torch's name of one.
+
+    Raises:
+        HostError: as `host.load_host`; more LoRA layers than the LLM has.
+    """
+    controller = CONTROLLERS[type(config)]
+    return controller.from_base(host.model_name, host.load_in, host.trust_remote_code, device, **config.settings())
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
 
 
 def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
     """What identifies a base model wherever it lies: family, sizes and a digest of some of its weights."""
-    text, head = host.config.get_text_config(), host.get_output_embeddings().weight
+    text = host.config.get_text_config()
+    head = host.get_output_embeddings().weight
     rows = head.detach()[:: max(len(head) // 64, 1)].float().cpu().numpy().tobytes()
     return {
         "model_type": text.model_type,
@@ -36,8 +54,8 @@ def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def adapter_document(controller: Any, prompt: PromptConfig) -> str:
-    """JSON text that lets an adapter be rebuilt: base model, its fingerprint, shape, prompt format."""
+def adapter_document(controller: AdapterController, prompt: PromptConfig) -> str:
+    """JSON text from which an adapter can be rebuilt: base model, its fingerprint, shape, prompt format."""
     document = {
         **controller.shape(),
         "task_type": "CAUSAL_LM",
@@ -50,67 +68,40 @@ def adapter_document(controller: Any, prompt: PromptConfig) -> str:
 
 def adapter_of(document: dict[str, Any]) -> str:
     """The `--adapter` that an adapter document describes."""
-    return next(document[key].get("adapter", "hrm") for key in ("hrm", "baseline") if key in document)
+    settings = document["hrm"] if "hrm" in document else document["baseline"]
+    return settings.get("adapter", "hrm")
 
 
-def check_adapter(controller: Any, document: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError when the checkpoint holds another kind of adapter."""
-    found, ours = adapter_of(document), controller.config.adapter
-    if found != ours:
-        raise ValueError(f"{folder} holds an adapter of kind {found}, not {ours}: pass --adapter {found}")
+def check_adapter(controller: AdapterController, document: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError when the checkpoint in `folder` holds another kind of adapter."""
+    theirs = adapter_of(document)
+    ours = controller.config.adapter
+    if theirs != ours:
+        raise ValueError(f"{folder} holds an adapter of kind {theirs}, not {ours}: pass --adapter {theirs}")
 
 
 def check_fingerprint(host: PreTrainedModel, document: dict[str, Any], folder: Path) -> None:
     """Raises ValueError naming how this base model differs from the one the checkpoint was trained on."""
-    expected, found = document["base_fingerprint"], host_fingerprint(host)
-    other = [f"{key} {found[key]} (checkpoint: {expected[key]})" for key in expected if found.get(key) != expected[key]]
-    if other:
+    ours = host_fingerprint(host)
+    differences = []
+    for key, value in document["base_fingerprint"].items():
+        if ours.get(key) != value:
+            differences.append(f"{key} {ours[key]} (checkpoint: {value})")
+
+    if differences:
         raise ValueError(
             f"{folder} was trained on another base model, {document['base_model_name_or_path']}: this one has "
-            f"{', '.join(other)}; pass --model_name {document['base_model_name_or_path']}"
+            f"{', '.join(differences)}; pass --model_name {document['base_model_name_or_path']}"
         )
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter document, add-on tensors) of a verified checkpoint. Raises ValueError (CheckpointError)."""
     saved = read_checkpoint(folder, stems=[ADAPTER])
     return json.loads(saved.documents[ADAPTER_CONFIG]), saved.tensors[ADAPTER]
-
-
-def load_adapter(
-    folder: Path, device: str = "cpu", trust_remote_code: bool = False
-) -> tuple[HRMController, dict[str, Any]]:
-    """The controller of a checkpoint with its weights for inference, in evaluation mode, and its adapter document.
-
-    Raises:
-        ValueError: a broken checkpoint, one of a baseline, or a base model that is missing or another one.
-    """
-    document, tensors = read_adapter(folder)
-    if "hrm" not in document:
-        raise ValueError(f"{folder} holds a {adapter_of(document)} baseline: load it with "
-                         "addon.adapters.load_controller")
-    settings = OLD_DEFAULTS | document["hrm"]
-    controller = HRMController.from_base(
-        document["base_model_name_or_path"], device=device, trust_remote_code=trust_remote_code, **settings
-    )
-    check_fingerprint(controller.host, document, folder)
-    controller.load_addon_state(tensors)
-    return controller.eval(), document
-
-
-def build_model(opts: argparse.Namespace, device: str) -> HRMController:
-    """The HRM, or with `--adapter mlp` its single pass, that the options describe. Raises HostError."""
-    names = [name for name in inspect.signature(HRMAddonConfig).parameters if hasattr(opts, name)]
-    settings = {name: getattr(opts, name) for name in names} | {"verifier_head": opts.verifier_weight > 0}
-    return HRMController.from_base(opts.model_name, opts.load_in, opts.trust_remote_code, device, **settings)
-
-
-def build_controller(opts: argparse.Namespace, device: str) -> AdapterController:
-    """The adapter that the options describe, on its LLM: the only place that maps options to it. Raises HostError."""
-    if opts.adapter not in PEFT_TYPES:
-        return build_model(opts, device)
-    settings = {name: getattr(opts, name) for name in SHAPE_FIELDS}
-    return BaselineController.from_base(opts.model_name, opts.load_in, opts.trust_remote_code, device, **settings)
 
 
 def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool = False
@@ -121,11 +112,35 @@ def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool =
         ValueError: a broken checkpoint, or a base model that is missing or another one.
     """
     document, tensors = read_adapter(folder)
-    if adapter_of(document) not in PEFT_TYPES:
-        return load_adapter(folder, device, trust_remote_code)
-    controller = BaselineController.from_base(
-        document["base_model_name_or_path"], trust_remote_code=trust_remote_code, device=device, **document["baseline"]
-    )
+    return _controller(folder, document, tensors, device, trust_remote_code), document
+
+
+def load_adapter(
+    folder: Path, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[HRMController, dict[str, Any]]:
+    """As `load_controller`, of HRM or its single pass alone.
+
+    Raises:
+        ValueError: as `load_controller`; a checkpoint of a baseline.
+    """
+    document, tensors = read_adapter(folder)
+    if "hrm" not in document:
+        raise ValueError(f"{folder} holds a {adapter_of(document)} baseline: load it with "
+                         "addon.adapters.load_controller")
+    return _controller(folder, document, tensors, device, trust_remote_code), document
+
+
+def _controller(folder: Path, document: dict[str, Any], tensors: dict[str, Tensor], device: str,
+                trust_remote_code: bool) -> AdapterController:
+    """The controller that `document` describes, with the weights of `tensors`."""
+    if "hrm" in document:
+        # A setting that an older version left out has the value it had then.
+        config: AdapterConfig = HRMAddonConfig(**OLD_DEFAULTS | document["hrm"])
+    else:
+        config = BaselineConfig(**document["baseline"])
+    host = HostConfig(document["base_model_name_or_path"], trust_remote_code=trust_remote_code)
+
+    controller = build_controller(host, config, device)
     check_fingerprint(controller.host, document, folder)
     controller.load_addon_state(tensors)
-    return controller.eval(), document
+    return controller.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from addon.adapters import load_controller
-from batching import PromptFormat
+from batching import PromptConfig, PromptFormat
 from evaluation import AnswerConfig, generate_texts
 from host import load_tokenizer
 
@@ -27,14 +27,8 @@ class AddonAnswerer:
 
         # Questions are put as they were in training.
         base = document["base_model_name_or_path"]
-        prompt = document["prompt"]
-        self.format = PromptFormat(
-            load_tokenizer(base, config.trust_remote_code),
-            prompt["prompt_style"],
-            prompt["system_header"],
-            prompt["sentinel"],
-            prompt["max_seq_len"],
-        )
+        tokenizer = load_tokenizer(base, config.trust_remote_code)
+        self.format = PromptFormat(tokenizer, PromptConfig(**document["prompt"]))
         self.title = f"{folder}: {base} + {self.model.title} on {device}"
 
     def check_length(self, question: str) -> None:

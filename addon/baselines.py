@@ -22,47 +22,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from batching import Batch
 from engine.batches import IGNORE
 from host import add_lora, decoder_layers, freeze, host_logits, load_host, position_arguments
 from hrm_blocks import all_correct, token_positions
-from model import AdapterController, ControllerOutput, causal_loss
+from model import AdapterConfig, AdapterController, ControllerOutput, causal_loss
 
 PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "none": "NONE"}
-SHAPE_FIELDS = ("adapter", "lora_rank", "virtual_tokens")
 
 
-class BaselineConfig(PreTrainedConfig):
-    """Which baseline, and the config of the LLM it sits on. Only keyword arguments are taken.
+class BaselineConfig(AdapterConfig):
+    """Which baseline; each setting is named after the flag of `train.py` that sets it.
 
     Attributes:
-        base_config: the LLM's own config.
-        base_model_name: folder or hub name that the LLM was loaded from.
         adapter: "lora", "prompt" or "none".
         lora_rank: rank of LoRA, at least 1.
         virtual_tokens: learned embeddings of prompt tuning, at least 1.
     """
 
     model_type = "hrm_baseline"
-    sub_configs = {"base_config": AutoConfig}
 
-    base_config: PreTrainedConfig | None = None
-    base_model_name: str = ""
     adapter: str = "none"
     lora_rank: int = 8
     virtual_tokens: int = 20
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # A copy: transformers sets the attention of sub-configs to None below, which the host must not share.
-        self.base_config = copy.deepcopy(self.base_config)
-        kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
-        super().__post_init__(**kwargs)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The host's text config: cache creation asks it for layers and heads."""
-        return self.base_config.get_text_config(*args, **kwargs) if self.base_config is not None else self
 
 
 class BaselineController(AdapterController):
@@ -106,17 +90,19 @@ class BaselineController(AdapterController):
 
     @property
     def title(self) -> str:
-        titles = {"lora": f"LoRA rank {self.config.lora_rank}", "prompt": f"{self.virtual_tokens} virtual tokens"}
-        return titles.get(self.config.adapter, "no adapter")
+        if self.config.adapter == "lora":
+            return f"LoRA rank {self.config.lora_rank}"
+        return "no adapter" if self.prompt is None else f"{self.virtual_tokens} virtual tokens"
 
     def parts(self) -> dict[str, nn.Module]:
         """Name -> module of what trains, for counting."""
-        return {"lora": {"lora": self.host}, "prompt": {"prompt": self.prompt}}.get(self.config.adapter, {})
+        if self.config.adapter == "lora":
+            return {"lora": self.host}
+        return {} if self.prompt is None else {"prompt": self.prompt}
 
     def shape(self) -> dict[str, Any]:
         """What of an adapter document says how to build this baseline anew."""
-        fields = {name: getattr(self.config, name) for name in SHAPE_FIELDS}
-        return {"peft_type": PEFT_TYPES[self.config.adapter], "baseline": fields}
+        return {"peft_type": PEFT_TYPES[self.config.adapter], "baseline": self.config.settings()}
 
     # --- running the host ---
 
@@ -150,7 +136,9 @@ class BaselineController(AdapterController):
 
     def _precision(self, device: str) -> contextlib.AbstractContextManager:
         """Autocast as it is for what trains; the bare LLM runs in its own dtype."""
-        return torch.autocast(device, enabled=False) if self.config.adapter == "none" else contextlib.nullcontext()
+        if self.config.adapter == "none":
+            return torch.autocast(device, enabled=False)
+        return contextlib.nullcontext()
 
     # --- training ---
 

@@ -1,25 +1,44 @@
 """`--curriculum`: each task climbs Reasoning Gym's own levels of difficulty as its held-out solved rate allows.
 
-A level sets every attribute of the task's curriculum to that level (attributes with fewer levels stay at their last);
-ranges run from the easiest value to the level's, so nothing learnt drops out. The evaluation items of ALL levels are
-reserved before anything is trained: a question trained on at one level could else be evaluated at the next.
+A level sets every attribute of the task's curriculum to that level (attributes with fewer levels stay at their last).
+Ranges run from the easiest value to the level's, so nothing learnt drops out. The evaluation items of ALL levels are
+reserved before anything is trained: otherwise a question trained on at one level could be evaluated at the next.
 
-A task begins at its first level of at least `ENOUGH` distinct questions: chain_sum's first level has 200, half of them
-held out; the rest are learnt by heart, and the held-out rate never rises.
+A task begins at its first level of at least `ENOUGH` distinct questions. chain_sum's first level has 200, half of them
+held out; a model learns the rest by heart, and the held-out rate never rises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from engine.records import normalise
 from engine.report import metric_row
-from reasoning_gym_wrapper import Example, Reserve, Task, TaskError
+from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError
 
 Fits = Callable[[list[Example]], list[Example]]
 
 ENOUGH = 1000  # distinct questions: with a few hundred, training repeats them within minutes and learns nothing else
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """How tasks climb; each field is the flag of its name.
+
+    curriculum_threshold: held-out solved rate at which a task goes up a level, above 0 and at most 1.
+    curriculum_levels: highest level; 0 = the task's last.
+    eval_n: evaluation items of each task and level.
+    eval_seed: seed that they are drawn with.
+    group_split: evaluate a task of few solutions on solutions that are never trained on, see `Reserve`.
+    """
+
+    curriculum_threshold: float = 0.8
+    curriculum_levels: int = 0
+    eval_n: int = 256
+    eval_seed: int = EVAL_SEED
+    group_split: bool = True
 
 
 def curriculum_problems(names: Sequence[str]) -> list[str]:
@@ -28,6 +47,7 @@ def curriculum_problems(names: Sequence[str]) -> list[str]:
         from reasoning_gym.factory import has_curriculum
     except ImportError:
         return ["--curriculum needs reasoning-gym: pip install reasoning-gym==0.1.25"]
+
     without = [name for name in names if not has_curriculum(name)]
     if not without:
         return []
@@ -40,20 +60,25 @@ def level_configs(task: Task, highest: int = 0) -> list[dict[str, Any]]:
 
     curriculum = create_curriculum(task.name)
     attributes = list(curriculum.attributes.values())
+
+    # The fields of the task's config that the curriculum sets: one per attribute, or both ends of a range.
     fields = []
     for attribute in attributes:
-        two = ("lower_field_name", "upper_field_name")
-        names = [getattr(attribute, name) for name in (*two, "field_name") if hasattr(attribute, name)]
-        fields += names
+        for kind in ("lower_field_name", "upper_field_name", "field_name"):
+            if hasattr(attribute, kind):
+                fields.append(getattr(attribute, kind))
+
     last = max((len(attribute.levels) for attribute in attributes), default=1) - 1
-    found: list[dict[str, Any]] = []
-    for level in range((min(highest, last) if highest else last) + 1):
+    if highest:
+        last = min(highest, last)
+    configs: list[dict[str, Any]] = []
+    for level in range(last + 1):
         curriculum.set_global_level(level)
         made = curriculum.generate_configuration(dict(task.config))
-        config = {**task.config, **{name: getattr(made, name) for name in fields}}
-        if not found or config != found[-1]:
-            found.append(config)
-    return found
+        config = task.config | {name: getattr(made, name) for name in fields}
+        if not configs or config != configs[-1]:
+            configs.append(config)
+    return configs
 
 
 def ladder(task: Task, highest: int = 0) -> list[Task]:
@@ -73,44 +98,59 @@ def ladder(task: Task, highest: int = 0) -> list[Task]:
     return steps
 
 
+def all_fit(examples: list[Example]) -> list[Example]:
+    """The `fits` of a curriculum without a limit of length."""
+    return examples
+
+
 class Curriculum:
     """Where each task stands, and the evaluation items of every level.
 
-    `starts` has the level each task begins at: the first of `ENOUGH` questions, or 0 where none has as many. `n` items
-    are evaluated at a level, or half of its distinct questions where it has fewer than 2n. `fits` leaves out items that
-    are too long and raises ValueError where it may not; the ladder ends below such a level.
+    `starts` has the level each task begins at: the first of `ENOUGH` questions, or 0 where none has as many. `eval_n`
+    items are evaluated at a level, or half of its distinct questions where it has fewer than twice as many. `fits`
+    leaves out items that are too long and raises ValueError where it may not; the ladder ends below such a level.
 
     Raises:
         TaskError, ValueError: the first level of a task cannot be used.
     """
 
-    def __init__(self, tasks: Sequence[Task], threshold: float, n: int, seed: int, by_group: bool = True,
-                 highest: int = 0, fits: Fits = lambda examples: examples):
-        self.threshold = threshold
+    def __init__(self, tasks: Sequence[Task], config: CurriculumConfig, fits: Fits = all_fit):
+        self.config = config
         self.ladders: dict[str, list[Task]] = {}
         self.held_out: dict[str, list[list[Example]]] = {}  # task -> level -> items
         self.starts: dict[str, int] = {}
-        self.reserve = Reserve([], 0, by_group=by_group)
+        self.reserve = Reserve([], 0, by_group=config.group_split)
         for task in tasks:
-            steps, items = [], []
-            for step in ladder(task, highest):
-                wanted = 2 * n if task.name in self.starts else max(2 * n, ENOUGH)
-                found = Reserve([step], wanted, seed, must_fill=False, by_group=by_group).examples
-                try:
-                    drawn = fits(found[:2 * n])
-                except ValueError:
-                    if not steps:
-                        raise
-                    break
-                if len(found) >= ENOUGH:
-                    self.starts.setdefault(task.name, len(steps))
-                steps.append(step)
-                items.append(drawn[:min(n, max(len(drawn) // 2, 1))])
-            self.ladders[task.name], self.held_out[task.name] = steps, items
-            self.starts.setdefault(task.name, 0)
-            self.reserve.examples += [example for level in items for example in level]
+            self._climb(task, fits)
+            self.reserve.examples += [example for level in self.held_out[task.name] for example in level]
         self.reserve.questions = {normalise(example.question) for example in self.reserve.examples}
         self.levels = dict(self.starts)
+
+    def _climb(self, task: Task, fits: Fits) -> None:
+        """Finds the task's levels, the items of each, and where it begins."""
+        config = self.config
+        most = 2 * config.eval_n
+        steps: list[Task] = []
+        items: list[list[Example]] = []
+        for step in ladder(task, config.curriculum_levels):
+            # Once the start is known, no level's questions are counted beyond what is needed.
+            wanted = most if task.name in self.starts else max(most, ENOUGH)
+            reserve = Reserve([step], wanted, config.eval_seed, must_fill=False, by_group=config.group_split)
+            try:
+                drawn = fits(reserve.examples[:most])
+            except ValueError:
+                if not steps:
+                    raise
+                break
+
+            if len(reserve.examples) >= ENOUGH:
+                self.starts.setdefault(task.name, len(steps))
+            steps.append(step)
+            items.append(drawn[: min(config.eval_n, max(len(drawn) // 2, 1))])
+
+        self.ladders[task.name] = steps
+        self.held_out[task.name] = items
+        self.starts.setdefault(task.name, 0)
 
     def tasks(self) -> list[Task]:
         """Each task at its level."""
@@ -122,24 +162,30 @@ class Curriculum:
 
     def update(self, rates: Mapping[str, float]) -> list[str]:
         """Raises by one level each task whose solved rate reaches the threshold; returns those tasks."""
-        raised = [name for name, level in self.levels.items()
-                  if rates[name] >= self.threshold and level + 1 < len(self.ladders[name])]
+        raised = []
+        for name, level in self.levels.items():
+            is_last = level + 1 == len(self.ladders[name])
+            if rates[name] >= self.config.curriculum_threshold and not is_last:
+                raised.append(name)
+
         for name in raised:
             self.levels[name] += 1
         return raised
 
     def restore(self, levels: Mapping[str, int]) -> None:
-        """The levels of a checkpoint; tasks it does not know keep theirs."""
-        for name in self.levels:
-            self.levels[name] = min(int(levels.get(name, self.levels[name])), len(self.ladders[name]) - 1)
+        """The levels of a checkpoint; a task that it does not name keeps its own."""
+        for name, level in self.levels.items():
+            saved = int(levels.get(name, level))
+            self.levels[name] = min(saved, len(self.ladders[name]) - 1)
 
     def rows(self) -> list[dict[str, Any]]:
         """CSV rows: the level that each task is evaluated at."""
-        return [
-            metric_row(name, "curriculum_level", level, len(self.held_out[name][level]))
-            for name, level in self.levels.items()
-        ]
+        rows = []
+        for name, level in self.levels.items():
+            rows.append(metric_row(name, "curriculum_level", level, len(self.held_out[name][level])))
+        return rows
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """`chain_sum 2 of 10, gcd 0 of 4`"""
-        return ", ".join(f"{name} {level} of {len(self.ladders[name]) - 1}" for name, level in self.levels.items())
+        parts = [f"{name} {level} of {len(self.ladders[name]) - 1}" for name, level in self.levels.items()]
+        return ", ".join(parts)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from addon.curriculum import ENOUGH, Curriculum
+from addon.curriculum import ENOUGH, Curriculum, CurriculumConfig
 from batching import Batch, EpochStream, PromptFormat, TrainBatches, TrainStream, training_examples
 from engine.machine import Machine
 from evaluation import answer_budget
@@ -39,7 +39,7 @@ class AddonDataConfig:
     """
 
     tasks: Sequence[str]
-    task_config: str = "default"
+    task_config: str
     eval_n: int = 256
     eval_seed: int = 10**9
     group_split: bool = True
@@ -143,15 +143,14 @@ class AddonData:
     def _curriculum(self) -> Curriculum:
         """The levels of every task with their held-out items; says where a task cannot begin at the first."""
         config = self.config
-        curriculum = Curriculum(
-            self.tasks,
+        levels = CurriculumConfig(
             config.curriculum_threshold,
+            config.curriculum_levels,
             config.eval_n,
             config.eval_seed,
             config.group_split,
-            config.curriculum_levels,
-            self.fitting,
         )
+        curriculum = Curriculum(self.tasks, levels, self.fitting)
 
         # A run that goes on stands at its checkpoint's levels, not at these.
         for name, level in curriculum.starts.items():

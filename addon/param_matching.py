@@ -5,18 +5,18 @@ Counts are those of the real modules, built on torch's meta device from the LLM'
 
 from __future__ import annotations
 
-import argparse
-import inspect
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from host import add_lora, decoder_layers, load_config
-from model import HRMAddon, HRMAddonConfig
+from addon.baselines import BaselineConfig
+from host import HostConfig, add_lora, decoder_layers, load_config
+from model import AdapterConfig, HRMAddon, HRMAddonConfig
 
-TOLERANCE = 0.05
+TOLERANCE = 0.05  # largest distance from the wanted number, as a share of it
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,42 @@ class Size:
     step: int
     count: Callable[[int], int]  # trainable parameters, never falling
     high: int | None = None
-    limit: str = ""  # what `high` comes from, for the user
+    limit: str = ""  # where `high` comes from, for the user
 
     def nearest(self, wanted: int) -> list[tuple[int, int]]:
         """The (value, parameters) on either side of `wanted`, ascending; one pair where it is met or out of range."""
-        steps = 1
+        # Doubling finds a number of steps that costs enough, halving then the smallest such number.
         top = None if self.high is None else max((self.high - self.low) // self.step, 0)
-        while self.count(self.low + self.step * steps) < wanted and (top is None or steps < top):
-            steps *= 2
-        first, last = 0, steps if top is None else min(steps, top)
-        while first < last:  # the first value that costs at least `wanted`
+        last = 1
+        while self._cost(last) < wanted and (top is None or last < top):
+            last *= 2
+        if top is not None:
+            last = min(last, top)
+        first = 0
+        while first < last:
             middle = (first + last) // 2
-            if self.count(self.low + self.step * middle) < wanted:
+            if self._cost(middle) < wanted:
                 first = middle + 1
             else:
                 last = middle
-        values = [self.low + self.step * place for place in (first - 1, first) if place >= 0]
-        pairs = [(value, self.count(value)) for value in values]
+
+        places = [first] if first == 0 else [first - 1, first]
+        pairs = [(self.low + self.step * place, self._cost(place)) for place in places]
         return [pair for pair in pairs if pair[1] == wanted] or pairs
+
+    def _cost(self, steps: int) -> int:
+        """Parameters at `steps` above the smallest value."""
+        return self.count(self.low + self.step * steps)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The size that comes nearest to the wanted number of parameters."""
+
+    flag: str  # d_h, lora_rank or virtual_tokens
+    value: int
+    parameters: int
+    line: str  # for the user
 
 
 def trainable(module: torch.nn.Module) -> int:
@@ -53,14 +71,14 @@ def trainable(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def meta_host(opts: argparse.Namespace) -> Any:
-    """The LLM of the options without its weights. Raises HostError as `host.load_config`."""
+def meta_host(host: HostConfig) -> Any:
+    """The LLM without its weights. Raises HostError as `host.load_config`."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(opts.model_name, opts.trust_remote_code)
+    config = load_config(host.model_name, host.trust_remote_code)
     with torch.device("meta"):
-        host = AutoModelForCausalLM.from_config(config, trust_remote_code=opts.trust_remote_code)
-    return host.requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=host.trust_remote_code)
+    return model.requires_grad_(False)
 
 
 def lora_parameters(host: Any, layers: int | None = None) -> int:
@@ -72,57 +90,80 @@ def lora_parameters(host: Any, layers: int | None = None) -> int:
     return trainable(host)
 
 
-def addon_parameters(opts: argparse.Namespace, host: Any, d_h: int) -> int:
-    """Parameters of the HRM, or single pass, of width `d_h`, without LoRA beside it."""
-    names = [name for name in inspect.signature(HRMAddonConfig).parameters if hasattr(opts, name)]
-    settings = {name: getattr(opts, name) for name in names} | {"d_h": d_h, "verifier_head": opts.verifier_weight > 0}
-    config, text = HRMAddonConfig(base_config=host.config, **settings), host.config.get_text_config()
+def addon_parameters(config: HRMAddonConfig, host: Any, d_h: int) -> int:
+    """Parameters of the HRM, or single pass, that `config` describes, at width `d_h`, without LoRA beside it."""
+    sized = HRMAddonConfig(base_config=host.config, **config.settings() | {"d_h": d_h})
+    text = host.config.get_text_config()
     with torch.device("meta"):
         width = host.get_output_embeddings().weight.shape[-1]
-        addon = HRMAddon(config, width, text.num_hidden_layers, text.vocab_size)
-    addon.core.halt.requires_grad_(opts.use_act)
+        addon = HRMAddon(sized, width, text.num_hidden_layers, text.vocab_size)
+    addon.core.halt.requires_grad_(config.use_act)
     return trainable(addon)
 
 
-def size_of(opts: argparse.Namespace) -> Size:
-    """How the adapter of the options is sized. Raises HostError as `host.load_config`."""
-    if opts.adapter == "lora":
-        each = lora_parameters(meta_host(opts))
+def size_of(host: HostConfig, config: AdapterConfig, max_seq_len: int) -> Size:
+    """How an adapter is sized. Raises HostError as `host.load_config`."""
+    if isinstance(config, HRMAddonConfig):
+        return _width(host, config)
+    assert isinstance(config, BaselineConfig) and config.adapter != "none", "nothing trains, so nothing has a size"
+    model = meta_host(host)
+    if config.adapter == "lora":
+        each = lora_parameters(model)
         return Size("lora_rank", 1, 1, lambda rank: rank * each)
-    if opts.adapter == "prompt":
-        host = meta_host(opts)
-        width = host.get_input_embeddings().weight.shape[-1]
-        positions = getattr(host.config.get_text_config(), "max_position_embeddings", None)
-        room = None if positions is None else max(positions - opts.max_seq_len, 1)
-        told = f", no more tokens fit the {positions} positions beside --max_seq_len {opts.max_seq_len}"
-        return Size("virtual_tokens", 1, 1, lambda tokens: tokens * width, room, told)
-    host, beside, step = meta_host(opts), 0, 2 * opts.n_heads
-    if opts.lora_layers:
-        beside = opts.lora_rank * lora_parameters(meta_host(opts), opts.lora_layers)
-    known: dict[int, int] = {}
 
+    # Virtual tokens stand before a prompt: together they must fit the LLM's positions.
+    width = model.get_input_embeddings().weight.shape[-1]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = None if positions is None else max(positions - max_seq_len, 1)
+    limit = f", no more tokens fit the {positions} positions beside --max_seq_len {max_seq_len}"
+    return Size("virtual_tokens", 1, 1, lambda tokens: tokens * width, room, limit)
+
+
+def _width(host: HostConfig, config: HRMAddonConfig) -> Size:
+    """The width of an HRM or single pass: a multiple of twice its heads, at least 8."""
+    model = meta_host(host)
+    step = 2 * config.n_heads
+    beside = 0
+    if config.lora_layers:
+        beside = config.lora_rank * lora_parameters(meta_host(host), config.lora_layers)
+
+    @functools.cache
     def count(d_h: int) -> int:
-        if d_h not in known:
-            known[d_h] = addon_parameters(opts, host, d_h) + beside
-        return known[d_h]
+        return addon_parameters(config, model, d_h) + beside
 
-    return Size("d_h", -(-8 // step) * step, step, count)
+    lowest = -(-8 // step) * step
+    return Size("d_h", lowest, step, count)
 
 
-def match(opts: argparse.Namespace) -> tuple[dict[str, int], str]:
-    """({d_h, lora_rank or virtual_tokens: the value that gives the adapter `match_params` parameters}, what to tell).
+def match(host: HostConfig, config: AdapterConfig, match_params: int, max_seq_len: int) -> Match:
+    """The value of d_h, lora_rank or virtual_tokens that gives the adapter `match_params` parameters.
+
+    Args:
+        host: the LLM that the adapter sits on.
+        config: the adapter's other settings.
+        match_params: wanted number of trainable parameters.
+        max_seq_len: most tokens of a prompt, which virtual tokens leave room for.
 
     Raises:
         ValueError: no value comes within 5 %, with the nearest ones; or as `host.load_config`.
     """
-    wanted, size = opts.match_params, size_of(opts)
-    pairs = size.nearest(wanted)
-    value, found = min(pairs, key=lambda pair: abs(pair[1] - wanted))
-    if abs(found - wanted) > TOLERANCE * wanted:
+    size = size_of(host, config, max_seq_len)
+    pairs = size.nearest(match_params)
+    value, parameters = min(pairs, key=lambda pair: abs(pair[1] - match_params))
+
+    if abs(parameters - match_params) > TOLERANCE * match_params:
         near = " and ".join(f"{count:,} (--{size.flag} {at})" for at, count in pairs)
-        limit = size.limit if size.high is not None and pairs[-1][0] >= size.high and found < wanted else ""
-        raise ValueError(f"--match_params {wanted}: adapter {opts.adapter} cannot come within 5 %: nearest "
-                         f"{'are' if len(pairs) > 1 else 'is'} {near}{limit}; ask for one of these")
-    told = (f"--match_params {wanted}: --{size.flag} {value} gives {found:,} trainable parameters "
-            f"({100 * (found / wanted - 1):+.1f} %)")
-    return {size.flag: value}, told
+        verb = "are" if len(pairs) > 1 else "is"
+        is_at_the_top = size.high is not None and pairs[-1][0] >= size.high
+        limit = size.limit if is_at_the_top and parameters < match_params else ""
+        raise ValueError(
+            f"--match_params {match_params}: adapter {config.adapter} cannot come within 5 %: nearest {verb} {near}"
+            f"{limit}; ask for one of these"
+        )
+
+    share = 100 * (parameters / match_params - 1)
+    line = (
+        f"--match_params {match_params}: --{size.flag} {value} gives {parameters:,} trainable parameters "
+        f"({share:+.1f} %)"
+    )
+    return Match(size.flag, value, parameters, line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from batching import PromptFormat
+from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.state import CONFIG
 from enhanced.config import CycleMeter
@@ -28,7 +28,8 @@ class EnhancedAnswerer:
         self.config = config
         self.model = EnhancedHRMForCausalLM.from_pretrained(folder).to(device).eval()
         settings = read_resolved(read_checkpoint(folder, stems=[]).documents[CONFIG])
-        self.format = PromptFormat(load_tokenizer(str(folder)), max_seq_len=settings.get("max_seq_len", 0))
+        prompt = PromptConfig(max_seq_len=settings.get("max_seq_len", 0))
+        self.format = PromptFormat(load_tokenizer(str(folder)), prompt)
         self.cycles = {}  # as trained
         if config.eval_segments:
             self.cycles["max_cycles"] = config.eval_segments

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import set_seed
 
 import options
-from batching import PromptFormat
+from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
 from engine.machine import MachineConfig, errors_of, machine_problems, start_machine
@@ -157,7 +157,7 @@ class EnhancedRun:
             raise ValueError("; ".join(lines))
 
         # Questions for evaluation come first: no example may show one.
-        self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), max_seq_len=opts.max_seq_len)
+        self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), PromptConfig(max_seq_len=opts.max_seq_len))
         held_out = hold_out(self.stages, opts.eval_seed)
         if checkpoint:
             warning = unreserved_since(checkpoint, stages_config, opts.eval_seed, held_out)

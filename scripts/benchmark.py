@@ -18,7 +18,6 @@ import argparse
 import copy
 import ctypes
 import gc
-import inspect
 import json
 import os
 import platform
@@ -40,7 +39,7 @@ from accelerate import Accelerator  # noqa: E402
 
 import options  # noqa: E402
 from addon.baselines import BaselineConfig, BaselineController  # noqa: E402
-from addon.hidden_cache import GB, HiddenCache, cache_key, plan_cache  # noqa: E402
+from addon.hidden_cache import GB, CacheConfig, HiddenCache, ItemsConfig, cache_key, plan_cache  # noqa: E402
 from addon.param_matching import lora_parameters  # noqa: E402
 from batching import Batch, PromptConfig, PromptFormat, TrainBatches, training_examples  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
@@ -166,11 +165,8 @@ def training_options(asked: argparse.Namespace, adapter: str) -> options.Options
 def controller(opts: options.Options, host: Any) -> AdapterController:
     """The adapter of the options on a loaded LLM."""
     if opts.adapter in ("hrm", "mlp"):
-        names = [name for name in inspect.signature(HRMAddonConfig).parameters if hasattr(opts, name)]
-        config = HRMAddonConfig(base_config=host.config, **{name: getattr(opts, name) for name in names})
-        return HRMController(config, host)
-    config = BaselineConfig(base_config=host.config, adapter=opts.adapter, lora_rank=opts.lora_rank,
-                            virtual_tokens=opts.virtual_tokens)
+        return HRMController(options.part(HRMAddonConfig, opts, base_config=host.config), host)
+    config = options.part(BaselineConfig, opts, base_config=host.config)
     return BaselineController(config, twin(host) if opts.adapter == "lora" else host)
 
 
@@ -204,8 +200,10 @@ def build_arms(asked: argparse.Namespace, host: Any, prompt_format: PromptFormat
         trainer = Trainer(*parts, model, accelerator, precision)
         held = 0
         if cached:
-            key = cache_key(model, prompt_format, opts)
-            cache = HiddenCache(key, plan_cache(opts, host.config, prompt_format, examples), prompt_format)
+            items_config = options.part(ItemsConfig, opts)
+            key = cache_key(model, prompt_format.tokenizer, options.part(PromptConfig, opts), items_config)
+            plan = plan_cache(options.part(CacheConfig, opts), host.config, prompt_format, examples)
+            cache = HiddenCache(key, plan, prompt_format)
             trainer.encode = cache.encoder(model, key)
             trainer.encode(batches[0])
             facts = {"cache_gb": cache.states.nbytes / GB, "fill_seconds": cache.fill_seconds}

@@ -34,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
 from addon.adapters import ADAPTER_CONFIG, load_adapter  # noqa: E402
-from addon.curriculum import Curriculum  # noqa: E402
+from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon_run import task_config, task_names  # noqa: E402
-from batching import PromptFormat  # noqa: E402
+from batching import PromptConfig, PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from depth_measures import (  # noqa: E402
     Loaded,
@@ -109,7 +109,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     device = pick_device(args.device)
     model, document = load_adapter(folder, device, args.trust_remote_code)
     tokenizer = load_tokenizer(document["base_model_name_or_path"], args.trust_remote_code)
-    prompt = PromptFormat(tokenizer, opts.prompt_style, opts.system_header, opts.sentinel, opts.max_seq_len)
+    prompt = PromptFormat(tokenizer, options.part(PromptConfig, opts))
 
     examples = held_out(opts, args.eval_n or opts.eval_n, prompt, documents)
     decoding = Decoding(
@@ -139,15 +139,7 @@ def held_out(opts: options.Options, n: int, prompt: PromptFormat, documents: dic
         return fitting(Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split).examples)
 
     # Built as the run built it: which items a level has depends on --eval_n where the level is small.
-    curriculum = Curriculum(
-        tasks,
-        opts.curriculum_threshold,
-        opts.eval_n,
-        opts.eval_seed,
-        opts.group_split,
-        opts.curriculum_levels,
-        fitting,
-    )
+    curriculum = Curriculum(tasks, options.part(CurriculumConfig, opts), fitting)
     state = json.loads(documents.get("training_state.json", "{}"))
     curriculum.restore(state.get("extra", {}).get("curriculum", {}))
 

@@ -14,6 +14,7 @@ from batching import (
     PLAIN_CUE,
     Batch,
     EpochStream,
+    PromptConfig,
     PromptFormat,
     TrainBatches,
     TrainStream,
@@ -40,7 +41,7 @@ def no_special(text: str) -> bool:
 
 @pytest.fixture(scope="module")
 def formats(tokenizer) -> dict[str, PromptFormat]:
-    return {style: PromptFormat(tokenizer, style) for style in ("chat", "plain")}
+    return {style: PromptFormat(tokenizer, PromptConfig(style)) for style in ("chat", "plain")}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_pad_keeps_the_rows(rows, side):
 @given(QUESTIONS, ANY_TEXT, st.sampled_from([None, "Answer with a number."]))
 def test_chat_prompts_and_targets_are_the_template_s_own_text(tokenizer, question, target, header):
     assume(no_special(question) and no_special(target))
-    prompt_format = PromptFormat(tokenizer, "chat", header)
+    prompt_format = PromptFormat(tokenizer, PromptConfig("chat", header))
     turns = [{"role": "system", "content": header}] if header else []
     turns += [{"role": "user", "content": question.strip()}]
     whole = turns + [{"role": "assistant", "content": target}]
@@ -125,7 +126,7 @@ def test_chat_prompts_and_targets_are_the_template_s_own_text(tokenizer, questio
 
 @pytest.mark.parametrize("header", [None, "Be brief."])
 def test_plain_prompts_are_question_and_cue(tokenizer, header):
-    prompt_format = PromptFormat(tokenizer, "plain", header)
+    prompt_format = PromptFormat(tokenizer, PromptConfig("plain", header))
     assert not prompt_format.chat
     [prompt], [target] = prompt_format.prompts([" What is 1 + 2?\n"]), prompt_format.targets(["3"])
     before = "Be brief.\n" if header else ""
@@ -137,18 +138,19 @@ def test_plain_prompts_are_question_and_cue(tokenizer, header):
 def test_auto_is_chat_where_there_is_a_template(tokenizer, plain_tokenizer):
     assert PromptFormat(tokenizer).chat and not PromptFormat(plain_tokenizer).chat
     asked = ["What is 1 + 2?"]
-    assert PromptFormat(tokenizer).prompts(asked) == PromptFormat(tokenizer, "chat").prompts(asked)
-    assert PromptFormat(plain_tokenizer).prompts(asked) == PromptFormat(plain_tokenizer, "plain").prompts(asked)
-    assert PromptFormat(tokenizer, "chat").prompts(asked) != PromptFormat(tokenizer, "plain").prompts(asked)
+    chat, plain = PromptConfig("chat"), PromptConfig("plain")
+    assert PromptFormat(tokenizer).prompts(asked) == PromptFormat(tokenizer, chat).prompts(asked)
+    assert PromptFormat(plain_tokenizer).prompts(asked) == PromptFormat(plain_tokenizer, plain).prompts(asked)
+    assert PromptFormat(tokenizer, chat).prompts(asked) != PromptFormat(tokenizer, plain).prompts(asked)
 
 
 def test_the_system_header_is_a_turn_of_its_own(tokenizer):
-    [prompt] = PromptFormat(tokenizer, "chat", "Be brief.").prompts(["1 + 1?"])
+    [prompt] = PromptFormat(tokenizer, PromptConfig("chat", "Be brief.")).prompts(["1 + 1?"])
     assert tokenizer.decode(prompt) == "<|bos|><|system|>Be brief.<|user|>1 + 1?<|assistant|>"
 
 
 def test_a_question_that_looks_like_the_marker_is_rendered_as_it_is(tokenizer):
-    [prompt] = PromptFormat(tokenizer, "chat").prompts(["QUESTION-GOES-HERE QUESTION-GOES-HERE"])
+    [prompt] = PromptFormat(tokenizer, PromptConfig("chat")).prompts(["QUESTION-GOES-HERE QUESTION-GOES-HERE"])
     assert tokenizer.decode(prompt).count("QUESTION-GOES-HERE") == 2
 
 
@@ -163,7 +165,7 @@ def test_tokenizers_that_frame_text_keep_prompts_open_and_start_them_once():
     )
     assert tokenizer("x")["input_ids"][0] == bos and tokenizer("x")["input_ids"][-1] == eos
     for style in ("plain", "chat"):
-        prompt_format = PromptFormat(tokenizer, style)
+        prompt_format = PromptFormat(tokenizer, PromptConfig(style))
         [prompt], [target] = prompt_format.prompts(["1 + 1?"]), prompt_format.targets(["2"])
         assert prompt.count(bos) == 1 and prompt[0] == bos and eos not in prompt
         assert target.count(eos) == 1 and target[-1] == eos and bos not in target
@@ -171,17 +173,17 @@ def test_tokenizers_that_frame_text_keep_prompts_open_and_start_them_once():
 
 def test_templates_and_tokenizers_that_cannot_serve_are_refused(plain_tokenizer):
     with pytest.raises(ValueError, match="--prompt_style chat needs a chat template"):
-        PromptFormat(plain_tokenizer, "chat")
+        PromptFormat(plain_tokenizer, PromptConfig("chat"))
     plain_tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(ValueError, match=r"chat template failed \(no system role\): try --prompt_style plain"):
-        PromptFormat(plain_tokenizer, "chat", "header")
+        PromptFormat(plain_tokenizer, PromptConfig("chat", "header"))
     for template in ("nothing", "{{ messages[0]['content'] }} {{ messages[0]['content'] }}"):
         plain_tokenizer.chat_template = template
         with pytest.raises(ValueError, match="does not show the question once"):
             PromptFormat(plain_tokenizer)
     plain_tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        PromptFormat(plain_tokenizer, "plain")
+        PromptFormat(plain_tokenizer, PromptConfig("plain"))
 
 
 # --- targets and answers ----------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_targets_come_back_as_answers(tokenizer, target, style, sentinel):
     assume(no_special(target))
     lead = " " if style == "plain" else ""
     assume(sentinel is None or (lead + target + sentinel).index(sentinel) == len(lead + target))
-    prompt_format = PromptFormat(tokenizer, style, sentinel=sentinel)
+    prompt_format = PromptFormat(tokenizer, PromptConfig(style, sentinel=sentinel))
     [ids] = prompt_format.targets([target])
     assert prompt_format.answer_text(torch.tensor(ids)) == (target.strip(), True)
     assert ids[-1] == tokenizer.eos_token_id
@@ -203,7 +205,7 @@ def test_targets_come_back_as_answers(tokenizer, target, style, sentinel):
 
 @pytest.mark.parametrize("style", ["chat", "plain"])
 def test_the_sentinel_ends_every_target_and_no_verifier_sees_it(tokenizer, style):
-    prompt_format = PromptFormat(tokenizer, style, sentinel="[DONE]")
+    prompt_format = PromptFormat(tokenizer, PromptConfig(style, sentinel="[DONE]"))
     for ids in prompt_format.targets(["12", "_ 1\n2 _", ""]):
         assert tokenizer.decode(ids).endswith(f"[DONE]{tokenizer.eos_token}")
     assert prompt_format.batch([example("q", "7")]).labels.tolist() == prompt_format.targets(["7"])
@@ -228,7 +230,8 @@ def test_end_of_sequence_ends_an_answer(formats):
 
 @pytest.mark.parametrize(("sentinel", "target"), [(".", "3.5"), ("\n", "1 2\n3 4"), ("aa", "ba"), (" .", ".5")])
 def test_a_sentinel_that_would_cut_a_gold_answer_is_refused(tokenizer, sentinel, target):
-    prompt_format = PromptFormat(tokenizer, "plain", sentinel=sentinel)  # plain targets start with a space
+    plain = PromptConfig("plain", sentinel=sentinel)  # plain targets start with a space
+    prompt_format = PromptFormat(tokenizer, plain)
     prompt_format.targets(["3"])
     with pytest.raises(ValueError, match="is part of the gold answer .*: choose another"):
         prompt_format.targets(["3", target])
@@ -249,7 +252,7 @@ def contents(batch: Batch) -> tuple[list[str], list[list[int]]]:
 @SHARED
 @given(st.integers(1, 4), st.integers(0, 10), st.integers(1, 6), st.sampled_from([0, 7]), st.booleans())
 def test_training_batches_resume_exactly_at_any_point(formats, window, split, after, train_n, drop):
-    prompt_format = PromptFormat(formats["chat"].tokenizer, max_seq_len=16 if drop else 512)
+    prompt_format = PromptFormat(formats["chat"].tokenizer, PromptConfig(max_seq_len=16 if drop else 512))
 
     def batches() -> TrainBatches:
         stream = stream_of(prompt_format, train_n)
@@ -304,7 +307,7 @@ def test_overlong_training_items_stop_the_run_or_are_left_out(formats):
     lengths = prompt_format.lengths([next(items) for items in [stream_of(prompt_format, 0)] for _ in range(60)])
     limit = sorted(lengths)[len(lengths) // 4]
     assert limit < max(lengths)
-    short = PromptFormat(prompt_format.tokenizer, max_seq_len=limit)
+    short = PromptFormat(prompt_format.tokenizer, PromptConfig(max_seq_len=limit))
     batches = TrainBatches(stream_of(short, 0), short, 4, 2, overlong="drop")
     for _ in range(6):
         batch = next(batches)
@@ -320,7 +323,7 @@ def test_overlong_examples_stop_the_run_or_are_left_out(tokenizer):
     short, long = [example(f"{i} + 1?") for i in range(3)], [example("1 + " * 40 + "1?"), example("2 + " * 50 + "2?")]
     mixed = [short[0], long[0], short[1], long[1], short[2]]
     fits = max(PromptFormat(tokenizer).lengths(short))
-    prompt_format = PromptFormat(tokenizer, max_seq_len=fits)
+    prompt_format = PromptFormat(tokenizer, PromptConfig(max_seq_len=fits))
     assert prompt_format.fitting(short, "error", "training") == short
     assert prompt_format.fitting(short, "drop", "training") == prompt_format.fitting(mixed, "drop", "training") == short
     longest = max(prompt_format.lengths(mixed))

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from batching import PromptFormat, pad
+from batching import PromptConfig, PromptFormat, pad
 from engine.intervals import wilson
 from engine.records import question_hash
 from engine.report import stamped
@@ -154,7 +154,7 @@ def test_answers_cut_at_the_limit_are_counted_as_truncated(prompts):
 
 
 def test_generation_stops_at_the_sentinel_and_the_verifier_never_sees_it(tokenizer):
-    prompts, source = PromptFormat(tokenizer, sentinel="##"), Source()
+    prompts, source = PromptFormat(tokenizer, PromptConfig(sentinel="##")), Source()
     examples = [example("1 + 1", "2", source=source), example("2 + 2", "4", source=source)]
     parrot = Parrot(prompts, {"1 + 1": "2##9999999999", "2 + 2": "4##"})
     answers = answer(parrot, prompts, examples, Decoding(max_new_tokens=16))

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
-from addon.adapters import build_model
 from batching import Batch, PromptFormat, pad
 from engine.batches import IGNORE
 from engine.optimization import (
@@ -30,7 +29,7 @@ from host import HostError, host_logits
 from injector import Thought
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
-from tiny_runs import TINY, tiny_trainer
+from tiny_runs import TINY, controller_of, tiny_trainer
 from training import AddonStepConfig, Trainer, learns_by_muon, segments_of_step
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -52,7 +51,7 @@ def make(tiny_host):
     def build(trained=True, verdicts=None, precision="none", **changes) -> Trainer:
         opts = settings(model_name=str(tiny_host), **changes)
         torch.manual_seed(0)
-        model = build_model(opts, "cpu")
+        model = controller_of(opts)
         return tiny_trainer(opts, randomise(model) if trained else model, precision, verdicts)
     return build
 

@@ -17,11 +17,13 @@ from accelerate import Accelerator
 
 import options
 import train
-from addon.adapters import build_model
+from addon.adapters import build_controller
+from addon_run import adapter_config
 from batching import PromptConfig
 from engine.files import json_lines
 from engine.optimization import OptimConfig
-from model import HRMController
+from host import HostConfig
+from model import AdapterController, HRMController
 from tiny_families import randomise
 from training import AddonStepConfig, Trainer
 
@@ -42,7 +44,12 @@ def tiny_model(host: Path, **changes) -> HRMController:
     opts = options.parse(TINY)
     opts = options.replace(opts, **{"model_name": str(host), "init_state": "fixed", **changes})
     torch.manual_seed(0)
-    return randomise(build_model(opts, "cpu")).eval()
+    return randomise(controller_of(opts)).eval()
+
+
+def controller_of(opts: options.Options) -> AdapterController:
+    """The adapter that the flags describe, as a run builds it, on the CPU."""
+    return build_controller(options.part(HostConfig, opts), adapter_config(opts), "cpu")
 
 
 def tiny_trainer(

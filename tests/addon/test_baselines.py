@@ -15,18 +15,20 @@ from transformers import AutoModelForCausalLM
 import generate
 import options
 import train
-from addon.adapters import build_controller, load_controller
+from addon.adapters import load_controller
 from addon.baselines import BaselineConfig, BaselineController
-from addon.param_matching import Size, match
+from addon.param_matching import Match, Size, match
+from addon_run import adapter_config
 from batching import PromptFormat
 from engine.batches import IGNORE
 from engine.files import json_lines
 from evaluation import Decoding, answer
+from host import HostConfig
 from model import HRMAddonConfig, HRMController
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import FAMILIES, PAD, SCALED, left_padded, random_ids, randomise
 from tiny_families import tiny_host as tiny_llm
-from tiny_runs import assert_same_run, error_lines, newest, tensors, tiny_trainer
+from tiny_runs import assert_same_run, controller_of, error_lines, newest, tensors, tiny_trainer
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
@@ -66,7 +68,8 @@ def call(tiny_host, tmp_path, capsys):
 
 def opts_for(tiny_host, adapter: str, *more: str, **changes) -> options.Options:
     opts = options.parse([*PLAIN, "--adapter", adapter, *SMALL.get(adapter, []), *more])
-    return options.replace(opts, **{"model_name": str(tiny_host), **changes})
+    vars(opts).update({"model_name": str(tiny_host), **changes})
+    return opts
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_virtual_tokens_start_as_embeddings_of_the_vocabulary():
 def test_only_the_adapter_learns_and_the_llm_never_changes(tiny_host, batch, adapter):
     opts = opts_for(tiny_host, adapter, "--lr", "0.05")
     torch.manual_seed(0)
-    model = build_controller(opts, "cpu")
+    model = controller_of(opts)
     trainer = tiny_trainer(opts, model)
     trained = set(model.addon_parameters())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -160,7 +163,7 @@ def test_a_step_equals_a_plain_loop(tiny_host, batch, adapter):
     """Loss and gradients: mean cross-entropy of answer tokens, position t predicting target t, one row at a time."""
     opts = opts_for(tiny_host, adapter, "--lr", "0.05", optimizer="adamw", ema=0.0)
     torch.manual_seed(0)
-    model = randomise(build_controller(opts, "cpu"))
+    model = randomise(controller_of(opts))
     losses = []
     for prompt, seen, labels in zip(batch.prompt_ids, batch.prompt_mask, batch.labels, strict=True):
         target = labels[labels != IGNORE]
@@ -183,7 +186,7 @@ def test_a_step_equals_a_plain_loop(tiny_host, batch, adapter):
 def test_muon_takes_matrices_but_no_table_of_virtual_tokens(tiny_host):
     for adapter in LEARNING:
         opts = opts_for(tiny_host, adapter)
-        trainer = tiny_trainer(opts, build_controller(opts, "cpu"))
+        trainer = tiny_trainer(opts, controller_of(opts))
         assert opts.optimizer == "muon"
         kinds = [type(optimizer).__name__ for optimizer, _ in trainer.optimizers]
         assert kinds == {"mlp": ["AdamW", "Muon"], "lora": ["Muon"], "prompt": ["AdamW"]}[adapter]
@@ -300,7 +303,7 @@ def test_a_foreign_adapter_document_is_refused_when_its_configuration_names_none
 
     found = read_checkpoint(newest(tmp_path / "runs" / "mine"))
     opts = opts_for(tiny_host, "prompt")
-    trainer = tiny_trainer(opts, build_controller(opts, "cpu"))
+    trainer = tiny_trainer(opts, controller_of(opts))
     with pytest.raises(ValueError, match="holds an adapter of kind lora, not prompt"):
         trainer.load(found, tmp_path)
     assert saved["adapter"] == "lora"
@@ -321,24 +324,29 @@ def test_a_checkpoint_loads_as_it_was(call, tmp_path, adapter, tokenizer):
 # --- equal parameters
 
 
+def match_of(opts: options.Options) -> Match:
+    """The size that `--match_params` gives the adapter of the flags."""
+    return match(options.part(HostConfig, opts), adapter_config(opts), opts.match_params, opts.max_seq_len)
+
+
 @pytest.mark.parametrize("more", ["", "--lora_layers 1", "--use_act", "--injector grb --logit_bias_head --h_layers 2",
                                   "--hrm_read all --cab_mem 2 --n_heads 2"])
 def test_hrm_is_sized_to_what_a_built_model_really_has(tiny_host, more):
     opts = opts_for(tiny_host, "hrm", "--match_params", "2000000", *more.split())
-    changes, told = match(opts)
-    opts = options.replace(opts, **changes)
-    found = sum(p.numel() for p in build_controller(opts, "cpu").addon_parameters().values())
-    assert abs(found - 2_000_000) <= 100_000 and f"--d_h {opts.d_h} gives {found:,} trainable parameters" in told
+    size = match_of(opts)
+    opts = options.replace(opts, **{size.flag: size.value})
+    found = sum(p.numel() for p in controller_of(opts).addon_parameters().values())
+    assert abs(found - 2_000_000) <= 100_000 and f"--d_h {opts.d_h} gives {found:,} trainable parameters" in size.line
 
 
 @pytest.mark.parametrize("adapter,wanted", [("lora", 20000), ("prompt", 1000), ("mlp", 2_000_000)])
 def test_each_baseline_is_sized_to_what_a_built_model_really_has(tiny_host, adapter, wanted):
     opts = options.parse([*PLAIN, "--adapter", adapter])
     opts = options.replace(opts, model_name=str(tiny_host), match_params=wanted, max_seq_len=128)
-    changes, told = match(opts)
-    opts = options.replace(opts, **changes)
-    found = sum(p.numel() for p in build_controller(opts, "cpu").addon_parameters().values())
-    assert abs(found - wanted) <= 0.05 * wanted and f"{found:,}" in told
+    size = match_of(opts)
+    opts = options.replace(opts, **{size.flag: size.value})
+    found = sum(p.numel() for p in controller_of(opts).addon_parameters().values())
+    assert abs(found - wanted) <= 0.05 * wanted and f"{found:,}" in size.line
 
 
 @pytest.mark.parametrize("adapter,wanted,nearest", [

@@ -11,7 +11,7 @@ import pytest
 
 import options
 import train
-from addon.curriculum import Curriculum, curriculum_problems, ladder, level_configs
+from addon.curriculum import Curriculum, CurriculumConfig, curriculum_problems, ladder, level_configs
 from batching import TrainStream
 from engine.records import normalise
 from engine.report import stamped
@@ -59,8 +59,12 @@ def test_flags_that_contradict_the_curriculum(argv, told):
     assert len(found) == 1 and found[0].startswith(told)
 
 
+def config(n: int, highest: int = 0) -> CurriculumConfig:
+    return CurriculumConfig(curriculum_threshold=0.5, curriculum_levels=highest, eval_n=n)
+
+
 def climbed() -> Curriculum:
-    return Curriculum([Task("chain_sum"), Task("gcd")], 0.5, 24, 10**9, highest=3)
+    return Curriculum([Task("chain_sum"), Task("gcd")], config(24, 3))
 
 
 def test_no_question_trained_on_at_any_level_is_evaluated_at_any_level():
@@ -85,14 +89,14 @@ def test_a_small_level_keeps_half_of_its_questions_for_training():
     tiny = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     total = questions(tiny, 1000)
     assert total < 300
-    one = Curriculum([Task("chain_sum")], 0.5, 256, 10**9, highest=1)
+    one = Curriculum([Task("chain_sum")], config(256, 1))
     assert len(one.held_out["chain_sum"][0]) == total // 2
     assert len(one.held_out["chain_sum"][1]) == 256
 
 
 def test_a_task_begins_at_its_first_level_with_enough_questions_to_learn_from():
     assert climbed().starts == climbed().levels == {"chain_sum": 1, "gcd": 0}  # level 0: two one-digit numbers
-    only = Curriculum([Task("letter_counting")], 0.5, 24, 10**9, highest=1)
+    only = Curriculum([Task("letter_counting")], config(24, 1))
     assert only.levels == {"letter_counting": 0}
 
 
@@ -104,7 +108,7 @@ def test_items_that_are_too_long_do_not_hide_how_many_questions_a_level_has():
         seen.append(len(examples))
         return examples[1:]
 
-    assert Curriculum([Task("chain_sum")], 0.5, 24, 10**9, highest=2, fits=fits).starts == {"chain_sum": 1}
+    assert Curriculum([Task("chain_sum")], config(24, 2), fits).starts == {"chain_sum": 1}
     assert max(seen) == 48
 
 
@@ -120,14 +124,14 @@ def test_a_run_says_that_it_does_not_begin_at_the_bottom(tiny_host, tmp_path, ca
 def test_a_task_that_never_has_enough_questions_begins_at_the_bottom(monkeypatch):
     configs = [{"max_value": 5}, {"max_value": 9}]
     monkeypatch.setattr("addon.curriculum.level_configs", lambda task, highest: configs)
-    few = Curriculum([Task("toy_add")], 0.5, 8, 10**9)
+    few = Curriculum([Task("toy_add")], config(8))
     assert few.levels == {"toy_add": 0} and len(few.ladders["toy_add"]) == 2
 
 
 def test_levels_go_up_one_by_one_at_the_threshold_and_stop_at_the_top():
     whole = climbed()
     assert whole.update({"chain_sum": 0.5, "gcd": 0.49}) == ["chain_sum"]
-    assert whole.levels == {"chain_sum": 2, "gcd": 0} and whole.told() == "chain_sum 2 of 3, gcd 0 of 3"
+    assert whole.levels == {"chain_sum": 2, "gcd": 0} and whole.summary() == "chain_sum 2 of 3, gcd 0 of 3"
     for _ in range(5):
         whole.update({"chain_sum": 1.0, "gcd": 0.0})
     assert whole.levels["chain_sum"] == 3
@@ -146,10 +150,10 @@ def test_a_level_whose_items_are_too_long_ends_the_ladder():
             raise ValueError("too long")
         return examples
 
-    cut = Curriculum([Task("chain_sum")], 0.5, 8, 10**9, fits=fits)
+    cut = Curriculum([Task("chain_sum")], config(8), fits)
     assert 1 < len(cut.ladders["chain_sum"]) < 11
     with pytest.raises(ValueError, match="too long"):
-        Curriculum([Task("gcd")], 0.5, 8, 10**9, fits=lambda e: fits([type(e[0])("x" * 99, "1", "gcd", {}, None)]))
+        Curriculum([Task("gcd")], config(8), lambda e: fits([type(e[0])("x" * 99, "1", "gcd", {}, None)]))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -13,14 +13,13 @@ import torch
 
 import options
 from addon import hidden_cache
-from addon.adapters import build_controller
-from addon.hidden_cache import HiddenCache, cache_key, plan_cache, weights_digest
-from batching import EpochStream, PromptFormat, TrainBatches, training_examples
+from addon.hidden_cache import CacheConfig, HiddenCache, ItemsConfig, cache_key, plan_cache, weights_digest
+from batching import EpochStream, PromptConfig, PromptFormat, TrainBatches, training_examples
 from host import load_tokenizer
 from patience import HANG_S
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
-from tiny_runs import ROOT, arguments, assert_same_run, error_lines, newest, records, tiny_trainer
+from tiny_runs import ROOT, arguments, assert_same_run, controller_of, error_lines, newest, records, tiny_trainer
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
@@ -47,8 +46,8 @@ def setting(host, *more: str):
     """(options, controller as after training, format, items, batches of two epochs in buckets)."""
     opts = opts_for(host, *more)
     torch.manual_seed(0)
-    model = randomise(build_controller(opts, "cpu"), size=0.05)
-    prompt_format = PromptFormat(load_tokenizer(str(host)), opts.prompt_style, opts.system_header, opts.sentinel)
+    model = randomise(controller_of(opts), size=0.05)
+    prompt_format = PromptFormat(load_tokenizer(str(host)), options.part(PromptConfig, opts))
     tasks = make_tasks(["toy_add", "chain_sum"], "small" if "small" in more else "default")
     stream = training_examples(tasks, Reserve(tasks, 4), 0, 12)
     assert isinstance(stream, EpochStream)
@@ -57,8 +56,13 @@ def setting(host, *more: str):
 
 
 def made_cache(opts, model, prompt_format, examples, **more) -> HiddenCache:
-    plan = plan_cache(opts, model.host.config, prompt_format, examples)
-    return HiddenCache(cache_key(model, prompt_format, opts), plan, prompt_format, **more)
+    plan = plan_cache(options.part(CacheConfig, opts), model.host.config, prompt_format, examples)
+    return HiddenCache(key_of(model, prompt_format, opts), plan, prompt_format, **more)
+
+
+def key_of(model, prompt_format, opts) -> str:
+    prompt, items = options.part(PromptConfig, opts), options.part(ItemsConfig, opts)
+    return cache_key(model, prompt_format.tokenizer, prompt, items)
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -147,19 +151,19 @@ def test_a_refilled_cache_holds_the_same_bits_whatever_batch_comes_first(bf16_ho
 
 def test_the_key_changes_with_all_that_the_states_depend_on(tiny_host, bf16_host):
     opts, model, prompt_format, *_ = setting(tiny_host)
-    keys = {cache_key(model, prompt_format, opts)}
-    assert keys == {cache_key(model, prompt_format, opts_for(tiny_host, "--lr", "1", "--batch_size", "3"))}
+    keys = {key_of(model, prompt_format, opts)}
+    assert keys == {key_of(model, prompt_format, opts_for(tiny_host, "--lr", "1", "--batch_size", "3"))}
     for more in (["--sentinel", "##"], ["--system_header", "hm"], ["--seed", "1"], ["--train_n", "13"],
                  ["--prompt_style", "plain"], ["--task", "chain_sum"], ["--overlong", "drop"], ["--group_split", "0"]):
-        keys.add(cache_key(model, prompt_format, opts_for(tiny_host, *more)))
-    keys.add(cache_key(setting(tiny_host, "--hrm_read", "all")[1], prompt_format, opts))
-    keys.add(cache_key(setting(bf16_host)[1], prompt_format, opts))
+        keys.add(key_of(model, prompt_format, opts_for(tiny_host, *more)))
+    keys.add(key_of(setting(tiny_host, "--hrm_read", "all")[1], prompt_format, opts))
+    keys.add(key_of(setting(bf16_host)[1], prompt_format, opts))
     other = load_tokenizer(str(tiny_host))
     other.add_tokens(["new"])
-    keys.add(cache_key(model, PromptFormat(other), opts))
+    keys.add(key_of(model, PromptFormat(other), opts))
     with torch.no_grad():
         model.host.model.layers[0].mlp.down_proj.weight.mul_(1.01)
-    keys.add(cache_key(model, prompt_format, opts))
+    keys.add(key_of(model, prompt_format, opts))
     assert len(keys) == 13 and len(weights_digest(model.host)) == 64
 
 
@@ -169,7 +173,7 @@ def test_a_cache_is_never_read_across_keys(tiny_host, bf16_host):
     cache.encoder(model, cache.key)(batches[0])
     other = setting(bf16_host)[1]
     with pytest.raises(ValueError, match="belongs to another LLM, prompt format or data"):
-        cache.encoder(other, cache_key(other, prompt_format, opts))
+        cache.encoder(other, key_of(other, prompt_format, opts))
     foreign = prompt_format.batch(Reserve(make_tasks(["chain_sum"], "default"), 2).examples)
     with pytest.raises(ValueError, match="2 items of a batch are not in the cache"):
         cache.encoder(model, cache.key)(foreign)
@@ -240,7 +244,7 @@ def test_a_dry_run_asks_the_llm_for_its_own_batches_alone(call, monkeypatch):
 
 
 def test_filling_says_how_far_it_is(call, monkeypatch):
-    monkeypatch.setattr(hidden_cache, "TELL_S", 0.0)
+    monkeypatch.setattr(hidden_cache, "PROGRESS_S", 0.0)
     monkeypatch.setattr(hidden_cache, "FILL_BATCH", 4)
     status, out, err = call(*CACHED)
     assert status == 0 and re.search(r"caching hidden states: 4 of \d+ items, \d+ s left", out + err)

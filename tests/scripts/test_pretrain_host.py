@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import reasoning_gym_wrapper as rg
-from batching import PromptFormat
+from batching import PromptConfig, PromptFormat
 from conftest import SPECIAL
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -196,7 +196,7 @@ def test_prompts_look_like_the_documents_the_host_was_trained_on(any_tokenizer):
     assert len(documents) == 2 and len(rows) == 200
     built = set()
     for style in ("chat", "plain"):
-        prompt_format = PromptFormat(any_tokenizer, style)
+        prompt_format = PromptFormat(any_tokenizer, PromptConfig(style))
         [prompt], [target] = prompt_format.prompts(["What is 1 + 2?"]), prompt_format.targets(["3"])
         built.add((*prompt, *target))
         share = sum(row.tolist() == [*prompt, *target] for row in rows) / len(rows)
