@@ -125,19 +125,18 @@ def test_a_part_of_the_arms_can_be_run_by_itself(tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_flags_survive_the_command_line_as_yaml_means_them(flags):
     """A flag of an arm means what the same line means in a `--config` file."""
-    by_yaml = options.Options(**{f.name: f.default for f in options.FLAGS})
+    by_yaml = {f.name: f.default for f in options.FLAGS}
     wrong = False
     for name, value in flags.items():
         flag = options.FIND[name]
         try:
-            setattr(by_yaml, flag.name, options._from_yaml(flag, value))
-            wrong |= not flag.allows(getattr(by_yaml, flag.name))
+            by_yaml[flag.name] = options._from_yaml(flag, value)
+            wrong |= not flag.allows(by_yaml[flag.name])
         except (ValueError, TypeError, OverflowError):
             wrong = True
     opts, found = options.collect(ablation.arguments(ablation.plain_flags(flags)))
     if not wrong and not found:
-        assert {f.name: getattr(opts, f.name) for f in options.FLAGS} == {
-            f.name: getattr(by_yaml, f.name) for f in options.FLAGS}
+        assert {f.name: getattr(opts, f.name) for f in options.FLAGS} == by_yaml
 
 
 # --- equal minutes ----------------------------------------------------------------------------------------------------
