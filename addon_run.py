@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -15,21 +13,20 @@ from accelerate.utils import gather_object, set_seed
 import options
 from addon.adapters import build_controller, config_class
 from addon.curriculum import curriculum_problems
-from addon.halting import HaltingAlarm, evaluation_collapse
 from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
+from addon.hooks import AddonHooks
 from addon.items import AddonData, AddonDataConfig
 from batching import Batch, PromptConfig, PromptFormat
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, errors_of, machine_problems, start_machine
 from engine.optimization import OptimConfig
 from engine.report import Card, Report, format_table
-from engine.system import Evaluator, Facts, Hooks, LoopConfig
-from evaluation import Answer, Decoding, Evaluation, answer, evaluate, solved_rate
+from engine.system import Evaluator, Facts, LoopConfig
+from evaluation import Answer, Decoding, Evaluation, answer, evaluate
 from host import HostConfig, load_config, load_tokenizer
 from model import AdapterConfig, AdapterController, HRMAddonConfig
 from reasoning_gym_wrapper import (
     Example,
-    beyond_reserve,
     default_tasks,
     reserved_sums,
     task_problems,
@@ -216,78 +213,6 @@ class AddonEvaluator(Evaluator):
         self.model.train(was_training)
 
         return torch.tensor([float(given.solved) for given in answers], device=self.machine.device)
-
-
-class AddonHooks(Hooks):
-    """Alarms of the halting head, and the levels of the curriculum, which `extra` keeps.
-
-    `most_segments` is what an evaluation may use, for the alarm; 0 where halting is not to be judged. `trains` is False
-    for the bare LLM.
-    """
-
-    def __init__(self, data: AddonData, machine: Machine, most_segments: int, trains: bool):
-        super().__init__()
-        self.data = data
-        self.machine = machine
-        self.most_segments = most_segments
-        self.trains = trains
-        self.halting_alarm = HaltingAlarm()
-
-    def alarms(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """A halting head that stops everything, or nothing, in training."""
-        alarm = self.halting_alarm.update(step, metrics)
-        if alarm is None:
-            return []
-
-        return [alarm]
-
-    def after_evaluation(self, step: int, report: Report, share: float | None) -> None:
-        """Says when halting has collapsed; raises levels while there is training left to use them."""
-        if share is None:
-            return
-
-        # Halting that took all segments everywhere, or one, has nothing left to choose.
-        evaluation = report.details
-        if self.most_segments:
-            segments = [answer.segments for answer in evaluation.answers]
-            alarm = evaluation_collapse(segments, self.most_segments, evaluation.solved_rate())
-            if alarm:
-                self.machine.say(f"WARNING: step {step}: {alarm}")
-
-        # The last evaluation raises nothing: nobody would train at the new level.
-        curriculum = self.data.curriculum
-        if not curriculum:
-            return
-        if share < 1:
-            rates = {name: solved_rate(evaluation.of(name)) for name in curriculum.levels}
-            if curriculum.update(rates):
-                self.machine.say(f"step {step}: curriculum goes up to level {curriculum.summary()}")
-                self.data.to_levels()
-        self.extra["curriculum"] = dict(curriculum.levels)
-
-    def ended_early(self) -> str | None:
-        """The bare LLM is only evaluated."""
-        if self.trains:
-            return None
-        return "the bare LLM has nothing to train"
-
-    def restored(self, before: Mapping[str, Any]) -> list[str]:
-        """Goes to the checkpoint's levels; notes evaluation items that its run may have trained on."""
-        # Before the data go to their position, which counts the items of these levels.
-        curriculum = self.data.curriculum
-        if curriculum and "curriculum" in self.extra:
-            levels = dict(curriculum.levels)
-            curriculum.restore(self.extra["curriculum"])
-            if curriculum.levels != levels:
-                self.data.to_levels()
-
-        # The checkpoint's run kept off its own held-out items alone.
-        config = self.data.config
-        same = all(getattr(config, name) == before.get(name) for name in ("eval_seed", "task_config"))
-        reserved = before.get("eval_n", 0)
-        if same and config.eval_n <= reserved:
-            return []
-        return beyond_reserve(config.tasks, reserved, before.get("group_split", False))
 
 
 class AddonRun:

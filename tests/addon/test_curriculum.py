@@ -168,7 +168,7 @@ def levels(run: Path) -> list[tuple[str, float]]:
 @pytest.fixture
 def solves_everything(monkeypatch):
     """The tiny host cannot learn gcd in six steps; what a rate does to the levels is under test, not the rate."""
-    monkeypatch.setattr("addon_run.solved_rate", lambda answers: 1.0)
+    monkeypatch.setattr("addon.hooks.solved_rate", lambda answers: 1.0)
 
 
 def test_a_run_climbs_and_its_resume_is_exact(tiny_host, tmp_path, solves_everything, capsys):
