@@ -133,6 +133,7 @@ class BankCore(nn.Module):
         high_context = self._context(z_high)
         low_context = self._context(z_low)
 
+        # The two steps as `recur` calls them; each hears the other bank, and only L hears the input.
         def step_low(low: Tensor, high: Tensor) -> Tensor:
             low = low + self.low_slots
             x = rms_norm(self.read_input(low, source, mask))

@@ -125,6 +125,7 @@ def open_data(config: HybridDataConfig) -> HybridData:
 
 
 def _prepared_data(config: HybridDataConfig, folder: Path) -> HybridData:
+    """A prepared folder and the dev sets beside it. Raises ValueError."""
     meta = read_meta(folder)
 
     def split(place: Path, name: str) -> PreparedData:
@@ -167,6 +168,7 @@ def _random_data(config: HybridDataConfig) -> HybridData:
     def row() -> list[int]:
         return [draw.randrange(len(RANDOM_IDS), RANDOM_VOCABULARY) for _ in range(config.max_seq_len)]
 
+    # One batch, which comes again and again.
     triples = []
     for _ in range(config.batch_size):
         labels = row()

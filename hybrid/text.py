@@ -154,6 +154,7 @@ class HybridText:
         cycles = 0
         with self._ready() as device:
             for start in range(0, len(pairs), self.batch_size):
+                # In the order given: the length that a batch is padded to changes sums in their last digits.
                 part = pairs[start : start + self.batch_size]
                 contexts = [self.encode(context) for context, _ in part]
                 targets = [self.encode(continuation) for _, continuation in part]
@@ -178,8 +179,9 @@ class HybridText:
             attention_mask=mask, encoder_outputs=encoded, decoder_input_ids=batch["decoder_input_ids"]
         ).logits.float()
 
+        # Pads get some valid index; the product below drops their terms.
         labels = batch["labels"]
-        indices = labels.clamp(min=0)[..., None]  # a valid index at pads too; the product below drops those terms
+        indices = labels.clamp(min=0)[..., None]
         terms = logits.log_softmax(dim=-1).gather(-1, indices).squeeze(-1)
         sums = (terms * (labels != IGNORE)).sum(dim=1)
         return sums.tolist(), int(encoded.cycles_used.sum())

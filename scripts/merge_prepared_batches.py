@@ -32,6 +32,7 @@ from engine.batches import IGNORE  # noqa: E402
 from engine.files import staged  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
+from text_data.order import EpochOrder  # noqa: E402
 from text_data.tokenizer import byte_counter, parse_tokenizer  # noqa: E402
 from text_data.triples import SPLITS, parse_line, read_meta  # noqa: E402
 
@@ -167,9 +168,7 @@ class ShuffledLines:
     """
 
     def __init__(self, path: Path, expected: int, seed: list[int]):
-        self.seed = seed
         self.drawn = 0  # lines taken so far, in all epochs
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.uint32))  # an epoch and the order of its lines
 
         # A mapped file: lines are handed on without a copy in between.
         with open(path, "rb", buffering=1 << 18) as file:
@@ -183,27 +182,18 @@ class ShuffledLines:
             raise ValueError(
                 f"{path} is torn: it holds {len(self)} lines, its meta.json says {expected}; prepare it again"
             )
+        self._order = EpochOrder(len(self), seed)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def take(self, count: int) -> list[memoryview]:
         """The next `count` lines, line breaks included."""
-        lines: list[memoryview] = []
-        while len(lines) < count:
-            epoch, place = divmod(self.drawn, len(self))
-            if self._order[0] != epoch:
-                order = np.arange(len(self), dtype=np.uint32)
-                np.random.default_rng([*self.seed, epoch]).shuffle(order)
-                self._order = (epoch, order)
-
-            missing = count - len(lines)
-            chosen = self._order[1][place : place + missing]
-            starts = self.starts[chosen].tolist()
-            ends = self.starts[chosen + np.uint32(1)].tolist()
-            lines += [self.view[start:end] for start, end in zip(starts, ends, strict=True)]
-            self.drawn += len(chosen)
-        return lines
+        chosen = self._order.stretch(self.drawn, count)
+        self.drawn += count
+        starts = self.starts[chosen].tolist()
+        ends = self.starts[chosen + np.uint32(1)].tolist()
+        return [self.view[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def forget(self) -> None:
         """Gives the mapped pages back; they stay in the system's cache."""

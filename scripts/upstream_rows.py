@@ -140,6 +140,7 @@ def gsm8k_row(item: Item) -> Row:
     if not mark or not final.strip():
         raise ValueError("answer has no final line '#### N'")
 
+    # The marks are for a calculator that runs beside the model: `<<48/2=24>>`.
     steps = CALCULATOR.sub("", steps).strip()
     final = final.strip().replace(",", "")
     return {

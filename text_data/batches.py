@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.batches import IGNORE
+from text_data.order import EpochOrder
 from text_data.triples import PreparedData, Triple
 
 # The streams of random numbers that one seed gives: the order of an epoch, the order of the batches in a window.
@@ -96,7 +97,7 @@ class PreparedBatches:
             raise ValueError("; ".join(problems))
 
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prepared") if workers else None
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.uint32))  # an epoch and the order of its triples
+        self._order = EpochOrder(len(data), [seed, EPOCH_ORDER])
         self._ahead: deque[Future[list[dict[str, Tensor]]]] = deque()  # windows that threads are reading
         self._given = 0  # batches handed out
         self._rewind()
@@ -187,19 +188,7 @@ class PreparedBatches:
     def _indices(self, window: int) -> list[int]:
         """The items of window `window`: the next bucket * size * world of all epochs joined end to end."""
         count = self.bucket * self.size * self.world
-        indices: list[int] = []
-
-        while len(indices) < count:
-            # A window may begin in one epoch and end in another, or in one after that.
-            epoch, place = divmod(window * count + len(indices), len(self.data))
-            if self._order[0] != epoch:
-                order = np.arange(len(self.data), dtype=np.uint32)
-                np.random.default_rng([self.seed, EPOCH_ORDER, epoch]).shuffle(order)
-                self._order = (epoch, order)
-
-            missing = count - len(indices)
-            indices += self._order[1][place : place + missing].tolist()
-        return indices
+        return self._order.stretch(window * count, count).tolist()
 
     def _load(self, window: int, indices: list[int]) -> list[dict[str, Tensor]]:
         """This rank's padded batches of one window."""

@@ -32,6 +32,7 @@ class SimpleTokenizer:
         self.pad_id, self.bos_id, self.eos_id, self.unk_id = range(len(self.SPECIAL))
         self.vocab_size = len(vocabulary)
 
+        # Every character is a word, and words are joined without a space.
         self.tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=self.SPECIAL[3]))
         self.tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
         self.tokenizer.decoder = decoders.Fuse()
