@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablation_grid import GridError, Job, arguments
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ablation_grid import GridError, Job, arguments  # noqa: E402
+from engine.progress import clock_text  # noqa: E402
+
 POLL_S = 0.2
 LINE_S = 60.0  # between lines of progress where there is no terminal
 TAIL = 4096  # bytes in which the last whole line of metrics.jsonl stands
@@ -234,10 +237,10 @@ class Board:
 
     def line(self, shares: Sequence[float]) -> str:
         """How far all of it is."""
-        line = f"{self.done} of {self.total} runs done, {clock(time.monotonic() - self._began)} elapsed"
+        line = f"{self.done} of {self.total} runs done, {clock_text(time.monotonic() - self._began)} elapsed"
         left = self.left(shares)
         if left is not None:
-            line += f", about {clock(left)} of training left"
+            line += f", about {clock_text(left)} of training left"
         return line
 
     def show(self, at_work: Sequence[Child]) -> None:
@@ -275,10 +278,3 @@ class Board:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03, or 2:03 below an hour."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.intervals import Interval
-from engine.records import question_hash
-from engine.report import metric_row, percent, text_table
+from engine.report import metric_row, percent, prediction_line, text_table
 
 SHARES = ("accuracy", "exact", "final_number", "passed")  # metrics in 0..1 that people read in per cent
 NO_ANSWERS = "suite/perplexity"  # its predictions hold no text
@@ -78,14 +77,14 @@ class SuiteResult:
         for part in self.parts:
             for prediction in part.predictions:
                 lines.append(
-                    {
-                        "id": f"{part.task}/{prediction.index:05d}",
-                        "task": part.task,
-                        "prompt_hash": question_hash(prediction.prompt),
-                        "prediction": prediction.text,
-                        "score": prediction.score,
-                        "bare_score": prediction.bare_score,
-                    }
+                    prediction_line(
+                        part.task,
+                        prediction.index,
+                        prediction.prompt,
+                        prediction.text,
+                        prediction.score,
+                        bare_score=prediction.bare_score,
+                    )
                 )
         return lines
 

@@ -14,6 +14,7 @@ from engine.files import json_lines
 from engine.intervals import wilson
 from engine.logs import EVAL_HEADER, RunLog
 from engine.records import question_hash
+from engine.report import stamped
 from host import load_host
 from reasoning_gym_wrapper import Reserve, make_tasks, reserved_sums
 from sandbox import runner as code_runner
@@ -73,12 +74,12 @@ def write(tmp_path):
 
 def rows_of(result) -> dict[tuple[str, str], dict]:
     """(task, metric) -> its row as a run's loop writes it."""
-    return {(row["task"], row["metric"]): {"step": 7, **row, "elapsed_s": 1.5} for row in result.rows()}
+    return {(row["task"], row["metric"]): row for row in stamped(result.rows(), 7, 1.5)}
 
 
 def lines_of(result) -> list[dict]:
     """Predictions as a run's loop writes them."""
-    return [{"step": 7, **line} for line in result.predictions()]
+    return stamped(result.predictions(), 7)
 
 
 def sums(n: int) -> SuiteItem:
@@ -277,8 +278,8 @@ def test_every_metric_has_its_n_interval_and_bare_value(write):
 def test_rows_and_predictions_go_into_a_runs_records(tmp_path, write):
     result = run_suite(Told(), [SuiteItem("gsm8k", write("g.jsonl", GSM8K))])
     with RunLog(tmp_path / "run", None, [], {}) as log:
-        log.eval_rows([{"step": 3, **row, "elapsed_s": 2.0} for row in result.rows()])
-        log.predictions([{"step": 3, **line} for line in result.predictions()])
+        log.eval_rows(stamped(result.rows(), 3, 2.0))
+        log.predictions(stamped(result.predictions(), 3))
     with open(tmp_path / "run" / "eval.csv", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert [row[key] for key in ("task", "metric", "value", "n", "bare")] == ["suite/gsm8k", "accuracy", "0", "3", ""]
