@@ -158,11 +158,15 @@ class PromptFormat:
             return text.split(self.sentinel)[0].strip(), True
         return text.strip(), finished
 
+    def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
+        """Tokens of each example's prompt."""
+        return [len(prompt) for prompt in self.prompts([example.question for example in examples])]
+
     def lengths(self, examples: Sequence[Example]) -> list[int]:
         """Tokens of prompt and target together, per example; an absent gold target counts 0."""
-        prompts = self.prompts([example.question for example in examples])
+        prompts = self.prompt_lengths(examples)
         targets = self.targets([example.target or "" for example in examples])
-        return [len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
+        return [prompt + len(target) for prompt, target in zip(prompts, targets, strict=True)]
 
     def fitting(self, examples: Sequence[Example], overlong: str, what: str) -> list[Example]:
         """The examples whose prompt and target have at most max_seq_len tokens; `what` names them in the error.
@@ -350,7 +354,7 @@ class TrainBatches:
 
         # Batches of similar prompt length, in random order, so that lengths do not follow each other in training.
         if self.window > 1:
-            lengths = list(map(len, self.format.prompts([example.question for example in examples])))
+            lengths = self.format.prompt_lengths(examples)
             examples = [examples[index] for index in sorted(range(len(examples)), key=lengths.__getitem__)]
         self._batches = [examples[start : start + per_batch] for start in range(0, len(examples), per_batch)]
         random.Random(f"{self.seed}/{self._windows}").shuffle(self._batches)

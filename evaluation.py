@@ -7,6 +7,7 @@ here sees a gold answer before the verifier does.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,17 +15,27 @@ from typing import Any
 import torch
 
 from batching import PromptFormat, pad
+from engine.batches import by_length
 from engine.intervals import wilson
 from engine.report import metric_row, prediction_line
 from reasoning_gym_wrapper import Example
 
 TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
+NO_GOLD_BUDGET = 64  # tokens of an answer where no item has a gold target
 OVERALL = "overall"
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are decoded. temperature 0 is greedy; max_new_tokens 0 is the longest target plus a margin."""
+    """How answers are decoded.
+
+    temperature: of sampling; 0 = greedy, whatever top_p and top_k say.
+    top_p: sample among the likeliest tokens that hold this probability together, above 0; 1 = among all.
+    top_k: sample among so many of the likeliest tokens; 0 = among all.
+    max_new_tokens: longest answer; 0 = the longest gold target plus `TARGET_MARGIN`.
+    batch_size: questions that are answered together.
+    seed: of the random numbers of one call of `answer`.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -35,11 +46,13 @@ class Decoding:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `generate`; every sampling field is set, so no host default sneaks in."""
-        plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        arguments: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         if self.temperature == 0:
-            return {**plain, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return {**plain, "do_sample": True, **sampled}
+            # transformers' own values of the fields that greedy decoding does not read: others make it warn.
+            return arguments | {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return arguments | {"do_sample": True} | sampling
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class Answer:
 
     @property
     def solved(self) -> bool:
+        """Only a full score is a solved item, see `reasoning_gym_wrapper.Verdict`."""
         return self.score == 1.0
 
 
@@ -84,9 +98,12 @@ class Evaluation:
     def tasks(self) -> list[str]:
         """Task names in order of first appearance, then `overall` where there are several."""
         names = list(dict.fromkeys(answer.example.task for answer in self.answers))
-        return [*names, OVERALL] if len(names) > 1 else names
+        if len(names) > 1:
+            names.append(OVERALL)
+        return names
 
     def of(self, task: str, bare: bool = False) -> list[Answer]:
+        """The answers to one task's items, or to all with `overall`; with `bare` those of the bare LLM."""
         answers = self.bare if bare else self.answers
         return [answer for answer in answers if task in (OVERALL, answer.example.task)]
 
@@ -97,36 +114,27 @@ class Evaluation:
             ours = self.of(task)
             bare = self.of(task, bare=True)
             n = len(ours)
-            used = sum(a.segments for a in ours) / n
+            used = mean(ours, "segments")
             for metric, measure in METRICS.items():
-                interval = None
-                if metric == "solved":
-                    interval = wilson(sum(a.solved for a in ours), n)
-                rows.append(
-                    metric_row(
-                        task,
-                        metric,
-                        measure(ours),
-                        n,
-                        interval=interval,
-                        bare=measure(bare) if bare else None,
-                        segments_used=used,
-                    )
-                )
+                # Only a count of successes has Wilson's interval.
+                interval = wilson(count_solved(ours), n) if metric == "solved" else None
+                value = measure(ours)
+                bare_value = measure(bare) if bare else None
+                rows.append(metric_row(task, metric, value, n, interval=interval, bare=bare_value, segments_used=used))
         return rows
 
     def table(self) -> list[dict[str, Any]]:
         """Rows of the closing table, rates in 0..1."""
         rows = []
         for task in self.tasks():
-            ours, bare = self.of(task), self.of(task, bare=True)
-            row: dict[str, Any] = {"task": task, "n": len(ours)}
-            for prefix, answers in (("", ours), ("bare_", bare)):
-                if not answers:
-                    continue
-                solved = sum(a.solved for a in answers)
-                row[prefix + "low"], row[prefix + "high"] = wilson(solved, len(answers))
-                row["value" if not prefix else "bare"] = solved / len(answers)
+            ours = self.of(task)
+            bare = self.of(task, bare=True)
+
+            low, high = wilson(count_solved(ours), len(ours))
+            row = {"task": task, "n": len(ours), "low": low, "high": high, "value": solved_rate(ours)}
+            if bare:
+                low, high = wilson(count_solved(bare), len(bare))
+                row |= {"bare_low": low, "bare_high": high, "bare": solved_rate(bare)}
             rows.append(row)
         return rows
 
@@ -154,28 +162,56 @@ class Evaluation:
         return lines
 
     def solved_rate(self, bare: bool = False) -> float:
+        """Share of solved items over all tasks; with `bare` the bare LLM's."""
         return solved_rate(self.bare if bare else self.answers)
+
+
+def mean(answers: Sequence[Answer], name: str) -> float:
+    """Mean of one attribute of `Answer`; of a bool the share of True."""
+    return sum(getattr(answer, name) for answer in answers) / len(answers)
+
+
+def count_solved(answers: Sequence[Answer]) -> int:
+    """How many answers have a score of exactly 1.0."""
+    return sum(answer.solved for answer in answers)
 
 
 def solved_rate(answers: Sequence[Answer]) -> float:
     """Share of answers with a score of exactly 1.0."""
-    return sum(answer.solved for answer in answers) / len(answers)
+    return count_solved(answers) / len(answers)
+
+
+def truncated_rate(answers: Sequence[Answer]) -> float:
+    """Share of answers that were cut off at the token limit."""
+    return sum(not answer.finished for answer in answers) / len(answers)
 
 
 METRICS: dict[str, Callable[[Sequence[Answer]], float]] = {
     "solved": solved_rate,
-    "mean_score": lambda answers: sum(a.score for a in answers) / len(answers),
-    "truncated": lambda answers: sum(not a.finished for a in answers) / len(answers),
-    "scorer_errors": lambda answers: sum(a.raised for a in answers) / len(answers),
+    "mean_score": functools.partial(mean, name="score"),
+    "truncated": truncated_rate,
+    "scorer_errors": functools.partial(mean, name="raised"),
 }
 
 
-def answer_budget(prompt_format: PromptFormat, examples: Sequence[Example], asked: int) -> int:
-    """Tokens an answer may have: as asked, or the longest gold target plus a margin (64 without gold answers)."""
-    if asked:
-        return asked
+# --- generating and verifying -----------------------------------------------------------------------------------------
+
+
+def answer_budget(prompt_format: PromptFormat, examples: Sequence[Example], max_new_tokens: int) -> int:
+    """Tokens an answer may have: max_new_tokens, or with 0 the longest gold target plus a margin.
+
+    Without any gold answer it is `NO_GOLD_BUDGET`.
+    """
+    if max_new_tokens:
+        return max_new_tokens
     golds = [example.target for example in examples if example.target is not None]
-    return max(map(len, prompt_format.targets(golds))) + TARGET_MARGIN if golds else 64
+    if not golds:
+        return NO_GOLD_BUDGET
+    return max(map(len, prompt_format.targets(golds))) + TARGET_MARGIN
+
+
+def nobody(done: int) -> None:
+    """The `progress` of a call that nobody watches."""
 
 
 @torch.no_grad()
@@ -184,37 +220,52 @@ def answer(
     prompt_format: PromptFormat,
     examples: Sequence[Example],
     decoding: Decoding,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = nobody,
     thinks: bool = True,
 ) -> list[Answer]:
     """Answers of any model with transformers' `generate`, in the order of `examples`.
 
-    Examples are batched by prompt length. The caller's random state is left as it was: sampling draws from `seed`.
-    `thinks` asks an HRM model to report the segments it used.
+    Args:
+        model: a causal LM, with or without an adapter.
+        prompt_format: how its questions are shown.
+        examples: what is asked; batched by prompt length.
+        decoding: how answers are generated. The caller's random state is left as it was: sampling draws from `seed`.
+        progress: called with the number of answers so far, after each batch.
+        thinks: asks an HRM model to report the segments it used.
     """
     budget = answer_budget(prompt_format, examples, decoding.max_new_tokens)
-    lengths = [len(ids) for ids in prompt_format.prompts([example.question for example in examples])]
-    order = sorted(range(len(examples)), key=lengths.__getitem__)
-    found: dict[int, Answer] = {}
     device = next(model.parameters()).device
+    done = 0
+
+    def answer_batch(batch: list[Example]) -> list[Answer]:
+        nonlocal done
+        answers = _answer_batch(model, prompt_format, batch, budget, decoding, device, thinks)
+        done += len(answers)
+        progress(done)
+        return answers
+
+    lengths = prompt_format.prompt_lengths(examples)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(decoding.seed)
-        for start in range(0, len(order), decoding.batch_size):
-            chosen = order[start : start + decoding.batch_size]
-            answers = _answer_batch(
-                model, prompt_format, [examples[i] for i in chosen], budget, decoding, device, thinks
-            )
-            found.update(zip(chosen, answers, strict=True))
-            progress(len(found))
-    return [found[i] for i in range(len(examples))]
+        return by_length(examples, lengths, decoding.batch_size, answer_batch)
 
 
-def _answer_batch(model, prompt_format, examples, budget, decoding, device, thinks) -> list[Answer]:
+def _answer_batch(
+    model: Any,
+    prompt_format: PromptFormat,
+    examples: list[Example],
+    budget: int,
+    decoding: Decoding,
+    device: torch.device,
+    thinks: bool,
+) -> list[Answer]:
     """Answers of one batch, scored."""
-    log: list[torch.Tensor] = []
+    log: list[torch.Tensor] = []  # one entry, (B,) segments used, of a model that thinks
     extra = {"segments_log": log} if thinks else {}
-    ids = generate_ids(model, prompt_format, [e.question for e in examples], budget, decoding, device, **extra)
+    questions = [example.question for example in examples]
+    ids = generate_ids(model, prompt_format, questions, budget, decoding, device, **extra)
     used = log[0].tolist() if log else [0] * len(examples)
+
     answers = []
     for example, row, segments in zip(examples, ids, used, strict=True):
         text, finished = prompt_format.answer_text(row)
@@ -233,6 +284,8 @@ def generate_ids(
     """
     tokenizer = prompt_format.tokenizer
     prompt_ids, prompt_mask = pad(prompt_format.prompts(questions), prompt_format.pad_id, "left")
+
+    # transformers needs the tokenizer to see the sentinel in what it has generated.
     if prompt_format.sentinel:
         extra |= {"stop_strings": [prompt_format.sentinel], "tokenizer": tokenizer}
     out = model.generate(
@@ -265,11 +318,12 @@ def evaluate(
     decoding: Decoding,
     bare: list[Answer] | None = None,
     autocast: contextlib.AbstractContextManager | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = nobody,
 ) -> Evaluation:
     """The model's answers beside the bare LLM's on the same items; `bare` hands in answers already known.
 
-    The bare LLM decodes by the same rules from the same prompts, in its own dtype.
+    The bare LLM decodes by the same rules from the same prompts, in its own dtype; `autocast` is the context of the
+    model's answers alone. `progress` is called as `answer` calls it.
     """
     was_training = model.training
     model.eval()
