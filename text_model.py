@@ -6,8 +6,8 @@ Shapes: B batch, S context tokens, T continuation tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from batching import PromptFormat, pad
+from engine.batches import by_length
 from evaluation import Decoding, generate_texts
 from suite.text_model import TextModel
 
@@ -53,14 +54,8 @@ class CausalTextModel:
         ValueError: as PromptFormat, where a tokenizer is given in its place.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        prompt_format: Any,
-        batch_size: int = 16,
-        bare: bool = False,
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ) -> None:
+    def __init__(self, model: Any, prompt_format: Any, batch_size: int = 16, bare: bool = False,
+                 autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext) -> None:
         if not isinstance(prompt_format, PromptFormat):
             prompt_format = PromptFormat(prompt_format)
         self.format: PromptFormat = prompt_format
@@ -107,28 +102,41 @@ class CausalTextModel:
 
         # Prompts that leave room for the same number of new tokens are generated together, the longest answers first.
         lengths = list(map(len, self.format.prompts(prompts)))
-        budgets = [int(min(max_new_tokens, self.positions - length)) for length in lengths]
-        order = sorted(range(len(prompts)), key=lambda index: (-budgets[index], lengths[index]))
-        groups = itertools.groupby(order, key=budgets.__getitem__)
+        groups: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            budget = int(min(max_new_tokens, self.positions - length))
+            groups.setdefault(budget, []).append(index)
 
         texts = [""] * len(prompts)
         segments: list[int] = []
-        done = sum(budget < 1 for budget in budgets)  # these stay empty
+        done = sum(len(indices) for budget, indices in groups.items() if budget < 1)  # these stay empty
+
+        def count(answers: int) -> None:
+            nonlocal done
+            done += answers
+            progress(done)
+
         with self._ready() as (model, device), torch.random.fork_rng(_cuda(device)):
-            for budget, indices in groups:
+            for budget in sorted(groups, reverse=True):
                 if budget < 1:
-                    continue
-                for chosen in _chunks(list(indices), self.batch_size):
-                    answers = self._answers(model, [prompts[index] for index in chosen], budget, segments)
-                    for index, text in zip(chosen, answers, strict=True):
-                        texts[index] = text
-                    done += len(chosen)
-                    progress(done)
+                    break
+                indices = groups[budget]
+                questions = [prompts[index] for index in indices]
+                sizes = [lengths[index] for index in indices]
+                run = functools.partial(self._answers, model, budget=budget, segments=segments, count=count)
+                answers = by_length(questions, sizes, self.batch_size, run)
+                for index, text in zip(indices, answers, strict=True):
+                    texts[index] = text
         self.segments_used = _mean(segments)
         return texts
 
-    def _answers(self, model: Any, questions: list[str], budget: int, segments: list[int]) -> list[str]:
-        """Answers of one batch; an HRM model's segments, one number a question, are added to `segments`."""
+    def _answers(
+        self, model: Any, questions: list[str], budget: int, segments: list[int], count: Callable[[int], None]
+    ) -> list[str]:
+        """Answers of one batch, whose size `count` gets.
+
+        An HRM model's segments, one number a question, are added to `segments`.
+        """
         log: list[Tensor] = []
         extra: dict[str, Any] = {}
         if "segments_log" in inspect.signature(model.forward).parameters:
@@ -136,6 +144,7 @@ class CausalTextModel:
         answers = generate_texts(model, self.format, questions, Decoding(max_new_tokens=budget), **extra)
         if log:
             segments.extend(log[0].tolist())
+        count(len(answers))
         return answers
 
     # --- likelihood ---
@@ -289,12 +298,6 @@ class CausalTextModel:
 def _cuda(device: torch.device) -> list[torch.device]:
     """The devices whose random state must be kept beside the CPU's."""
     return [device] if device.type == "cuda" else []
-
-
-def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
-    """Lists of at most `size` in order."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
 
 
 def _mean(numbers: list[int]) -> float | None:
