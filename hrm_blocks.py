@@ -52,10 +52,7 @@ class Context:
     keys: Tensor | None = field(init=False)  # (B, 1, 1, S) mask for attention
 
     def __post_init__(self) -> None:
-        # A row without any readable position sees all of them, so that softmax stays finite; nobody reads its result.
-        readable = self.mask | ~self.mask.any(dim=1, keepdim=True)
-        # Where every position is readable there is no mask: attention without one is faster.
-        self.keys = None if bool(readable.all()) else readable[:, None, None, :]
+        self.keys = key_mask(self.mask)
 
     def rows(self, index: Tensor) -> Context:
         """The context of the examples that `index` selects."""
@@ -84,6 +81,13 @@ def linear(fan_in: int, fan_out: int) -> nn.Linear:
     return init_linear(nn.Linear(fan_in, fan_out, bias=False))
 
 
+def zero_linear(fan_in: int, fan_out: int) -> nn.Linear:
+    """A bias-free projection that starts at zero: the branch behind it changes nothing at first."""
+    projection = nn.Linear(fan_in, fan_out, bias=False)
+    nn.init.zeros_(projection.weight)
+    return projection
+
+
 def rope(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Cosine and sine (B, S, e) of rotary position embedding at integer `positions` (B, S), in float32."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
@@ -97,6 +101,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
+
+
+def key_mask(mask: Tensor | None) -> Tensor | None:
+    """(B, 1, 1, S) bool for `attend` from mask (B, S); None where every key may be read, the faster call.
+
+    A row without any readable key reads all of them, so that softmax stays finite; nobody reads its result.
+    """
+    if mask is None:
+        return None
+
+    mask = mask.bool()
+    readable = mask | ~mask.any(dim=1, keepdim=True)
+    return None if bool(readable.all()) else readable[:, None, None, :]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from hrm_blocks import Context, SwiGLU, attend, last_state, linear, mean_state, rms_norm, rope, rotate
+from hrm_blocks import Context, SwiGLU, attend, last_state, linear, mean_state, rms_norm, rope, rotate, zero_linear
 
 
 @dataclass
@@ -40,13 +40,6 @@ class Slots:
         return torch.cat([rms_norm(self.hidden.float()), rms_norm(self.embedded.float())], dim=-1)
 
 
-def zero_out(fan_in: int, fan_out: int) -> nn.Linear:
-    """The projection that makes an injector a no-op at step 0."""
-    projection = nn.Linear(fan_in, fan_out, bias=False)
-    nn.init.zeros_(projection.weight)
-    return projection
-
-
 def _check_width(slots: Slots, width: int) -> None:
     """Raises ValueError when the LLM is not as wide as the one the injector was made for."""
     if slots.hidden.shape[-1] != width:
@@ -70,7 +63,7 @@ class InjectorGRB(nn.Module):
         self.gate = linear(3 * d, width)
         self.gate_bias = nn.Parameter(torch.full((width,), float(gate_init)))
         self.readout = SwiGLU(2 * d, d, hidden=8 * d // 3)
-        self.out = zero_out(d, width)
+        self.out = zero_linear(d, width)
 
     def forward(self, slots: Slots, thought: Thought) -> Tensor:
         """(B, T, D) bias to add to the hidden states."""
@@ -108,7 +101,7 @@ class InjectorCAB(nn.Module):
         self.key_value = linear(d, 2 * d)
         self.readout = SwiGLU(2 * d, d, hidden=8 * d // 3)
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
-        self.out = zero_out(d, width)
+        self.out = zero_linear(d, width)
         self.mem = mem
         if mem:
             self.memory = nn.Parameter(torch.randn(mem, d))
@@ -157,7 +150,7 @@ class VocabularyBias(nn.Module):
     def __init__(self, width: int, d: int, vocabulary: int):
         super().__init__()
         self.gate = linear(2 * width, 1)
-        self.out = zero_out(d, vocabulary)
+        self.out = zero_linear(d, vocabulary)
 
     def forward(self, slots: Slots, thought: Thought) -> Tensor:
         """(B, T, V) bias to add to the logits."""

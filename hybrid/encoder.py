@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hrm_blocks import mean_state, token_positions
+from hrm_blocks import key_mask, mean_state, token_positions
 from hybrid.banks import BankCore, Bridge, CycleState, Gate
 from hybrid.config import HybridConfig
-from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder, key_mask
+from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder
 
 
 @dataclass

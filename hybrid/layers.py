@@ -13,31 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from hrm_blocks import SwiGLU, attend, linear, rms_norm, rope, rotate
+from hrm_blocks import SwiGLU, attend, key_mask, linear, rms_norm, rope, rotate, zero_linear
 
 MAMBA_CHUNK = {"cpu": 32}  # pure torch works in chunks whose cost grows with their square; kernels like 256
 MAMBA_HEAD = 32
 
 Keys = tuple[Tensor, Tensor]  # keys and values of attention, each (B, h, positions, e)
-
-
-def zero_linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """A bias-free projection that starts at zero: the branch behind it changes nothing at first."""
-    projection = nn.Linear(fan_in, fan_out, bias=False)
-    nn.init.zeros_(projection.weight)
-    return projection
-
-
-def key_mask(mask: Tensor | None) -> Tensor | None:
-    """(B, 1, 1, S) bool for `attend` from mask (B, S); None where every key may be read, the faster call.
-
-    A row without any readable key reads all of them, so that softmax stays finite.
-    """
-    if mask is None:
-        return None
-    mask = mask.bool()
-    readable = mask | ~mask.any(dim=1, keepdim=True)
-    return None if bool(readable.all()) else readable[:, None, None, :]
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM
 
 from engine.batches import IGNORE
-from hrm_blocks import mean_state
+from hrm_blocks import key_mask, mean_state
 from hybrid import layers as hybrid_blocks
 from hybrid.banks import BankCore, Bridge, Gate
-from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder, key_mask
+from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder
 from hybrid.model import HybridConfig, HybridModel, LossWeights, is_hrm_parameter, shifted
 from text_data.triples import Triple
 from tiny_hybrid import VOCABULARY, bare, batch_of, logits_of, tiny, triples
