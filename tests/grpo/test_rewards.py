@@ -104,6 +104,8 @@ def test_any_code_scores_within_0_and_1(text):
     assert 0.0 <= score("code", tagged(text)) < 1.0
 
 
+# CPU seconds: ample for a linear scan of a megabyte on a slow and busy machine, far too few for a quadratic one.
+LINEAR_S = 20.0
 PIECES = ("<think>", "</think>", "<SOLUTION>", "<", "1", "1+", "1=", "1,111,", "1 ", ".1", "1 1/", "\\frac{", "</s>")
 
 
@@ -114,7 +116,7 @@ def test_a_megabyte_is_scored_fast(piece):
         for name in REWARDS:
             started = time.process_time()
             assert 0.0 <= REWARDS[name]([text], [text], **{k: [v] for k, v in COLUMN_VALUES.items()})[0] <= 1.0
-            assert time.process_time() - started < 1.0, name
+            assert time.process_time() - started < LINEAR_S, name
     assert 0.0 <= repetition(long) < 1.0
 
 
