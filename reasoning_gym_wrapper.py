@@ -274,34 +274,41 @@ def _parse_config(text: str) -> dict[str, Any]:
 
 def task_problems(names: Sequence[str], config_text: str, allow_code: bool, supervised: bool) -> list[str]:
     """Every reason why these tasks cannot be used as asked, one line each; an empty list when all is well."""
-    found = [unknown_task(name) for name in names if name not in registry()]
-    found += [f"task {name} is named twice" for name in sorted({n for n in names if list(names).count(n) > 1})]
+    # Names: those that Reasoning Gym does not have, and those that stand twice.
+    lines = [unknown_task(name) for name in names if name not in registry()]
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    lines += [f"task {name} is named twice" for name in twice]
+
+    # What a task would do that nobody asked for, or cannot do.
     for name in names:
         if name in EXECUTES_CODE and not allow_code:
-            found.append(f"task {name} executes code ({EXECUTES_CODE[name]}): add --allow_code_tasks to accept that")
+            lines.append(f"task {name} executes code ({EXECUTES_CODE[name]}): add --allow_code_tasks to accept that")
         if name in NO_GOLD and supervised:
-            found.append(f"task {name} has no gold answers, so supervised training has no target: choose another task")
-    known = [name for name in names if name in registry()]
+            lines.append(f"task {name} has no gold answers, so supervised training has no target: choose another task")
+
+    # Settings: first the text itself, then each task's own fields.
+    existing = [name for name in names if name in registry()]
     try:
-        configs = read_task_config(config_text, known)
+        configs = read_task_config(config_text, existing)
     except TaskError as error:
-        return [*found, str(error)]
-    for name in known:
+        return [*lines, str(error)]
+    for name in existing:
         try:
             Task(name, configs[name])
         except TaskError as error:
-            found.append(str(error))
-    return found
+            lines.append(str(error))
+    return lines
 
 
 def task_warnings(names: Sequence[str]) -> list[str]:
     """What a user should know about the chosen tasks before reading their figures."""
     loose = [name for name in names if name in SCORES_ANYTHING]
     lines = [f"{name} gives any text full score: its accuracy means nothing" for name in loose]
+
     hashed = [name for name in names if name in HASH_DEPENDENT]
     if hashed and not sys.flags.hash_randomization == 0:
-        told = "items vary with PYTHONHASHSEED; set PYTHONHASHSEED=0 to compare or resume runs"
-        lines.append(f"{', '.join(hashed)}: {told}")
+        advice = "items vary with PYTHONHASHSEED; set PYTHONHASHSEED=0 to compare or resume runs"
+        lines.append(f"{', '.join(hashed)}: {advice}")
     return lines
 
 
