@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, d width, V vocabulary.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _cycle_loss(states: tuple[Tensor, ...], mask: Tensor) -> Tensor:
         return states[0].sum() * 0.0  # a zero with a graph: ranks of a DDP run agree on what has a gradient
 
     changes = []
-    for state, following in zip(states, states[1:], strict=False):
+    for state, following in pairwise(states):
         changes.append(F.mse_loss(state[readable], following[readable].detach()))
     return torch.stack(changes).mean()
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from text_data.numbers import DIGITS, LONGEST, PROSE, ascii_signs, numbers, value_of
 
@@ -92,7 +93,7 @@ def steps(text: str) -> Iterator[Step]:
     """
     text = ascii_signs(text[:LONGEST]).replace("==", "=")
     parts = text.split("=")
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         # An underscore, which is part of no expression, marks a side whose beginning was cut off.
         mark = "_" if len(before) > LEFT else ""
         line = before[-LEFT:].rpartition("\n")[2]

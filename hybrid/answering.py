@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoints import read_checkpoint
+from engine.optimization import load_weights
 from engine.state import CONFIG
 from evaluation import AnswerConfig
 from hybrid.model import HybridConfig, HybridModel
@@ -29,7 +30,7 @@ class HybridAnswerer:
         self.config = config
         saved = read_checkpoint(folder, stems=[HybridTrainer.stem])
         self.model = HybridModel(HybridConfig.from_dict(json.loads(saved.documents[CONFIG_JSON])))
-        self.model.load_state_dict(saved.tensors[HybridTrainer.stem], strict=False)
+        load_weights(self.model, saved.tensors[HybridTrainer.stem], folder)
         self.model.to(device).eval()
         if config.eval_segments:
             self.model.encoder.core.h_cycles = config.eval_segments

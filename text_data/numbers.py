@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 LONGEST = 20_000  # characters of a text that `numbers` reads
 
@@ -109,7 +110,7 @@ def numbers(text: str) -> list[Number]:
 def _fraction(text: str, matches: list[re.Match[str]]) -> tuple[Fraction | None, int]:
     """(value, matches it takes) of the number that begins with the first of up to three matches; None: n / 0."""
     value = value_of(matches[0][0])
-    gaps = [text[a.end() : b.start()] for a, b in zip(matches, matches[1:], strict=False)]
+    gaps = [text[a.end() : b.start()] for a, b in pairwise(matches)]
     if gaps and gaps[0].strip() == "/":
         divisor = value_of(matches[1][0])
         return (value / divisor if divisor else None), 2
