@@ -340,6 +340,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("warmup_steps", "int", 50, "batches of linear warmup", low=0, by_arch={"hybrid": 500}),
         Flag("lr_min_ratio", "float", 0.0, "final learning rate as a share of lr", low=0, high=1,
              by_arch={"hybrid": 0.05}),
+        Flag("lr_fall", "str", "after_warmup", "what cosine and linear are stretched over: what the warmup leaves, or "
+             "the whole run, so that the rate drops at once where the warmup ends", before="whole_run",
+             choices=("after_warmup", "whole_run")),
         # Precision and averages.
         Flag("mixed_precision", "str", "auto", "precision of autocast; auto = bf16 where the hardware has it, fp16 "
              "needs CUDA", choices=("auto", "none", "bf16", "fp16")),

@@ -80,6 +80,8 @@ class RunLoop:
         self.log: RunLog | None = None
         self._elapsed_before = 0.0  # seconds of the run before this process
         self._evaluated_at = -1
+        self._warmup_s: float | None = None  # seconds of the run when its warmup ended
+        self._warmed: float | None = None  # share of the run that was done then
 
         self.folder = folder_of(self.config, self.facts.label, self.checkpoint)
         self.limits = limits_of(self.config, self.data, self.machine)
@@ -154,6 +156,17 @@ class RunLoop:
         """How much of the run is done, 0 to 1."""
         return self.limits.share(self.step, self.elapsed_s)
 
+    def _share_of(self, warmup: int) -> float:
+        """How much of the run its warmup took, 0 to 1; 0 while it lasts."""
+        if self.step < warmup:
+            return 0.0
+        if self._warmed is None:
+            # A checkpoint that does not know the seconds gets them by its steps.
+            if self._warmup_s is None:
+                self._warmup_s = self.elapsed_s * warmup / max(self.step, 1)
+            self._warmed = self.limits.share(warmup, self._warmup_s)
+        return self._warmed
+
     def _train(self) -> int:
         """Batch after batch. Returns 0 when done, or the exit status of an early but orderly end."""
         # What the random weights can do, where the system records it.
@@ -195,7 +208,7 @@ class RunLoop:
 
         # One update, or one for each segment. A loss that is no number is found before the weights move.
         self.trainer.progress = share
-        lr = learning_rate(self.config, self.step, share, warmup)
+        lr = learning_rate(self.config, self.step, share, warmup, self._share_of(warmup))
         try:
             metrics = self.trainer.step(batches, self.step, lr)
         except NonFiniteError as error:
@@ -284,7 +297,9 @@ class RunLoop:
         if is_best:
             self.best = report.value
 
-        state = RunState(self.step, self.elapsed_s, self.best, self.data.state(), self.hooks.extra)
+        # What was done when the warmup ended follows from the steps, unless the run is limited by time.
+        warmup_s = self._warmup_s if self.config.max_minutes else None
+        state = RunState(self.step, self.elapsed_s, self.best, self.data.state(), self.hooks.extra, warmup_s)
         table = ""
         if report:
             table = report.table
@@ -297,6 +312,7 @@ class RunLoop:
         self.step = saved.state.step
         self.best = saved.state.best
         self._elapsed_before = saved.state.elapsed_s
+        self._warmup_s = saved.state.warmup_s
         self.hooks.extra = saved.state.extra
         notes = saved.notes + self.hooks.restored(saved.flags)
 

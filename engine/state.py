@@ -41,6 +41,7 @@ class RunState:
     best: float | None = None  # best value so far of what --save_best_model compares
     stream: dict[str, Any] = field(default_factory=dict)  # position in the training items; empty: they begin anew
     extra: dict[str, Any] = field(default_factory=dict)  # what one system alone needs
+    warmup_s: float | None = None  # seconds that the warmup took, where the clock decides how far a run is
 
 
 @dataclass(frozen=True)

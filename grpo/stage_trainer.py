@@ -146,8 +146,10 @@ class StageTrainer(GRPOTrainer):
             return self.lr_scheduler
         warmup = min(WARMUP_STEPS, num_training_steps // 2)
 
+        warmed = warmup / num_training_steps
+
         def share(step: int) -> float:
-            return learning_rate(self.schedule, step, step / num_training_steps, warmup) / self.schedule.lr
+            return learning_rate(self.schedule, step, step / num_training_steps, warmup, warmed) / self.schedule.lr
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
         return self.lr_scheduler

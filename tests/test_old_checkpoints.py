@@ -48,6 +48,13 @@ def test_an_old_run_goes_on_where_it_stopped(old_run):
     assert all(torch.isfinite(tensor).all() for tensor in ours.values())
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_an_old_run_keeps_the_course_of_its_learning_rate_and_a_new_one_on_its_weights_does_not(system):
+    """Before `lr_fall` was a flag, the rate fell over the whole run and dropped where the warmup ended."""
+    assert train.saved_options(newest(OLD / system))["lr_fall"] == "whole_run"
+    assert "lr_fall" not in train.saved_options(newest(OLD / system), anew=True)
+
+
 def test_an_old_hybrid_keeps_the_sizes_it_was_saved_with():
     from transformers import AutoConfig
 

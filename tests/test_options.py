@@ -540,7 +540,8 @@ def test_read_resolved_gives_what_dump_wrote():
     known = {flag.name for flag in FLAGS if "addon" in flag.archs} - {"virtual_tokens"}  # another adapter's
     assert options.read_resolved(dump(opts)) == {name: value for name, value in as_dict(opts).items() if name in known}
     assert parse([], options.read_resolved(dump(opts))) == opts
-    assert options.read_resolved("model: {d_h: 64, a_flag_of_tomorrow: 3}") == {"d_h": 64, "state_mix": "sum"}
+    assert options.read_resolved("model: {d_h: 64, a_flag_of_tomorrow: 3}") == {
+        "d_h": 64, "state_mix": "sum", "lr_fall": "whole_run"}
 
 
 def test_a_file_from_before_a_flag_or_a_default_means_what_it_meant():

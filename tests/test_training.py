@@ -220,6 +220,30 @@ def test_after_the_warmup_the_rate_stays_between_floor_and_peak(scheduler, floor
     assert 0.3 * floor - 1e-12 <= learning_rate(schedule, warmup, progress, warmup) <= 0.3 + 1e-12
 
 
+@given(st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1), st.integers(1, 200), st.integers(0, 300))
+def test_the_rate_reaches_its_peak_once_and_never_drops_at_once(scheduler, floor, total, warmup):
+    """Up to the peak, then down from it: over what the warmup leaves, however long the warmup is."""
+    schedule = ScheduleConfig(lr=0.3, lr_scheduler=scheduler, lr_min_ratio=floor)
+    warmed = min(warmup / total, 1.0)
+    rates = [learning_rate(schedule, step, step / total, warmup, warmed) for step in range(total)]
+    rise, fall = rates[:warmup], rates[warmup:]
+    assert rise == sorted(rise) and fall == sorted(fall, reverse=True)
+    assert max(rates) == pytest.approx(0.3 if warmup <= total else 0.3 * total / warmup)
+    if rise and fall:
+        assert rise[-1] == pytest.approx(0.3) and fall[0] == pytest.approx(0.3)
+    steps_down = [earlier - later for earlier, later in zip(fall, fall[1:], strict=False)]
+    assert all(step <= 0.3 * math.pi / 2 / len(fall) + 1e-12 for step in steps_down), "no step is a leap"
+
+
+def test_over_the_whole_run_the_rate_is_that_of_older_runs():
+    before = ScheduleConfig(lr=1.0, lr_fall="whole_run")
+    assert learning_rate(before, 50, 0.5, 50, 0.5) == pytest.approx(0.5)
+    now = ScheduleConfig(lr=1.0)
+    assert learning_rate(now, 50, 0.5, 50, 0.5) == pytest.approx(1.0)
+    assert [learning_rate(now, step, step / 9, 0, 0.0) for step in range(9)] == [
+        learning_rate(before, step, step / 9, 0, 0.0) for step in range(9)]
+
+
 def test_drawn_segments_cover_their_range_and_depend_on_seed_and_step_alone():
     config = AddonStepConfig(segments=4, segments_sampling="uniform")
     drawn = [segments_of_step(config, step) for step in range(400)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,45 @@ def test_limits_end_a_run_at_whichever_comes_first():
     assert limits.share(5, 0.0) == 0.5 and limits.share(1, 45.0) == 0.75 and limits.share(11, 90.0) == 1.0
     assert limits.warmup(3) == 3 and limits.warmup(50) == 5 and Limits(None, 1.0, machine).warmup(50) == 50
     assert limits.words() == "10 steps" and Limits(None, 1.0, machine).words() == "1.0 minutes"
+
+
+# --- the learning rate
+
+
+def rates_of(run: Path) -> list[float]:
+    return [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_long_warmup_ends_at_the_peak_and_the_rate_falls_from_there(build, tmp_path):
+    build(max_steps=8, warmup_steps=50, lr=1.0, lr_scheduler="linear").go()  # cut to 4
+    assert rates_of(tmp_path / "run") == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("fall", ["after_warmup", "whole_run"])
+def test_a_resumed_run_has_the_rates_of_an_uninterrupted_one(build, tmp_path, fall):
+    flags = {"max_steps": 8, "warmup_steps": 3, "lr": 1.0, "lr_fall": fall}
+    build(**flags).go()
+    whole = rates_of(tmp_path / "run")
+    for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())[5:]:
+        shutil.rmtree(folder)
+    build(**flags).go()
+    assert rates_of(tmp_path / "run") == whole and len(whole) == 8
+
+
+def test_a_run_that_is_limited_by_time_remembers_when_its_warmup_ended(build, tmp_path, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr("engine.logs.time.monotonic", lambda: float(next(clock)))
+    flags = {"max_steps": 0, "max_minutes": 2.0, "warmup_steps": 3, "lr": 1.0, "lr_scheduler": "linear",
+             "eval_every": 0}
+    build(**flags).go()
+    rates = rates_of(tmp_path / "run")
+    assert rates[2] == 1.0 and rates[3] > 0.97 and rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] < 0.15
+
+    folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    for folder in folders[len(folders) // 2 :]:
+        shutil.rmtree(folder)
+    loop = build(**flags)
+    warmup_s = loop._warmup_s
+    assert 0 < warmup_s < 60
+    loop.go()
+    assert loop._warmup_s == warmup_s

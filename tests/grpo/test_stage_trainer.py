@@ -670,8 +670,8 @@ def test_a_stage_follows_the_schedule_of_the_flags_from_its_first_step_on(schedu
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert 0 < rates[0] < rates[4] <= 0.5 and trainer.create_scheduler(20, optimizer) is schedule
-    expected = {"cosine": 0.5 * (1 + math.cos(math.pi * 15 / 20)), "linear": 0.25, "constant": 1.0}[scheduler]
+    assert 0 < rates[0] < rates[4] == rates[5] == 0.5 and trainer.create_scheduler(20, optimizer) is schedule
+    expected = {"cosine": 0.5 * (1 + math.cos(math.pi * 10 / 15)), "linear": 1 / 3, "constant": 1.0}[scheduler]
     assert rates[15] == pytest.approx(0.5 * expected)
 
 
