@@ -31,6 +31,10 @@ BLOCKS = ("hrm", "mlp")  # read hidden states and inject: the HRM, and its block
 METAVARS = {"int": "N", "float": "X", "bool": "0|1", "str": "TEXT", "path": "PATH", "list": "A,B", "json": "TEXT"}
 
 
+# No file that is UTF-8 text can hold these; a shell hands bytes on that are not UTF-8 as half characters.
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
 def names(text: str | None) -> list[str]:
     """The names in a comma list as `tasks` and `trackers` hold it: "a,b" -> ["a", "b"], "" and None -> []."""
     return text.split(",") if text else []
@@ -113,6 +117,8 @@ class Flag:
         """True when `value`, already of the right type, is legal for this flag alone."""
         if value is None:
             return self.nullable
+        if isinstance(value, str) and UNWRITABLE.search(value):
+            return False
         if self.type == "bool":
             return True
         if self.type in ("int", "float"):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flags import ADAPTERS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, Flag, names
+from flags import ADAPTERS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, UNWRITABLE, Flag, names
 from rules import RULES, shown
 
 __all__ = ["FLAGS", "GROUPS", "INVOCATION", "Flag", "names"]  # handed on, beside what is defined here
@@ -242,6 +242,8 @@ def _idle(opts: argparse.Namespace, explicit: Set[str]) -> dict[str, str]:
 def _illegal(flag: Flag, value: Any) -> str:
     if value is None:
         return f"needs a value: expected {flag.legal}"
+    if isinstance(value, str) and UNWRITABLE.search(value):
+        return f"{shown(value)} is not legal: expected UTF-8 text, without NUL and half characters (lone surrogates)"
     return f"{shown(value)} is not legal: expected {flag.legal}"
 
 
@@ -339,6 +341,8 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
         leaves = list(_leaves(tree or {}))
     except (OSError, ValueError, RecursionError) as error:  # missing, not YAML, not UTF-8, a mapping inside itself
         reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply, or holds itself"
         problems.append(f"--config {path} cannot be read: {' '.join(reason.split())}")
         return values
 

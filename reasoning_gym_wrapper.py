@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.files import read_text
 from engine.records import normalise
 
 EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
@@ -264,8 +265,10 @@ def _parse_config(text: str) -> dict[str, Any]:
     if not is_json and not os.path.isfile(text):  # unlike Path.is_file, False for text too long to be a name
         raise TaskError(f"--task_config {text!r} is no file: give small, default, a YAML/JSON file or JSON text")
     try:
-        config = yaml.safe_load(text if is_json else Path(text).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        config = yaml.safe_load(text if is_json else read_text(Path(text)))
+    except RecursionError as error:
+        raise TaskError("--task_config cannot be read: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise TaskError(f"--task_config cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise TaskError(f"--task_config must hold a mapping of fields, got {type(config).__name__}")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the reader of JSON lines. Imports nothing heavy.
+"""Files that appear whole or not at all, and the readers of text, JSON and JSON lines. Imports nothing heavy.
 
 Every writer here writes to `.tmp-NAME-PID` beside the file, syncs it to the disk and renames it, so that a crash at
 any moment leaves the old content or the new. What a killed process left behind, the next writer removes.
@@ -10,13 +10,19 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MARK = ".tmp-"
 BUFFER = 1 << 20  # bytes; large writes are few
+# Escapes of a JSON text that may be halves of a surrogate pair; the group is a half that stands alone.
+HALVES = re.compile(
+    r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|([\ud800-\udfff])"
+)
 
 
 class WriteError(ValueError):
@@ -26,15 +32,29 @@ class WriteError(ValueError):
 class JsonLineError(ValueError):
     """A line of a file is not JSON.
 
-    The cause (`__cause__`) is a JSONDecodeError, a UnicodeDecodeError, or a RecursionError for absurd nesting.
+    The cause (`__cause__`) is a JSONDecodeError, a UnicodeDecodeError, or another ValueError of `parse_json`.
 
     Attributes:
         number: the line's number in the file, from 1.
+        reason: what is wrong with it, without the parser's own line number, which is that of a text of one line.
     """
 
     def __init__(self, path: Path, number: int, cause: Exception):
-        super().__init__(f"{path}, line {number} is not JSON ({cause})")
         self.number = number
+        self.reason = json_reason(cause)
+        super().__init__(f"{path}, line {number} is not JSON ({self.reason})")
+
+
+class HalfPairError(ValueError):
+    """A JSON text holds half of a surrogate pair.
+
+    Attributes:
+        line: the line of the text in which it stands, from 1.
+    """
+
+    def __init__(self, half: str, line: int):
+        super().__init__(f"it holds {half}, half of a character (a lone surrogate)")
+        self.line = line
 
 
 def process_lives(process: int) -> bool:
@@ -164,6 +184,89 @@ def write_text_aside(path: Path, text: str, flag: str = "--save_dir") -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
+    """One line for the user: a file is no text."""
+    return f"{path} is not UTF-8 text (line {line}: {error.reason}): convert it"
+
+
+def holds_nul(path: Path, line: int) -> str:
+    """One line for the user: a file holds a NUL, which no text does, but binary files and UTF-16 do."""
+    return f"{path} is no plain text (line {line} holds a NUL character): convert it to UTF-8 or take the NUL out"
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark; line ends become `\\n`.
+
+    Raises:
+        ValueError: one line that names the file: it cannot be read, or the line that is not UTF-8 or holds a NUL.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {reason_of(error)}") from error
+
+    # Lines are counted by their line feeds, as an editor does.
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8(path, content.count(b"\n", 0, error.start) + 1, error)) from error
+    before_nul, nul, _ = text.partition("\0")
+    if nul:
+        raise ValueError(holds_nul(path, before_nul.count("\n") + 1))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value that JSON text holds; bytes are UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: the text is not UTF-8, not JSON, nested too deeply, or holds half of a surrogate pair, which no
+            UTF-8 file and no tokenizer can hold.
+    """
+    text = content
+    if isinstance(content, bytes):
+        text = content.decode("utf-8-sig")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # Python refuses to read a whole number of thousands of digits
+        raise ValueError(f"it holds a number of more than {sys.get_int_max_str_digits()} digits") from error
+
+    # json takes half of a pair for a character, which then fails wherever it is written or tokenized.
+    for match in HALVES.finditer(text):
+        half = match[1] or match[2]
+        if half:
+            line = text.count("\n", 0, match.start()) + 1
+            raise HalfPairError(half.encode("ascii", "backslashreplace").decode(), line)
+    return value
+
+
+def json_reason(error: Exception) -> str:
+    """What is wrong with a text of one line that `parse_json` refused."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at character {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: {error.reason}"
+    return reason_of(error)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises ValueError: one line that names the file."""
+    try:
+        return parse_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {reason_of(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8(path, error.object.count(b"\n", 0, error.start) + 1, error)) from error
+    except HalfPairError as error:
+        raise ValueError(f"{path} line {error.line} is no text: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({reason_of(error)})") from error
+
+
 def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of JSON in a UTF-8 file, read one at a time; blank lines are left out.
 
@@ -176,11 +279,10 @@ def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, An
 
     Raises:
         OSError: the file cannot be read.
-        JsonLineError: a line is not JSON, or not UTF-8.
+        JsonLineError: a line that `parse_json` refuses.
     """
     if skip_damaged and not Path(path).exists():
         return
-    errors = "replace" if skip_damaged else "strict"
 
     # Read as bytes: a text file would end a line at a lone carriage return as well.
     with open(path, "rb") as file:
@@ -188,7 +290,11 @@ def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, An
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8-sig", errors))
+                if skip_damaged:
+                    # A model may have said half of a surrogate pair: its record counts as it is.
+                    value = json.loads(line.decode("utf-8-sig", "replace"))
+                else:
+                    value = parse_json(line)
             except (ValueError, RecursionError) as error:
                 if skip_damaged:
                     continue

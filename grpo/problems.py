@@ -285,9 +285,9 @@ def _file_records(path: Path) -> Iterator[tuple[int, Any]]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except JsonLineError as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise ValueError(f"{path} cannot be read: is not UTF-8") from error
-        raise ValueError(f"{path}: line {error.number} is no JSON record: correct it or take it out") from error
+        raise ValueError(
+            f"{path}: line {error.number} is no JSON record ({error.reason}): correct it or take it out"
+        ) from error
 
 
 @functools.lru_cache

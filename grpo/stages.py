@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from engine.files import parse_json, read_text, reason_of
 from engine.optimization import ScheduleConfig
 from engine.records import normalise
 from flags import FIND
@@ -221,7 +221,7 @@ def stages_of(config: StagesConfig, own: Sequence[Task] = ()) -> tuple[list[Stag
     given: dict[str, Any] = {name: {} for name in published}
     if config.stages:
         try:
-            given = json.loads(config.stages)
+            given = parse_json(config.stages)
         except ValueError as error:
             return [], [f"--stages is no JSON object: {error}"]
 
@@ -365,9 +365,11 @@ def _read_levels(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"levels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        return yaml.safe_load(read_text(path))
+    except RecursionError as error:
+        raise ValueError(f"levels {path} cannot be read: it is nested too deeply") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"levels {path} cannot be read: {reason_of(error)}") from error
 
 
 # --- questions for evaluation -----------------------------------------------------------------------------------------

@@ -185,12 +185,12 @@ def read_label_rows(path: Path) -> Iterator[list[int]]:
             try:
                 yield from label_rows(example["decoder_input_ids"], example["labels"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(_line_problem(path, number, error)) from error
+                raise ValueError(_line_problem(path, number, str(error))) from error
     except JsonLineError as error:
-        raise ValueError(_line_problem(path, error.number, error.__cause__)) from error
+        raise ValueError(_line_problem(path, error.number, error.reason)) from error
 
 
-def _line_problem(path: Path, number: int, error: BaseException | None) -> str:
+def _line_problem(path: Path, number: int, error: str) -> str:
     return (
         f"{path}, line {number}: expected decoder_input_ids and labels, lists of token ids of one length "
         f"({error}); prepare the data anew"

@@ -6,13 +6,12 @@ For `build_reasoning_dataset.py`. A further upstream is its hub name in `HUB` an
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.files import JsonLineError, json_lines
+from engine.files import JsonLineError, json_lines, read_json
 
 HUB = {
     "gsm8k": ("openai/gsm8k", "main"),
@@ -56,7 +55,7 @@ def _line_items(path: Path) -> Iterator[Raw]:
             yield f"{path} line {number}", item
     except JsonLineError as error:
         raise ValueError(
-            f"{path} line {error.number} is not JSON ({error.__cause__}): give the file as upstream has it, one "
+            f"{path} line {error.number} is not JSON ({error.reason}): give the file as upstream has it, one "
             "object a line"
         ) from error
 
@@ -64,9 +63,9 @@ def _line_items(path: Path) -> Iterator[Raw]:
 def _problem_items(path: Path) -> Iterator[Raw]:
     """The items of ScienceQA's problems.json, each with its id."""
     try:
-        problems = json.loads(path.read_bytes())
+        problems = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): give ScienceQA's problems.json") from error
+        raise ValueError(f"{error}: give ScienceQA's problems.json") from error
     if not isinstance(problems, dict):
         raise ValueError(f"{path} holds a {type(problems).__name__}: expected ScienceQA's problems.json, items by id")
 

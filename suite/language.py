@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.files import read_text
 from engine.intervals import Interval, bootstrap
 from suite.questions import SuiteError, chosen, keys_of, rows_of
 from suite.text_model import TextModel
@@ -65,9 +66,9 @@ def _documents_of_lines(path: Path, first_only: bool) -> list[str]:
 def _articles(path: Path) -> list[str]:
     """The text cut before each title line; what stands before the first title comes first."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"perplexity: {path} cannot be read: {error}") from error
+        text = read_text(path)
+    except ValueError as error:
+        raise SuiteError(f"perplexity: {error}") from error
 
     # A title belongs to the article that it opens.
     articles = []

@@ -168,9 +168,10 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except JsonLineError as error:
         cause = error.__cause__
         if isinstance(cause, UnicodeDecodeError):
-            raise SuiteError(f"{path} is no UTF-8 text: {cause.reason}") from error
-        reason = getattr(cause, "msg", None) or str(cause)
-        raise SuiteError(f"{path}, line {error.number}: no JSON ({reason}); expected one object a line") from error
+            raise SuiteError(f"{path} is no UTF-8 text: line {error.number}, {cause.reason}") from error
+        raise SuiteError(
+            f"{path}, line {error.number}: no JSON ({error.reason}); expected one object a line"
+        ) from error
 
 
 def keys_of(row: dict[str, Any]) -> str:

@@ -619,7 +619,8 @@ def test_all_problems_of_a_yaml_file_are_told_with_those_of_the_command_line(con
 
 
 @pytest.mark.parametrize("text", ["lr: [1", "- lr\n", "just words", "a: 1\n---\nb: 2\n", "seed: 2024-99-99",
-                                  "lr: \t1\n\tx", "model: &m {inner: *m}", "lr: !!python/object:os.system {}", "\x00"])
+                                  "lr: \t1\n\tx", "model: &m {inner: *m}", "lr: !!python/object:os.system {}", "\x00",
+                                  "[" * 3000, "seed: 1" + "0" * 5000])
 def test_files_that_are_no_mapping_have_one_line(text, config, capsys):
     argv = config(text)
     told = refused(argv, capsys)
@@ -634,6 +635,15 @@ def test_unreadable_files_have_one_line_beside_the_other_problems(tmp_path, caps
         "--d_h 0 is not legal: expected an integer >= 8"]
     assert "Is a directory" in refused(["--config", str(tmp_path)], capsys)[0]
     assert "utf-8" in refused(["--config", str(tmp_path / "latin.yaml")], capsys)[0]
+
+
+@pytest.mark.parametrize("flag", ["save_dir", "system_header", "model_name", "tasks"])
+@pytest.mark.parametrize("half", ["\\ud83d", "\\0"])
+def test_text_that_no_file_can_hold_is_refused(flag, half, config, capsys):
+    (line,) = refused(config(f'{flag}: "a{half}"'), capsys)
+    assert f"{flag} 'a" in line and "expected UTF-8 text" in line
+    (line,) = refused([f"--{flag}", f"a{chr(0xdcff)}"], capsys)  # as Python hands on a byte that is not UTF-8
+    assert line.startswith(f"--{flag} ") and "expected UTF-8 text" in line
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "model:\n", "\ufefflr: 0.5\n", "a: &a {lr: 1.0}\n"])

@@ -466,11 +466,13 @@ def test_one_mapping_is_for_every_task():
         (["chain_sum"], "empty.yaml", ["must hold a mapping"]),
         (["chain_sum"], "date.yaml", ["chain_sum refuses the config", "2020-01-01"]),
         (["chain_sum"], "number.yaml", ["has no config field 1"]),
-        (["chain_sum"], "binary.yaml", ["cannot be read"]),
+        (["chain_sum"], "binary.yaml", ["cannot be read", "binary.yaml is not UTF-8 text (line 1"]),
+        (["chain_sum"], "deep.yaml", ["cannot be read", "nested too deeply"]),
     ],
 )
 def test_a_bad_config_is_one_clear_line(tmp_path, monkeypatch, names, config, words):
-    files = {"list.yaml": "- 1\n", "empty.yaml": "", "date.yaml": "min_terms: 2020-01-01\n", "number.yaml": "1: 2\n"}
+    files = {"list.yaml": "- 1\n", "empty.yaml": "", "date.yaml": "min_terms: 2020-01-01\n", "number.yaml": "1: 2\n",
+             "deep.yaml": "[" * 3000}
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.files import JsonLineError, json_lines
+from engine.files import JsonLineError, holds_nul, json_lines, not_utf8
 from engine.records import normalise
 
 MAX_CHARS = 1 << 20
@@ -85,13 +85,35 @@ def _text_file(path: Path) -> Iterator[Document]:
                 first = line
             file.seek(0)
 
-            lines = iter(functools.partial(file.readline, MAX_CHARS), "")
+            lines = _plain_lines(path, iter(functools.partial(file.readline, MAX_CHARS), ""))
             if TITLE.fullmatch(first.rstrip("\n")):
                 yield from _gather(_wikitext(lines))
             else:
                 yield from _gather(_paragraphs(lines))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+        raise ValueError(_first_fault(path, error)) from error
+
+
+def _plain_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    """The lines, or pieces of long ones. Raises ValueError, which names the line that holds a NUL."""
+    number = 1
+    for line in lines:
+        if "\0" in line:
+            raise ValueError(holds_nul(path, number))
+        yield line
+        number += line.endswith("\n")
+
+
+def _first_fault(path: Path, error: UnicodeDecodeError) -> str:
+    """One line that names the first line of a file that is not UTF-8; `error` is what its reader met."""
+    # The reader decodes blocks, so its error knows no line.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as first:
+                return not_utf8(path, number, first)
+    return not_utf8(path, 1, error)  # the file has changed meanwhile
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[str, bool]]:
@@ -191,12 +213,12 @@ def _json_file(path: Path) -> Iterator[Document]:
                     raise ValueError(f"expected an object, got {type(row).__name__}")
                 yield from _row_documents(row)
             except ValueError as error:
-                raise ValueError(_line_problem(path, number, error)) from error
+                raise ValueError(_line_problem(path, number, str(error))) from error
     except JsonLineError as error:
-        raise ValueError(_line_problem(path, error.number, error.__cause__)) from error
+        raise ValueError(_line_problem(path, error.number, error.reason)) from error
 
 
-def _line_problem(path: Path, number: int, error: BaseException | None) -> str:
+def _line_problem(path: Path, number: int, error: str) -> str:
     return f"{path} line {number}: {error}: each line must be a JSON object"
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.batches import IGNORE
+from engine.files import json_reason, read_json
 
 SPLITS = ("train", "val")
 LEAST_COUNTS = {"vocab_size": 1, "pad_id": 0, "bos_id": 0, "eos_id": 0, "max_seq_len": 1}  # of meta.json
@@ -88,7 +89,7 @@ def parse_line(line: bytes, vocab_size: int) -> Triple:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # undecodable bytes raise UnicodeDecodeError, which is one
-        raise ValueError(f"not JSON ({error})" if line.strip() else "an empty line") from error
+        raise ValueError(f"not JSON ({json_reason(error)})" if line.strip() else "an empty line") from error
 
     problem = line_problem(row, vocab_size)
     if problem:
@@ -106,15 +107,15 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
         ValueError: it is missing or broken; one line, with every problem in it.
     """
     path = Path(folder) / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ValueError(
             f"{folder} has no meta.json, so it is no (finished) prepared folder: "
             "make one with scripts/prepare_language_dataset.py"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): prepare the folder again") from error
+        )
+    try:
+        meta = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: prepare the folder again") from error
 
     problems = _meta_problems(meta)
     if problems:

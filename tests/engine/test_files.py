@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from engine.files import JsonLineError, WriteError, json_lines, staged, write_bytes_aside, write_text_aside
+from engine.files import (
+    JsonLineError,
+    WriteError,
+    json_lines,
+    parse_json,
+    read_json,
+    read_text,
+    staged,
+    write_bytes_aside,
+    write_text_aside,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +109,54 @@ def test_json_lines_have_the_numbers_of_an_editor(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes("\ufeff{\"a\": \"x\u2028y\"}\n\n  \n[1]\r\n2".encode())
     assert list(json_lines(path)) == [(1, {"a": "x\u2028y"}), (4, [1]), (5, 2)]
+
+
+# Half of a surrogate pair is no character: no UTF-8 file holds it, and tokenizers raise on it.
+HALVES = [rb'{"a": "\ud83d"}', rb'{"\uDFFF": 1}', rb'["\ud83dx"]', rb'["\ud83d\u0041"]', rb'["\\\ud83d"]']
+BROKEN = [b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 5000 + b"1" + b"}" * 5000, b"1" * 5000, b'"\0"', b'"\xed\xa0\x80"']
+
+
+@pytest.mark.parametrize("line", [*BROKEN, *HALVES])
+def test_json_that_no_program_can_use_is_refused_in_one_line_that_names_the_place(tmp_path, line):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\n" + line)
+    with pytest.raises(ValueError) as error:
+        read_json(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    if line in HALVES:
+        assert "a.json line 2" in str(error.value) and "lone surrogate" in str(error.value)
+    path.write_bytes(b"1\n" + line + b"\n3\n")
+    with pytest.raises(JsonLineError, match="a.json, line 2 is not JSON") as caught:
+        list(json_lines(path))
+    assert caught.value.number == 2 and caught.value.reason and "\n" not in str(caught.value)
+
+
+def test_whole_pairs_and_escaped_backslashes_are_text():
+    assert parse_json(rb'["\ud83d\ude00", "\\ud83d", "\u0000"]') == ["\U0001f600", "\\ud83d", "\0"]
+
+
+def test_a_record_that_a_model_filled_with_half_a_pair_is_still_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(rb'{"a": "\ud83d"}')
+    assert list(json_lines(path, skip_damaged=True)) == [(1, {"a": "\ud83d"})]
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"a\nb\xe9", "line 2: unexpected end of data"), (b"a\n\nb\0", "line 3 holds a NUL"),
+    ("a\n".encode("utf-16"), "line 1: invalid start byte")])
+def test_a_file_that_is_no_text_is_named_with_its_line(tmp_path, content, reason):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        read_text(tmp_path / "a.txt")
+    assert str(tmp_path / "a.txt") in str(error.value) and reason in str(error.value)
+    for missing in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match=f"{missing} cannot be read: "):
+            read_text(missing)
+
+
+def test_text_is_read_whatever_its_byte_order_mark_and_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffä\r\nb\rc\u2028".encode())
+    assert read_text(tmp_path / "a.txt") == "ä\nb\nc\u2028"
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff", b"[" * 100_000])

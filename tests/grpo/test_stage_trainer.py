@@ -207,6 +207,7 @@ def test_levels_come_in_the_order_given():
 @pytest.mark.parametrize(("text", "told"), [
     ('{"prompt": "p"}\n', "line 1 needs a prompt, and tests or an answer"),
     ('{"prompt": "p", "answer": "1"}\nnot json\n', "line 2 is no JSON record"),
+    ('{"prompt": "p", "answer": "1"}\n{"prompt": "\\ud83d", "answer": "1"}\n', "line 2 is no JSON record (it holds"),
     ('{"prompt": "p", "answer": "1"}\n', "holds 1 problems"),
     ("[1]\n", "line 1 is no JSON record"),
 ])

@@ -234,3 +234,14 @@ def test_tasks_that_cannot_be_used_are_told(output, arguments, told):
     with pytest.raises(ValueError, match=told):
         call("--output", output, "--dataset", *arguments)
     assert not list(output.parent.glob("*"))
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    (b"[" * 100_000, "problems.json is not JSON (it is nested too deeply)"),
+    (b'{"1": {"question":\n "\\ud83d"}}', "problems.json line 2 is no text: it holds \\ud83d"),
+    (b'{"1":\n "\xff"}', "problems.json is not UTF-8 text (line 2"), (b"", "problems.json is not JSON")])
+def test_a_problems_file_that_nobody_can_read_is_told_in_one_line(tmp_path, output, content, reason):
+    (tmp_path / "problems.json").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        call("--dataset", "science_qa", "--source", tmp_path / "problems.json", "--output", output)
+    assert reason in str(error.value) and "\n" not in str(error.value) and not output.exists()

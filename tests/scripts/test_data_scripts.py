@@ -152,6 +152,11 @@ def test_json_lines_and_parquet_give_prompts_and_texts(tmp_path):
     ("a.jsonl", b'{"question": "t"}\n', "a.jsonl line 1: expected prompt and answer, or text; found question"),
     ("a.jsonl", b'{"prompt": 5, "answer": "t"}\n', "a.jsonl line 1: prompt and answer must be text"),
     ("a.txt", b"caf\xe9", "a.txt is not UTF-8"),
+    ("a.txt", b"x\n" * 9000 + b"caf\xe9\n" + b"y\n" * 9000, "a.txt is not UTF-8 text (line 9001: "),
+    ("a.txt", b"one\n\ntwo\0\n", "a.txt is no plain text (line 3 holds a NUL"),
+    ("a.jsonl", b'{"text": "t"}\n{"prompt": "Say hi \\ud83d", "answer": "hi"}\n', "a.jsonl line 2: it holds \\ud83d"),
+    ("a.jsonl", b'{"text": "t"}\n{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl line 2: it is nested too deeply"),
+    ("a.jsonl", b'{"text": "t"}\n{"text": "t", "n": 1' + b"0" * 5000 + b"}\n", "a.jsonl line 2: it holds a number"),
     ("a.parquet", b"PAR0", "a.parquet"),
     ("a.md", b"text", "has no file that ends in"),
 ])

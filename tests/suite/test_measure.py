@@ -122,6 +122,8 @@ def test_all_problems_of_a_spec_are_told_at_once(write, tmp_path):
     ("science_qa", '{"prompt": "a", "choices": ["b", "c"], "answer_index": "A"}\n', "answer_index must be"),
     ("synthetic", '{"prompt": "", "answer": "3"}\n', "prompt must be non-empty text"),
     ("perplexity", '{"prompt": "a"}\n', "expected the key text, got prompt"), ("perplexity", "", "holds no text"),
+    ("gsm8k", '{"question": "\\ud83d", "answer": "3"}\n', "line 1: no JSON (it holds \\ud83d, half of a character"),
+    ("gsm8k", "[" * 100_000, "line 1: no JSON (it is nested too deeply)"),
     ("gsm8k", "\udcff", "no UTF-8 text")])
 def test_a_wrong_first_line_is_told(tmp_path, name, content, told):
     path = tmp_path / "x.jsonl"
