@@ -34,6 +34,7 @@ from reasoning_gym_wrapper import (
 )
 from suite.after_run import Subject
 from suite.spec import spec_problems
+from tasks.limits import TimeLimits
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
 
@@ -147,7 +148,8 @@ class AddonEvaluator(Evaluator):
         mine = range(self.machine.rank, len(examples), self.machine.world)
         packed = []
         for index, given in zip(mine, answers, strict=True):
-            packed.append((index, given.text, given.score, given.finished, given.raised, given.segments))
+            verdict = (given.score, given.finished, given.raised, given.segments, given.timed_out)
+            packed.append((index, given.text, *verdict))
         everyone = sorted(gather_object(packed))
         return [Answer(examples[index], *verdict) for index, *verdict in everyone]
 
@@ -168,10 +170,13 @@ class AddonEvaluator(Evaluator):
         # What makes a rate look worse than the model is.
         cut = sum(not answer.finished for answer in evaluation.answers)
         errors = sum(answer.raised for answer in evaluation.answers)
+        late = sum(answer.timed_out for answer in evaluation.answers)
         if cut:
             notes.append(f"{cut} answers were cut at the token limit")
         if errors:
             notes.append(f"the scorer raised on {errors} answers, counted as wrong")
+        if late:
+            notes.append(f"{late} answers ran out of time (--score_timeout_s), counted as wrong")
 
         # The heading of the model's column names its adapter.
         label = f"LLM + {self.model.title}"
@@ -235,7 +240,9 @@ class AddonRun:
         for warning in task_warnings(task_names(opts)):
             self.machine.say(f"WARNING: {warning}")
         self.format = prompt_format(opts)
-        self.data = AddonData(options.part(AddonDataConfig, opts, tasks=task_names(opts)), self.format, self.machine)
+        limits = options.part(TimeLimits, opts)
+        data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), limits=limits)
+        self.data = AddonData(data_config, self.format, self.machine)
         self.plan = self._plan()
 
         # The first weights depend on the seed alone, not on how many items were drawn before.

@@ -81,6 +81,7 @@ class Answer:
     finished: bool  # False: cut off at max_new_tokens
     raised: bool  # the scorer raised; the score is 0
     segments: int  # HRM segments spent on it; 0 for the bare LLM
+    timed_out: bool = False  # scoring took longer than it may; the score is 0
 
     @property
     def solved(self) -> bool:
@@ -108,7 +109,10 @@ class Evaluation:
         return [answer for answer in answers if task in (OVERALL, answer.example.task)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Long-form CSV rows: solved, mean_score, truncated and scorer_errors of each task."""
+        """Long-form CSV rows: solved, mean_score, truncated and scorer_errors of each task.
+
+        A task whose scorer ran out of time has `scorer_timeouts` as well, the share of such answers.
+        """
         rows = []
         for task in self.tasks():
             ours = self.of(task)
@@ -120,6 +124,8 @@ class Evaluation:
                 interval = wilson(count_solved(ours), n) if metric == "solved" else None
                 value = measure(ours)
                 bare_value = measure(bare) if bare else None
+                if metric == "scorer_timeouts" and not (value or bare_value):
+                    continue
                 rows.append(metric_row(task, metric, value, n, interval=interval, bare=bare_value, segments_used=used))
         return rows
 
@@ -191,6 +197,7 @@ METRICS: dict[str, Callable[[Sequence[Answer]], float]] = {
     "mean_score": functools.partial(mean, name="score"),
     "truncated": truncated_rate,
     "scorer_errors": functools.partial(mean, name="raised"),
+    "scorer_timeouts": functools.partial(mean, name="timed_out"),
 }
 
 
@@ -270,7 +277,9 @@ def _answer_batch(
     for example, row, segments in zip(examples, ids, used, strict=True):
         text, finished = prompt_format.answer_text(row)
         verdict = example.verify(text)
-        answers.append(Answer(example, text, verdict.score, finished, verdict.raised, segments))
+        answers.append(
+            Answer(example, text, verdict.score, finished, verdict.raised, segments, verdict.timed_out)
+        )
     return answers
 
 

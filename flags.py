@@ -302,6 +302,10 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         addon("cache_max_gb", "float", 4.0, "largest such cache in GB; a larger one is refused", low=0,
               exclusive_low=True),
         addon("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code"),
+        reasoner("draw_timeout_s", "float", 60.0, "most seconds to make one item; a slower one is passed over; 0 = no "
+                 "limit", low=0),
+        reasoner("score_timeout_s", "float", 10.0, "most seconds to score one answer; a slower one is wrong; 0 = no "
+                 "limit", low=0),
         # Difficulty that rises with what is solved.
         addon("curriculum", "bool", False, "raise each task through Reasoning Gym's levels of difficulty"),
         addon("curriculum_threshold", "float", 0.8, "held-out solved rate at which a task goes up a level", low=0,

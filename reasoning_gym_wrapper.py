@@ -25,12 +25,16 @@ from typing import Any
 
 from engine.files import read_text
 from engine.records import normalise
+from engine.time_limit import TimeLimitError, call_within
+from tasks.limits import USUAL, TimeLimits
+from tasks.toy_add import ToyAddConfig, ToyAddDataset
 
 EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
 SUMS = 256  # built-in sums where no number is asked for
 SEED_GAP = 10**7  # between the data seeds of two runs; a run draws fewer items of a task
 CHUNK = 500  # items of one data set object; some tasks cannot be indexed past their size
 MAX_REJECTED = 5_000  # consecutive rejected draws that end a search for new questions
+MAX_SLOW = 3  # consecutive draws that ran out of time and end a task
 DEFAULT_TASKS = ("chain_sum", "basic_arithmetic")
 
 # `--task_config small`: applied where a task's config has the field, the task's own defaults otherwise.
@@ -62,10 +66,14 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier said of one answer: `score` in [0, 1], and whether the scorer raised (then the score is 0)."""
+    """What a verifier said of one answer: `score` in [0, 1], and whether it is 0 for want of a verdict.
+
+    `raised`: the scorer raised. `timed_out`: it took longer than it may.
+    """
 
     score: float
     raised: bool = False
+    timed_out: bool = False
 
     @property
     def solved(self) -> bool:
@@ -94,44 +102,19 @@ class Example:
         return GROUPS[self.task](self.entry) if self.task in GROUPS else None
 
     def verify(self, answer: str) -> Verdict:
-        """Scores generated text with the task's own verifier; a scorer that raises counts as score 0."""
+        """Scores generated text with the task's own verifier; one that raises or runs out of time scores 0."""
+        limits = getattr(self.source, "limits", USUAL)
+        score_answer = self.source.scorer.score_answer
         try:
-            score = float(self.source.scorer.score_answer(answer.strip(), self.entry))
-        except Exception:  # noqa: BLE001 - foreign scorers raise anything on odd text; counted by the caller
+            score = float(call_within(limits.score_timeout_s, score_answer, answer.strip(), self.entry))
+        except TimeLimitError:
+            return Verdict(0.0, timed_out=True)
+        except (Exception, SystemExit):  # noqa: BLE001 - foreign scorers raise anything on odd text, or evaluate `exit()`
             return Verdict(0.0, raised=True)
         return Verdict(min(max(score, 0.0), 1.0) if score == score else 0.0)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ToyAddConfig:
-    """Two-number addition; the built-in task."""
-
-    min_value: int = 0
-    max_value: int = 99
-    seed: int | None = None
-    size: int = CHUNK
-
-    def validate(self) -> None:
-        assert 0 <= self.min_value <= self.max_value, "need 0 <= min_value <= max_value"
-
-
-class ToyAddDataset:
-    """Built-in stand-in with Reasoning Gym's interface: `What is a + b?`."""
-
-    def __init__(self, config: ToyAddConfig):
-        self.config, self.seed, self.size = config, config.seed or 0, config.size
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        draw = random.Random(self.seed + index)
-        a, b = (draw.randint(self.config.min_value, self.config.max_value) for _ in range(2))
-        metadata = {"source_dataset": "toy_add", "source_index": index, "a": a, "b": b}
-        return {"question": f"What is {a} + {b}?", "answer": str(a + b), "metadata": metadata}
-
-    def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
-        return float(answer is not None and answer.strip() == entry["answer"])
 
 
 @functools.cache
@@ -161,14 +144,19 @@ def default_tasks() -> list[str]:
 class Task:
     """One task at one difficulty: items by (seed, index), and its scorer.
 
+    `passed_over` has the indices of each seed whose items took too long to make. They stay passed over, however fast
+    the machine is next time.
+
     Raises:
         TaskError: unknown name, unknown or illegal config keys.
     """
 
-    def __init__(self, name: str, config: dict[str, Any] | None = None):
+    def __init__(self, name: str, config: dict[str, Any] | None = None, limits: TimeLimits = USUAL):
         if name not in registry():
             raise TaskError(unknown_task(name))
         self.name, self.config = name, dict(config or {})
+        self.limits = limits
+        self.passed_over: dict[int, list[int]] = {}
         self._dataset_class, self._config_class = registry()[name]
         self.scorer = self._checked_dataset()
 
@@ -194,21 +182,54 @@ class Task:
     def items(self, seed: int, start: int = 0) -> Iterator[tuple[int, Example]]:
         """Endless (index, Example) pairs from index `start`; the same seed and index give the same item.
 
-        An index at which the generator gives up (mazes without a path do) is passed over.
+        An index at which the generator gives up (mazes without a path do), or takes too long, is passed over.
+
+        Raises:
+            TaskError: it makes no items, or none in time.
         """
-        index, failed = start, 0
+        index, failed, slow = start, 0, 0
         while failed < MAX_REJECTED:
             chunk = self._dataset(seed + index // CHUNK * CHUNK)
             for offset in range(index % CHUNK, CHUNK):
                 try:
-                    entry = self._draw(chunk, offset, seed + index)
+                    entry = self._draw_in_time(chunk, offset, seed, index)
+                except TimeLimitError as error:
+                    slow += 1
+                    if slow >= MAX_SLOW:
+                        raise TaskError(self._too_slow()) from error
                 except Exception as error:  # noqa: BLE001 - foreign generators raise what they like
                     failed, reason = failed + 1, error
                 else:
                     failed = 0
-                    yield index, Example(entry["question"], entry["answer"], self.name, entry, self)
+                    if entry is not None:
+                        slow = 0
+                        yield index, Example(entry["question"], entry["answer"], self.name, entry, self)
                 index += 1
         raise TaskError(f"task {self.name} failed to make {failed} items in a row: {reason}")
+
+    def _draw_in_time(self, chunk: Any, offset: int, seed: int, index: int) -> dict[str, Any] | None:
+        """The entry at `index` of `seed`; None where it was passed over before. Raises TimeLimitError, and tells it."""
+        slow = self.passed_over.get(seed, [])
+        if index in slow:
+            return None
+        try:
+            return call_within(self.limits.draw_timeout_s, self._draw, chunk, offset, seed + index)
+        except TimeLimitError:
+            self.passed_over[seed] = [*slow, index]
+            print(
+                f"WARNING: task {self.name}: an item took longer than --draw_timeout_s "
+                f"{self.limits.draw_timeout_s:g} to make and is passed over",
+                file=sys.stderr,
+            )
+            raise
+
+    def _too_slow(self) -> str:
+        """What to do where no item comes in time, one line."""
+        return (
+            f"task {self.name}: {MAX_SLOW} items in a row took longer than --draw_timeout_s "
+            f"{self.limits.draw_timeout_s:g} to make: lower the difficulty with --task_config, raise the limit or "
+            "choose another task"
+        )
 
     def _draw(self, chunk: Any, offset: int, seed: int) -> dict[str, Any]:
         if self.name not in GLOBAL_RANDOM:
@@ -315,10 +336,10 @@ def task_warnings(names: Sequence[str]) -> list[str]:
     return lines
 
 
-def make_tasks(names: Sequence[str], config_text: str) -> list[Task]:
+def make_tasks(names: Sequence[str], config_text: str, limits: TimeLimits = USUAL) -> list[Task]:
     """The chosen tasks at the chosen difficulty. Raises TaskError as `task_problems` lists."""
     configs = read_task_config(config_text, names)
-    return [Task(name, configs[name]) for name in names]
+    return [Task(name, configs[name], limits) for name in names]
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

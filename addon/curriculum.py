@@ -90,7 +90,7 @@ def ladder(task: Task, highest: int = 0) -> list[Task]:
     steps: list[Task] = []
     for config in level_configs(task, highest):
         try:
-            steps.append(Task(task.name, config))
+            steps.append(Task(task.name, config, task.limits))
         except TaskError:
             if not steps:
                 raise

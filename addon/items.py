@@ -11,6 +11,7 @@ from batching import Batch, EpochStream, PromptFormat, TrainBatches, TrainStream
 from engine.machine import Machine
 from evaluation import answer_budget
 from reasoning_gym_wrapper import Example, Reserve, make_tasks
+from tasks.limits import USUAL, TimeLimits
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
 
@@ -36,6 +37,7 @@ class AddonDataConfig:
     curriculum_levels: highest level; 0 = the last.
     eval_only: True opens no training stream.
     resume: the checkpoint asked for; None for a new run, or one that goes on by its name.
+    limits: how long an item may take to make, and an answer to score.
     """
 
     tasks: Sequence[str]
@@ -55,6 +57,7 @@ class AddonDataConfig:
     curriculum_levels: int = 0
     eval_only: bool = False
     resume: str | None = None
+    limits: TimeLimits = USUAL
 
 
 class AddonData:
@@ -72,7 +75,7 @@ class AddonData:
         self.machine = machine
 
         # What is evaluated is drawn first, so that training keeps off it.
-        self.tasks = make_tasks(config.tasks, config.task_config)
+        self.tasks = make_tasks(config.tasks, config.task_config, config.limits)
         self.curriculum: Curriculum | None = None
         if config.curriculum:
             self.curriculum = self._curriculum()

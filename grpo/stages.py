@@ -15,6 +15,7 @@ from flags import FIND
 from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, file_source, task_source
 from grpo.rewards import build_rewards
 from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError
+from tasks.limits import USUAL, TimeLimits
 
 ADDON_STAGE = "task"  # the add-on's one stage, on the tasks of its checkpoint
 SUMS = {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}}
@@ -101,6 +102,7 @@ class StagesConfig(GrpoConfig):
         eval_n: evaluation questions of each stage, 1 or more.
         allow_unconfined_code: whether the code reward may run programs where nothing can confine them.
         allow_code_tasks: whether tasks may be used whose verifier executes code.
+        draw_timeout_s, score_timeout_s: as in `tasks.limits.TimeLimits`.
     """
 
     arch: str = "enhanced"
@@ -108,6 +110,8 @@ class StagesConfig(GrpoConfig):
     eval_n: int = 256
     allow_unconfined_code: bool = False
     allow_code_tasks: bool = False
+    draw_timeout_s: float = USUAL.draw_timeout_s
+    score_timeout_s: float = USUAL.score_timeout_s
 
     def with_settings(self, settings: Mapping[str, Any]) -> GrpoConfig:
         """The training of a stage that sets `settings`, which are keys of `OVERRIDES`, for itself."""
@@ -357,7 +361,8 @@ def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Sour
         for name in level:
             if name in EXECUTES_CODE and not config.allow_code_tasks:
                 raise TaskError(f"{name} executes code ({EXECUTES_CODE[name]}): choose another task")
-    return tuple(task_source(level) for level in given)
+    limits = TimeLimits(config.draw_timeout_s, config.score_timeout_s)
+    return tuple(task_source(level, limits) for level in given)
 
 
 def _read_levels(path: Path) -> Any:

@@ -22,7 +22,7 @@ ROWS = (
     ("flags", "rules"),
     ("options",),
     ("sandbox", "engine"),
-    ("text_data",),
+    ("text_data", "tasks"),
     ("suite",),
     ("hrm_blocks", "host", "reasoning_gym_wrapper"),
     ("injector", "batching"),
