@@ -42,6 +42,41 @@ class Limits:
         return f"{self.max_minutes} minutes"
 
 
+@dataclass
+class Warmup:
+    """How much of a run its warmup of `steps` batches takes.
+
+    `seconds` of the run had passed when it ended; None: it lasts, or nobody noted it. A checkpoint keeps them where
+    the clock limits the run.
+    """
+
+    limits: Limits
+    steps: int
+    seconds: float | None = None
+    _share: float | None = None
+
+    def share(self, step: int, elapsed_s: float) -> float:
+        """How much of the run was done when the warmup ended, 0 to 1; 0 while it lasts. Every process asks alike."""
+        if step < self.steps:
+            return 0.0
+        if self._share is None:
+            # Of a checkpoint that does not know its seconds the batches tell them.
+            if self.seconds is None:
+                self.seconds = elapsed_s * self.steps / max(step, 1)
+            self._share = self.limits.share(self.steps, self.seconds)
+        return self._share
+
+    def document(self) -> float | None:
+        """What a checkpoint keeps: the seconds where they decide; the batches alone tell the share elsewhere."""
+        return self.seconds if self.limits.max_minutes else None
+
+    def warning(self, config: LoopConfig) -> str | None:
+        """What to say where the user asked for a longer warmup than this."""
+        if self.steps >= config.warmup_steps or "warmup_steps" not in config.explicit:
+            return None
+        return f"WARNING: --warmup_steps {config.warmup_steps} is cut to {self.steps}, half of the run"
+
+
 def limits_of(config: LoopConfig, data: Data, machine: Machine) -> Limits:
     """The limits of a run; the size of the data counts where --epochs limits it."""
     steps = config.max_steps

@@ -43,12 +43,13 @@ from engine.checkpoints import step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
 from engine.figures import draw_curve
 from engine.files import write_text_aside
-from engine.limits import Limits, limits_of
+from engine.limits import Warmup, limits_of
 from engine.logs import RunLog
 from engine.machine import Machine, Stop, interruptible, run_folder
-from engine.optimization import BaseTrainer, NonFiniteError, learning_rate
+from engine.optimization import BaseTrainer, NonFiniteError
 from engine.progress import Progress
 from engine.report import Report, closing_words, stamped
+from engine.schedule import learning_rate
 from engine.state import RunState, load_run, save_run
 from engine.system import Data, Evaluator, Facts, Hooks, LoopConfig
 
@@ -80,11 +81,10 @@ class RunLoop:
         self.log: RunLog | None = None
         self._elapsed_before = 0.0  # seconds of the run before this process
         self._evaluated_at = -1
-        self._warmup_s: float | None = None  # seconds of the run when its warmup ended
-        self._warmed: float | None = None  # share of the run that was done then
 
         self.folder = folder_of(self.config, self.facts.label, self.checkpoint)
         self.limits = limits_of(self.config, self.data, self.machine)
+        self.warmup = Warmup(self.limits, self.limits.warmup(self.config.warmup_steps))
         if self.checkpoint:
             self._restore(self.checkpoint)
 
@@ -100,7 +100,7 @@ class RunLoop:
     def go(self) -> int:
         """Trains, evaluates and saves, or what --eval_only and --dry_run ask for. Returns the exit status."""
         config = self.config
-        introduce(config, self.machine, self.facts, self.limits, self.step)
+        introduce(config, self.machine, self.facts, self.warmup, self.step)
         if config.dry_run:
             return dry_run(config, self.machine, self.data, self.trainer, self.facts, self.limits)
 
@@ -156,17 +156,6 @@ class RunLoop:
         """How much of the run is done, 0 to 1."""
         return self.limits.share(self.step, self.elapsed_s)
 
-    def _share_of(self, warmup: int) -> float:
-        """How much of the run its warmup took, 0 to 1; 0 while it lasts."""
-        if self.step < warmup:
-            return 0.0
-        if self._warmed is None:
-            # A checkpoint that does not know the seconds gets them by its steps.
-            if self._warmup_s is None:
-                self._warmup_s = self.elapsed_s * warmup / max(self.step, 1)
-            self._warmed = self.limits.share(warmup, self._warmup_s)
-        return self._warmed
-
     def _train(self) -> int:
         """Batch after batch. Returns 0 when done, or the exit status of an early but orderly end."""
         # What the random weights can do, where the system records it.
@@ -177,17 +166,13 @@ class RunLoop:
                 self.machine.say(untrained.table)
 
         # Ctrl-C and SIGTERM are looked at between two batches, where everything can be saved.
-        warmup = self.limits.warmup(self.config.warmup_steps)
-        if warmup < self.config.warmup_steps and "warmup_steps" in self.config.explicit:
-            wanted = self.config.warmup_steps
-            self.machine.say(f"WARNING: --warmup_steps {wanted} is cut to {warmup}, half of the run")
         progress = Progress(
             self.limits.total_steps, "step", self.facts.unit, start=self.step, enabled=self.machine.is_main
         )
         with interruptible() as stop, progress:
             speed = Speed()
             while (share := self._share()) < 1 and not self.hooks.ended_early():
-                status = self._batch(share, warmup, speed, progress, stop)
+                status = self._batch(share, speed, progress, stop)
                 if status:
                     return status
 
@@ -196,7 +181,7 @@ class RunLoop:
             self.machine.say(f"training ended at step {self.step}: {reason}")
         return 0
 
-    def _batch(self, share: float, warmup: int, speed: Speed, progress: Progress, stop: Stop) -> int:
+    def _batch(self, share: float, speed: Speed, progress: Progress, stop: Stop) -> int:
         """One batch and all that follows it. Returns 0, or the exit status when the run must end here."""
         # A bad line in the data ends the run with the user's mistake told; what was trained is kept.
         try:
@@ -208,7 +193,8 @@ class RunLoop:
 
         # One update, or one for each segment. A loss that is no number is found before the weights move.
         self.trainer.progress = share
-        lr = learning_rate(self.config, self.step, share, warmup, self._share_of(warmup))
+        warmed = self.warmup.share(self.step, self.elapsed_s)
+        lr = learning_rate(self.config, self.step, share, self.warmup.steps, warmed)
         try:
             metrics = self.trainer.step(batches, self.step, lr)
         except NonFiniteError as error:
@@ -297,9 +283,9 @@ class RunLoop:
         if is_best:
             self.best = report.value
 
-        # What was done when the warmup ended follows from the steps, unless the run is limited by time.
-        warmup_s = self._warmup_s if self.config.max_minutes else None
-        state = RunState(self.step, self.elapsed_s, self.best, self.data.state(), self.hooks.extra, warmup_s)
+        state = RunState(
+            self.step, self.elapsed_s, self.best, self.data.state(), self.hooks.extra, self.warmup.document()
+        )
         table = ""
         if report:
             table = report.table
@@ -312,7 +298,7 @@ class RunLoop:
         self.step = saved.state.step
         self.best = saved.state.best
         self._elapsed_before = saved.state.elapsed_s
-        self._warmup_s = saved.state.warmup_s
+        self.warmup.seconds = saved.state.warmup_s
         self.hooks.extra = saved.state.extra
         notes = saved.notes + self.hooks.restored(saved.flags)
 
@@ -323,9 +309,9 @@ class RunLoop:
             self.machine.say(note)
 
 
-def introduce(config: LoopConfig, machine: Machine, facts: Facts, limits: Limits, step: int) -> None:
+def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup, step: int) -> None:
     """The first lines: model, data, how long the run is, and the batch `step` it goes on from."""
-    work = f"{limits.words()} of {config.batch_size} examples"
+    work = f"{warmup.limits.words()} of {config.batch_size} examples"
     if config.eval_only:
         work = "evaluation only"
     line = f"{facts.introduction}; {work}"
@@ -333,6 +319,9 @@ def introduce(config: LoopConfig, machine: Machine, facts: Facts, limits: Limits
         line += f", from step {step}"
     machine.say(line)
 
+    warning = warmup.warning(config)
+    if warning and not config.eval_only:
+        machine.say(warning)
     if machine.world > 1:
         machine.say(f"{machine.world} processes, {config.batch_size * machine.world} examples a batch")
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from engine.machine import MachineConfig
-from engine.optimization import ScheduleConfig
 from engine.report import Card, Report
+from engine.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from batching import PromptFormat
-from engine.optimization import NonFiniteError, ScheduleConfig, learning_rate
+from engine.optimization import NonFiniteError
+from engine.schedule import ScheduleConfig, learning_rate
 from grpo.problems import Problem
 from grpo.rewards import repetition, text_of
 from grpo.stages import Stage

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import parse_json, read_text, reason_of
-from engine.optimization import ScheduleConfig
 from engine.records import normalise
+from engine.schedule import ScheduleConfig
 from flags import FIND
 from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, file_source, task_source
 from grpo.rewards import build_rewards

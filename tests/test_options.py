@@ -548,7 +548,8 @@ def test_a_file_from_before_a_flag_or_a_default_means_what_it_meant():
     """Runs without gates stay so, and a default of HRM's that has changed is no flag typed for another adapter."""
     assert parse([], options.read_resolved("model: {d_h: 64}")).state_mix == "sum"
     saved = options.read_resolved("adapter: {adapter: mlp}\nmodel: {d_h: 64, init_state: fixed}")
-    assert options.collect([], saved)[1] == [] and saved == {"adapter": "mlp", "d_h": 64}
+    assert options.collect([], saved)[1] == [] and saved == {
+        "adapter": "mlp", "d_h": 64, "lr_fall": "whole_run"}
     assert "state_mix" not in options.read_resolved("model: {arch: hybrid, d_h: 64}")
 
 

@@ -20,11 +20,10 @@ from engine.optimization import (
     Ema,
     NonFiniteError,
     OptimConfig,
-    ScheduleConfig,
     build_optimizers,
-    learning_rate,
     seed_of_step,
 )
+from engine.schedule import ScheduleConfig, learning_rate
 from host import HostError, host_logits
 from injector import Thought
 from reasoning_gym_wrapper import Reserve, make_tasks

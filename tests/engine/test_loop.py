@@ -267,7 +267,7 @@ def test_a_run_that_is_limited_by_time_remembers_when_its_warmup_ended(build, tm
     for folder in folders[len(folders) // 2 :]:
         shutil.rmtree(folder)
     loop = build(**flags)
-    warmup_s = loop._warmup_s
+    warmup_s = loop.warmup.seconds
     assert 0 < warmup_s < 60
     loop.go()
-    assert loop._warmup_s == warmup_s
+    assert loop.warmup.seconds == warmup_s

@@ -7,7 +7,8 @@ import pytest
 import options
 from batching import PromptConfig
 from engine.machine import MachineConfig
-from engine.optimization import OptimConfig, ScheduleConfig
+from engine.optimization import OptimConfig
+from engine.schedule import ScheduleConfig
 from enhanced.training import EnhancedStepConfig
 from hybrid.training import HybridStepConfig
 from training import AddonStepConfig

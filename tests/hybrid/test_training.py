@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 import options
 from engine.batches import IGNORE
-from engine.optimization import NonFiniteError, OptimConfig, ScheduleConfig, learning_rate
+from engine.optimization import NonFiniteError, OptimConfig
+from engine.schedule import ScheduleConfig, learning_rate
 from hybrid import data as hybrid_data
 from hybrid.data import (
     HybridData,
