@@ -148,7 +148,7 @@ class AddonEvaluator(Evaluator):
         mine = range(self.machine.rank, len(examples), self.machine.world)
         packed = []
         for index, given in zip(mine, answers, strict=True):
-            verdict = (given.score, given.finished, given.raised, given.segments, given.timed_out)
+            verdict = (given.score, given.finished, given.raised, given.segments, given.timed_out, given.refused)
             packed.append((index, given.text, *verdict))
         everyone = sorted(gather_object(packed))
         return [Answer(examples[index], *verdict) for index, *verdict in everyone]

@@ -1,7 +1,7 @@
 """Generate, verify, count: solved rate with its Wilson interval, per task and overall, beside the bare LLM.
 
-Accuracy is what the model GENERATES, scored by the task's own verifier; solved means a score of exactly 1.0. Nothing
-here sees a gold answer before the verifier does.
+Accuracy is what the model GENERATES, judged by the task's strict rule and its own scorer; solved means that the rule
+accepts it at a score of exactly 1.0. Nothing here sees a gold answer before the verifier does.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ class Answer:
     raised: bool  # the scorer raised; the score is 0
     segments: int  # HRM segments spent on it; 0 for the bare LLM
     timed_out: bool = False  # scoring took longer than it may; the score is 0
+    refused: bool = False  # the score is full, and the task's strict rule refuses the answer
 
     @property
     def solved(self) -> bool:
-        """Only a full score is a solved item, see `reasoning_gym_wrapper.Verdict`."""
-        return self.score == 1.0
+        """Only a full score that is not refused is a solved item, see `verify.judge.Verdict`."""
+        return self.score == 1.0 and not self.refused
 
 
 @dataclass
@@ -145,7 +146,7 @@ class Evaluation:
         return rows
 
     def predictions(self) -> list[dict[str, Any]]:
-        """One line per item, which paired statistics need."""
+        """One line per item, for paired statistics; `refused` stands in lines of full scores that are refused."""
         lines = []
         seen: dict[str, int] = {}  # items of each task so far
         bare: Sequence[Answer | None] = self.bare or [None] * len(self.answers)
@@ -163,6 +164,7 @@ class Evaluation:
                     bare_score=other.score if other else None,
                     segments_used=answer.segments,
                     finished=answer.finished,
+                    **refusals(answer, other),
                 )
             )
         return lines
@@ -172,18 +174,28 @@ class Evaluation:
         return solved_rate(self.bare if bare else self.answers)
 
 
+def refusals(answer: Answer, bare: Answer | None) -> dict[str, bool]:
+    """Fields of an item's prediction line that say whose full score the strict rule refuses; mostly none."""
+    fields = {}
+    if answer.refused:
+        fields["refused"] = True
+    if bare is not None and bare.refused:
+        fields["bare_refused"] = True
+    return fields
+
+
 def mean(answers: Sequence[Answer], name: str) -> float:
     """Mean of one attribute of `Answer`; of a bool the share of True."""
     return sum(getattr(answer, name) for answer in answers) / len(answers)
 
 
 def count_solved(answers: Sequence[Answer]) -> int:
-    """How many answers have a score of exactly 1.0."""
+    """How many answers are solved."""
     return sum(answer.solved for answer in answers)
 
 
 def solved_rate(answers: Sequence[Answer]) -> float:
-    """Share of answers with a score of exactly 1.0."""
+    """Share of answers that are solved."""
     return count_solved(answers) / len(answers)
 
 
@@ -278,7 +290,9 @@ def _answer_batch(
         text, finished = prompt_format.answer_text(row)
         verdict = example.verify(text)
         answers.append(
-            Answer(example, text, verdict.score, finished, verdict.raised, segments, verdict.timed_out)
+            Answer(
+                example, text, verdict.score, finished, verdict.raised, segments, verdict.timed_out, verdict.refused
+            )
         )
     return answers
 

@@ -296,6 +296,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("eval_n", "int", 256, "evaluation items of each task", low=1, common=True),
         addon("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are "
               "never trained on, beside questions"),
+        reasoner("verifier_strict", "bool", True, "judge answers by a strict rule of the task beside its scorer, "
+                 "and leave out items whose gold answer fails", before=False),
         # Saving forward passes of the frozen LLM.
         addon("cache_hidden", "str", "off", "where to keep the frozen LLM's hidden states of the train_n items",
               choices=("off", "ram")),

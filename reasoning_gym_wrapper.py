@@ -28,6 +28,7 @@ from engine.records import normalise
 from engine.time_limit import TimeLimitError, call_within
 from tasks.limits import USUAL, TimeLimits
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
+from verify.judge import Verdict, gold_fails, verdict
 
 EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
 SUMS = 256  # built-in sums where no number is asked for
@@ -65,23 +66,6 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a verifier said of one answer: `score` in [0, 1], and whether it is 0 for want of a verdict.
-
-    `raised`: the scorer raised. `timed_out`: it took longer than it may.
-    """
-
-    score: float
-    raised: bool = False
-    timed_out: bool = False
-
-    @property
-    def solved(self) -> bool:
-        """Only a full score is a solved item: gsm_symbolic gives 0.01 to any wrong number."""
-        return self.score == 1.0
-
-
-@dataclass(frozen=True)
 class Example:
     """One question with its gold target (None where the task has none) and the entry its verifier needs."""
 
@@ -102,16 +86,9 @@ class Example:
         return GROUPS[self.task](self.entry) if self.task in GROUPS else None
 
     def verify(self, answer: str) -> Verdict:
-        """Scores generated text with the task's own verifier; one that raises or runs out of time scores 0."""
+        """Scores generated text with the task's strict rule, unless strictness is off, and its own scorer."""
         limits = getattr(self.source, "limits", USUAL)
-        score_answer = self.source.scorer.score_answer
-        try:
-            score = float(call_within(limits.score_timeout_s, score_answer, answer.strip(), self.entry))
-        except TimeLimitError:
-            return Verdict(0.0, timed_out=True)
-        except (Exception, SystemExit):  # noqa: BLE001 - foreign scorers raise anything on odd text, or evaluate `exit()`
-            return Verdict(0.0, raised=True)
-        return Verdict(min(max(score, 0.0), 1.0) if score == score else 0.0)
+        return verdict(self.task, answer.strip(), self.entry, self.source.scorer, limits)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -145,7 +122,7 @@ class Task:
     """One task at one difficulty: items by (seed, index), and its scorer.
 
     `passed_over` has the indices of each seed whose items took too long to make. They stay passed over, however fast
-    the machine is next time.
+    the machine is next time. `left_out` counts the items that were left out because their gold answer fails.
 
     Raises:
         TaskError: unknown name, unknown or illegal config keys.
@@ -157,6 +134,7 @@ class Task:
         self.name, self.config = name, dict(config or {})
         self.limits = limits
         self.passed_over: dict[int, list[int]] = {}
+        self.left_out = 0
         self._dataset_class, self._config_class = registry()[name]
         self.scorer = self._checked_dataset()
 
@@ -182,7 +160,8 @@ class Task:
     def items(self, seed: int, start: int = 0) -> Iterator[tuple[int, Example]]:
         """Endless (index, Example) pairs from index `start`; the same seed and index give the same item.
 
-        An index at which the generator gives up (mazes without a path do), or takes too long, is passed over.
+        An index at which the generator gives up (mazes without a path do), or takes too long, is passed over; so is
+        one whose gold answer fails its own verifiers (jugs that no moves fill), unless strictness is off.
 
         Raises:
             TaskError: it makes no items, or none in time.
@@ -193,6 +172,7 @@ class Task:
             for offset in range(index % CHUNK, CHUNK):
                 try:
                     entry = self._draw_in_time(chunk, offset, seed, index)
+                    self._check_gold(entry)
                 except TimeLimitError as error:
                     slow += 1
                     if slow >= MAX_SLOW:
@@ -222,6 +202,13 @@ class Task:
                 file=sys.stderr,
             )
             raise
+
+    def _check_gold(self, entry: dict[str, Any] | None) -> None:
+        """Counts an item whose gold answer fails. Raises TaskError."""
+        if entry is None or not self.limits.verifier_strict or not gold_fails(self.name, entry, self.scorer):
+            return
+        self.left_out += 1
+        raise TaskError("its gold answer fails its own verifier")
 
     def _too_slow(self) -> str:
         """What to do where no item comes in time, one line."""

@@ -284,7 +284,7 @@ def chain_of_thought_reward(prompts, completions, completion_ids=None, *, settin
 
 
 def verifier_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:
-    """What the task's own scorer says of the solution: columns `task` (a name) and `item` (see `item_text`)."""
+    """What the verifiers say of the solution (`Verdict.reward`): columns `task`, a name, and `item` (`item_text`)."""
     tasks = _column(columns, "task", len(completions))
     items = _column(columns, "item", len(completions))
 
@@ -310,7 +310,7 @@ def _verified(solution: str, name: Any, text: Any, settings: RewardSettings) -> 
     if task is None or entry is None:
         return 0.0
 
-    return Example(entry["question"], entry.get("answer"), name, entry, task).verify(solution).score
+    return Example(entry["question"], entry.get("answer"), name, entry, task).verify(solution).reward
 
 
 @functools.cache

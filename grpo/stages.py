@@ -102,7 +102,7 @@ class StagesConfig(GrpoConfig):
         eval_n: evaluation questions of each stage, 1 or more.
         allow_unconfined_code: whether the code reward may run programs where nothing can confine them.
         allow_code_tasks: whether tasks may be used whose verifier executes code.
-        draw_timeout_s, score_timeout_s: as in `tasks.limits.TimeLimits`.
+        draw_timeout_s, score_timeout_s, verifier_strict: as in `tasks.limits.TimeLimits`.
     """
 
     arch: str = "enhanced"
@@ -112,6 +112,7 @@ class StagesConfig(GrpoConfig):
     allow_code_tasks: bool = False
     draw_timeout_s: float = USUAL.draw_timeout_s
     score_timeout_s: float = USUAL.score_timeout_s
+    verifier_strict: bool = USUAL.verifier_strict
 
     def with_settings(self, settings: Mapping[str, Any]) -> GrpoConfig:
         """The training of a stage that sets `settings`, which are keys of `OVERRIDES`, for itself."""
@@ -361,7 +362,7 @@ def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Sour
         for name in level:
             if name in EXECUTES_CODE and not config.allow_code_tasks:
                 raise TaskError(f"{name} executes code ({EXECUTES_CODE[name]}): choose another task")
-    limits = TimeLimits(config.draw_timeout_s, config.score_timeout_s)
+    limits = TimeLimits(config.draw_timeout_s, config.score_timeout_s, config.verifier_strict)
     return tuple(task_source(level, limits) for level in given)
 
 

@@ -170,7 +170,8 @@ def item_scores(run: Path, task: str) -> dict[str, float]:
     scores = {}
     for line in lines[begin:]:
         if task in ("overall", line["task"]):
-            scores[f"{line['id']} {line['prompt_hash']}"] = float(line["score"] == 1.0)
+            solved = line["score"] == 1.0 and not line.get("refused", False)
+            scores[f"{line['id']} {line['prompt_hash']}"] = float(solved)
     return scores
 
 

@@ -23,7 +23,7 @@ ROWS = (
     ("options",),
     ("sandbox", "engine"),
     ("text_data", "tasks"),
-    ("suite",),
+    ("suite", "verify"),
     ("hrm_blocks", "host", "reasoning_gym_wrapper"),
     ("injector", "batching"),
     ("model", "evaluation"),

@@ -1,0 +1,54 @@
+"""The table of strict rules: one per task, entered with the decorator `strict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Entry = Mapping[str, Any]
+Check = Callable[[str, Entry], bool]
+Shown = tuple[str, dict[str, Any]]
+
+
+def gold_of(entry: Entry) -> Shown:
+    """The gold answer and the item, as the task's own scorer is given them."""
+    return entry["answer"], dict(entry)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an answer to one task must be beside what its scorer demands.
+
+    name: of the rule, a few words for tables.
+    check: whether the rule accepts an answer (stripped text) to an item.
+    one_answer: the task has one right answer, which the rule knows: in place of an accepted answer the scorer is given
+        what `gold` returns, so that `1,234` scores as `1234` does.
+    gold: the gold answer and the item in a form that the scorer understands.
+    floor: of a task whose scorer evaluates answers, the score of what the rule refuses, which the scorer never sees;
+        None where the scorer sees every answer.
+    gold_check: whether a gold answer is one, where asking the scorer would cost too much; None: the scorer is asked.
+    """
+
+    name: str
+    check: Check
+    one_answer: bool = False
+    gold: Callable[[Entry], Shown] = gold_of
+    floor: float | None = None
+    gold_check: Check | None = None
+
+
+RULES: dict[str, Rule] = {}
+
+
+def strict(*tasks: str, name: str, **more: Any) -> Callable[[Check], Check]:
+    """Enters the decorated check as the rule of these tasks; `more` are further fields of `Rule`."""
+
+    def enter(check: Check) -> Check:
+        for task in tasks:
+            if task in RULES:
+                raise ValueError(f"task {task} has two strict rules")
+            RULES[task] = Rule(name, check, **more)
+        return check
+
+    return enter
