@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from flags import UNWRITABLE
+
 PROG = "generate.py"
 COMMANDS = "an empty line or Ctrl-D ends"
 
@@ -77,7 +79,12 @@ def problems(opts: argparse.Namespace) -> list[str]:
 
     if not 0 < opts.decode_top_p <= 1:
         lines.append(f"--decode_top_p {opts.decode_top_p} is not legal: expected above 0 and at most 1")
-    return lines + [f"--prompt {text!r} is empty: type a question" for text in opts.prompt if not text.strip()]
+    for text in opts.prompt:
+        if not text.strip():
+            lines.append(f"--prompt {text!r} is empty: type a question")
+        if UNWRITABLE.search(text):
+            lines.append(f"--prompt {text!r} is no UTF-8 text without NUL: type another question")
+    return lines
 
 
 # --- the checkpoint ---
@@ -180,6 +187,8 @@ def interact(answerer: Answerer) -> None:
             return
 
         try:
+            if UNWRITABLE.search(question):
+                raise ValueError(f"{question!r} is no UTF-8 text without NUL: type another question")
             answerer.check_length(question)
             show(answerer, question)
         except ValueError as error:  # one question too long does not end the talk

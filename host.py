@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from text_data.tokenizer import read_whole
+
 ROOT = Path(__file__).resolve().parent
 DEFAULT_HOST = "assets/tiny_host"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
@@ -121,6 +123,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     except (OSError, ValueError, ImportError) as error:
         raise HostError(f"--model_name {name}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     tokenizer.padding_side = "left"
+
+    # A file may carry a length to cut to, and padding, from its use elsewhere.
+    if tokenizer.is_fast:
+        read_whole(tokenizer.backend_tokenizer)
     return tokenizer
 
 

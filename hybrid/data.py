@@ -11,8 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 import options
+from engine.files import read_text
 from text_data.batches import PreparedBatches, pad_batch
 from text_data.synthetic import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
+from text_data.tokenizer import read_tokenizer
 from text_data.triples import PreparedData, Triple, read_meta
 
 SYNTHETIC = "synthetic"
@@ -82,9 +84,9 @@ def data_problems(dataset: str | None, dev_sets: str | None) -> list[str]:
     for folder in folders:
         try:
             tokenizers.add(read_meta(folder)["tokenizer_sha256"])
-            (folder / "tokenizer.json").stat()
-        except OSError:
-            problems.append(f"{folder} has no tokenizer.json: prepare the folder again")
+            if not (folder / "tokenizer.json").exists():
+                raise ValueError(f"{folder} has no tokenizer.json: prepare the folder again")
+            read_tokenizer(folder / "tokenizer.json")
         except ValueError as error:
             problems.append(str(error))
 
@@ -139,7 +141,7 @@ def _prepared_data(config: HybridDataConfig, folder: Path) -> HybridData:
         pad_id=meta["pad_id"],
         bos_id=meta["bos_id"],
         eos_id=meta["eos_id"],
-        tokenizer_json=(folder / "tokenizer.json").read_text(encoding="utf-8"),
+        tokenizer_json=read_text(folder / "tokenizer.json"),
         questions=[],
     )
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from engine.batches import IGNORE, by_length
 from hybrid.model import HybridModel
 from text_data.batches import pad_batch
+from text_data.tokenizer import parse_tokenizer
 from text_data.triples import Triple
 
 NO_TARGET = (0,)  # stands for the decoder's side where only the encoder's is needed; any id will do
@@ -35,6 +35,9 @@ class HybridText:
         gate_scale: replaces the model's own while this object uses it; 0 is the encoder-decoder without HRM. None:
             the model's own.
 
+    Raises:
+        ValueError: the text is no tokenizer.
+
     Attributes:
         segments_used: mean number of HRM cycles over the examples of the latest call; None before any.
     """
@@ -49,7 +52,7 @@ class HybridText:
         gate_scale: float | None = None,
     ):
         self.model = model
-        self.tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.tokenizer = parse_tokenizer(tokenizer_json, "the tokenizer of the data or of the checkpoint")
         self.batch_size = batch_size
         self.max_seq_len = max_seq_len
         self.autocast = autocast

@@ -33,7 +33,7 @@ import merge_prepared_batches  # noqa: E402
 import prepare_language_dataset  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from text_data.documents import read_documents, source_files  # noqa: E402
-from text_data.tokenizer import parse_tokenizer  # noqa: E402
+from text_data.tokenizer import read_tokenizer  # noqa: E402
 
 MERGED_SOURCES = 3
 
@@ -124,7 +124,7 @@ def measure_prepare(options: argparse.Namespace, work: Path) -> Path:
         texts += filter(None, (document.prompt, document.text))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-    tokenizer = parse_tokenizer(tokenizer_file.read_text(), str(tokenizer_file))
+    tokenizer = read_tokenizer(tokenizer_file)
 
     def encode() -> None:
         for part in parts:

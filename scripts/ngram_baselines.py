@@ -14,7 +14,6 @@ before it. V is the size of the vocabulary.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.batches import IGNORE  # noqa: E402
-from engine.files import JsonLineError, json_lines  # noqa: E402
+from engine.files import JsonLineError, json_lines, read_json  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from text_data.documents import read_documents, source_files  # noqa: E402
-from text_data.tokenizer import parse_tokenizer, vocabulary_size  # noqa: E402
+from text_data.tokenizer import read_tokenizer, vocabulary_size  # noqa: E402
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -212,7 +211,7 @@ def baseline_perplexities(folder: Path | str, vocab_size: int | None = None) -> 
 
     if vocab_size is None:
         try:
-            vocab_size = int(json.loads(meta.read_text(encoding="utf-8"))["vocab_size"])
+            vocab_size = int(read_json(meta)["vocab_size"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{meta} tells no vocab_size ({error}): prepare the data anew") from error
     return unigram_bigram_baselines(read_label_rows(train), read_label_rows(val), vocab_size)
@@ -242,11 +241,7 @@ def text_perplexities(train: Path, val: Path, tokenizer_file: Path) -> dict[str,
     Raises:
         ValueError, OSError: a file is missing or broken.
     """
-    try:
-        text = tokenizer_file.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ValueError(f"--tokenizer {tokenizer_file} is not UTF-8 text") from error
-    tokenizer = parse_tokenizer(text, f"--tokenizer {tokenizer_file}")
+    tokenizer = read_tokenizer(tokenizer_file, "--tokenizer")
     rows = [text_rows(source, tokenizer) for source in (train, val)]
     return unigram_bigram_baselines(*rows, vocabulary_size(tokenizer))
 

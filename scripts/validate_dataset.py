@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from engine.batches import IGNORE  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
-from text_data.tokenizer import parse_tokenizer, vocabulary_size  # noqa: E402
+from text_data.tokenizer import read_tokenizer, vocabulary_size  # noqa: E402
 from text_data.triples import SPLITS, LineIndex, Triple, parse_line, read_meta  # noqa: E402
 
 SHOWN = 10  # bad lines named per split
@@ -39,7 +39,7 @@ def tokenizer_problems(folder: Path, meta: dict[str, Any]) -> list[str]:
         return [f"{path} is not the one meta.json names (sha256)"]
 
     try:
-        size = vocabulary_size(parse_tokenizer(path.read_text(encoding="utf-8"), str(path)))
+        size = vocabulary_size(read_tokenizer(path))
     except ValueError as error:
         return [str(error)]
     if size != meta["vocab_size"]:

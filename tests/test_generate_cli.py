@@ -92,15 +92,17 @@ def test_interactive_reads_questions_until_the_end_of_input(runs):
 
 
 def test_an_empty_line_ends_the_talk(ask, monkeypatch):
-    typed = iter(["What is 1 + 1?", "  "])
+    typed = iter(["a\udcff", "What is 1 + 1?", "  "])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    status, out, _ = ask("--interactive", "--max_new_tokens", "2")
+    status, out, err = ask("--interactive", "--max_new_tokens", "2")
+    assert "'a\\udcff' is no UTF-8 text" in err
     assert status == 0 and out.startswith("> What is 1 + 1?\n") and next(typed, "read") == "read"
 
 
 @pytest.mark.parametrize("argv,told", [
     ([], 'nothing to answer: add --prompt "..." or --interactive'),
     (["--prompt", " "], "--prompt ' ' is empty: type a question"),
+    (["--prompt", "a\udcff"], "--prompt 'a\\udcff' is no UTF-8 text without NUL: type another question"),
     (["--prompt", QUESTION, "--max_new_tokens", "0"], "--max_new_tokens 0 is not legal: expected at least 1"),
     (["--prompt", QUESTION, "--decode_temperature", "-1"], "--decode_temperature -1.0 is not legal"),
     (["--prompt", QUESTION, "--decode_temperature", "nan"], "--decode_temperature nan is not legal"),

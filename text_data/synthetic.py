@@ -38,6 +38,7 @@ class SimpleTokenizer:
         self.tokenizer.decoder = decoders.Fuse()
         added = [AddedToken(token, special=True, normalized=False) for token in self.SPECIAL]
         self.tokenizer.add_special_tokens(added)
+        self.tokenizer.encode_special_tokens = True  # in a text their names are text
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, no special tokens added."""

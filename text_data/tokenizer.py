@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from engine.files import read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,6 +49,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def parse_tokenizer(text: str, place: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json's text, which neither cuts nor pads and reads `<|eos|>` in a text as text.
 
+    Everything opens a tokenizer.json here, so that a model is asked in the tokens that its data were prepared in.
+
     Raises:
         ValueError: it is none; `place` says where it comes from.
     """
@@ -55,10 +60,25 @@ def parse_tokenizer(text: str, place: str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception
         raise ValueError(f"{place} is no tokenizer.json: {' '.join(str(error).split())}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    read_whole(tokenizer)
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def read_tokenizer(path: Path, flag: str = "") -> Tokenizer:
+    """`parse_tokenizer` of a file. Raises ValueError: it cannot be read; `flag` stands before its path."""
+    place = f"{flag} {path}".lstrip()
+    try:
+        text = read_text(path)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}".lstrip()) from error
+    return parse_tokenizer(text, place)
+
+
+def read_whole(tokenizer: Tokenizer) -> None:
+    """Takes out what a tokenizer.json may carry from its use elsewhere: a length to cut to, and padding."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
 
 
 def special_ids(tokenizer: Tokenizer, place: str, wanted: Mapping[str, str | None]) -> dict[str, int]:
