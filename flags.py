@@ -282,7 +282,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         hybrid("dataset", "path", None, "training data: synthetic (two-digit addition) or a folder of prepared "
                "triples", nullable=True, common=True),
         hybrid("dev_sets", "str", None, "further prepared folders scored at each validation", nullable=True,
-               pattern=r"[\w.-]+=[^,=]+(,[\w.-]+=[^,=]+)*", form="NAME=DIR,NAME=DIR"),
+               pattern=r"[\w.-]+=[^,].*(?<!,)", form="NAME=DIR,NAME=DIR"),
         hybrid("dataset_workers", "int", 0, "threads that read ahead; capped to the machine's cores", low=0),
         hybrid("max_val_samples", "int", 0, "most validation samples; 0 = the whole split", low=0),
         hybrid("on_bad_line", "str", "error", "what to do at a broken line of a prepared file",

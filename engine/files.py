@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -300,3 +301,35 @@ def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, An
                     continue
                 raise JsonLineError(path, number, error) from error
             yield number, value
+
+
+# --- paths on the command line ----------------------------------------------------------------------------------------
+
+
+def named_paths(text: str) -> list[tuple[str, str]]:
+    """(name, path or "") of each entry of a text such as `NAME=PATH,NAME,NAME=PATH`.
+
+    A comma inside a path is written `\\,`. It may also stand as it is where the path with it exists and the path before
+    it does not.
+    """
+    parts = [part.replace("\\,", ",") for part in re.split(r"(?<!\\),", text)]
+
+    entries: list[tuple[str, str]] = []
+    while parts:
+        name, equals, path = parts.pop(0).partition("=")
+        path = path.strip()
+        if equals and not os.path.exists(path):
+            # As few of the next parts as make a path that exists.
+            for count in range(1, len(parts) + 1):
+                longer = ",".join([path, *parts[:count]]).rstrip()
+                if os.path.exists(longer):
+                    path = longer
+                    del parts[:count]
+                    break
+        entries.append((name.strip(), path))
+    return entries
+
+
+def shell_path(path: Path | str) -> str:
+    """A path for a command that is printed: quoted where a shell would take it apart."""
+    return shlex.quote(str(path))

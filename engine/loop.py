@@ -42,7 +42,7 @@ import options
 from engine.checkpoints import step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
 from engine.figures import draw_curve
-from engine.files import write_text_aside
+from engine.files import shell_path, write_text_aside
 from engine.limits import Warmup, limits_of
 from engine.logs import RunLog
 from engine.machine import Machine, Stop, interruptible, run_folder
@@ -211,9 +211,7 @@ class RunLoop:
         # The ranks end together: a signal may have reached one of them only.
         if self.machine.any_process(stop.signal is not None):
             self.save()
-            self.machine.say(
-                f"stopped at step {self.step}, saved; go on with: python train.py --resume {self.folder}"
-            )
+            self.machine.say(f"stopped at step {self.step}, saved; go on with: {resume_command(self.folder)}")
             return 128 + (stop.signal or signal.SIGTERM)
         return 0
 
@@ -336,6 +334,11 @@ def tell_end(report: Report, log: RunLog, newest: Path | None, compare: bool, ne
         return
     curve = draw_curve(log.folder, log.csv_path)
     print(closing_words(log.csv_path, newest, curve, report.question, compare=compare))
+
+
+def resume_command(folder: Path) -> str:
+    """What the user types to go on with the run in `folder`."""
+    return f"python {options.PROG} --resume {shell_path(folder)}"
 
 
 def folder_of(config: LoopConfig, label: str, checkpoint: Path | None) -> Path:

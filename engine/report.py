@@ -169,7 +169,11 @@ def closing_words(
     if question:
         # One line, whatever the question holds.
         prompt = shlex.quote(" ".join(question.split()))
+        if prompt.strip("'").startswith("-"):  # it would be taken for a flag
+            prompt = f"={prompt}"
+        else:
+            prompt = f" {prompt}"
         beside = "--compare " if compare else ""
         place = shlex.quote(str(checkpoint))
-        lines.append(f"next:       python generate.py --checkpoint {place} {beside}--prompt {prompt}")
+        lines.append(f"next:       python generate.py --checkpoint {place} {beside}--prompt{prompt}")
     return "\n".join(lines)

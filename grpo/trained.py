@@ -10,6 +10,7 @@ from typing import Any
 from addon_run import AddonRun
 from batching import PromptFormat
 from engine.checkpoints import newest_checkpoint
+from engine.loop import resume_command
 from engine.machine import Machine
 from engine.optimization import BaseTrainer
 from grpo.warm_start import EnhancedRun
@@ -99,5 +100,5 @@ def trained_planner(run: EnhancedRun) -> TrainedModel:
         elapsed_s=run.loop.elapsed_s,
         title="Planner/worker LM",
         library="transformers",
-        resume=f"python train.py --resume {folder}",
+        resume=resume_command(folder),
     )

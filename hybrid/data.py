@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-import options
-from engine.files import read_text
+from engine.files import named_paths, read_text
 from text_data.batches import PreparedBatches, pad_batch
 from text_data.synthetic import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
 from text_data.tokenizer import read_tokenizer
@@ -66,20 +66,35 @@ class HybridData:
 
 
 def dev_folders(dev_sets: str | None) -> dict[str, Path]:
-    """`math=DIR,code=DIR` by name."""
-    pairs = (part.partition("=") for part in options.names(dev_sets))
-    return {name: Path(folder) for name, _, folder in pairs}
+    """`math=DIR,code=DIR` by name; `named_paths` says how a path may hold a comma."""
+    return {name: Path(folder) for name, folder in named_paths(dev_sets)} if dev_sets else {}
+
+
+def _name_problems(dev_sets: str | None) -> list[str]:
+    """What is wrong with the names of `--dev_sets`, one line each."""
+    if not dev_sets:
+        return []
+    lines = []
+    names = [name for name, _ in named_paths(dev_sets)]
+    for name, folder in named_paths(dev_sets):
+        if not re.fullmatch(r"[\w.-]+", name) or not folder:
+            entry = f"{name}={folder}" if folder else name
+            lines.append(f"--dev_sets: {entry!r} is no NAME=DIR: write NAME=DIR,NAME=DIR, and a comma in a path as \\,")
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            lines.append(f"--dev_sets: {name} is named twice: choose another name")
+    return lines
 
 
 def data_problems(dataset: str | None, dev_sets: str | None) -> list[str]:
     """Every reason why `--dataset` and `--dev_sets` cannot be used, one line each."""
     dev = dev_folders(dev_sets)
+    problems = _name_problems(dev_sets)
     folders = list(dev.values())
     if dataset not in (None, SYNTHETIC):
         folders.insert(0, Path(dataset))
 
     # Each folder alone: its meta.json and its tokenizer.
-    problems = []
     tokenizers = set()  # SHA-256
     for folder in folders:
         try:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from engine.files import named_paths
 from sandbox import runner
 from suite.language import read_documents
 from suite.questions import READERS, SuiteError, SuiteItem, read_questions
@@ -14,16 +15,6 @@ LANGUAGE = "perplexity"
 SUMS = "synthetic"
 CODE = "mbpp"
 NAMES = (LANGUAGE, *READERS)
-
-
-def _split(text: str) -> list[tuple[str, str]]:
-    """(name, path or "") of each entry of a spec."""
-    # A path may hold an equals sign, but no comma.
-    entries = []
-    for entry in text.split(","):
-        name, _, path = entry.strip().partition("=")
-        entries.append((name.strip(), path.strip()))
-    return entries
 
 
 def _entry_problem(name: str, path: str) -> str | None:
@@ -56,7 +47,7 @@ def _entry_problem(name: str, path: str) -> str | None:
 
 def suite_problems(text: str) -> list[str]:
     """Everything wrong with an `--eval_suite` spec, one line each; looks at the first line of each file."""
-    entries = _split(text)
+    entries = named_paths(text)
     names = [name for name, _ in entries]
     # Rows of the records are told apart by the entry's name.
     lines = []
@@ -78,7 +69,7 @@ def parse_suite(text: str) -> list[SuiteItem]:
         raise SuiteError(f"--eval_suite: {'; '.join(problems)}")
 
     items = []
-    for name, path in _split(text):
+    for name, path in named_paths(text):
         items.append(SuiteItem(name, Path(path) if path else None))
     return items
 

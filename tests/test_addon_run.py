@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -134,12 +135,12 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(call, tmp_path, mon
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
-        stopped, out, err = call("--run_name", "stopped", *flags)
-    folder = tmp_path / "runs" / "stopped"
+        stopped, out, err = call("--run_name", "a stopped, run", *flags)
+    folder = tmp_path / "runs" / "a stopped, run"
     assert stopped == status and out == "" and signal.getsignal(number) is handler
-    assert f"stopped at step 3, saved; go on with: python train.py --resume {folder}" in err
+    assert f"stopped at step 3, saved; go on with: python train.py --resume {shlex.quote(str(folder))}" in err
     assert newest(folder).name == "step-00000003"
-    assert call("--run_name", "stopped", *flags)[0] == 0
+    assert call("--run_name", "a stopped, run", *flags)[0] == 0
     assert_same_run(tmp_path / "runs" / "whole", folder)
 
 

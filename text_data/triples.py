@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.batches import IGNORE
-from engine.files import json_reason, read_json
+from engine.files import json_reason, read_json, shell_path
 
 SPLITS = ("train", "val")
 LEAST_COUNTS = {"vocab_size": 1, "pad_id": 0, "bos_id": 0, "eos_id": 0, "max_seq_len": 1}  # of meta.json
@@ -304,4 +304,4 @@ class PreparedData:
     @property
     def _validation(self) -> str:
         """The command that lists every bad line."""
-        return f"python scripts/validate_dataset.py {self.path.parent}"
+        return f"python scripts/validate_dataset.py {shell_path(self.path.parent)}"

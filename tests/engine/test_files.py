@@ -14,6 +14,7 @@ from engine.files import (
     JsonLineError,
     WriteError,
     json_lines,
+    named_paths,
     parse_json,
     read_json,
     read_text,
@@ -179,3 +180,27 @@ def test_importing_the_module_imports_nothing_heavy():
     code = "import sys, engine.files; print([m for m in ('torch', 'numpy', 'psutil') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+# --- paths on the command line
+
+
+def test_a_path_may_hold_a_comma(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    odd = tmp_path / "a,b" / "x, y=1,.txt"
+    odd.write_text("", encoding="utf-8")
+    plain = tmp_path / "plain.txt"
+    plain.write_text("", encoding="utf-8")
+    expected = [("perplexity", str(odd)), ("synthetic", ""), ("gsm8k", str(plain))]
+    escaped = str(odd).replace(",", "\\,")
+    assert named_paths(f"perplexity={odd}, synthetic ,gsm8k={plain}") == expected
+    assert named_paths(f"perplexity={escaped},synthetic,gsm8k={plain}") == expected
+    assert named_paths(f"gsm8k={plain},perplexity={odd}") == [expected[2], expected[0]]
+
+
+@pytest.mark.parametrize(("text", "entries"), [
+    ("a=x,b", [("a", "x"), ("b", "")]), ("", [("", "")]), ("a=,b=y=z", [("a", ""), ("b", "y=z")]),
+    (",a", [("", ""), ("a", "")]), ("=x", [("", "x")]), (r"a=x\,y", [("a", "x,y")]), (r"a=\,", [("a", ",")]),
+    (r"a=C:\x,b", [("a", r"C:\x"), ("b", "")])])
+def test_a_comma_parts_entries_where_no_file_says_otherwise(text, entries):
+    assert named_paths(text) == entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.logs import EVAL_HEADER
 from engine.report import Card, closing_words, format_table, metric_row, percent, prediction_line, stamped, text_table
+from generate import build_parser
 
 
 def test_a_stamped_row_has_every_column_of_the_csv():
@@ -53,6 +55,9 @@ def test_the_command_that_follows_survives_a_shell_and_stays_on_one_line():
         "evaluation: r/eval.csv", "checkpoint: my runs/step-1",
         "next:       python generate.py --checkpoint 'my runs/step-1' --compare --prompt 'What'\"'\"'s 1 + 1?'"]
     assert closing_words(Path("e"), None, None, None) == "evaluation: e"
+    for question in ("-5 + 3 = ?", "-5"):
+        shown = closing_words(Path("e"), Path("c"), None, question).split("next:")[1]
+        assert build_parser().parse_args(shlex.split(shown)[2:]).prompt == [question], "no flag, for all its minus"
 
 
 def test_a_card_without_an_evaluation_has_no_table():

@@ -314,7 +314,11 @@ def test_dev_sets_by_name(tmp_path):
     for wrong in ("math", "=x", "a=,b=c", "a=b,", "a b=c"):
         with pytest.raises(SystemExit):
             options.parse([*RUN, "--dataset", "synthetic", "--dev_sets", wrong])
-    folder = write_prepared(tmp_path / "data")
+    folder = write_prepared(tmp_path / "a, b")
+    assert dev_folders(f"one={folder},two={folder}") == {"one": folder, "two": folder}
+    for wrong, told in ((f"one={folder},one={folder}", "one is named twice"), (f"one={folder},b", "'b' is no NAME=DIR"),
+                        (f"one={folder},b c={folder}", "is no NAME=DIR")):
+        assert [line for line in data_problems(str(folder), wrong) if told in line], wrong
     data = opened(dataset=str(folder), dev_sets=f"one={folder}", max_seq_len=5)
     assert isinstance(data.train, PreparedData) and list(data.dev) == ["one"]
     assert list(data.dev["one"]) == list(data.val) and max(len(t.encoder_ids) for t in data.val) <= 5

@@ -97,6 +97,16 @@ def test_a_spec_is_names_and_files(write):
     assert items == [SuiteItem("gsm8k", gsm8k), SuiteItem("mbpp", mbpp), SuiteItem("synthetic")]
 
 
+def test_a_file_of_the_suite_may_have_a_comma_in_its_path(write, tmp_path):
+    odd = tmp_path / "runs, of may" / "g,s.jsonl"
+    odd.parent.mkdir()
+    write("g.jsonl", GSM8K).rename(odd)
+    mbpp = write("m.jsonl", MBPP)
+    expected = [SuiteItem("gsm8k", odd), SuiteItem("mbpp", mbpp)]
+    escaped = str(odd).replace(",", "\\,")
+    assert parse_suite(f"gsm8k={odd},mbpp={mbpp}") == expected == parse_suite(f"gsm8k={escaped},mbpp={mbpp}")
+
+
 def test_all_problems_of_a_spec_are_told_at_once(write, tmp_path):
     swapped = write("m.jsonl", MBPP)
     spec = f"gsm8=x,gsm8k,mbpp={tmp_path}/none,science_qa={swapped},perplexity={tmp_path},synthetic,synthetic,=y"
