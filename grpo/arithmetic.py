@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from text_data.numbers import DIGITS, LONGEST, PROSE, ascii_signs, numbers, value_of
+from text_data.notation import DIGITS, ascii_signs
+from text_data.numbers import LONGEST, numbers, value_of
 
 LEFT = 160  # characters read before an equals sign
 RIGHT = 60  # characters read after it
 
 _TOKEN = re.compile(rf"(?P<space>[\s$]+)|(?P<number>{DIGITS})|(?P<operator>[-+*/x])|(?P<other>.)", re.A | re.S)
+_WRITTEN = re.compile(rf"(?<![A-Za-z_])(?:{DIGITS})(?:[eE][-+]?\d{{1,2}}(?!\w))?", re.A)
 # Numbers that a prompt may give in words, and what its units bring with them: minutes to the hour, days to the week.
 _WORDS = dict(
     zip(
@@ -79,7 +81,7 @@ def mentioned(prompt: str) -> set[Fraction]:
     sizes |= {Fraction(_WORDS[word]) for word in words & set(_WORDS)}
 
     # Parts of fractions, which `numbers` reads as one number.
-    sizes |= {value_of(match[0]) for match in PROSE.unsigned.finditer(prompt[:LONGEST])}
+    sizes |= {value_of(match[0]) for match in _WRITTEN.finditer(prompt[:LONGEST])}
     return sizes
 
 
@@ -210,7 +212,7 @@ def _rounds(exact: Fraction, stated: Fraction, right: Expression, text: str) -> 
 
     `right` is the side that states it, read from the beginning of `text`.
     """
-    written = PROSE.unsigned.search(text[:RIGHT])
+    written = _WRITTEN.search(text[:RIGHT])
     if written is None or right[1]:
         return False
     decimals = len(written[0].partition(".")[2])

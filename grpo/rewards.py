@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.records import normalise
 from enhanced.reasoning_format import (
     REASONING_TOKENS,
     Parsed,
@@ -28,17 +27,16 @@ from enhanced.reasoning_format import (
 from grpo.arithmetic import divisions, sound_share
 from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError
 from sandbox.runner import CodeJob, confinement, run_many
+from text_data.equality import same_answer
 from text_data.fences import without_outer_fence
-from text_data.numbers import is_plain, numbers
 
-__all__ = ["COLUMNS", "REWARDS", "RewardSettings", "build_rewards", "item_text", "repetition"]
+__all__ = ["COLUMNS", "REWARDS", "RewardSettings", "build_rewards", "item_text", "repetition", "same_answer"]
 __all__ += ["Parsed", "format_rate", "split_completion"]  # the parser's, for those who score
 
 PARSES = 0.2  # what code that parses is worth without passing a test
 NGRAM = 4
 FREE_REPETITION = 0.1  # share of repeated n-grams that plain prose and arithmetic have
 CHARACTERS_PER_TOKEN = 4  # where completion ids are not handed in
-LONGEST_ANSWER = 1_000  # characters; longer text holds no number that is the answer
 LONGEST_ITEM_ANSWER = 20_000  # characters shown to a task's scorer; some take time quadratic in them
 LONGEST_CODE = 50_000  # characters
 LONGEST_COUNTED = 100_000  # characters in which repetition is counted
@@ -178,24 +176,6 @@ def math_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS,
 def _copied(solution: str, answer: Any, prompt: str) -> bool:
     """Whether the solution is a division of the prompt's that the answer is not written as."""
     return bool(divisions(solution) & divisions(prompt) - divisions(str(answer)))
-
-
-def same_answer(solution: str, answer: Any) -> bool:
-    """Whether the solution holds exactly one number and it is the answer's (behind `####`, where it has that mark).
-
-    Units, currency, thousands separators, fractions and words around it do not matter; a percent sign must stand in
-    both or in neither. An answer that is not one number is compared as normalised text, and so is a solution whose
-    number is changed by what stands at it (√9, 3², 12 million).
-    """
-    if answer is None or len(solution) > LONGEST_ANSWER:
-        return False
-    wanted = str(answer).rpartition("####")[2].strip()
-
-    # By value where both sides are plain numbers, else by text.
-    gold = numbers(wanted)
-    if len(gold) == 1 and is_plain(solution) and is_plain(wanted):
-        return numbers(solution) == gold
-    return bool(wanted) and normalise(solution) == normalise(wanted)
 
 
 def brevity_reward(prompts, completions, completion_ids=None, *, settings=DEFAULTS, **columns) -> list[float]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import JsonLineError, json_lines
+from text_data.choices import LETTERS
 from text_data.numbers import final_number
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class SuiteError(ValueError):

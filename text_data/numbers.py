@@ -1,65 +1,52 @@
 """Numbers in running text: the one place that knows how a number, its sign and its separators are written.
 
-Two readers share it. `numbers` reads every number of a text as an exact fraction, for rewards that a model tries to
-cheat. `final_number` reads the last number of a worked answer as plain digits, for benchmarks with one gold number.
+`readings` finds every number and says what is doubtful about it. Three readers stand on it: `numbers` gives all of
+them, for what a prompt mentions; `one_number` the single one of a short answer, for rewards that a model tries to
+cheat; `final_number` that of a worked answer, for benchmarks with one gold number. All are exact, without floating
+point, and linear in the text.
+
+A comma between digits separates thousands (`1,234`, also `1,00,000`) or two numbers (`1,5`); it is never a decimal
+comma, but for the one form that has no other meaning, `1.234,56`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-LONGEST = 20_000  # characters of a text that `numbers` reads
-
-# A number without its sign, in time linear in the text: the counts of digits and groups are bounded.
-DIGITS = r"(?:\d{1,3}(?:,\d{3}){1,12}(?!\d|,\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
-
-
-@dataclass(frozen=True)
-class Notation:
-    """How numbers are written in one kind of text.
-
-    unsigned: matches a number without its sign.
-    sign: matches at the end of the text before a number where it has a sign; one that begins with a plus is positive.
-    span: characters before a number in which all of its sign stands.
-    """
-
-    unsigned: re.Pattern[str]
-    sign: re.Pattern[str]
-    span: int
-
-    def is_negative(self, text: str, start: int) -> bool:
-        """Whether a minus sign belongs to the number that begins at `start`."""
-        sign = self.sign.search(text[max(start - self.span, 0) : start])
-        return sign is not None and not sign[0].startswith("+")
-
-
-# Prose with formulas: exponents count, a sign may be a word or stand apart, letters before a number belong to it.
-PROSE = Notation(
-    unsigned=re.compile(rf"(?<![A-Za-z_])(?:{DIGITS})(?:[eE][-+]?\d{{1,2}}(?!\w))?", re.A),
-    sign=re.compile(r"(?<![\w)])-\s{0,2}\$?\s?\Z|\$-\Z|\b(?:minus|negative)\s{1,2}\$?\Z", re.I),
-    span=12,
+from text_data.answers import MARK, before_next_question, marked_answer
+from text_data.notation import (
+    ALTERED_AFTER,
+    ALTERED_BEFORE,
+    DENIED,
+    DIGITS,
+    DOUBTFUL_AFTER,
+    DOUBTFUL_BEFORE,
+    FRACTION_BAR,
+    MIXED_GAP,
+    NUMBER,
+    PERCENT,
+    is_unit,
+    minus_before,
+    plain_text,
 )
 
-# The end of a worked answer: numbers of any length, a sign on either side of a dollar sign. Where both sides have one,
-# the first counts. Behind one of these characters a hyphen or a plus is no sign: `10-5` ends in 5.
-_NO_SIGN_BEHIND = r"[0-9A-Za-z.)\]%]"
-ANSWER = Notation(
-    unsigned=re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+"),
-    sign=re.compile(rf"(?:(?<!{_NO_SIGN_BEHIND})[-\u2212+](?:\$ ?[-\u2212]?)?|\$ ?[-\u2212])\Z"),
-    span=5,
-)
+__all__ = ["DIGITS", "LONGEST", "Number", "Reading", "final_number", "numbers", "one_number", "readings", "value_of"]
 
-# What makes another number of the one it stands at: roots, powers, fractions as one character, words of size.
-_CHANGED = re.compile(
-    r"[√∛]|\\sqrt|[\d}][⁰¹²³⁴-⁹½⅓⅔¼¾]|\d\s?(?:k|(?:hundred|thousand|million|billion|trillion|dozen)s?)\b", re.I
-)
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?\{([^{}]{1,40})\}\s?\{([^{}]{1,40})\}")
-_LATEX = re.compile(r"\\[A-Za-z]+|\\.|[{}]")
-_ASCII = str.maketrans({"−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "⁄": "/"} | dict.fromkeys("‐‑‒﹣－", "-"))
-_MARK = "####"  # GSM8K writes its answer behind it
+LONGEST = 20_000  # characters of a text that are read
+NEAR = 40  # characters on either side of a number that may change it
+ANNOUNCED = 300  # characters behind `answer is` that are read
+TRIES = 20  # announcements that are looked at, from the last
+
+# What announces the number of a worked answer, and what ends the announced part.
+_ANNOUNCED = re.compile(r"\banswer\s*(?:is|would be|should be|[:=])\s*[:=]?", re.I)
+_ANNOUNCED_END = re.compile(r"\n|[.!?;](?=\s|\Z)|\(|\b(?:because|since|where|as)\b", re.I)
+_EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
+# What stands between the first number of a line and the equals sign behind which its value follows.
+_EXPRESSION = re.compile(r"[^,;()\n]{0,200}=")
 
 
 @dataclass(frozen=True)
@@ -70,9 +57,22 @@ class Number:
     percent: bool = False
 
 
-def ascii_signs(text: str) -> str:
-    """The text with the typographic signs of arithmetic as -, * and /; its length stays."""
-    return text.translate(_ASCII)
+@dataclass(frozen=True)
+class Reading:
+    """A number where it stands.
+
+    Args:
+        number: None for a division by 0.
+        start, end: its place in the text of `plain_text`, without its sign.
+        altered: what stands at it makes another number of it: a root, a power, `half of`, `not`.
+        doubtful: what stands at it may do so: `5!`, `5 million`, `5x`, `more than 5`, `5 or more`.
+    """
+
+    number: Number | None
+    start: int
+    end: int
+    altered: bool
+    doubtful: bool
 
 
 def value_of(digits: str) -> Fraction:
@@ -80,74 +80,172 @@ def value_of(digits: str) -> Fraction:
     return Fraction(digits.replace(",", ""))
 
 
-def numbers(text: str) -> list[Number]:
-    """Every number of the first `LONGEST` characters, in order, in time linear in them.
+# --- all numbers ------------------------------------------------------------------------------------------------------
 
-    A fraction (1/2, 1 1/2, LaTeX) is one number; a division by 0 is none. Without floating point.
-    """
-    text = ascii_signs(text[:LONGEST])
-    text = _LATEX_FRACTION.sub(r" \1/\2 ", text).replace("\\%", "%").replace("\\$", "$")
-    text = _LATEX.sub(" ", text)
 
-    # Each turn reads one number: one match, or two or three that a slash makes a fraction of.
-    matches = list(PROSE.unsigned.finditer(text))
-    read: list[Number] = []
+def readings(text: str) -> list[Reading]:
+    """Every number of a text of `plain_text`, in order. A fraction (1/2, 1 1/2) is one number."""
+    matches = list(NUMBER.finditer(text))
+    read = []
     place = 0
     while place < len(matches):
         value, length = _fraction(text, matches[place : place + 3])
-        first = matches[place]
-        last = matches[place + length - 1]
+        start = matches[place].start()
+        end = matches[place + length - 1].end()
         place += length
-        if value is None:
-            continue
-        if PROSE.is_negative(text, first.start()):
-            value = -value
-        percent = text[last.end() : last.end() + 9].lstrip().startswith(("%", "percent"))
-        read.append(Number(value, percent))
+        read.append(_reading(text, value, start, end))
     return read
 
 
-def _fraction(text: str, matches: list[re.Match[str]]) -> tuple[Fraction | None, int]:
+def _reading(text: str, value: Fraction | None, start: int, end: int) -> Reading:
+    """The number between two places, with its sign and what stands at it."""
+    before = text[max(start - NEAR, 0) : start]
+    after = text[end : end + NEAR]
+    minus = minus_before(text, start)
+    if value is not None and minus.negative:
+        value = -value
+
+    # A percent sign is no change; what follows it may be.
+    percent = PERCENT.match(after)
+    if percent:
+        after = after[percent.end() :]
+    altered = ALTERED_BEFORE.search(before) or ALTERED_AFTER.match(after)
+    doubtful = minus.doubtful or DOUBTFUL_BEFORE.search(before) or DOUBTFUL_AFTER.match(after)
+    if not percent and not is_unit(after):
+        doubtful = True
+
+    number = None if value is None else Number(value, percent is not None)
+    return Reading(number, start, end, value is None or altered is not None, bool(doubtful))
+
+
+def _fraction(text: str, matches: Sequence[re.Match[str]]) -> tuple[Fraction | None, int]:
     """(value, matches it takes) of the number that begins with the first of up to three matches; None: n / 0."""
     value = value_of(matches[0][0])
     gaps = [text[a.end() : b.start()] for a, b in pairwise(matches)]
-    if gaps and gaps[0].strip() == "/":
+
+    # Three parts of slashes are a date.
+    if gaps and FRACTION_BAR.fullmatch(gaps[0]):
+        if len(gaps) == 2 and FRACTION_BAR.fullmatch(gaps[1]):
+            return None, 3
         divisor = value_of(matches[1][0])
         return (value / divisor if divisor else None), 2
-    if len(gaps) == 2 and gaps[0].isspace() and gaps[1] == "/":
+
+    # A whole number before a proper fraction.
+    if len(gaps) == 2 and MIXED_GAP.fullmatch(gaps[0]) and FRACTION_BAR.fullmatch(gaps[1]):
+        part = value_of(matches[1][0])
         divisor = value_of(matches[2][0])
-        if divisor:
-            return value + value_of(matches[1][0]) / divisor, 3
+        if value.denominator == 1 and part < divisor:
+            return value + part / divisor, 3
     return value, 1
 
 
-def is_plain(text: str) -> bool:
-    """Whether no root, power or word of size (12 million) changes a number of the text: `numbers` does not read them.
+def numbers(text: str) -> list[Number]:
+    """Every number of the first `LONGEST` characters, in order; a division by 0 is none."""
+    read = readings(plain_text(text[:LONGEST]))
+    return [reading.number for reading in read if reading.number is not None]
 
-    Units such as m² are no change.
+
+# --- the one number of a short answer ---------------------------------------------------------------------------------
+
+
+def one_number(text: str) -> Number | None:
+    r"""The number that a short answer gives; None where it gives none, several, or one that something may change.
+
+    Units, currency, words around it, a box and Markdown do not matter. `x = 5` gives 5, and so does `10/2 = 5`, whose
+    sides agree; `3 + 2 = 5`, `5!`, `5 million`, `more than 5` and `not 5` give none.
     """
-    return _CHANGED.search(text) is None
+    marked = marked_answer(text[:LONGEST])
+    plain = plain_text(text[:LONGEST] if marked is None else marked, spaces_group=True)
+    if DENIED.search(plain):
+        return None
+
+    # Both sides of an equals sign must say the same; a name may stand before it.
+    parts = _EQUALS.split(plain)
+    sides = [readings(part) for part in parts]
+    read = [reading for side in sides for reading in side]
+    if not read or any(reading.altered or reading.doubtful for reading in read):
+        return None
+    if len(read) > 1:
+        lettered = any(re.search(r"[A-Za-z]", part) for part in parts[1:])
+        if lettered or any(len(side) > 1 for side in sides) or len({reading.number for reading in read}) > 1:
+            return None
+    return read[0].number
+
+
+# --- the final number of a worked answer ------------------------------------------------------------------------------
 
 
 def final_number(text: str) -> str | None:
-    """The final number of a worked answer in plain digits, such as `-1234.5`; None where there is none.
+    """The final number of a worked answer in plain digits, such as `-1234.5` or `1/3`; None where there is none.
 
-    The first number after the first `####` (GSM8K's mark), else the last number of the text. `$`, commas between
-    thousands, trailing points and zeros after the point are dropped; a hyphen after a digit or letter is no sign.
+    In this order: the number behind the first `####` (GSM8K's mark); that of the last box or answer tag; that of the
+    last `answer is` or `answer:`; the last number of the text. A question that the model goes on with does not count,
+    and a number that a root, a power, `half of` or `not` makes another one is none. Percent signs and units are
+    dropped; a hyphen after a digit or letter is no sign.
     """
-    answer = text.partition(_MARK)[2]
-    match = ANSWER.unsigned.search(answer)
-    if match is None:
-        answer = text
-        matches = list(ANSWER.unsigned.finditer(text))
-        if not matches:
-            return None
-        match = matches[-1]
+    before, mark, behind = text.partition(MARK)
+    if mark:
+        reading = _first_of_line(behind[:LONGEST])
+        if reading is not None:
+            return _digits(reading)
 
-    # Plain digits: no separators, no zeros that say nothing, no sign on a zero.
-    whole, _, part = match[0].replace(",", "").partition(".")
-    number = whole.lstrip("0") or "0"
-    if part.rstrip("0"):
-        number += "." + part.rstrip("0")
-    negative = number != "0" and ANSWER.is_negative(answer, match.start())
-    return "-" + number if negative else number
+    # A text that is cut keeps its end.
+    text = before_next_question(text)[-LONGEST:]
+    marked = marked_answer(text)
+    for part, place in ((marked, -1), (_announced(text), -1), (text, -1)):
+        read = readings(plain_text(part, spaces_group=part is marked)) if part else []
+        if read:
+            return _digits(read[place])
+    return None
+
+
+def _first_of_line(text: str) -> Reading | None:
+    """The first number of the text; where it begins an equation on its line, the number behind the equals sign."""
+    plain = plain_text(text, spaces_group=True)
+    read = readings(plain)
+    if not read:
+        return None
+
+    # `10-5 = 5`: the last equals sign of the line counts.
+    place = read[0].start
+    while match := _EXPRESSION.match(plain, place):
+        place = match.end()
+    line_end = plain.find("\n", place)
+    for reading in read:
+        if reading.start >= place and (line_end < 0 or reading.start < line_end):
+            return reading
+    return read[0]
+
+
+def _announced(text: str) -> str | None:
+    """What the last announcement with a number in it announces, up to the end of its sentence; None: there is none."""
+    for match in reversed(list(_ANNOUNCED.finditer(text))[-TRIES:]):
+        part = _ANNOUNCED_END.split(text[match.end() : match.end() + ANNOUNCED].lstrip(), maxsplit=1)[0]
+        if NUMBER.search(plain_text(part)):
+            return part
+    return None
+
+
+def _digits(reading: Reading) -> str | None:
+    """The number in plain digits; None where something made another number of it."""
+    if reading.number is None or reading.altered:
+        return None
+
+    # Powers of 2 and 5 alone make a decimal that ends.
+    value = reading.number.value
+    rest = value.denominator
+    places = 0
+    for prime in (2, 5):
+        count = 0
+        while rest % prime == 0:
+            rest //= prime
+            count += 1
+        places = max(places, count)
+    if rest != 1:
+        return f"{value.numerator}/{value.denominator}"
+
+    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
+    whole = digits[: len(digits) - places]
+    part = digits[len(digits) - places :]
+    sign = "-" if value < 0 else ""
+    return f"{sign}{whole}.{part}" if part else sign + whole

@@ -208,6 +208,30 @@ def test_other_numbers_and_lists_of_numbers_are_wrong(solution, answer):
     assert not same_answer(solution, answer)
 
 
+@pytest.mark.parametrize(("solution", "answer"), [
+    (r"\boxed{B}", "B"), ("<answer>B</answer>", "B"), ("(B)", "B"), ("B.", "B"), ("B) a text", "B"),
+    ("Answer: B", "b"), ("**B**", "B"),
+    ("The answer is B because A is wrong", "B"), ("b", "B"), ("B", "(B)"), ("B", "(B) Paris"),
+    ("(B) Paris", "(B) Paris"),
+    ("Yes.", "Yes"), ("**yes**", "Yes"), (r"\text{Yes}", "yes"), ('"Paris"', "Paris"), ("[1, 2]", "[1,2]"),
+    ("(3,4)", "(3, 4)"),
+    ("72", "#### 72 clips"), ("72", "72 #### "), ("72", "48 + 24 = <<48+24=72>>72\n#### 72"), ("5", "x = 5"),
+    ("5 km", "5"),
+    (r"70{,}000", "70,000"), ("-\u20ac5", "-5"), ("5!", "5!"), ("Paris 2024", "paris 2024")])
+def test_options_and_texts_are_equal_however_written(solution, answer):
+    assert same_answer(solution, answer)
+
+
+@pytest.mark.parametrize(("solution", "answer"), [
+    ("B or C", "B"), ("not B", "B"), ("A", "B"), ("C", "(B) Paris"), ("A force", "A"), ("London 2024", "Paris 2024"),
+    ("66", "Route 66"),
+    ("Yes.", "No"), ("5!", "5"), ("5 squared", "5"), ("5M", "5"), ("sqrt(9)", "9"), ("half of 10", "10"),
+    ("not 5", "5"), ("5", "5!"),
+    ("5-6", "5"), ("1,5", "1.5"), ("5 of 6", "5"), (r"\boxed{5!}", "5"), ("0x5", "0"), ("f(5)", "5")])
+def test_what_only_holds_the_answer_is_not_the_answer(solution, answer):
+    assert not same_answer(solution, answer)
+
+
 @given(st.fractions(max_denominator=1000), st.sampled_from(["{}", "about {} apples", "$ {}", "{}."]))
 def test_every_fraction_equals_itself_and_not_its_neighbour(value, form):
     assert same_answer(form.format(value), str(value))

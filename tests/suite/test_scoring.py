@@ -23,7 +23,8 @@ from text_data.numbers import final_number
 
 # --- the final number
 
-SAFE = st.characters(exclude_categories=["Nd", "No", "Nl"], exclude_characters="#-\u2212.,$")
+# Characters that neither make a number nor change one.
+SAFE = st.characters(exclude_categories=["Nd", "No", "Nl", "Sm", "Sc", "Pd"], exclude_characters="#.,/^*%!(\\{‾")
 NUMBERLESS = st.text(SAFE, max_size=20)
 
 
