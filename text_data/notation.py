@@ -135,6 +135,7 @@ def _sign_of(match: re.Match[str]) -> str:
 
 # --- signs ------------------------------------------------------------------------------------------------------------
 
+_SIGN_NEAR = re.compile(r"-[^\w-]{0,6}\Z|(?:minus|negative)[^\w-]{1,6}\Z", re.I)
 _TIGHT = re.compile(rf"-\(?\s?(?:{_CURRENCY}\s?)?\Z|{_CURRENCY}\s?-\s?\Z")
 _APART = re.compile(rf"-\s{{1,3}}\(?(?:{_CURRENCY}\s?)?\Z")
 _WORD = re.compile(rf"\b(?:minus|negative)\s{{1,2}}(?:{_CURRENCY}\s?)?\Z", re.I)
@@ -151,6 +152,9 @@ class Minus:
     doubtful: bool = False
 
 
+_NO_MINUS = Minus()
+
+
 def minus_before(text: str, start: int) -> Minus:
     """The minus sign of the number at `start` of a text of `plain_text`.
 
@@ -159,6 +163,8 @@ def minus_before(text: str, start: int) -> Minus:
     that begins a later line is a bullet.
     """
     before = text[max(start - 60, 0) : start]
+    if _SIGN_NEAR.search(before) is None:
+        return _NO_MINUS
     word = _WORD.search(before)
     if word:
         return Minus(negative=_OPERATOR_BEHIND.search(before[: word.start()]) is None)

@@ -63,16 +63,32 @@ class Reading:
 
     Args:
         number: None for a division by 0.
-        start, end: its place in the text of `plain_text`, without its sign.
-        altered: what stands at it makes another number of it: a root, a power, `half of`, `not`.
-        doubtful: what stands at it may do so: `5!`, `5 million`, `5x`, `more than 5`, `5 or more`.
+        text: the text of `plain_text` in which it stands.
+        start, end: its place there, without its sign and with its percent sign.
     """
 
     number: Number | None
+    text: str
     start: int
     end: int
-    altered: bool
-    doubtful: bool
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether what stands at it makes another number of it: a root, a power, `half of`, `not`."""
+        before = self.text[max(self.start - NEAR, 0) : self.start]
+        after = self.text[self.end : self.end + NEAR]
+        if self.number is None:
+            return True
+        return ALTERED_BEFORE.search(before) is not None or ALTERED_AFTER.match(after) is not None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether what stands at it may do so: `5!`, `5 million`, `5x`, `more than 5`, `5 or more`."""
+        before = self.text[max(self.start - NEAR, 0) : self.start]
+        after = self.text[self.end : self.end + NEAR]
+        if minus_before(self.text, self.start).doubtful or not is_unit(after):
+            return True
+        return DOUBTFUL_BEFORE.search(before) is not None or DOUBTFUL_AFTER.match(after) is not None
 
 
 def value_of(digits: str) -> Fraction:
@@ -98,24 +114,16 @@ def readings(text: str) -> list[Reading]:
 
 
 def _reading(text: str, value: Fraction | None, start: int, end: int) -> Reading:
-    """The number between two places, with its sign and what stands at it."""
-    before = text[max(start - NEAR, 0) : start]
-    after = text[end : end + NEAR]
-    minus = minus_before(text, start)
-    if value is not None and minus.negative:
+    """The number between two places, with its sign and its percent sign."""
+    if value is None:
+        return Reading(None, text, start, end)
+    if minus_before(text, start).negative:
         value = -value
 
-    # A percent sign is no change; what follows it may be.
-    percent = PERCENT.match(after)
+    percent = PERCENT.match(text, end)
     if percent:
-        after = after[percent.end() :]
-    altered = ALTERED_BEFORE.search(before) or ALTERED_AFTER.match(after)
-    doubtful = minus.doubtful or DOUBTFUL_BEFORE.search(before) or DOUBTFUL_AFTER.match(after)
-    if not percent and not is_unit(after):
-        doubtful = True
-
-    number = None if value is None else Number(value, percent is not None)
-    return Reading(number, start, end, value is None or altered is not None, bool(doubtful))
+        end = percent.end()
+    return Reading(Number(value, percent is not None), text, start, end)
 
 
 def _fraction(text: str, matches: Sequence[re.Match[str]]) -> tuple[Fraction | None, int]:
@@ -163,7 +171,7 @@ def one_number(text: str) -> Number | None:
     parts = _EQUALS.split(plain)
     sides = [readings(part) for part in parts]
     read = [reading for side in sides for reading in side]
-    if not read or any(reading.altered or reading.doubtful for reading in read):
+    if not read or any(reading.is_altered or reading.is_doubtful for reading in read):
         return None
     if len(read) > 1:
         lettered = any(re.search(r"[A-Za-z]", part) for part in parts[1:])
@@ -228,7 +236,7 @@ def _announced(text: str) -> str | None:
 
 def _digits(reading: Reading) -> str | None:
     """The number in plain digits; None where something made another number of it."""
-    if reading.number is None or reading.altered:
+    if reading.number is None or reading.is_altered:
         return None
 
     # Powers of 2 and 5 alone make a decimal that ends.
