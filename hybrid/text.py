@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from engine.batches import IGNORE, by_length
 from hybrid.model import HybridModel
+from suite.text_model import Cuts
 from text_data.batches import pad_batch
 from text_data.tokenizer import parse_tokenizer
 from text_data.triples import Triple
@@ -40,6 +42,7 @@ class HybridText:
 
     Attributes:
         segments_used: mean number of HRM cycles over the examples of the latest call; None before any.
+        cuts: which of its questions and contexts lost their beginning to `max_seq_len`, which answers met the limit.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class HybridText:
         self.autocast = autocast
         self.gate_scale = gate_scale
         self.segments_used: float | None = None
+        self.cuts = Cuts()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, no special tokens."""
@@ -129,7 +133,7 @@ class HybridText:
 
         with self._ready() as device:
 
-            def answers(ids: list[list[int]]) -> list[str]:
+            def answers(ids: list[list[int]]) -> list[tuple[str, bool]]:
                 nonlocal cycles, done
                 batch = self._batch([self._triple(prompt, NO_TARGET) for prompt in ids], device)
                 mask = batch["encoder_mask"]
@@ -142,18 +146,25 @@ class HybridText:
 
                 cycles += int(encoded.cycles_used.sum())
                 done += len(ids)
-                texts = [self.decode(row[1:]) for row in generated.tolist()]  # without the bos they start with
+                rows = [row[1:] for row in generated.tolist()]  # without the bos they start with
                 progress(done)
-                return texts
+                return [(self.decode(row), self.model.config.eos_token_id not in row) for row in rows]
 
-            texts = by_length(prompts, list(map(len, prompts)), self.batch_size, answers)
+            answered = by_length(prompts, list(map(len, prompts)), self.batch_size, answers)
 
         self.segments_used = cycles / max(len(prompts), 1)
-        return texts
+        self.cuts = Cuts(self._too_long(prompts), tuple(cut for _, cut in answered))
+        return [text for text, _ in answered]
+
+    def _too_long(self, prompts: Sequence[Sequence[int]]) -> tuple[bool, ...]:
+        """For each row of ids, whether its beginning is cut off."""
+        most = self.max_seq_len or math.inf
+        return tuple(len(prompt) > most for prompt in prompts)
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, int]]:
         """(sum of log p(continuation | context) in nats, tokens) of each pair; the encoder reads the context."""
         sums: list[tuple[float, int]] = []
+        cut: list[bool] = []
         cycles = 0
         with self._ready() as device:
             for start in range(0, len(pairs), self.batch_size):
@@ -167,11 +178,13 @@ class HybridText:
                 triples = [self._triple(context, target or NO_TARGET) for context, target in rows]
                 terms, used = self._log_probabilities(self._batch(triples, device))
                 cycles += used
+                cut += self._too_long(contexts)
 
                 for target, total in zip(targets, terms, strict=True):
                     sums.append((total if target else 0.0, len(target)))
 
         self.segments_used = cycles / max(len(pairs), 1)
+        self.cuts = Cuts(tuple(cut))
         return sums
 
     def _log_probabilities(self, batch: dict[str, Tensor]) -> tuple[list[float], int]:

@@ -13,10 +13,10 @@ from engine.intervals import Interval, proportion
 from sandbox import runner
 from suite.language import Windows, language_estimates
 from suite.questions import Question, SuiteItem, chosen, read_questions
-from suite.results import Part, Prediction, SuiteResult
+from suite.results import Part, Prediction, SuiteResult, cut_shares
 from suite.scoring import choose_option, corpus_bleu, exact, rationale_of, rouge_l, same_number
 from suite.spec import LANGUAGE, check_code_runner
-from suite.text_model import TextModel
+from suite.text_model import Cuts, TextModel
 from text_data.fences import first_block
 
 BUDGETS = {"synthetic": 16, "gsm8k": 320, "mbpp": 384, "science_qa": 192}  # new tokens of an answer
@@ -121,22 +121,26 @@ def _run_perplexity(
 ) -> Part:
     """The language entry, measured on `model` and then on `bare`."""
     total = len(windows.pairs)
+    cuts: list[Cuts] = []
+    bare_cuts: list[Cuts] = []
 
     def tell(done: int) -> None:
+        cuts.append(latest_cuts(model))
         progress(LANGUAGE, done, total)
 
     def tell_bare(done: int) -> None:
+        bare_cuts.append(latest_cuts(bare))
         progress(LANGUAGE + BARE, done, total)
 
     # `segments_used` is that of the latest call, so it is read before the next one.
     ours = windows.measure(model, tell)
     segments_used = model.segments_used
-    estimates = language_estimates(ours, settings.seed)
+    estimates = language_estimates(ours, settings.seed) | cut_shares(cuts)
     bare_estimates: dict[str, Interval] = {}
     bare_scores: list[float | None] = [None] * len(ours)
     if bare is not None:
         theirs = windows.measure(bare, tell_bare)
-        bare_estimates = language_estimates(theirs, settings.seed)
+        bare_estimates = language_estimates(theirs, settings.seed) | cut_shares(bare_cuts)
         bare_scores = _per_token(theirs)
 
     # A document has no answer; its first context stands for it in the records.
@@ -145,6 +149,11 @@ def _run_perplexity(
     for (number, context), score, bare_score in documents:
         predictions.append(Prediction(number, context, "", score, bare_score))
     return Part(f"suite/{LANGUAGE}", estimates, bare_estimates, predictions, segments_used)
+
+
+def latest_cuts(model: TextModel) -> Cuts:
+    """What the latest call of a model cut; nothing where it does not tell."""
+    return getattr(model, "cuts", Cuts())
 
 
 def _per_token(documents: Sequence[tuple[float, int, int]]) -> list[float]:
@@ -173,12 +182,16 @@ def _run_questions(
     # The same prompts and the same budget for both, so that their scores can be paired item by item.
     texts = model.generate(prompts, budget, tell)
     segments_used = model.segments_used
+    cuts = latest_cuts(model)
     estimates, scores = SCORERS[name](questions, texts, settings)
+    estimates |= cut_shares([cuts])
     bare_estimates: dict[str, Interval] = {}
     bare_scores: Sequence[float | None] = [None] * len(questions)
     if bare is not None:
         bare_texts = bare.generate(prompts, budget, tell_bare)
+        bare_cuts = latest_cuts(bare)
         bare_estimates, bare_scores = SCORERS[name](questions, bare_texts, settings)
+        bare_estimates |= cut_shares([bare_cuts])
 
     predictions = []
     for question, text, score, bare_score in zip(questions, texts, scores, bare_scores, strict=True):

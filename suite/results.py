@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.intervals import Interval
+from engine.intervals import Interval, proportion
 from engine.report import metric_row, percent, prediction_line, text_table
+from suite.text_model import Cuts
 
-SHARES = ("accuracy", "exact", "final_number", "passed")  # metrics in 0..1 that people read in per cent
+QUESTIONS_CUT = "questions_cut"  # share of the questions, or of the contexts of a text, that lost their beginning
+ANSWERS_CUT = "answers_cut"  # share of the answers that the limit of tokens ended
+# Metrics in 0..1 that people read in per cent.
+SHARES = ("accuracy", "exact", "final_number", "passed", QUESTIONS_CUT, ANSWERS_CUT)
 NO_ANSWERS = "suite/perplexity"  # its predictions hold no text
 
 
@@ -113,7 +118,40 @@ class SuiteResult:
             empty = sum(not prediction.text for prediction in part.predictions)
             if empty and part.task != NO_ANSWERS:
                 lines.append(f"note: {empty} of {len(part.predictions)} answers to {part.task} are empty")
+            lines += cut_notes(part)
         return lines
+
+
+def cut_notes(part: Part) -> list[str]:
+    """A line for each thing that was cut: what a model did not read, or was not let say, is no mistake of its own."""
+    questions = part.estimates.get(QUESTIONS_CUT)
+    answers = part.estimates.get(ANSWERS_CUT)
+    lines = []
+    if questions and questions.value:
+        count = round(questions.value * questions.n)
+        what = "contexts" if part.task == NO_ANSWERS else "questions"
+        lines.append(
+            f"note: {count} of {questions.n} {what} of {part.task} lost their beginning: they have more tokens than "
+            "the model reads (--max_seq_len)"
+        )
+    if answers and answers.value:
+        count = round(answers.value * answers.n)
+        lines.append(
+            f"note: {count} of {answers.n} answers to {part.task} were cut at the limit of tokens (--max_new_tokens)"
+        )
+    return lines
+
+
+def cut_shares(cuts: Sequence[Cuts]) -> dict[str, Interval]:
+    """Metric -> share of what was cut in some calls, with its interval; nothing where no call told."""
+    questions = [cut for call in cuts for cut in call.questions]
+    answers = [cut for call in cuts for cut in call.answers]
+    shares = {}
+    if questions:
+        shares[QUESTIONS_CUT] = proportion(questions)
+    if answers:
+        shares[ANSWERS_CUT] = proportion(answers)
+    return shares
 
 
 def shown(metric: str, estimate: Interval | None) -> str:

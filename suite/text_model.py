@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What a call did not read or did not let the model say, for each question in order.
+
+    questions: whether the question (of likelihoods, the context) lost its beginning.
+    answers: whether the limit of tokens ended the answer; empty for likelihoods.
+    """
+
+    questions: tuple[bool, ...] = ()
+    answers: tuple[bool, ...] = ()
 
 
 class TextModel(Protocol):
     """All that the suite knows of a model.
 
     segments_used: mean HRM segments of the latest call, None without HRM.
+    cuts: what the latest call cut. A model without it is asked, and nothing is told of cuts.
     """
 
     segments_used: float | None
+    cuts: Cuts
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int, progress: Callable[[int], None] = lambda done: None

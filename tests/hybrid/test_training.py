@@ -398,6 +398,19 @@ def test_a_long_prompt_keeps_its_end(text):
     assert short.log_likelihoods([("abcdefghij", "xy")]) == text.log_likelihoods([("fghij", "xy")])
 
 
+def test_questions_and_answers_that_are_cut_are_told(text):
+    short = HybridText(text.model, SimpleTokenizer().tokenizer.to_str(), batch_size=2, max_seq_len=14)
+    answers = short.generate(PROMPTS, 6)
+    assert short.cuts.questions == (False, False, True, False, True)
+    ended = [len(short.encode(answer)) < 6 for answer in answers]
+    assert all(cut != end for cut, end in zip(short.cuts.answers, ended, strict=True))
+    assert True in short.cuts.answers
+    short.log_likelihoods([(prompt, "3") for prompt in PROMPTS])
+    assert short.cuts.questions == (False, False, True, False, True) and short.cuts.answers == ()
+    text.generate(PROMPTS, 6)
+    assert not any(text.cuts.questions)
+
+
 def test_log_likelihoods_token_by_token(text):
     pairs = [("What is 1 + 2?", "3"), ("a", "quite long"), ("", "x"), ("nothing", "")]
     found, tokenizer = text.log_likelihoods(pairs), SimpleTokenizer()

@@ -22,6 +22,7 @@ from suite.language import WINDOW, cut_windows, read_documents, window_pairs
 from suite.measure import run_suite
 from suite.questions import SuiteError, SuiteItem, chosen, read_questions
 from suite.spec import parse_suite, suite_problems, with_sums
+from suite.text_model import Cuts
 from text_model import CausalTextModel
 from tiny_runs import tiny_model
 
@@ -285,6 +286,50 @@ def test_every_metric_has_its_n_interval_and_bare_value(write):
     assert lines[0] == {"step": 7, "id": "suite/gsm8k/00000", "task": "suite/gsm8k", "score": 1.0, "bare_score": 1.0,
                         "prompt_hash": question_hash(GSM8K[0]["prompt"]), "prediction": said[GSM8K[0]["prompt"]]}
     assert [line["score"] for line in lines] == [1, 1, 0, 1, 0, 1, 0]
+
+
+class Cutting(Told):
+    """Reads three words of a question or context, and stops an answer of more than one word."""
+
+    cuts = Cuts()
+
+    def generate(self, prompts, max_new_tokens, progress=lambda done: None):
+        answers = super().generate(prompts, max_new_tokens, progress)
+        self.cuts = Cuts(tuple(len(prompt.split()) > 3 for prompt in prompts),
+                         tuple(" " in answer for answer in answers))
+        return answers
+
+    def log_likelihoods(self, pairs):
+        self.cuts = Cuts(tuple(len(context.split()) > 3 for context, _ in pairs))
+        return super().log_likelihoods(pairs)
+
+
+def test_what_was_cut_stands_in_the_records_and_in_the_table(write):
+    pairs = (("1 + 1 + 2", "4"), ("1 + 1", "2"), ("1+2", "3"))
+    words = [{"text": "word " * 40 * size} for size in (3, 6)]
+    items = [SuiteItem("synthetic", pairs=pairs), SuiteItem("perplexity", write("d.jsonl", words))]
+    model, bare = Cutting({"1 + 1": "so 2", "1+2": "so 3"}), Cutting({"1+2": "so 3"})
+    result = run_suite(model, items, bare=bare)
+    rows = rows_of(result)
+    for metric, hits, bare_hits in (("questions_cut", 1, 1), ("answers_cut", 2, 1)):
+        low, high = wilson(hits, 3)
+        row = rows["suite/synthetic", metric]
+        assert (row["value"], row["n"], row["ci_low"], row["ci_high"]) == (hits / 3, 3, low, high)
+        assert row["bare"] == bare_hits / 3
+    windows = sum(len(window_pairs(row["text"].strip())) for row in words)
+    row = rows["suite/perplexity", "questions_cut"]
+    assert (row["value"], row["n"]) == (1.0, windows) and ("suite/perplexity", "answers_cut") not in rows
+    table = result.table()
+    assert any(line.split()[:3] == ["synthetic", "answers_cut", "3"] and "66.7 %" in line for line in table)
+    notes = [line for line in table if line.startswith("note: ")]
+    assert notes == [
+        "note: 1 of 3 answers to suite/synthetic are empty",
+        "note: 1 of 3 questions of suite/synthetic lost their beginning: they have more tokens than the model reads "
+        "(--max_seq_len)",
+        "note: 2 of 3 answers to suite/synthetic were cut at the limit of tokens (--max_new_tokens)",
+        f"note: {windows} of {windows} contexts of suite/perplexity lost their beginning: they have more tokens than "
+        "the model reads (--max_seq_len)",
+    ]
 
 
 def test_rows_and_predictions_go_into_a_runs_records(tmp_path, write):
