@@ -17,6 +17,7 @@ import transformers
 from accelerate import Accelerator
 
 from engine.checkpoints import FOLDER, disk_check
+from engine.hardware import multiplies_bf16
 from engine.logs import check_csv
 from engine.trackers import check_trackers
 from flags import names
@@ -63,15 +64,8 @@ def pick_precision(name: str, device: str) -> str:
     if name != "auto":
         return name
 
-    # A CPU without these instructions emulates bf16, which is slower than float32.
-    native = False
-    cpu_flags = Path("/proc/cpuinfo")
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and cpu_flags.exists():
-        text = cpu_flags.read_text(encoding="utf-8")
-        native = "avx512_bf16" in text or "amx_bf16" in text
-    return "bf16" if native else "none"
+    # Emulated, bf16 is slower than float32.
+    return "bf16" if multiplies_bf16(device) else "none"
 
 
 def run_folder(config: MachineConfig, checkpoint: Path | None) -> Path | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints import Checkpoint
+from engine.muon import Muon
 
 MAX_SCALER_SKIPS = 10  # consecutive overflows of fp16 after which a run is lost
 SEPARATE_DECAY = "apart"  # mark of a group whose decay is switched; checkpoints hold it under this name
@@ -163,10 +164,7 @@ def build_optimizers(
         optimizers.append((torch.optim.AdamW(groups, lr=config.lr, betas=betas), order))
     if hidden:
         groups, order = _groups(parameters, hidden, config.weight_decay, separate_decay)
-        muon = torch.optim.Muon(
-            groups, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append((muon, order))
+        optimizers.append((Muon(groups, config.lr, config.weight_decay), order))
     return optimizers
 
 
