@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from accelerate.utils import gather_object, set_seed
 
 import options
-from addon.adapters import build_controller, config_class
+from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, saved_format
 from addon.curriculum import curriculum_problems
 from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
 from addon.hooks import AddonHooks
 from addon.items import AddonData, AddonDataConfig
 from batching import Batch, PromptConfig, PromptFormat
+from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, errors_of, machine_problems, start_machine
 from engine.optimization import OptimConfig
@@ -239,7 +241,9 @@ class AddonRun:
         # The items come before the model: a mistake in them is told before gigabytes are loaded.
         for warning in task_warnings(task_names(opts)):
             self.machine.say(f"WARNING: {warning}")
-        self.format = prompt_format(opts)
+        self.format, note = prompt_format(opts, checkpoint)
+        if note:
+            self.machine.say(note)
         limits = options.part(TimeLimits, opts)
         data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), limits=limits)
         self.data = AddonData(data_config, self.format, self.machine)
@@ -307,6 +311,7 @@ class AddonRun:
             self.machine.accelerator,
             self.machine.precision,
         )
+        trainer.frame = self.format.frame
         if self.plan and opts.dry_run:
             self.machine.say(
                 "--dry_run leaves the cache of hidden states empty: its time is that of a step without it"
@@ -371,10 +376,25 @@ class AddonRun:
         )
 
 
-def prompt_format(opts: argparse.Namespace) -> PromptFormat:
-    """How questions become prompts, with the LLM's tokenizer. Raises ValueError (HostError) where it cannot load."""
+def prompt_format(opts: argparse.Namespace, checkpoint: Path | None) -> tuple[PromptFormat, str | None]:
+    """(how questions become prompts, with the LLM's tokenizer; a note to the user or None).
+
+    A run that goes on from a checkpoint writes around each question what the checkpoint keeps.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded (HostError), or serve (see `PromptFormat`).
+    """
     tokenizer = load_tokenizer(opts.model_name, opts.trust_remote_code)
-    return PromptFormat(tokenizer, options.part(PromptConfig, opts))
+    rows = load_config(opts.model_name, opts.trust_remote_code).get_text_config().vocab_size
+    config = options.part(PromptConfig, opts)
+    if checkpoint is None:
+        return PromptFormat(tokenizer, config, rows), None
+
+    # A checkpoint of another system is refused where its weights are read.
+    documents = read_checkpoint(checkpoint, stems=[]).documents
+    if ADAPTER_CONFIG not in documents:
+        return PromptFormat(tokenizer, config, rows), None
+    return saved_format(json.loads(documents[ADAPTER_CONFIG]), tokenizer, rows, config)
 
 
 def decoding(opts: argparse.Namespace) -> Decoding:

@@ -7,7 +7,7 @@ padding: no pad ever stands between a prompt and its answer. Shapes: B batch, S 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from engine.batches import IGNORE
 from reasoning_gym_wrapper import MAX_REJECTED, Example, Reserve, Task, TaskError, train_seed
-
-PLAIN_CUE = "\nAnswer:"
-_MARK = "QUESTION-GOES-HERE"
+from text_data.frames import PLAIN_CUE as PLAIN_CUE
+from text_data.frames import Frame, anchors_of, continuation_ids, render_frame
 
 
 @dataclass
@@ -66,60 +65,83 @@ class PromptFormat:
     """Renders questions and targets for one tokenizer.
 
     `auto` uses the tokenizer's chat template where it has one, else plain text `question\\nAnswer:` with the target
-    after a space. The sentinel, where given, ends every target before the end-of-sequence token.
+    after a space. The sentinel, where given, ends every target before the token that ends a turn of the chat template
+    (of plain text: the end of sequence).
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        config: how questions are shown.
+        rows: rows of the LLM's embedding table; None = not known, and no id is checked against it.
+        frame: what to write around a question; None renders it now.
 
     Raises:
-        ValueError: `chat` without a chat template; a tokenizer without an end-of-sequence token.
+        ValueError: `chat` without a chat template; a tokenizer without an end of sequence that the LLM can generate.
     """
 
-    def __init__(self, tokenizer: Any, config: PromptConfig = PromptConfig()):
-        style = config.prompt_style
-        if style == "chat" and not tokenizer.chat_template:
-            raise ValueError("--prompt_style chat needs a chat template, this tokenizer has none: use auto or plain")
+    def __init__(
+        self, tokenizer: Any, config: PromptConfig = PromptConfig(), rows: int | None = None, frame: Frame | None = None
+    ):
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end: choose another model")
         self.tokenizer = tokenizer
         self.sentinel = config.sentinel
         self.max_seq_len = config.max_seq_len
-        self.chat = style == "chat" or (style == "auto" and bool(tokenizer.chat_template))
+        self.frame = frame or render_frame(tokenizer, config.prompt_style, config.system_header)
+        self.chat = self.frame.chat
+        self.prefix = self.frame.prefix
+        self.suffix = self.frame.suffix
+        self._anchors = anchors_of(tokenizer, self.suffix)
 
         # Pads are masked wherever they stand, so a tokenizer without one may use its end of sequence.
         self.pad_id = tokenizer.pad_token_id
         if self.pad_id is None:
             self.pad_id = tokenizer.eos_token_id
+        self.rows: int | None = None
+        self._has_more = False  # the tokenizer has ids beyond the table
+        if rows is not None:
+            self.fit_table(rows)
 
-        # Every prompt is prefix + question + suffix.
-        frame = self._chat_frame if self.chat else self._plain_frame
-        self.prefix, self.suffix = frame(config.system_header)
-
-    def _plain_frame(self, header: str | None) -> tuple[str, str]:
-        prefix = f"{header}\n" if header else ""
-        return prefix, PLAIN_CUE
-
-    def _chat_frame(self, header: str | None) -> tuple[str, str]:
-        """The template's text before and after a question, rendered once: templates are slow, questions are many.
+    def fit_table(self, rows: int) -> None:
+        """From now on no id is beyond the `rows` of the LLM's embedding table, not even a pad.
 
         Raises:
-            ValueError: the template fails, or it does not show the question exactly once.
+            ValueError: the end of a target is.
         """
-        turns = [{"role": "user", "content": _MARK}]
-        if header:
-            turns.insert(0, {"role": "system", "content": header})
+        self.rows = rows
+        self._has_more = max(self.tokenizer.get_vocab().values()) >= rows
+        if self.frame.end >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(self.frame.end)
+            raise ValueError(
+                f"an answer ends with the token {token!r} (id {self.frame.end}), but the LLM has {rows} embeddings, "
+                "which end before it, so no answer could end: choose another model"
+            )
 
-        # Templates are foreign code: a role that one refuses raises TemplateError, others raise what they like.
-        try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
-            raise ValueError(f"the tokenizer's chat template failed ({error}): try --prompt_style plain") from error
-        if text.count(_MARK) != 1:
-            raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
-        prefix, suffix = text.split(_MARK)
-        return prefix, suffix
+        # Some tokenizers have a pad that the LLM was never given. A pad is masked: any token serves.
+        if self.pad_id >= rows:
+            self.pad_id = self.frame.end
+
+    def check_ids(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raises ValueError naming a token of these rows of ids that the LLM has no embedding of."""
+        if not self._has_more:
+            return
+        highest = max((max(row) for row in rows if len(row)), default=0)
+        if highest >= self.rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise ValueError(
+                f"a text holds the token {token!r} (id {highest}), but the LLM has {self.rows} embeddings, which end "
+                f"before it: keep that token out of the texts, or choose a model whose tokenizer fits"
+            )
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end an answer whatever the LLM: the end of every target, and the tokenizer's end of sequence."""
+        return frozenset((self.frame.end, self.tokenizer.eos_token_id))
 
     def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        """Token ids of each rendered prompt."""
+        """Token ids of each rendered prompt. Raises ValueError as `check_ids`."""
         texts = [self.prefix + question.strip() + self.suffix for question in questions]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat, return_attention_mask=False)["input_ids"]
+        self.check_ids(ids)
         if self.suffix.endswith(self.tokenizer.eos_token):
             return ids
 
@@ -128,10 +150,13 @@ class PromptFormat:
         return [row[:-1] if row[-1:] == [eos] else row for row in ids]
 
     def targets(self, targets: Sequence[str]) -> list[list[int]]:
-        """Token ids of each target: the answer alone, the sentinel if any, end of sequence.
+        """Token ids of each target: the answer alone, the sentinel if any, the end.
+
+        They are those that follow the prompt's where both are tokenized as one text: SentencePiece would put a second
+        space in front of an answer that is tokenized alone.
 
         Raises:
-            ValueError: a target holds the sentinel, so the answer cut at it could never be right.
+            ValueError: a target holds the sentinel, so the answer cut at it could never be right; as `check_ids`.
         """
         # In plain text the answer stands behind a space, as a word does; a chat template opens the turn by itself.
         lead = "" if self.chat else " "
@@ -141,22 +166,21 @@ class PromptFormat:
                 if (lead + target + sentinel).index(sentinel) < len(lead + target):
                     raise ValueError(f"--sentinel {sentinel!r} is part of the gold answer {target!r}: choose another")
         texts = [lead + target + sentinel for target in targets]
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return [[*row, self.tokenizer.eos_token_id] for row in ids]
+        ids = continuation_ids(self.tokenizer, texts, self._anchors)
+        self.check_ids(ids)
+        return [[*row, self.frame.end] for row in ids]
 
-    def answer_text(self, ids: Tensor) -> tuple[str, bool]:
-        """(answer, finished) of generated ids (N,), cut at end of sequence and at the sentinel.
+    def answer_text(self, ids: Tensor, ends: Collection[int] | None = None) -> tuple[str, bool]:
+        """(answer, finished) of generated ids (N,), cut at the first of `ends` (default: ours) and at the sentinel.
 
         `finished` is False where the answer was cut off by the limit of tokens.
         """
         row = ids.tolist()
-        finished = self.tokenizer.eos_token_id in row
-        if finished:
-            row = row[: row.index(self.tokenizer.eos_token_id)]
-        text = self.tokenizer.decode(row, skip_special_tokens=True)
+        length = answer_length(row, self.ends if ends is None else ends)
+        text = self.tokenizer.decode(row[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if self.sentinel and self.sentinel in text:
             return text.split(self.sentinel)[0].strip(), True
-        return text.strip(), finished
+        return text.strip(), length < len(row)
 
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
         """Tokens of each example's prompt."""
@@ -197,6 +221,14 @@ class PromptFormat:
         # Pads are no targets; an end of sequence that serves as pad elsewhere still is one where it ends an answer.
         labels = target_ids.masked_fill(target_mask == 0, IGNORE)
         return Batch(prompt_ids, prompt_mask, target_ids, labels, list(examples))
+
+
+def answer_length(ids: Sequence[int], ends: Collection[int]) -> int:
+    """Tokens of generated `ids` before the first of `ends`; all of them where there is none."""
+    for place, index in enumerate(ids):
+        if index in ends:
+            return place
+    return len(ids)
 
 
 # --- training items ---------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from batching import PromptFormat, pad
+from batching import PromptFormat, answer_length, pad
 from engine.batches import by_length
 from engine.intervals import wilson
 from engine.report import metric_row, prediction_line
+from host import end_ids
 from reasoning_gym_wrapper import Example
 
 TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
@@ -282,45 +283,68 @@ def _answer_batch(
     log: list[torch.Tensor] = []  # one entry, (B,) segments used, of a model that thinks
     extra = {"segments_log": log} if thinks else {}
     questions = [example.question for example in examples]
-    ids = generate_ids(model, prompt_format, questions, budget, decoding, device, **extra)
+    texts = generate_answers(model, prompt_format, questions, budget, decoding, device, **extra)
     used = log[0].tolist() if log else [0] * len(examples)
 
     answers = []
-    for example, row, segments in zip(examples, ids, used, strict=True):
-        text, finished = prompt_format.answer_text(row)
-        verdict = example.verify(text)
+    for example, generated, segments in zip(examples, texts, used, strict=True):
+        verdict = example.verify(generated.text)
         answers.append(
             Answer(
-                example, text, verdict.score, finished, verdict.raised, segments, verdict.timed_out, verdict.refused
+                example, generated.text, verdict.score, generated.finished, verdict.raised, segments,
+                verdict.timed_out, verdict.refused,
             )
         )
     return answers
 
 
-def generate_ids(
+@dataclass(frozen=True)
+class Generated:
+    """A generated text.
+
+    text: the answer, without its end.
+    finished: False where it was cut off by the limit of tokens.
+    tokens: its tokens, the one that ended it included.
+    """
+
+    text: str
+    finished: bool
+    tokens: int
+
+
+def stop_ids(model: Any, prompt_format: PromptFormat) -> list[int]:
+    """Ids at which an answer of `model` stops and is cut: all that its family names, and the end of the targets."""
+    return sorted(end_ids(model, prompt_format.tokenizer) | prompt_format.ends)
+
+
+def generate_answers(
     model: Any, prompt_format: PromptFormat, questions: Sequence[str], budget: int, decoding: Decoding,
     device: torch.device, **extra: Any,
-) -> torch.Tensor:
-    """(B, at most `budget`) ids generated for `questions`, on `device`; a row is padded behind its end.
-
-    `extra` goes to `generate`.
-    """
-    tokenizer = prompt_format.tokenizer
+) -> list[Generated]:
+    """Answers of at most `budget` tokens to `questions`, in one batch on `device`; `extra` goes to `generate`."""
     prompt_ids, prompt_mask = pad(prompt_format.prompts(questions), prompt_format.pad_id, "left")
+    ends = stop_ids(model, prompt_format)
 
     # transformers needs the tokenizer to see the sentinel in what it has generated.
     if prompt_format.sentinel:
-        extra |= {"stop_strings": [prompt_format.sentinel], "tokenizer": tokenizer}
+        extra |= {"stop_strings": [prompt_format.sentinel], "tokenizer": prompt_format.tokenizer}
     out = model.generate(
         input_ids=prompt_ids.to(device),
         attention_mask=prompt_mask.to(device),
         max_new_tokens=budget,
         pad_token_id=prompt_format.pad_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         **decoding.arguments(),
         **extra,
     )
-    return out[:, prompt_ids.shape[1] :]
+
+    # Behind its end a row is padding.
+    answers = []
+    for row in out[:, prompt_ids.shape[1] :]:
+        text, finished = prompt_format.answer_text(row, ends)
+        tokens = min(answer_length(row.tolist(), ends) + 1, len(row))
+        answers.append(Generated(text, finished, tokens))
+    return answers
 
 
 @torch.no_grad()
@@ -330,8 +354,9 @@ def generate_texts(
     """Answers to bare questions, without a verifier; `extra` goes to `generate`."""
     device = next(model.parameters()).device
     torch.manual_seed(decoding.seed)
-    ids = generate_ids(model, prompt_format, questions, decoding.max_new_tokens, decoding, device, **extra)
-    return [prompt_format.answer_text(row)[0] for row in ids]
+    budget = decoding.max_new_tokens
+    answers = generate_answers(model, prompt_format, questions, budget, decoding, device, **extra)
+    return [generated.text for generated in answers]
 
 
 def evaluate(

@@ -228,6 +228,25 @@ def check_logits(host) -> None:
         )
 
 
+def end_ids(model, tokenizer) -> frozenset[int]:
+    """Ids of every token that ends an answer: those of the tokenizer, of generation_config, config and its parts.
+
+    Families such as Gemma, Phi-3 and Llama 3 name several, and the end of a turn often in generation_config alone. An
+    id beyond the embedding table is left out: it cannot be generated.
+    """
+    config = model.config
+    owners = [tokenizer, getattr(model, "generation_config", None), config, config.get_text_config()]
+    owners.append(getattr(config, "base_config", None))  # the LLM's own config inside that of an adapter
+
+    ids: set[int] = set()
+    for owner in owners:
+        own = getattr(owner, "eos_token_id", None)
+        if isinstance(own, int):
+            own = [own]
+        ids.update(own or ())
+    return frozenset(index for index in ids if 0 <= index < config.get_text_config().vocab_size)
+
+
 def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tensor]:
     """`positions` (B, N) as keyword arguments for a decoder's forward; none where the family takes no positions."""
     known = inspect.signature(decoder.forward).parameters

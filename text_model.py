@@ -20,11 +20,11 @@ from batching import PromptFormat, pad
 from engine.batches import by_length
 from evaluation import Decoding, generate_texts
 from suite.text_model import TextModel
+from text_data.frames import adds_space, anchors_of, continuation_ids, plain_ids
 
 __all__ = ["CausalTextModel", "TextModel", "adds_space"]
 
 MOST_LOGITS = 2**27  # of one batch, 0.5 GiB in float32: a large vocabulary makes batches smaller
-ANCHOR = "\n"  # stands before a continuation while it is tokenized, where the tokenizer would add a space
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ class CausalTextModel:
         if not bare:
             self.positions -= getattr(model, "virtual_tokens", 0)
         self.vocab_size = text_config.vocab_size
-        self._dummy_space = adds_space(self.format.tokenizer)
+        if self.format.rows is None:
+            self.format.fit_table(self.vocab_size)
+        self._anchors = anchors_of(self.format.tokenizer, "")  # no anchor is part of a context
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[tuple[Any, torch.device]]:
@@ -195,7 +197,7 @@ class CausalTextModel:
         if first is None:
             first = eos
         opened = tokenizer(list(texts), add_special_tokens=True, return_attention_mask=False)["input_ids"]
-        plain = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        plain = plain_ids(tokenizer, texts)
 
         rows = []
         for row, own in zip(opened, plain, strict=True):
@@ -203,27 +205,16 @@ class CausalTextModel:
             if row[-1:] == [eos] and own[-1:] != [eos]:
                 row = row[:-1]
             rows.append(row or [first])
-        return rows
+        return self._checked(rows)
 
     def _continuation_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenized apart from the contexts, as text that goes on: no special tokens, no space put in front."""
-        alone = self._plain_ids(texts)
-        if not self._dummy_space:
-            return alone
+        return self._checked(continuation_ids(self.format.tokenizer, texts, self._anchors))
 
-        # Behind an anchor the tokenizer adds no space. Where the anchor's own tokens changed, the text stands alone.
-        (anchor,) = self._plain_ids([ANCHOR])
-        rows = []
-        for row, fallback in zip(self._plain_ids([ANCHOR + text for text in texts]), alone, strict=True):
-            if row[: len(anchor)] == anchor:
-                rows.append(row[len(anchor) :])
-            else:
-                rows.append(fallback)
+    def _checked(self, rows: list[list[int]]) -> list[list[int]]:
+        """The rows as they are. Raises ValueError as `PromptFormat.check_ids`."""
+        self.format.check_ids(rows)
         return rows
-
-    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return self.format.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
     def _pieces(self, pair: int, context_ids: list[int], ids: list[int]) -> Iterator[Piece]:
         """Pieces that fit the LLM's positions and cover `ids` once."""
@@ -303,10 +294,3 @@ def _cuda(device: torch.device) -> list[torch.device]:
 def _mean(numbers: list[int]) -> float | None:
     """None of nothing."""
     return sum(numbers) / len(numbers) if numbers else None
-
-
-def adds_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a space in front of every text, as SentencePiece does: then pieces do not join."""
-    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
-    behind_a_line_break = tokenizer("\na", add_special_tokens=False)["input_ids"]
-    return alone != behind_a_line_break[-len(alone) :]

@@ -25,6 +25,7 @@ from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, MicroLoss, OptimConfig, build_optimizers
 from host import HostError
 from model import ADDON_PREFIX, AdapterController, SegmentLoss
+from text_data.frames import Frame
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Trainer(BaseTrainer):
         super().__init__(optim, controller, SegmentLoss(controller), accelerator, precision, parameters, optimizers)
         self.config = config
         self.prompt = prompt
+        self.frame: Frame | None = None  # what is written around each question, where checkpoints are to keep it
         self.controller = controller
         self.answer_verdicts = answer_verdicts
         self.encode = controller.encode  # what a batch becomes before its segments; a cache may stand in
@@ -138,7 +140,7 @@ class Trainer(BaseTrainer):
 
     def documents(self) -> dict[str, str]:
         """The adapter's description, from which it can be rebuilt."""
-        return {ADAPTER_CONFIG: adapter_document(self.controller, self.prompt)}
+        return {ADAPTER_CONFIG: adapter_document(self.controller, self.prompt, self.frame)}
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another base model or another shape."""

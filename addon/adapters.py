@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from addon.baselines import BaselineConfig, BaselineController
-from batching import PromptConfig
+from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from host import HostConfig
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
+from text_data.frames import Frame, render_frame
 
 ADAPTER = "adapter_model"  # file stem of the weights in a checkpoint
 ADAPTER_CONFIG = "adapter_config.json"
@@ -54,8 +55,11 @@ def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def adapter_document(controller: AdapterController, prompt: PromptConfig) -> str:
-    """JSON text from which an adapter can be rebuilt: base model, its fingerprint, shape, prompt format."""
+def adapter_document(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None) -> str:
+    """JSON text from which an adapter can be rebuilt: base model, its fingerprint, shape, prompt format.
+
+    `frame` is what was written around each question; None leaves it to the tokenizer's template.
+    """
     document = {
         **controller.shape(),
         "task_type": "CAUSAL_LM",
@@ -63,7 +67,54 @@ def adapter_document(controller: AdapterController, prompt: PromptConfig) -> str
         "base_fingerprint": host_fingerprint(controller.host),
         "prompt": dataclasses.asdict(prompt),
     }
+    if frame is not None:
+        document["frame"] = dataclasses.asdict(frame)
     return json.dumps(document, indent=2)
+
+
+def saved_format(
+    document: dict[str, Any], tokenizer: Any, rows: int, config: PromptConfig | None = None
+) -> tuple[PromptFormat, str | None]:
+    """(the prompt format that an adapter was trained with, a note where the template renders another one today).
+
+    Args:
+        document: the adapter's.
+        tokenizer: that of its LLM.
+        rows: rows of the LLM's embedding table.
+        config: what is wanted now; with another style or header than the adapter's, the frame is rendered anew. None:
+            the adapter's own.
+
+    Raises:
+        ValueError: as `PromptFormat`.
+    """
+    trained = PromptConfig(**document["prompt"])
+    config = config or trained
+
+    # Older checkpoints keep no frame: their prompts are rendered, and their targets end with the end of sequence.
+    same_wish = (config.prompt_style, config.system_header) == (trained.prompt_style, trained.system_header)
+    if not same_wish:
+        return PromptFormat(tokenizer, config, rows), None
+    if "frame" not in document:
+        today = PromptFormat(tokenizer, config).frame
+        frame = dataclasses.replace(today, end=tokenizer.eos_token_id)
+        return PromptFormat(tokenizer, config, rows, frame), None
+
+    frame = Frame(**document["frame"])
+    return PromptFormat(tokenizer, config, rows, frame), _drift(tokenizer, config, frame)
+
+
+def _drift(tokenizer: Any, config: PromptConfig, frame: Frame) -> str | None:
+    """A note where `frame`, which a checkpoint keeps, is not what the tokenizer's template writes today."""
+    try:
+        today = render_frame(tokenizer, config.prompt_style, config.system_header)
+    except ValueError as error:
+        return f"the prompts stay as they were in training; today they could not be rendered: {error}"
+    if today.same_text(frame):
+        return None
+    return (
+        "the tokenizer's chat template writes another frame around a question today than in training: the prompts "
+        "stay as they were in training"
+    )
 
 
 def adapter_of(document: dict[str, Any]) -> str:

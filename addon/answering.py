@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from addon.adapters import load_controller
-from batching import PromptConfig, PromptFormat
+from addon.adapters import load_controller, saved_format
 from evaluation import AnswerConfig, generate_texts
 from host import load_tokenizer
 
@@ -28,7 +28,10 @@ class AddonAnswerer:
         # Questions are put as they were in training.
         base = document["base_model_name_or_path"]
         tokenizer = load_tokenizer(base, config.trust_remote_code)
-        self.format = PromptFormat(tokenizer, PromptConfig(**document["prompt"]))
+        rows = self.model.host.get_input_embeddings().weight.shape[0]
+        self.format, note = saved_format(document, tokenizer, rows)
+        if note:
+            print(note, file=sys.stderr)
         self.title = f"{folder}: {base} + {self.model.title} on {device}"
 
     def check_length(self, question: str) -> None:

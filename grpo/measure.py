@@ -19,7 +19,7 @@ from engine.intervals import wilson
 from engine.report import Report, metric_row, percent, prediction_line, text_table
 from enhanced.config import CycleMeter
 from enhanced.reasoning_format import format_rate
-from evaluation import Decoding, generate_ids
+from evaluation import Decoding, Generated, generate_answers
 from grpo.problems import Problem
 from grpo.rewards import RewardSettings, parse, repetition, same_answer
 
@@ -196,34 +196,28 @@ def completions(
     Returns (texts, their tokens, whether each ended by itself, mean cycles or segments).
     """
     device = next(model.parameters()).device
-    eos = prompt_format.tokenizer.eos_token_id
 
     # The planner/worker LM counts the cycles of every token, the add-on the segments of every example.
     meter = CycleMeter()
     segments: list[torch.Tensor] = []
     extra = {"cycles_log": meter} if hasattr(model, "all_cycles") else {"segments_log": segments}
 
-    def complete(batch: list[str]) -> list[tuple[str, int, bool]]:
-        answers = []
-        for row in generate_ids(model, prompt_format, batch, longest, Decoding(), device, **extra):
-            text, finished = prompt_format.answer_text(row)
-            length = len(row)
-            if finished:  # behind its end the row is padding
-                length = row.tolist().index(eos) + 1
-            answers.append((text, length, finished))
-        return answers
+    def complete(batch: list[str]) -> list[Generated]:
+        return generate_answers(model, prompt_format, batch, longest, Decoding(), device, **extra)
 
     # Batches of similar length waste little padding.
     prompts = prompt_format.prompts(questions)
     answers = by_length(questions, list(map(len, prompts)), batch_size, complete)
-    texts, lengths, finished = zip(*answers, strict=True)
+    texts = [generated.text for generated in answers]
+    lengths = [generated.tokens for generated in answers]
+    finished = [generated.finished for generated in answers]
 
     used = None
     if segments:
         used = torch.cat(segments).float().mean().item()
     elif meter.tokens:
         used = meter.mean
-    return list(texts), list(lengths), list(finished), used
+    return texts, lengths, finished, used
 
 
 def measure(

@@ -11,6 +11,7 @@ add-on is shown where the prompt ends.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import shutil
@@ -31,6 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 from batching import PromptFormat
 from engine.optimization import NonFiniteError
 from engine.schedule import ScheduleConfig, learning_rate
+from evaluation import stop_ids
 from grpo.problems import Problem
 from grpo.rewards import repetition, text_of
 from grpo.stages import Stage
@@ -136,6 +138,11 @@ class StageTrainer(GRPOTrainer):
         self.schedule = schedule
         self.segments: list[torch.Tensor] = []  # (B,) of each rollout: a halting head may end them early
 
+        # TRL stops at the ends of generation_config and tokenizer alone, and scores what stands before the first.
+        self.eos_token_ids = stop_ids(self.accelerator.unwrap_model(self.model), prompt_format)
+        self.generation_config.eos_token_id = self.eos_token_ids
+        self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
         # The reference model scores, too, and needs the prompt's end for that; only rollouts of the model are counted.
         for model in filter(None, (self.model, self.ref_model)):
             if isinstance(model, HRMController):
@@ -169,6 +176,9 @@ class StageTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         """(B, rewards) values as TRL's; on the way, notes the metrics that TRL does not have."""
         metrics = self._metrics["train" if self.model.training else "eval"]
+
+        # As at evaluation: an end of turn that the tokenizer does not call special is no part of the answer.
+        completions = self._cut(completions, completion_ids_list)
         texts = [text_of(completion) for completion in completions]
         metrics["completions/repetition"].append(sum(map(repetition, texts)) / max(len(texts), 1))
 
@@ -186,6 +196,17 @@ class StageTrainer(GRPOTrainer):
         alike = total.amax(dim=1) - total.amin(dim=1) < ALIKE
         metrics["groups_alike"].append(alike.float().mean().item())
         return rewards
+
+    def _cut(self, completions: Sequence[Any], ids: Sequence[Sequence[int]]) -> list[Any]:
+        """The completions, as strings or message lists, read from their ids by the prompt format."""
+        read = []
+        for completion, row in zip(completions, ids, strict=True):
+            text, _ = self.format.answer_text(torch.tensor(row), self.eos_token_ids)
+            if isinstance(completion, str):
+                read.append(text)
+            else:
+                read.append([*completion[:-1], {**completion[-1], "content": text}])
+        return read
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the folder holds states to resume from, the checkpoint proper has its own card."""
@@ -331,7 +352,7 @@ def train_stage(
             reward_funcs=list(run.functions),
             args=trl_config(run),
             train_dataset=Dataset.from_list([problem.row() for problem in problems]),
-            processing_class=prompt_format.tokenizer,
+            processing_class=padding_tokenizer(prompt_format),
             callbacks=[Reporter(run)],
             prompt_format=prompt_format,
             schedule=config,
@@ -351,6 +372,17 @@ def train_stage(
 
     done = trainer.state.global_step
     return done >= trainer.state.max_steps, done
+
+
+def padding_tokenizer(prompt_format: PromptFormat) -> Any:
+    """The format's tokenizer; a copy of it with the format's pad where its own pad is another or none."""
+    tokenizer = prompt_format.tokenizer
+    if tokenizer.pad_token_id == prompt_format.pad_id:
+        return tokenizer
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt_format.pad_id)
+    return tokenizer
 
 
 def save_reference(model: Any, folder: Path) -> Path:

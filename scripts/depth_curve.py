@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
-from addon.adapters import ADAPTER_CONFIG, load_adapter  # noqa: E402
+from addon.adapters import ADAPTER_CONFIG, load_adapter, saved_format  # noqa: E402
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon_run import task_config, task_names  # noqa: E402
 from batching import PromptConfig, PromptFormat  # noqa: E402
@@ -110,7 +110,10 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     device = pick_device(args.device)
     model, document = load_adapter(folder, device, args.trust_remote_code)
     tokenizer = load_tokenizer(document["base_model_name_or_path"], args.trust_remote_code)
-    prompt = PromptFormat(tokenizer, options.part(PromptConfig, opts))
+    rows = model.host.get_input_embeddings().weight.shape[0]
+    prompt, note = saved_format(document, tokenizer, rows, options.part(PromptConfig, opts))
+    if note:
+        print(note, file=sys.stderr)
 
     examples = held_out(opts, args.eval_n or opts.eval_n, prompt, documents)
     decoding = Decoding(

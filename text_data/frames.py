@@ -1,0 +1,122 @@
+"""The text around a question, and the tokens of a text that goes on behind another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PLAIN_CUE = "\nAnswer:"
+LINE_BREAK = "\n"  # stands before a text while it is tokenized, where the tokenizer would add a space
+_QUESTION = "QUESTION-GOES-HERE"
+_ANSWER = "ANSWER-GOES-HERE"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How every prompt of a model is written: prefix + question + suffix.
+
+    A checkpoint keeps it, because a chat template may write another one tomorrow (some show the date).
+
+    prefix, suffix: the text before and after the question.
+    chat: True for a chat template's text, which opens and closes itself; False for plain text.
+    end: id of the token that ends every target.
+    """
+
+    prefix: str
+    suffix: str
+    chat: bool
+    end: int
+
+    def same_text(self, other: Frame) -> bool:
+        """Whether both show a question in the same words."""
+        return (self.prefix, self.suffix) == (other.prefix, other.suffix)
+
+
+def render_frame(tokenizer: Any, style: str, header: str | None) -> Frame:
+    """Today's frame of a tokenizer.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer with an end of sequence.
+        style: "chat", "plain", or "auto" for chat where the tokenizer has a template.
+        header: text before every prompt; None = none.
+
+    Raises:
+        ValueError: `chat` without a template; a template that fails or does not show the question exactly once.
+    """
+    if style == "chat" and not tokenizer.chat_template:
+        raise ValueError("--prompt_style chat needs a chat template, this tokenizer has none: use auto or plain")
+    if style == "plain" or not tokenizer.chat_template:
+        prefix = f"{header}\n" if header else ""
+        return Frame(prefix, PLAIN_CUE, chat=False, end=tokenizer.eos_token_id)
+
+    turns = [{"role": "user", "content": _QUESTION}]
+    if header:
+        turns.insert(0, {"role": "system", "content": header})
+
+    # Templates are foreign code: a role that one refuses raises TemplateError, others raise what they like.
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise ValueError(f"the tokenizer's chat template failed ({error}): try --prompt_style plain") from error
+    if text.count(_QUESTION) != 1:
+        raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
+    prefix, suffix = text.split(_QUESTION)
+    return Frame(prefix, suffix, chat=True, end=_end_of_turn(tokenizer, turns))
+
+
+def _end_of_turn(tokenizer: Any, turns: list[dict[str, str]]) -> int:
+    """Id of the special token that the template puts behind an answer; without one, the end of sequence.
+
+    Gemma closes a turn with <end_of_turn> and Phi-3 with <|end|>, while their end of sequence is another token.
+    """
+    answered = [*turns, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
+    except Exception:  # as above: this template shows no answers
+        return tokenizer.eos_token_id
+
+    behind = text.partition(_ANSWER)[2].lstrip()
+    ids = plain_ids(tokenizer, [behind])[0]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if ids and ids[0] in special:
+        return ids[0]
+    return tokenizer.eos_token_id
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it."""
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
+def adds_space(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a space in front of every text, as SentencePiece does: then pieces do not join."""
+    alone, behind_a_line_break = plain_ids(tokenizer, ["a", LINE_BREAK + "a"])
+    return alone != behind_a_line_break[-len(alone) :]
+
+
+def continuation_ids(tokenizer: Any, texts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text as it goes on behind an anchor: those that follow the anchor's own in their joint text.
+
+    The first of `anchors` counts whose tokens stay as they are when the text joins it. Behind none, the text stands
+    alone, and SentencePiece puts a space in front of it.
+    """
+    rows = plain_ids(tokenizer, texts)
+    for anchor in reversed(anchors):
+        before = plain_ids(tokenizer, [anchor])[0]
+        joined = plain_ids(tokenizer, [anchor + text for text in texts])
+        for index, row in enumerate(joined):
+            if row[: len(before)] == before:
+                rows[index] = row[len(before) :]
+    return rows
+
+
+def anchors_of(tokenizer: Any, text: str) -> list[str]:
+    """What a text that goes on behind `text` is tokenized with, see `continuation_ids`."""
+    anchors = [text] if text else []
+    if adds_space(tokenizer):
+        anchors.append(LINE_BREAK)
+    return anchors
