@@ -1,12 +1,14 @@
 """Runs generated Python code with its tests in a confined process: MBPP pass rates, and a GRPO reward.
 
-Each run is a fresh interpreter without site packages (see `sandbox.judge` for the processes in it and why code cannot
-forge a verdict, `sandbox.jail` for the means). Confined:
+Each run is a fresh interpreter without site packages, in which the tests run beside the code, on the code's own objects
+(see `sandbox.worker` and `sandbox.guard` for what keeps code from forging a verdict, `sandbox.jail` for the means of
+confinement). Confined:
 
 - network: an own, empty network namespace, and no new sockets;
 - files: an own root that holds the standard library, shared libraries and /dev/null, all read-only. Nothing else of the
   host is there to be read. The working directory (HOME too) is 16 MiB of memory that vanishes with the run;
-- processes: an own pid namespace; no new process, thread or program, no signals. All of it dies with the run;
+- processes: an own pid namespace; no new process, thread or program, no signals or handlers of them. All of it dies
+  with the run. A `multiprocessing.Pool` does its work in the code's own process;
 - environment: empty but for HOME, TMPDIR, LANG and a fixed PYTHONHASHSEED, so that runs repeat; no standard input;
 - privileges: an own user namespace, no capabilities, no debugger, mounts, keys or other kernel services;
 - amounts: wall and CPU time, address space, file size, open files, captured output.
@@ -21,8 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import marshal
 import os
-import pickle
+import secrets
 import select
 import signal
 import subprocess
@@ -35,7 +38,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OUTPUT_LIMIT = 20_000  # bytes of the code's output that are kept
-STARTUP_S = 30.0  # until the judge is ready, on however loaded a machine
+RECORD_BYTES = 4096  # the longest record of a test, with room to spare
+STARTUP_S = 30.0  # until the worker is ready, on however loaded a machine
 STOP_S = 3.0  # for the keeper to end its children before the group is killed
 MIN_MEMORY_MB = 64
 STATUSES = ("passed", "failed", "error", "timeout", "memory", "syntax", "refused")
@@ -75,9 +79,11 @@ class CodeJob:
 class _Record:
     """What has been read of a run so far.
 
-    verdict: the judge's records as bytes, see `sandbox.judge.write_record`. output: what the code printed, cut.
+    verdict: the worker's records as bytes, see `sandbox.worker.write_record`; the code can write there, too, so no more
+        than `room` is read. output: what the code printed, cut.
     """
 
+    room: int
     verdict: bytearray = field(default_factory=bytearray)
     output: bytearray = field(default_factory=bytearray)
     timed_out: bool = False
@@ -90,7 +96,7 @@ class _Record:
         """(kind, note) of every complete record."""
         pairs = []
         for line in self.verdict.decode("ascii", "replace").split("\n")[:-1]:
-            kind, _, note = line.encode().decode("unicode_escape").partition(" ")
+            kind, _, note = line.encode().decode("unicode_escape", "replace").partition(" ")
             pairs.append((kind, note))
         return pairs
 
@@ -103,15 +109,17 @@ def run_tests(
     memory_mb: int = 512,
     allow_unconfined: bool = False,
 ) -> CodeResult:
-    """Runs `code`, then judges each of `tests`; whatever the code does, a result comes back.
+    """Runs `code`, then each of `tests` in the same interpreter; whatever the code does, a result comes back.
 
-    A result is compared as plain data (numbers, text, containers, fractions, decimals, dates); an object of a class of
-    the code's own equals only itself, and a change made to an argument in place does not come back.
+    The tests share one namespace, and see the code's names where they have none of their own. An operator of a class
+    that is written in Python must tell the value of a test from made-up ones, see `sandbox.guard`. Code that loads
+    ctypes passes no test: it could reach the tests themselves.
 
     Args:
         code: the program.
         tests: `assert` statements about it.
-        setup: runs before the code where it can, and before the tests; a class it defines is the code's.
+        setup: runs before the code where it can, and before the tests; its classes and values are the code's, its
+            functions the tests'.
         timeout: wall seconds for everything after start-up; tests judged before it ends keep their verdict.
         memory_mb: address space of the code, in MiB.
         allow_unconfined: run even where this machine refuses to confine.
@@ -125,20 +133,21 @@ def run_tests(
     started = time.monotonic()
     if not sys.platform.startswith("linux"):
         reason = f"needs Linux, this is {sys.platform}"
-        return _result([("refused", reason)], len(tests), "", False, started)
+        return _result([("refused", reason)], [""] * len(tests), "", False, started)
 
     # The job is handed over as an open file in memory, so that its tests never lie on the disk.
     with contextlib.ExitStack() as stack:
         job = stack.enter_context(open(os.memfd_create("job"), "w+b"))
-        job.write(pickle.dumps((setup, code, list(tests)), protocol=4))
+        tokens = [secrets.token_hex(8) for _ in tests]
+        job.write(marshal.dumps((setup, code, list(map(str, tests)), tokens)))
         job.seek(0)
         folder = "/"
         if allow_unconfined:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-        record = _run(job.fileno(), folder, timeout, memory_mb, allow_unconfined)
+        record = _run(job.fileno(), len(tokens), folder, timeout, memory_mb, allow_unconfined)
 
     output = record.output.decode("utf-8", "replace")
-    return _result(record.lines(), len(tests), output, record.timed_out, started)
+    return _result(record.lines(), tokens, output, record.timed_out, started)
 
 
 def run_many(
@@ -168,12 +177,15 @@ def confinement() -> str | None:
     return result.output.strip() or f"the runner ended with status {result.status}"
 
 
-def _run(job_fd: int, folder: str, timeout: float, memory_mb: int, allow_unconfined: bool) -> _Record:
-    """Starts the keeper, reads verdict and output until the end or the deadline, and leaves no process behind."""
+def _run(job_fd: int, tests: int, folder: str, timeout: float, memory_mb: int, allow_unconfined: bool) -> _Record:
+    """Starts the keeper, reads verdict and output until the end or the deadline, and leaves no process behind.
+
+    `tests` is how many there are.
+    """
     verdict_read, verdict_write = os.pipe()
     root = Path(__file__).resolve().parent.parent
     arguments = [root, verdict_write, memory_mb, int(timeout) + 2, int(allow_unconfined)]
-    record = _Record()
+    record = _Record(RECORD_BYTES * (tests + 8))
     try:
         # No site packages and no user's site (-s -S), no folder of the script on the path (-P).
         process = subprocess.Popen(
@@ -187,7 +199,7 @@ def _run(job_fd: int, folder: str, timeout: float, memory_mb: int, allow_unconfi
             start_new_session=True,
         )
 
-        # Only the keeper may hold this end: reading the other then ends when the judge does.
+        # Only the keeper may hold this end: reading the other then ends when it does.
         os.close(verdict_write)
         verdict_write = -1
         try:
@@ -204,7 +216,7 @@ def _run(job_fd: int, folder: str, timeout: float, memory_mb: int, allow_unconfi
 
 
 def _read(record: _Record, verdict_fd: int, output_fd: int, timeout: float) -> None:
-    """Fills `record` until the judge hangs up; the clock starts when it is ready."""
+    """Fills `record` until the worker hangs up; the clock starts when it is ready."""
     # Both are read by turns: code that fills its pipe would else wait for ever.
     poll = select.poll()
     poll.register(verdict_fd, select.POLLIN)
@@ -221,13 +233,13 @@ def _read(record: _Record, verdict_fd: int, output_fd: int, timeout: float) -> N
             data = os.read(fd, 65536)
             if fd == output_fd:
                 record.add_output(data)
-                if not data:  # the code closed its output; the judge may still have something to say
+                if not data:  # the code closed its output; the worker may still have something to say
                     poll.unregister(fd)
                 continue
 
-            if not data:
-                return
             record.verdict += data
+            if not data or len(record.verdict) > record.room:
+                return
             if not ready and record.verdict.startswith(b"ready \n"):
                 ready = True
                 deadline = time.monotonic() + timeout
@@ -252,46 +264,46 @@ def _stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _result(lines: list[tuple[str, str]], total: int, output: str, timed_out: bool, started: float) -> CodeResult:
-    """The verdict from the judge's records.
+def _result(
+    lines: list[tuple[str, str]], tokens: list[str], output: str, timed_out: bool, started: float
+) -> CodeResult:
+    """The verdict from the worker's records.
 
     Args:
-        lines: (kind, note) of each record.
-        total: how many tests there were.
+        lines: (kind, note) of each record. The code can write records as well, but knows no token.
+        tokens: one for each test, which stands in the record of a test that has passed.
         output: what the code printed.
         timed_out: the deadline passed.
         started: `time.monotonic()` at the beginning.
     """
-    # Tests are judged after the record `loaded`; what stands before it is about the code and the setup.
     kinds = [kind for kind, _ in lines]
-    loaded = kinds.index("loaded") + 1 if "loaded" in kinds else len(kinds)
-    verdicts = [kind for kind in kinds[loaded:] if kind in ("passed", "failed", "memory")]
-    passed = verdicts.count("passed")
-    complete = "end" in kinds and len(verdicts) == total
+    passed = len(set(tokens) & {note for kind, note in lines if kind == "passed"})
+    ended = "end" in kinds
 
-    if "refused" in kinds:
+    if kinds[:1] == ["refused"]:
         status = "refused"
-        reason = dict(lines)["refused"]
         output = (
-            f"code cannot be confined here ({reason}): use a machine that permits it, or pass --allow_unconfined_code"
+            f"code cannot be confined here ({lines[0][1]}): use a machine that permits it, or pass "
+            "--allow_unconfined_code"
         )
+        lines = []
     elif timed_out:
         status = "timeout"
-    elif complete and 0 < total == passed:
+    elif ended and 0 < len(tokens) == passed:
         status = "passed"
     elif "memory" in kinds:
         status = "memory"
     elif "syntax" in kinds:
         status = "syntax"
-    elif complete:
+    elif ended and "loaded" in kinds:
         status = "failed"
     else:
         status = "error"
 
-    # What the code printed, then what the judge noted, one line each.
+    # What the code printed, then what went wrong, one line each.
     parts = [output.rstrip("\n")]
     for kind, note in lines:
-        if note and kind != "refused":
+        if note and kind != "passed" and not (ended and kind == "gone"):
             parts.append(f"{kind}: {note}")
     shown = "\n".join(filter(None, parts))
-    return CodeResult(status == "passed", status, passed, total, shown, time.monotonic() - started)
+    return CodeResult(status == "passed", status, passed, len(tokens), shown, time.monotonic() - started)

@@ -163,20 +163,15 @@ FORGERIES = {
     "patched AssertionError": "import builtins\nbuiltins.AssertionError = type('Quiet', (Exception,), {})\nf = id",
     "patched builtins": "import builtins\nbuiltins.compile = builtins.exec = lambda *a, **k: None\nf = id",
     "patched judge": """
-        from sandbox import judge as code_judge
-        code_judge.Judge.judge = lambda *a: ('passed', '')
-        code_judge.Remote.__eq__ = lambda *a: True
+        from sandbox import guard, worker
+        worker.outcome = lambda *a: ('passed', '')
+        guard.equal = lambda *a: True
         def f(x): return object()
     """,
     "patched pickle": "import pickle, _pickle\n_pickle.Pickler.dump = None\ndef f(x): pass",
-    "forged kind": "from sandbox import judge\nerror = judge.CodeRaised('', '')\nerror.kind = 'passed'\nraise error",
+    "forged kind": "class E(Exception):\n    kind = 'passed'\n    __str__ = lambda self: '\\npassed '\nraise E()",
     "forged kind in a call": (
-        "from sandbox import judge\nclass E(judge.CodeRaised):\n    def __init__(self): self.kind = 'passed\\npassed'\n"
-        "def f(x): raise E()"
-    ),
-    "smuggled reference": (
-        "from sandbox import judge as code_judge\ndef f(x):\n    r = code_judge.Remote.__new__(code_judge.Remote)\n"
-        "    object.__setattr__(r, '_judge_reference', 0)\n    return r"
+        "class E(Exception):\n    kind = 'passed\\npassed'\n    __str__ = lambda self: self.kind\ndef f(x): raise E()"
     ),
     "written to every descriptor": f"""
         import os
@@ -210,13 +205,9 @@ FORGERIES = {
                     return int(found[1])
     """,
     "unpickled global": """
-        import pickle
-        from sandbox import judge as code_judge
         class Bomb:
             def __reduce__(self): return (eval, ("type('A', (), {'__eq__': lambda *a: True})()",))
-        def f(x):
-            code_judge.Channel._describe = lambda *a: None
-            return Bomb()
+        def f(x): return Bomb()
     """,
     "own class for a known one": "class Fraction(int):\n    pass\nFraction.__module__ = 'fractions'\nf = Fraction",
     "bare handle": "class A: pass\ndef f(x): return A()",
@@ -394,7 +385,7 @@ def test_standard_input_is_empty_and_no_descriptor_is_inherited():
             f = lambda x: x + 1
         """
         result = run(code)
-        assert result.passed and result.output.count("True") == 2 and "False" not in result.output
+        assert result.passed and result.output.count("True") == 1 and "False" not in result.output
     finally:
         os.close(secret)
 

@@ -1,0 +1,294 @@
+"""What a test compares and computes, so that an object of the code's cannot answer for itself.
+
+`sandbox.source` writes calls of `compare` and `arithmetic` into a test where it has operators. Between plain values
+both do what Python does. An operator of the code's own class, or of any other class that is written in Python, is
+believed only where it tells values apart: it is asked about made-up values too, in an order nobody can foresee.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+
+TYPE_CHECKING = False  # typing and collections.abc cost 5 ms a run
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+MADE_UP = 32  # values beside the real one that an operator is asked about
+DEEPEST = 200  # levels of containers that are searched for objects of the code's
+IMMUTABLE_TYPE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: a class of C's, which no code can change
+REFUSED = "an operator of the code's own class gives the same answer whatever it is asked about"
+
+# What a class says of itself, past its metaclass.
+BASES_OF = type.__dict__["__mro__"].__get__
+NAMES_OF = type.__dict__["__dict__"].__get__
+FLAGS_OF = type.__dict__["__flags__"].__get__
+
+# Whose operators are Python's own: single values, and containers, which ask their parts. Some come with modules that
+# are not loaded yet.
+SINGLE = {type(None), bool, int, float, complex, str, bytes, bytearray, memoryview, range, type, object, type(len)}
+SEQUENCES = {list, tuple}
+SETS = {set, frozenset, type({}.keys()), type({}.items())}
+SINGLE_OF_C = {"datetime", "decimal", "array"}  # modules
+CONTAINERS_OF_C = {"deque", "OrderedDict"}  # of collections
+
+ORDER = {
+    "Lt": (operator.lt, "__lt__"),
+    "LtE": (operator.le, "__le__"),
+    "Gt": (operator.gt, "__gt__"),
+    "GtE": (operator.ge, "__ge__"),
+}
+# Those that bring a wrong number to an expected one.
+ARITHMETIC = {"Sub": operator.sub, "Div": operator.truediv, "FloorDiv": operator.floordiv, "Mod": operator.mod}
+
+
+# --- whose operator ---------------------------------------------------------------------------------------------------
+
+
+def answering(value: Any, method: str) -> type | None:
+    """The class of Python's own that defines `method` for a value; None where it is a class of another kind."""
+    for base in BASES_OF(type(value)):
+        if method not in NAMES_OF(base):
+            continue
+        if base in SINGLE or base is dict or base in SEQUENCES or base in SETS:
+            return base
+        is_of_c = FLAGS_OF(base) & IMMUTABLE_TYPE and (base.__module__ in SINGLE_OF_C or _is_container_of_c(base))
+        return base if is_of_c else None
+    return object
+
+
+def _is_container_of_c(base: type) -> bool:
+    return base.__module__ == "collections" and base.__name__ in CONTAINERS_OF_C
+
+
+def parts(value: Any, base: type | None) -> list[Any] | None:
+    """What a container of the kind `base` holds, a dict its pairs; None where it is none.
+
+    Its subclass has no say in it.
+    """
+    if base is None or base in SINGLE:
+        return None
+    if issubclass(base, dict):
+        return list(dict.items(value))
+    if base in SEQUENCES or base in SETS or _is_container_of_c(base):
+        return list(base.__iter__(value))
+    return None
+
+
+def is_plain(*values: Any) -> bool:
+    """Whether comparing the values asks nothing of the code's: no part of theirs has operators or a hash of its own."""
+    waiting = list(values)
+    for _ in range(DEEPEST):
+        if SINGLE.issuperset(map(type, waiting)):
+            return True
+
+        below = []
+        for value in waiting:
+            base = answering(value, "__eq__")
+            if base is None or answering(value, "__hash__") is None:
+                return False
+            below += parts(value, base) or ()
+        waiting = below
+    return False
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def compare(names: tuple[str, ...], *values: Any) -> Any:
+    """What `a < b == c` is worth: `names` are the operators' syntax nodes, `values` stand around them."""
+    answer = True
+    for place, name in enumerate(names):
+        left = values[place]
+        right = values[place + 1]
+        if name in ORDER:
+            answer = ordered(left, right, *ORDER[name])
+        else:
+            answer = COMPARED[name](left, right)
+        if not answer:
+            return answer
+    return answer
+
+
+def equal(left: Any, right: Any) -> Any:
+    """`left == right`, part by part where the code's own objects are among them."""
+    if is_plain(left, right):
+        return left == right
+    mine = answering(left, "__eq__")
+    yours = answering(right, "__eq__")
+    if mine is None or yours is None:
+        return believed(operator.eq, left, right, mine is None, yours is None, True)
+
+    # Unlike kinds do not look at their parts.
+    lefts = parts(left, mine)
+    rights = parts(right, yours)
+    if lefts is None or rights is None:
+        return left == right
+    if mine is yours and (mine in SEQUENCES or _is_container_of_c(mine)):
+        return len(lefts) == len(rights) and all(map(same, lefts, rights))
+
+    # Each needs one that is like it, in any order.
+    if (mine in SETS and yours in SETS) or (issubclass(mine, dict) and issubclass(yours, dict)):
+        return _is_part(lefts, rights) and _is_part(rights, lefts)
+    return left == right
+
+
+def same(left: Any, right: Any) -> Any:
+    """Whether two parts of containers are alike: the same object is."""
+    return left is right or equal(left, right)
+
+
+def _holds(items: Iterable[Any], item: Any) -> bool:
+    return any(same(other, item) for other in items)
+
+
+def _is_part(lefts: list[Any], rights: list[Any]) -> bool:
+    return all(_holds(rights, left) for left in lefts)
+
+
+def unequal(left: Any, right: Any) -> Any:
+    """`left != right`. What says that it is not unlike says that it is equal."""
+    mine = answering(left, "__ne__")
+    yours = answering(right, "__ne__")
+    if mine is None or yours is None:
+        return not believed(_not_unlike, left, right, mine is None, yours is None, True)
+    return not equal(left, right)
+
+
+def _not_unlike(left: Any, right: Any) -> bool:
+    return not left != right
+
+
+def ordered(left: Any, right: Any, ask: Callable[[Any, Any], Any], method: str) -> Any:
+    """`left < right` and the like. Raises AssertionError where own objects within a container meet plain ones."""
+    if is_plain(left, right):
+        return ask(left, right)
+    mine = answering(left, method)
+    yours = answering(right, method)
+    if mine is None or yours is None:
+        return believed(ask, left, right, mine is None, yours is None, False)
+    if is_plain(left) or is_plain(right):
+        raise AssertionError(REFUSED)
+    return ask(left, right)
+
+
+def contains(item: Any, container: Any) -> Any:
+    """`item in container`."""
+    # The code's own method is asked about other items, too; where there is none, the items come one by one.
+    base = answering(container, "__contains__")
+    if base is None:
+        return believed(operator.contains, container, item, True, not is_plain(item), False)
+    if base is object:
+        return _holds(container, item)
+    if is_plain(container, item):
+        return item in container
+    return _holds(base.__iter__(container), item)
+
+
+def _contains_not(item: Any, container: Any) -> bool:
+    return not contains(item, container)
+
+
+COMPARED = {"Eq": equal, "NotEq": unequal, "In": contains, "NotIn": _contains_not}
+COMPARED |= {"Is": operator.is_, "IsNot": operator.is_not}
+
+
+def arithmetic(name: str, left: Any, right: Any) -> Any:
+    """`left - right` and the like. A plain result of the code's own operator and a plain value must depend on that."""
+    ask = ARITHMETIC[name]
+    result = ask(left, right)
+    own_left = FLAGS_OF(type(left)) & IMMUTABLE_TYPE == 0
+    own_right = FLAGS_OF(type(right)) & IMMUTABLE_TYPE == 0
+    if own_left is own_right or not is_plain(result):
+        return result
+
+    answers = answers_to(ask, left, right, own_left, made_up(right if own_left else left))
+    if all(is_plain(answer) and answer == result for answer in answers):
+        raise AssertionError(REFUSED)
+    return result
+
+
+# --- is it to be believed ---------------------------------------------------------------------------------------------
+
+
+def believed(
+    ask: Callable[[Any, Any], Any], left: Any, right: Any, own_left: bool, own_right: bool, only_one: bool
+) -> Any:
+    """What an operator of the code's says of two values, where it speaks otherwise of made-up ones.
+
+    Args:
+        ask: the operator.
+        left, right: the values, of which `own_left` or `own_right` or both are of the code's own classes.
+        only_one: it may say yes to no made-up value; else to some of them.
+
+    Raises:
+        AssertionError: it says yes to more.
+    """
+    # Nothing but None equals None.
+    if only_one and (left is None or right is None):
+        return left is right
+
+    # The real value stands among the made-up ones, never first: what says yes to whatever comes first has no chance.
+    real = right if own_left else left
+    values = [object()] if own_left and own_right else made_up(real)
+    place = 1 + draw() % len(values)
+    values.insert(place, real)
+    answers = answers_to(ask, left, right, own_left, values)
+
+    answer = answers.pop(place)
+    if isinstance(answer, Exception):
+        raise answer
+    yes = [other for other in answers if not isinstance(other, Exception) and other]
+    if answer and (len(yes) == len(answers) or (only_one and yes)):
+        raise AssertionError(REFUSED)
+    return answer
+
+
+def answers_to(ask: Callable, left: Any, right: Any, keep_left: bool, values: list[Any]) -> list[Any]:
+    """What an operator says with each of `values` in the place of the other side; the exception where it raises."""
+    answers = []
+    for value in values:
+        try:
+            answers.append(ask(left, value) if keep_left else ask(value, right))
+        except Exception as error:  # noqa: BLE001 - the code need not take every value
+            answers.append(error)
+    return answers
+
+
+def draw() -> int:
+    """A number that nobody can foresee."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
+def made_up(value: Any) -> list[Any]:
+    """Values of the same kind that are not `value`."""
+    return [_made_up(value, draw()) for _ in range(MADE_UP)]
+
+
+def _made_up(value: Any, number: int) -> Any:
+    """A value near a plain one: another number, or another part somewhere; an empty object for other kinds."""
+    kind = answering(value, "__eq__")
+    if type(value) is bool:
+        return not value
+    if kind in (int, float, complex) or (kind is not None and kind.__name__ == "Decimal"):
+        step = 1 + number // 4 % 9
+        if number & 1:
+            step = step * (abs(value) + 1)
+        return value + step if number & 2 else value - step
+
+    # Another part at one of the places, or one more.
+    if kind in (list, tuple, dict) and value and number & 1:
+        place = number // 2 % len(value)
+        if kind is dict:
+            return {**value, list(value)[place]: object()}
+        return value[:place] + kind([object()]) + value[place + 1 :]
+    if kind in (str, list, tuple, bytes):
+        place = number % (len(value) + 1)
+        part = {str: chr(97 + number % 26), bytes: bytes([number % 256]), list: [number], tuple: (number,)}
+        return value[:place] + part[kind] + value[place:]
+    if kind in (set, frozenset):
+        return value | {number}
+    if kind is dict:
+        return {**value, number: 0}
+    return object()
