@@ -73,7 +73,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     if opts.curriculum and not lines:
         lines += curriculum_problems(chosen)
 
-    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
+    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
     lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
     return lines + errors_of(_check_host, opts)
 

@@ -408,6 +408,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         Flag("eval_suite", "str", None, "benchmarks measured after training and with eval_only: perplexity=FILE, "
              "gsm8k=FILE, mbpp=FILE, science_qa=FILE, synthetic", nullable=True),
         Flag("eval_suite_n", "int", 0, "most items of each entry of the suite; 0 = all", low=0),
+        Flag("eval_suite_split", "str", None, "split of the suite's files whose rows name one, such as test; all mixes "
+             "them; none = the only one there is", nullable=True),
         Flag("allow_unconfined_code", "bool", False, "run generated code even where nothing can confine it"),
         # Records.
         Flag("log_csv", "path", None, "file of the evaluation table; none = eval.csv in the run folder",

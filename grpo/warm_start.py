@@ -40,7 +40,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     """Everything wrong with a run of the planner/worker LM that can be found without building one, one line each."""
     lines = stages_of(part(StagesConfig, opts))[1]
     lines += errors_of(reasoning_tokenizer, opts.tokenizer)
-    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
+    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
     return lines + machine_problems(part(MachineConfig, opts), checkpoint)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from engine.optimization import OptimConfig
 from engine.report import Card, Report
 from engine.system import Facts, Hooks, LoopConfig
 from hybrid.data import (
+    SYNTHETIC,
     HybridData,
     HybridDataConfig,
     data_problems,
@@ -31,9 +32,13 @@ from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
 from hybrid.training import HybridStepConfig, HybridTrainer
 from suite.after_run import Subject
-from suite.spec import spec_problems
+from suite.measure import read_items
+from suite.questions import SuiteError
+from suite.spec import parse_suite, spec_problems
 from text_data.batches import PreparedBatches
 from text_data.synthetic import synthetic_questions
+from text_data.trained import TrainedOn, trained_on
+from text_data.triples import read_meta
 
 # Fields of HybridConfig that have the name of their flag.
 SHAPE_FLAGS = (
@@ -47,8 +52,32 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     """Everything wrong with a run of the hybrid that can be found without building a model, one line each."""
     lines = data_problems(opts.dataset, opts.dev_sets)
 
-    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code)
+    lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
+    if opts.eval_suite and not lines:
+        lines += trained_problems(opts)
     return lines + machine_problems(options.part(MachineConfig, opts), checkpoint)
+
+
+def trained_problems(opts: argparse.Namespace) -> list[str]:
+    """One line for each file of the suite of which --dataset has trained on everything."""
+    record = training_record(opts.dataset)
+    lines = []
+    items = parse_suite(opts.eval_suite, opts.eval_suite_split) if record else []
+    for item in items:
+        if item.path is None:
+            continue
+        try:
+            read_items(item, 0, 0, record)
+        except SuiteError as error:
+            lines.append(str(error))
+    return lines
+
+
+def training_record(dataset: str | None) -> TrainedOn | None:
+    """What a prepared folder records of its training documents; None where there is no folder or no record."""
+    if dataset in (None, SYNTHETIC):
+        return None
+    return trained_on(read_meta(dataset))
 
 
 class HybridTraining:
@@ -299,7 +328,18 @@ class HybridRun:
         if not self.loop.finished or not self.machine.is_main:
             return None
 
-        return Subject(self.text_models, "gate shut", self.trainer.evaluation_weights, self.loop.record, self.sums)
+        weights = self.trainer.evaluation_weights
+        return Subject(self.text_models, "gate shut", weights, self.loop.record, self.sums, self._trained_on())
+
+    def _trained_on(self) -> Container[str]:
+        """What the prepared folder records of its training documents; says so where it records nothing."""
+        record = training_record(self.opts.dataset)
+        if record is None and self.opts.dataset not in (None, SYNTHETIC):
+            self.machine.say(
+                f"{self.opts.dataset} does not record which documents it trains on: questions of the suite that were "
+                "trained on cannot be told"
+            )
+        return record or ()
 
 
 def folder_name(dataset: str) -> str:

@@ -2,7 +2,8 @@
 
     python scripts/build_reasoning_dataset.py --dataset gsm8k --split train --output gsm8k.jsonl
     python scripts/build_reasoning_dataset.py --dataset mbpp --source mbpp.jsonl --output mbpp.jsonl
-    python scripts/build_reasoning_dataset.py --dataset science_qa --source problems.json --output science.jsonl
+    python scripts/build_reasoning_dataset.py --dataset science_qa --source problems.json --split train \
+        --output science.jsonl
     python scripts/build_reasoning_dataset.py --dataset reasoning_gym:chain_sum,syllogism --limit 5000 --output rg.jsonl
 
 Without `--source` the data come from the Hugging Face hub. The rows' fields: docs/data.md.
@@ -37,7 +38,8 @@ from reasoning_gym_wrapper import (  # noqa: E402
     train_seed,
 )
 from script_tools import ScriptParser, run_script  # noqa: E402
-from upstream_rows import HUB, MBPP_SPLITS, ROWS, Row, Skip, in_split, raw_items  # noqa: E402
+from text_data.documents import ALL_SPLITS, Splits  # noqa: E402
+from upstream_rows import HUB, MBPP_SPLITS, ROWS, Row, Skip, in_split, raw_items, split_of  # noqa: E402
 
 PROBLEMS_SHOWN = 5
 RESERVED = 1024  # evaluation questions of each Reasoning Gym task that no training row may repeat
@@ -55,7 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = ScriptParser(__doc__)
     parser.add_argument("--dataset", required=True, help="gsm8k, mbpp, science_qa or reasoning_gym:TASK,TASK")
-    parser.add_argument("--split", help="default: train from the hub and for reasoning_gym, all of a --source file")
+    parser.add_argument("--split", help="default: train from the hub and for reasoning_gym; the only one of a --source "
+                        "file; `all` mixes those of a ScienceQA file")
     parser.add_argument("--limit", type=int, default=0, help="rows at most; 0: all (reasoning_gym: 1000)")
     parser.add_argument("--output", type=Path, required=True, help="FILE.jsonl")
     parser.add_argument("--source", type=Path, help="the upstream's raw file, instead of the hub")
@@ -106,12 +109,32 @@ def upstream_problems(options: argparse.Namespace, name: str, has_tasks: bool) -
     problems = []
     if name not in HUB or has_tasks:
         problems.append(f"--dataset {options.dataset!r}: expected {', '.join(HUB)} or reasoning_gym:TASK,TASK")
-    if name == "mbpp" and options.split not in (None, *MBPP_SPLITS):
+    if options.split == ALL_SPLITS and not options.source:
+        problems.append(f"--split {ALL_SPLITS} needs --source: the hub gives one split at a time")
+    if name == "mbpp" and options.split not in (None, ALL_SPLITS, *MBPP_SPLITS):
         problems.append(f"--split {options.split} of mbpp: expected {', '.join(MBPP_SPLITS)}")
     return problems
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def source_splits(options: argparse.Namespace) -> Splits:
+    """The splits of a raw file of ScienceQA or MBPP and their items; none of the hub, which gives one at a time.
+
+    Raises:
+        ValueError: a ScienceQA file holds several splits and none is chosen, or none of the chosen one.
+    """
+    splits = Splits(options.split)
+    if options.source is None or options.dataset == "gsm8k":
+        return splits
+    for _, item in raw_items(options.dataset, options.source, options.split):
+        splits.takes({"split": split_of(options.dataset, item)})
+
+    # MBPP is published with one number a task in place of a split: its file is taken whole unless a split is named.
+    if options.dataset == "science_qa" and splits.problem():
+        raise ValueError(f"{options.source}: {splits.problem()}")
+    return splits
 
 
 def upstream_rows(options: argparse.Namespace, left_out: Counter[str]) -> Iterator[Row]:
@@ -125,6 +148,8 @@ def upstream_rows(options: argparse.Namespace, left_out: Counter[str]) -> Iterat
         images = options.source.parent / "images" if options.source else None
         make_row = functools.partial(make_row, keep_images=options.image_questions == "keep", images=images)
     split = options.split if options.source else None  # the hub gives one split alone
+    if split == ALL_SPLITS:
+        split = None
 
     problems: list[str] = []
     for place, item in raw_items(options.dataset, options.source, options.split):
@@ -212,9 +237,11 @@ def main(argv: list[str] | None = None) -> int:
     """Builds and reports. Raises ValueError, OSError."""
     options = parse(argv)
     left_out: Counter[str] = Counter()
+    splits = Splits(options.split)
     if options.dataset == "reasoning_gym":
         rows = reasoning_gym_rows(options)
     else:
+        splits = source_splits(options)
         rows = upstream_rows(options, left_out)
     if options.dataset == "gsm8k" and options.source and options.split:
         print(f"--split {options.split}: a raw GSM8K file is one split, all of it is read", file=sys.stderr)
@@ -227,6 +254,10 @@ def main(argv: list[str] | None = None) -> int:
             f"not one row to write ({reasons or 'the source is empty'}): change --split, --source or --image_questions"
         ) from None
 
+    if len(splits.counts) > 1 and options.split in (None, ALL_SPLITS):
+        print(f"mixed: items of the splits {splits.shown()}; --split takes one")
+    elif splits.counts:
+        print(f"the source has items of: {splits.shown()}")
     for reason, count in left_out.items():
         print(f"left out: {count} {reason}")
     if options.dataset == "science_qa" and options.image_questions == "keep":

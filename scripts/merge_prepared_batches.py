@@ -34,6 +34,7 @@ from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 from text_data.order import EpochOrder  # noqa: E402
 from text_data.tokenizer import byte_counter, parse_tokenizer  # noqa: E402
+from text_data.trained import META_KEY, TrainedOn, trained_on  # noqa: E402
 from text_data.triples import SPLITS, parse_line, read_meta  # noqa: E402
 
 BLOCK = min(1024, os.sysconf("SC_IOV_MAX"))  # lines handed to the system in one write
@@ -297,6 +298,17 @@ def write_split(options: argparse.Namespace, metas: list[dict[str, Any]], split:
     return entries
 
 
+def merged_record(metas: list[dict[str, Any]]) -> str | None:
+    """The documents that the sources train on, for meta.json; None where one source does not record them."""
+    union = TrainedOn(())
+    for meta in metas:
+        record = trained_on(meta)
+        if record is None:
+            return None
+        union |= record
+    return union.record()
+
+
 def merge(options: argparse.Namespace) -> dict[str, Any]:
     """Writes the mixed folder; its meta.json as a dict. Raises ValueError, OSError."""
     metas = read_metas(options.sources)
@@ -329,6 +341,7 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
             for source, entry in zip(meta["sources"], entries, strict=True):
                 source[split] = entry
 
+        meta[META_KEY] = merged_record(metas)
         tokenizer_file.write(tokenizer)
         meta_file.write((json.dumps(meta, indent=2) + "\n").encode())
     return meta

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from engine.batches import IGNORE  # noqa: E402
 from engine.files import JsonLineError, json_lines, read_json  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
-from text_data.documents import read_documents, source_files  # noqa: E402
+from text_data.documents import ALL_SPLITS, Splits, read_documents, source_files  # noqa: E402
 from text_data.tokenizer import read_tokenizer, vocabulary_size  # noqa: E402
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def text_rows(source: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
         ValueError: a file that cannot be read.
     """
     before: list[int] = []
-    for document in read_documents(source_files(source)):
+    for document in read_documents(source_files(source), Splits(ALL_SPLITS)):
         row = before + tokenizer.encode(document.text, add_special_tokens=False).ids
         yield row
         before = [] if document.ends else row[-1:]

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.files import staged  # noqa: E402
+from engine.files import read_text, staged  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
-from text_data.documents import Document, read_documents, source_files  # noqa: E402
+from text_data.documents import ALL_SPLITS, Document, Splits, read_documents, source_files  # noqa: E402
 from text_data.tokenizer import (  # noqa: E402
     LEAST_VOCABULARY,
     SPECIAL,
@@ -37,6 +37,7 @@ from text_data.tokenizer import (  # noqa: E402
     train_tokenizer,
     vocabulary_size,
 )
+from text_data.trained import META_KEY, MOST, TrainedOn  # noqa: E402
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,6 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{role}_token", help=f"the given tokenizer's {role} token, where it is not found")
     parser.add_argument("--max_seq_len", type=int, default=512, help="tokens of each side of a triple, at most")
     parser.add_argument("--val_ratio", type=float, default=0.01, help="share of the documents kept for val")
+    parser.add_argument("--split", help="of rows with a field split: those of this one; `all` mixes them")
     parser.add_argument("--tokenizer_num_threads", type=int, default=0, help="0: the tokenizer's own choice")
     parser.add_argument("--tokenizer_batch_size", type=int, default=512, help="documents encoded at a time, at most")
     options = parser.parse_args(argv)
@@ -110,6 +112,7 @@ class SplitWriter:
         counts: of the lines written; the keys of the split in meta.json.
         truncated: prompts and answers that were cut.
         too_short: texts of one token, which are left out.
+        keys: of the documents written.
     """
 
     def __init__(self, file: BinaryIO, tokenizer: Tokenizer, special: dict[str, int], limit: int):
@@ -119,6 +122,7 @@ class SplitWriter:
         self.counts = dict.fromkeys(names, 0)
         self.truncated = {"prompts": 0, "answers": 0}
         self.too_short = 0
+        self.keys: set[int] = set()  # of the documents written
 
         # An id stands in up to three lines; to format it anew each time would be half of all the work.
         self._decimal = list(map(str, range(vocabulary_size(tokenizer)))).__getitem__
@@ -238,6 +242,8 @@ def write_splits(
                 blank += 1
                 continue
             writer = val if document.key < threshold else train
+            if len(writer.keys) <= MOST:  # of more documents nothing is recorded
+                writer.keys.add(document.key)
             if prompt is None:
                 writer.add_text(text, document.ends)
             else:
@@ -251,7 +257,7 @@ def write_splits(
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def val_threshold(files: list[Path], ratio: float) -> int:
+def val_threshold(files: list[Path], ratio: float, split: str | None) -> int:
     """The key below which a document goes to val: `ratio` of all 64-bit keys.
 
     Where one split of a small source would stay empty by chance, the threshold is moved to the nearest document's key.
@@ -264,7 +270,7 @@ def val_threshold(files: list[Path], ratio: float) -> int:
     # Most sources have a document on either side near their beginning; only that is read.
     smallest = keys
     largest = -1
-    for document in read_documents(files):
+    for document in read_documents(files, Splits(split)):
         if document.text.strip() and document.prompt != "":
             smallest = min(smallest, document.key)
             largest = max(largest, document.key)
@@ -277,35 +283,35 @@ def val_threshold(files: list[Path], ratio: float) -> int:
     return threshold
 
 
-def tokenizer_text(tokenizer: Path | None, files: list[Path], vocab_size: int, threshold: int) -> str:
+def tokenizer_text(options: argparse.Namespace, files: list[Path], threshold: int) -> str:
     """The text of the tokenizer.json given, or of one trained on the training split of `files`.
 
     Raises:
         ValueError: the file is not text.
     """
-    if tokenizer:
+    if options.tokenizer:
         try:
-            return tokenizer.read_text(encoding="utf-8")
+            return read_text(options.tokenizer)
         except ValueError as error:
-            raise ValueError(f"--tokenizer {tokenizer} is not UTF-8 text") from error
+            raise ValueError(f"--tokenizer {error}") from error
 
     def texts() -> Iterator[str]:
         with Progress(None, "tokenizer", "documents") as progress:
-            for number, document in enumerate(read_documents(files), start=1):
+            for number, document in enumerate(read_documents(files, Splits(options.split)), start=1):
                 progress.update(number)
                 if document.key >= threshold:
                     yield from filter(None, (document.prompt, document.text))
 
-    return train_tokenizer(texts(), vocab_size).to_str()
+    return train_tokenizer(texts(), options.vocab_size).to_str()
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Writes the prepared folder; its meta.json as a dict. Raises ValueError, OSError."""
     files = source_files(options.source)
-    threshold = val_threshold(files, options.val_ratio)
+    threshold = val_threshold(files, options.val_ratio, options.split)
     with staged(options.dest, FILES) as (train_file, val_file, tokenizer_file, meta_file):
         # The tokenizer: given or trained.
-        text = tokenizer_text(options.tokenizer, files, options.vocab_size, threshold)
+        text = tokenizer_text(options, files, threshold)
         place = f"--tokenizer {options.tokenizer}"
         tokenizer = parse_tokenizer(text, place)
         special = special_ids(tokenizer, place, {role: getattr(options, f"{role}_token") for role in SPECIAL})
@@ -315,7 +321,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         # The triples of both splits in one pass.
         train = SplitWriter(train_file, tokenizer, special, options.max_seq_len)
         val = SplitWriter(val_file, tokenizer, special, options.max_seq_len)
-        documents = read_documents(files)
+        splits = Splits(options.split)
+        documents = read_documents(files, splits)
         size = options.tokenizer_batch_size
         with Progress(None, "prepare", "documents") as progress:
             blank = write_splits(documents, tokenizer, train, val, size, threshold, progress.update)
@@ -333,9 +340,11 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         meta["max_seq_len"] = options.max_seq_len
         meta["val_ratio"] = options.val_ratio
         meta["sources"] = [{"name": source_name(path, options.source)} for path in files]
+        meta["source_splits"] = dict(sorted(splits.counts.items()))
         meta["splits"] = {"train": train.counts, "val": val.counts}
         meta["truncated"] = {name: count + val.truncated[name] for name, count in train.truncated.items()}
         meta["left_out"] = {"blank": blank, "too_short": too_short}
+        meta[META_KEY] = TrainedOn(train.keys).record()
         meta_file.write((json.dumps(meta, indent=2) + "\n").encode())
     return meta
 
@@ -360,6 +369,11 @@ def main(argv: list[str] | None = None) -> int:
     out = meta["left_out"]
     print(f"cut to {options.max_seq_len} tokens: {cut['prompts']} prompts (the end kept), {cut['answers']} answers "
           f"(the beginning kept); left out: {out['blank']} blank documents, {out['too_short']} texts of one token")
+    sources = ", ".join(f"{name} ({count})" for name, count in meta["source_splits"].items())
+    if options.split == ALL_SPLITS and len(meta["source_splits"]) > 1:
+        print(f"mixed: rows of the splits {sources}")
+    elif sources:
+        print(f"rows of --split {options.split or 'as they are'}, among: {sources}")
     print(f"{options.dest}: vocabulary {meta['vocab_size']}, tokenizer {meta['tokenizer_sha256'][:12]}")
     return 0
 

@@ -112,6 +112,19 @@ def in_split(dataset: str, split: str, item: Item) -> bool:
     return first <= item["task_id"] <= last
 
 
+def split_of(dataset: str, item: Any) -> str | None:
+    """The split that an item of a raw file belongs to; None where it does not say, or is no item."""
+    if not isinstance(item, dict):
+        return None
+    if dataset == "science_qa":
+        return item.get("split")
+
+    for name in MBPP_SPLITS:
+        if type(item.get("task_id")) is int and in_split(dataset, name, item):
+            return name
+    return None
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +232,8 @@ def science_qa_row(item: Item, keep_images: bool = False, images: Path | None = 
         "answer_index": index,
         "rationale": rationale,
     }
+    if isinstance(item.get("split"), str):
+        row["split"] = item["split"]
     if picture:
         row["image"] = picture
     return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from engine.progress import Progress
@@ -19,6 +19,7 @@ class SuiteConfig:
 
     eval_suite: its entries, `NAME` or `NAME=FILE` with commas between.
     eval_suite_n: items of each entry; 0 = all.
+    eval_suite_split: which rows of files that name splits are asked; see `SuiteItem`.
     eval_seed: seed of what is drawn.
     max_new_tokens: tokens of an answer; 0 = as many as the entry allows.
     allow_unconfined_code: generated code may run where nothing confines it.
@@ -26,6 +27,7 @@ class SuiteConfig:
 
     eval_suite: str
     eval_suite_n: int = 0
+    eval_suite_split: str | None = None
     eval_seed: int = 10**9
     max_new_tokens: int = 0
     allow_unconfined_code: bool = False
@@ -41,6 +43,7 @@ class Subject:
     record: writes rows and predictions at the run's step.
     sums: gives n (prompt, answer) pairs, n 0 as many as usual, that the run has not trained on; `synthetic` without a
         file asks them.
+    trained_on: tells of a prompt, or of a document, whether the model was trained on it, as far as that is recorded.
     """
 
     text_models: Callable[[], tuple[TextModel, TextModel | None]]
@@ -48,6 +51,7 @@ class Subject:
     evaluation_weights: Callable[[], contextlib.AbstractContextManager]
     record: Callable[[Report], None]
     sums: Callable[[int], Sequence[tuple[str, str]]]
+    trained_on: Container[str] = ()
 
 
 def measure_after_run(subject: Subject, config: SuiteConfig) -> None:
@@ -55,7 +59,7 @@ def measure_after_run(subject: Subject, config: SuiteConfig) -> None:
     with subject.evaluation_weights(), Progress(None, "suite", "item") as progress:
         # Entries are read here and not when the command line was: a file may have changed since.
         model, bare = subject.text_models()
-        items = with_sums(parse_suite(config.eval_suite), subject.sums, config.eval_suite_n)
+        items = with_sums(parse_suite(config.eval_suite, config.eval_suite_split), subject.sums, config.eval_suite_n)
 
         def tell(entry: str, done: int, total: int) -> None:
             progress.update(done, entry=entry, of=total)
@@ -69,6 +73,7 @@ def measure_after_run(subject: Subject, config: SuiteConfig) -> None:
             config.allow_unconfined_code,
             tell,
             config.max_new_tokens,
+            subject.trained_on,
         )
 
     # The run adds step and time.

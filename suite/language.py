@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from engine.files import read_text
 from engine.intervals import Interval, bootstrap
-from suite.questions import SuiteError, chosen, keys_of, rows_of
+from suite.questions import SPLIT_FLAG, SuiteError, SuiteItem, chosen, keys_of, rows_of
 from suite.text_model import TextModel
+from text_data.documents import Splits
 
 WINDOW = 512  # characters that are predicted at a time
 CONTEXT_WINDOWS = 2  # windows before them that are read
@@ -30,16 +31,17 @@ TITLE = re.compile(r"^ = [^=\n]+ = *$", re.MULTILINE)  # WikiText's mark of a ne
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
-def read_documents(path: Path, first_only: bool = False) -> list[str]:
+def read_documents(path: Path, first_only: bool = False, split: str | None = None) -> list[str]:
     """Documents of the key `text` of a .jsonl file; of any other file, its WikiText articles, or else the whole text.
 
-    `first_only` reads no further than the first line of a .jsonl file. White space around a document goes.
+    `first_only` reads no further than the first line of a .jsonl file (of rows that name a split, the splits of all).
+    `split` chooses such rows, see `SuiteItem`. White space around a document goes.
 
     Raises:
         SuiteError: the file cannot be read, a line has no `text`, or there is no text at all.
     """
     if path.suffix == ".jsonl":
-        documents = _documents_of_lines(path, first_only)
+        documents = _documents_of_lines(path, first_only, split)
     else:
         documents = _articles(path)
 
@@ -50,16 +52,21 @@ def read_documents(path: Path, first_only: bool = False) -> list[str]:
     return documents
 
 
-def _documents_of_lines(path: Path, first_only: bool) -> list[str]:
+def _documents_of_lines(path: Path, first_only: bool, split: str | None) -> list[str]:
     """The text of each line."""
-    documents = []
+    splits = Splits(split, SPLIT_FLAG)
+    documents: list[str] = []
     for where, row in rows_of(path):
+        if not splits.takes(row) or (first_only and documents):
+            continue
         if not isinstance(row.get("text"), str):
             raise SuiteError(f"perplexity: {where}: expected the key text, got {keys_of(row)}")
         documents.append(row["text"])
-        if first_only:
+        if first_only and not splits.counts:
             break
 
+    if splits.problem():
+        raise SuiteError(f"perplexity: {path}: {splits.problem()}")
     return documents
 
 
@@ -114,19 +121,27 @@ def window_pairs(document: str, size: int = WINDOW) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Windows:
-    """(context, continuation) pairs to predict, each with its document's number; a document's pairs stand together."""
+    """(context, continuation) pairs to predict, each with its document's number; a document's pairs stand together.
+
+    `trained` counts the documents that were left out because they were trained on.
+    """
 
     pairs: list[tuple[str, str]]
     documents: list[int]
+    trained: int = 0
 
     @classmethod
-    def read(cls, path: Path, n: int, seed: int) -> Windows:
-        """`n` windows of the file (0: all), drawn from all of its documents.
+    def read(cls, item: SuiteItem, n: int, seed: int, trained_on: Container[str] = ()) -> Windows:
+        """`n` windows of an entry's file (0: all), drawn from its documents that are not among `trained_on`.
 
         Raises:
-            SuiteError: as `read_documents`, or no document has a second window.
+            SuiteError: as `read_documents`, or no document has a second window, or all were trained on.
         """
-        texts = read_documents(path)
+        path = item.path
+        read = read_documents(path, split=item.split)
+        texts = [text for text in read if text not in trained_on]
+        if not texts:
+            raise SuiteError(f"perplexity: all {len(read)} documents of {path} were trained on: give a held-out file")
 
         # A pair for every window but the first of its document.
         pairs = []
@@ -146,7 +161,8 @@ class Windows:
             documents = [place // BLOCK for place in range(len(pairs))]
 
         places = chosen(len(pairs), n, seed)
-        return cls([pairs[place] for place in places], [documents[place] for place in places])
+        numbers = [documents[place] for place in places]
+        return cls([pairs[place] for place in places], numbers, len(read) - len(texts))
 
     def first_contexts(self) -> dict[int, str]:
         """Number of each document -> the context of its first window, in order."""

@@ -6,13 +6,13 @@ bootstrap for the others (over documents for language, over items for rationales
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 
 from engine.intervals import Interval, proportion
 from sandbox import runner
 from suite.language import Windows, language_estimates
-from suite.questions import Question, SuiteItem, chosen, read_questions
+from suite.questions import Question, SuiteError, SuiteItem, chosen, read_questions
 from suite.results import Part, Prediction, SuiteResult, cut_shares
 from suite.scoring import choose_option, corpus_bleu, exact, rationale_of, rouge_l, same_number
 from suite.spec import LANGUAGE, check_code_runner
@@ -108,12 +108,23 @@ SCORERS: dict[str, Callable[[Sequence[Question], Sequence[str], Settings], Score
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _read(item: SuiteItem, n: int, seed: int) -> Windows | list[Question]:
-    """What an entry asks, `n` of it drawn by `seed` (0: all). Raises SuiteError."""
+def read_items(
+    item: SuiteItem, n: int, seed: int, trained_on: Container[str]
+) -> tuple[Windows | list[Question], int]:
+    """(what an entry asks, `n` of it drawn by `seed` (0: all); how much was left out because it was trained on).
+
+    Raises:
+        SuiteError: a file with a wrong line; nothing is left to ask.
+    """
     if item.name == LANGUAGE:
-        return Windows.read(item.path, n, seed)
-    questions = read_questions(item)
-    return [questions[place] for place in chosen(len(questions), n, seed)]
+        windows = Windows.read(item, n, seed, trained_on)
+        return windows, windows.trained
+
+    read = read_questions(item)
+    questions = [question for question in read if question.prompt not in trained_on]
+    if not questions:
+        raise SuiteError(f"{item.name}: all {len(read)} questions of {item.path} were trained on: give a held-out file")
+    return [questions[place] for place in chosen(len(questions), n, seed)], len(read) - len(questions)
 
 
 def _run_perplexity(
@@ -208,6 +219,7 @@ def run_suite(
     allow_unconfined: bool = False,
     progress: Progress = silent,
     max_new_tokens: int = 0,
+    trained_on: Container[str] = (),
 ) -> SuiteResult:
     """Measures `model`, and `bare` on the same items, on every entry. Every file is read before the first answer.
 
@@ -220,21 +232,22 @@ def run_suite(
         allow_unconfined: run generated code where nothing confines it.
         progress: called with the entry, how many of its items are done, and of how many.
         max_new_tokens: tokens of an answer; 0 takes each entry's own budget.
+        trained_on: tells of a prompt, or of a document, whether it was trained on: such items are left out and counted.
 
     Raises:
-        SuiteError: a file with a wrong line, or generated code that could not be confined.
+        SuiteError: a file with a wrong line, or with trained items alone; generated code that could not be confined.
     """
     # Everything that can be wrong is found here, before a model is asked for minutes.
     check_code_runner(items, allow_unconfined)
     settings = Settings(seed, allow_unconfined)
-    asked = [_read(item, n, seed) for item in items]
+    asked = [read_items(item, n, seed, trained_on) for item in items]
 
     result = SuiteResult()
-    for item, entry in zip(items, asked, strict=True):
+    for item, (entry, trained) in zip(items, asked, strict=True):
         if isinstance(entry, Windows):
             part = _run_perplexity(model, entry, bare, settings, progress)
         else:
             budget = max_new_tokens or BUDGETS[item.name]
             part = _run_questions(model, item.name, entry, bare, settings, budget, progress)
-        result.parts.append(part)
+        result.parts.append(replace(part, trained=trained))
     return result

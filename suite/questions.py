@@ -13,7 +13,10 @@ from typing import Any
 
 from engine.files import JsonLineError, json_lines
 from text_data.choices import LETTERS
+from text_data.documents import Splits
 from text_data.numbers import final_number
+
+SPLIT_FLAG = "--eval_suite_split"
 
 
 class SuiteError(ValueError):
@@ -22,11 +25,18 @@ class SuiteError(ValueError):
 
 @dataclass(frozen=True)
 class SuiteItem:
-    """One entry of the suite: its name, its file, or for `synthetic` (prompt, answer) pairs handed in."""
+    """One entry of the suite.
+
+    name: of the entry.
+    path: its file.
+    pairs: for `synthetic` without a file: (prompt, answer) handed in.
+    split: which rows of a file that names splits are asked: one split's, "all"; None = those of its only split.
+    """
 
     name: str
     path: Path | None = None
     pairs: tuple[tuple[str, str], ...] = ()
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -179,34 +189,47 @@ def keys_of(row: dict[str, Any]) -> str:
 
 
 def read_questions(item: SuiteItem, first_only: bool = False) -> list[Question]:
-    """The questions of an entry, in the file's order; `first_only` reads no further than the first row.
+    """The questions of an entry, in the file's order.
+
+    `first_only` reads the first row alone; of a file whose rows name a split, the splits of all rows.
 
     Raises:
-        SuiteError: names the first line that is wrong; or the entry has no question.
+        SuiteError: names the first line that is wrong; the entry has no question; rows of several splits, of which
+            none is chosen.
     """
     if item.path is None:
         if not item.pairs:
             raise SuiteError(f"{item.name} has neither a file nor pairs of prompt and answer")
         return [Question(index, prompt, answer) for index, (prompt, answer) in enumerate(item.pairs)]
 
-    # An image question counts in the index though it is left out, so an index is the row's place in the file.
-    reader, keys = READERS[item.name]
+    # A row that is left out counts in the index, so an index is the row's place in the file.
+    splits = Splits(item.split, SPLIT_FLAG)
     questions = []
+    read = 0
     for index, (where, row) in enumerate(rows_of(item.path)):
-        try:
-            question = reader(index, row)
-        except SuiteError as error:
-            raise SuiteError(
-                f"{item.name}: {where}: {error}; expected the keys {keys}, got {keys_of(row)}"
-            ) from error
+        if not splits.takes(row) or (first_only and read):
+            continue
+        read += 1
+        question = _question(item, index, where, row)
         if question is not None:
             questions.append(question)
-        if first_only:
+        if first_only and not splits.counts:
             return questions
 
-    if not questions:
+    if splits.problem():
+        raise SuiteError(f"{item.name}: {item.path}: {splits.problem()}")
+    if not questions and not (first_only and read):
         raise SuiteError(f"{item.name}: {item.path} holds no question that text alone can answer")
     return questions
+
+
+def _question(item: SuiteItem, index: int, where: str, row: dict[str, Any]) -> Question | None:
+    """The question of a row; None where text alone cannot answer it. Raises SuiteError, which names the place."""
+    reader, keys = READERS[item.name]
+    try:
+        return reader(index, row)
+    except SuiteError as error:
+        raise SuiteError(f"{item.name}: {where}: {error}; expected the keys {keys}, got {keys_of(row)}") from error
 
 
 def chosen(count: int, n: int, seed: int) -> list[int]:

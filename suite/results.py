@@ -10,6 +10,7 @@ from engine.intervals import Interval, proportion
 from engine.report import metric_row, percent, prediction_line, text_table
 from suite.text_model import Cuts
 
+LEFT_OUT = "trained_on"  # number of items that were left out because they were trained on; n counts them in
 QUESTIONS_CUT = "questions_cut"  # share of the questions, or of the contexts of a text, that lost their beginning
 ANSWERS_CUT = "answers_cut"  # share of the answers that the limit of tokens ended
 # Metrics in 0..1 that people read in per cent.
@@ -40,6 +41,7 @@ class Part:
     task: its name in the records, `suite/NAME`.
     estimates, bare: metric -> value and interval, of the model and of what it is compared with (empty without it).
     segments_used: mean HRM segments of an answer; None without HRM.
+    trained: items of the file that were left out because the model was trained on them.
     """
 
     task: str
@@ -47,6 +49,7 @@ class Part:
     bare: dict[str, Interval]
     predictions: list[Prediction]
     segments_used: float | None
+    trained: int = 0
 
 
 @dataclass
@@ -73,6 +76,8 @@ class SuiteResult:
                         segments_used=part.segments_used,
                     )
                 )
+            if part.trained:
+                rows.append(metric_row(part.task, LEFT_OUT, part.trained, part.trained + len(part.predictions)))
         return rows
 
     def predictions(self) -> list[dict[str, Any]]:
@@ -119,6 +124,8 @@ class SuiteResult:
             if empty and part.task != NO_ANSWERS:
                 lines.append(f"note: {empty} of {len(part.predictions)} answers to {part.task} are empty")
             lines += cut_notes(part)
+            if part.trained:
+                lines.append(f"note: {part.trained} items of {part.task} were left out: the model was trained on them")
         return lines
 
 

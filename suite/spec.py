@@ -17,8 +17,8 @@ CODE = "mbpp"
 NAMES = (LANGUAGE, *READERS)
 
 
-def _entry_problem(name: str, path: str) -> str | None:
-    """What is wrong with one entry, or None; looks at the first line of its file."""
+def _entry_problem(name: str, path: str, split: str | None) -> str | None:
+    """What is wrong with one entry, or None; looks at the first line of its file, and at the splits of all."""
     # What the spec itself tells.
     if not name:
         entry = repr("=" + path) if path else "'without text'"
@@ -37,16 +37,19 @@ def _entry_problem(name: str, path: str) -> str | None:
     # What stands in it: one line is enough to see a file of another entry.
     try:
         if name == LANGUAGE:
-            read_documents(Path(path), first_only=True)
+            read_documents(Path(path), first_only=True, split=split)
         else:
-            read_questions(SuiteItem(name, Path(path)), first_only=True)
+            read_questions(SuiteItem(name, Path(path), split=split), first_only=True)
     except SuiteError as error:
         return str(error)
     return None
 
 
-def suite_problems(text: str) -> list[str]:
-    """Everything wrong with an `--eval_suite` spec, one line each; looks at the first line of each file."""
+def suite_problems(text: str, split: str | None = None) -> list[str]:
+    """Everything wrong with an `--eval_suite` spec, one line each; looks at the first line of each file.
+
+    `split` chooses rows of files whose rows name one, see `SuiteItem`.
+    """
     entries = named_paths(text)
     names = [name for name, _ in entries]
     # Rows of the records are told apart by the entry's name.
@@ -56,21 +59,25 @@ def suite_problems(text: str) -> list[str]:
             lines.append(f"{name} is named twice")
 
     for name, path in entries:
-        problem = _entry_problem(name, path)
+        problem = _entry_problem(name, path, split)
         if problem:
             lines.append(problem)
     return lines
 
 
-def parse_suite(text: str) -> list[SuiteItem]:
-    """The entries of a spec such as `perplexity=FILE,gsm8k=FILE,synthetic`. Raises SuiteError naming all problems."""
-    problems = suite_problems(text)
+def parse_suite(text: str, split: str | None = None) -> list[SuiteItem]:
+    """The entries of a spec such as `perplexity=FILE,gsm8k=FILE,synthetic`; `split` as in `suite_problems`.
+
+    Raises:
+        SuiteError: names all problems.
+    """
+    problems = suite_problems(text, split)
     if problems:
         raise SuiteError(f"--eval_suite: {'; '.join(problems)}")
 
     items = []
     for name, path in named_paths(text):
-        items.append(SuiteItem(name, Path(path) if path else None))
+        items.append(SuiteItem(name, Path(path) if path else None, split=split))
     return items
 
 
@@ -103,19 +110,19 @@ def check_code_runner(items: Sequence[SuiteItem], allow_unconfined: bool) -> Non
         )
 
 
-def spec_problems(text: str | None, allow_unconfined: bool) -> list[str]:
-    """Everything wrong with an `--eval_suite` spec here, one line each; None is no suite.
+def spec_problems(text: str | None, allow_unconfined: bool, split: str | None = None) -> list[str]:
+    """Everything wrong with an `--eval_suite` spec here, one line each; None is no suite; `split` as above.
 
     A suite that would run generated code which nothing confines is told when all else is right.
     """
     if not text:
         return []
-    lines = suite_problems(text)
+    lines = suite_problems(text, split)
     if lines:
         return lines
 
     try:
-        check_code_runner(parse_suite(text), allow_unconfined)
+        check_code_runner(parse_suite(text, split), allow_unconfined)
     except SuiteError as error:
         return [str(error)]
     return []

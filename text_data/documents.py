@@ -3,7 +3,8 @@
 - `.txt`: documents are separated by blank lines. A file whose first line that is not blank is a WikiText title
   (` = Title = `) is WikiText: its documents are whole articles, each from a title that stands between blank lines (or
   at the start) to the next; blank lines and the heads of sections (` = = Head = = `) belong to the article.
-- `.jsonl`, `.parquet`: `prompt` and `answer`, or `text`; other fields are ignored.
+- `.jsonl`, `.parquet`: `prompt` and `answer`, or `text`; `split`, if there is one, chooses (`Splits`); other fields are
+  ignored.
 
 A text longer than MAX_CHARS is handed out in pieces, so that memory stays flat; all of them share one key.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +35,50 @@ class Document(NamedTuple):
     text: str
     key: int
     ends: bool = True
+
+
+ALL_SPLITS = "all"
+
+
+class Splits:
+    """Which rows of data sets are taken: those of one split.
+
+    Args:
+        wanted: the split's name; ALL_SPLITS takes every row; None takes the only one that the rows name, so that
+            nobody trains on test questions unasked. Rows without a `split` are always taken.
+        flag: the option that names a split, for messages.
+
+    Attributes:
+        counts: rows by the split they name, taken or not.
+    """
+
+    def __init__(self, wanted: str | None, flag: str = "--split"):
+        self.wanted = wanted
+        self.flag = flag
+        self.counts: Counter[str] = Counter()
+
+    def takes(self, row: Any) -> bool:
+        """Counts a row; whether it is taken, as far as is known without the rows that follow."""
+        name = row.get("split") if isinstance(row, dict) else None
+        if not isinstance(name, str):
+            return True
+        self.counts[name] += 1
+        return self.wanted in (None, ALL_SPLITS, name)
+
+    def shown(self) -> str:
+        """The splits seen, with their rows: `test (12), train (40)`."""
+        return ", ".join(f"{name} ({self.counts[name]})" for name in sorted(self.counts))
+
+    def problem(self) -> str | None:
+        """What is wrong with the choice, given the rows so far, or None."""
+        if self.wanted is None and len(self.counts) > 1:
+            return (
+                f"rows of the splits {self.shown()} are mixed: name one with {self.flag}, or mix them with "
+                f"{self.flag} {ALL_SPLITS}"
+            )
+        if self.wanted not in (None, ALL_SPLITS) and self.counts and self.wanted not in self.counts:
+            return f"no row is of {self.flag} {self.wanted}, there are {self.shown()}: name one of these"
+        return None
 
 
 def key_of(text: str) -> int:
@@ -62,15 +108,36 @@ def source_files(source: Path) -> list[Path]:
     return files
 
 
-def read_documents(files: Sequence[Path]) -> Iterator[Document]:
+def read_documents(files: Sequence[Path], splits: Splits | None = None) -> Iterator[Document]:
     """Every document of the files, in order; a blank text, prompt or answer comes as it is, the caller counts it.
 
+    Args:
+        files: what `source_files` gives.
+        splits: which rows are taken, and their counts; None: those of the only split that they name.
+
     Raises:
-        ValueError: a file that is not what its name says; the file, the line or the column is named.
+        ValueError: a file that is not what its name says; the file, the line or the column is named. Rows of several
+            splits where none is chosen; in the end, no row of the chosen one.
     """
-    readers = {".txt": _text_file, ".jsonl": _json_file, ".parquet": _parquet_file}
+    if splits is None:
+        splits = Splits(None)
     for path in files:
-        yield from readers[path.suffix](path)
+        if path.suffix == ".txt":
+            yield from _text_file(path)
+        elif path.suffix == ".jsonl":
+            yield from _json_file(path, splits)
+        else:
+            yield from _parquet_file(path, splits)
+    if splits.problem():
+        raise ValueError(splits.problem())
+
+
+def _is_taken(row: Any, splits: Splits, path: Path, number: int) -> bool:
+    """Whether a row is of the chosen split. Raises ValueError where a second split turns up and none is chosen."""
+    taken = splits.takes(row)
+    if splits.wanted is None and splits.problem():
+        raise ValueError(f"{path} row {number}: {splits.problem()}")
+    return taken
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -205,9 +272,11 @@ def _row_documents(row: dict[str, Any]) -> Iterator[Document]:
         yield piece
 
 
-def _json_file(path: Path) -> Iterator[Document]:
+def _json_file(path: Path, splits: Splits) -> Iterator[Document]:
     try:
         for number, row in json_lines(path):
+            if not _is_taken(row, splits, path, number):
+                continue
             try:
                 if not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -222,7 +291,7 @@ def _line_problem(path: Path, number: int, error: str) -> str:
     return f"{path} line {number}: {error}: each line must be a JSON object"
 
 
-def _parquet_file(path: Path) -> Iterator[Document]:
+def _parquet_file(path: Path, splits: Splits) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -233,9 +302,17 @@ def _parquet_file(path: Path) -> Iterator[Document]:
             if not set(wanted) <= set(names):
                 raise ValueError(f"has the columns {', '.join(names)}; expected prompt and answer, or text")
 
+            if "split" in names:
+                wanted.append("split")
+
+            number = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
                 for row in batch.to_pylist():
+                    number += 1
                     # An empty cell is a blank text.
-                    yield from _row_documents({key: "" if value is None else value for key, value in row.items()})
+                    filled = {key: "" if value is None else value for key, value in row.items()}
+                    if _is_taken(row, splits, path, number):
+                        yield from _row_documents(filled)
     except (pyarrow.ArrowException, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).removeprefix(f"{path} ")
+        raise ValueError(f"{path}: {reason}") from error

@@ -26,6 +26,7 @@ from hybrid import data as hybrid_data
 from hybrid.measure import HybridEvaluator, SplitLoss
 from hybrid.model import HybridModel
 from hybrid.training import HybridTrainer
+from text_data.documents import key_of
 from text_data.synthetic import SimpleTokenizer, build_synthetic_dataset, synthetic_questions
 from tiny_hybrid import RUN, rows_of, write_prepared
 from tiny_runs import assert_same_run, error_lines, newest, only_run, records, tensors
@@ -683,3 +684,24 @@ def test_the_next_stage_can_take_the_best_checkpoint(done, tmp_path, capsys):
     assert "no best checkpoint is marked" in error_lines(capsys.readouterr().err)[0]
     checkpointing.mark_best(run, newest(run), "negative_validation_loss", -1.0)
     assert train.main(stage) == 0
+
+
+def test_the_suite_leaves_out_what_the_hybrid_was_trained_on(call, tmp_path):
+    from text_data.trained import TrainedOn
+
+    rows = [{"prompt": f"Say {word}.", "answer": word} for word in ("one", "two", "three", "four")]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = write_prepared(tmp_path / "data")
+    words = ["--dataset", str(data), "--max_steps", "1", "--eval_suite", f"synthetic={tmp_path / 'qa.jsonl'}"]
+    status, out, err = call(*words, "--run_name", "old", "--max_new_tokens", "2")
+    assert status == 0 and "does not record which documents it trains on" in out + err and " exact " in out
+
+    meta = json.loads((data / "meta.json").read_text(encoding="utf-8"))
+    for count in (1, 4):
+        meta["train_keys"] = TrainedOn([key_of(row["prompt"].upper()) for row in rows[:count]]).record()
+        (data / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        status, out, err = call(*words, "--run_name", f"known{count}", "--max_new_tokens", "2")
+        if count == 1:
+            assert status == 0 and "note: 1 items of suite/synthetic were left out" in out
+        else:
+            assert status == 2 and "all 4 questions of" in err and "were trained on" in err

@@ -106,14 +106,35 @@ def test_mbpp_splits_are_its_authors_ranges(tmp_path, output, capsys, split, ids
 
 
 def test_science_qa_shows_hint_and_choices_and_answers_with_lecture_and_solution(science, output, capsys):
-    call("--dataset", "science_qa", "--source", science, "--output", output)
+    call("--dataset", "science_qa", "--source", science, "--output", output, "--split", "all")
     first, second = rows(output)
     assert first["prompt"] == "It is hot.\nWhich melts?\n(A) ice\n(B) stone\n(C) iron"
     assert first["answer"] == "Heat melts.\nSo it does.\nThe answer is (B)."
     assert first["rationale"] == "Heat melts.\nSo it does."
     assert first["choices"] == ["ice", "stone", "iron"] and first["answer_index"] == 1
     assert second["answer"] == "The answer is (A)." and second["rationale"] == ""
-    assert "left out: 1 with images" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "left out: 1 with images" in told and "mixed: items of the splits test (1), train (2)" in told
+
+
+def test_a_file_of_several_splits_is_not_mixed_unasked(tmp_path, science, output, capsys):
+    with pytest.raises(ValueError, match=r"splits test \(1\), train \(2\) are mixed: name one with --split"):
+        call("--dataset", "science_qa", "--source", science, "--output", output)
+    with pytest.raises(ValueError, match=r"no row is of --split dev, there are test \(1\), train \(2\)"):
+        call("--dataset", "science_qa", "--source", science, "--output", output, "--split", "dev")
+    assert not output.exists()
+    call("--dataset", "science_qa", "--source", science, "--output", output, "--split", "train")
+    assert [row["split"] for row in rows(output)] == ["train"]
+    assert "the source has items of: test (1), train (2)" in capsys.readouterr().out
+    # One split alone needs no choice.
+    (tmp_path / "problems.json").write_text(json.dumps({"8": SCIENCE["8"]}), encoding="utf-8")
+    call("--dataset", "science_qa", "--source", science, "--output", output)
+    assert [row["split"] for row in rows(output)] == ["test"]
+
+
+def test_a_mixed_mbpp_file_says_what_was_mixed(tmp_path, output, capsys):
+    call("--dataset", "mbpp", "--source", lines(tmp_path / "raw.jsonl", MBPP), "--output", output)
+    assert "mixed: items of the splits test (1), train (1); --split takes one" in capsys.readouterr().out
 
 
 def test_science_qa_chooses_by_split(science, output):
@@ -129,7 +150,8 @@ def test_kept_image_questions_name_their_picture(tmp_path, science, output, unpa
         place = tmp_path / "images" / "train" / "1"
         place.mkdir(parents=True)
         Image.new("RGB", (40, 30)).save(place / "image.png")
-    call("--dataset", "science_qa", "--source", science, "--output", output, "--image-questions", "keep")
+    call("--dataset", "science_qa", "--source", science, "--output", output, "--image-questions", "keep",
+         "--split", "all")
     first = rows(output)[0]
     shown = "[picture, 40 x 30 pixels]" if unpacked else "[picture]"
     assert first["prompt"].splitlines() == [shown, "Which is north?", "(A) Ohio", "(B) Utah"]
@@ -139,7 +161,7 @@ def test_kept_image_questions_name_their_picture(tmp_path, science, output, unpa
 
 def test_pillow_is_imported_for_pictures_alone(tmp_path, science, output):
     raw = lines(tmp_path / "raw.jsonl", GSM8K)
-    for arguments in (["gsm8k", "--source", str(raw)], ["science_qa", "--source", str(science)]):
+    for arguments in (["gsm8k", "--source", str(raw)], ["science_qa", "--source", str(science), "--split", "all"]):
         code = ("import sys; sys.path.insert(0, 'scripts'); import build_reasoning_dataset as b\n"
                 f"b.main(['--dataset', *{arguments}, '--output', {str(output)!r}])\nassert 'PIL' not in sys.modules")
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)

@@ -21,6 +21,7 @@ from text_data import documents
 from text_data.batches import PreparedBatches
 from text_data.documents import Document, key_of, read_documents, source_files
 from text_data.tokenizer import byte_counter, parse_tokenizer, special_ids, train_tokenizer
+from text_data.trained import TrainedOn, trained_on
 from text_data.triples import PreparedData, read_meta
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -251,6 +252,64 @@ def test_meta_counts_what_was_written(prepared, qa):
             assert counts["encoder_tokens"] == sum(len(row["encoder_ids"]) for row in rows)
             assert counts["decoder_tokens"] == sum(map(len, said))
             assert counts["decoder_bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def split_rows(count: int = 12) -> list[dict]:
+    return [{"prompt": f"What is {i} + 1?", "answer": str(i + 1), "split": ("train", "test")[i % 2]}
+            for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_several_splits_are_not_mixed_unasked(tmp_path, kind, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    source = tmp_path / f"qa.{kind}"
+    if kind == "jsonl":
+        write_lines(source, split_rows())
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(split_rows()), source)
+    words = ["--source", source, "--dest", tmp_path / "out", "--vocab-size", 300, "--val_ratio", 0.1]
+    with pytest.raises(ValueError, match="row 2: .*are mixed: name one with --split") as error:
+        call(prepare, *words)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("out/*"))
+    with pytest.raises(ValueError, match=r"no row is of --split dev, there are test \(6\), train \(6\)"):
+        call(prepare, *words, "--split", "dev")
+    call(prepare, *words, "--split", "train")
+    meta = read_meta(tmp_path / "out")
+    assert sum(meta["splits"][split]["documents"] for split in ("train", "val")) == 6
+    assert meta["source_splits"] == {"test": 6, "train": 6}
+    capsys.readouterr()
+    call(prepare, *words, "--split", "all")
+    assert "mixed: rows of the splits test (6), train (6)" in capsys.readouterr().out
+
+
+def test_a_prepared_and_a_merged_folder_know_what_they_train_on(tmp_path, prepared, qa, texts):
+    record = trained_on(read_meta(qa))
+    tokenizer = tokenizer_of(qa)
+    for split in ("train", "val"):
+        for row in rows_of(qa, split):
+            prompt = tokenizer.decode(row["encoder_ids"])
+            assert (prompt in record) == (split == "train")
+            assert (f"  {prompt.upper()}\n" in record) == (split == "train")
+    assert "What is 41 + 1?" not in record and len(record) == read_meta(qa)["splits"]["train"]["documents"]
+    corpus = trained_on(read_meta(prepared))
+    documents = texts.read_text(encoding="utf-8").split("\n\n")
+    assert sum(document in corpus for document in documents) == read_meta(prepared)["splits"]["train"]["documents"]
+
+    call(merge, "--sources", prepared, qa, "--weights", 1, 1, "--output", tmp_path / "mix", "--train-samples", 20,
+         "--val-samples", 2)
+    both = trained_on(read_meta(tmp_path / "mix"))
+    assert both is not None and len(both) == len(corpus | record) and documents[0] in (corpus | record)
+    assert all((document in both) == (document in corpus) for document in documents)
+
+
+def test_a_folder_of_an_earlier_version_records_nothing_and_a_damaged_record_is_told():
+    assert trained_on({}) is None and trained_on({"train_keys": None}) is None
+    assert trained_on({"train_keys": TrainedOn([key_of("a"), 0, 2**64 - 1]).record()}).__contains__("A ")
+    for damaged in ("?", "QUJD", 5):
+        with pytest.raises(ValueError, match="train_keys of meta.json is damaged"):
+            trained_on({"train_keys": damaged})
 
 
 def test_prompts_go_to_the_encoder_and_answers_to_the_decoder(qa):

@@ -332,6 +332,58 @@ def test_what_was_cut_stands_in_the_records_and_in_the_table(write):
     ]
 
 
+def published(splits: str) -> dict:
+    """ScienceQA's own form, one question for each letter: e(ntrance) to te(st)."""
+    names = {"r": "train", "v": "val", "t": "test"}
+    return {str(place): {"question": f"Which is number {place}?", "choices": ["one", "two"], "answer": place % 2,
+                         "image": None, "hint": "", "lecture": "", "solution": "", "split": names[letter]}
+            for place, letter in enumerate(splits)}
+
+
+def test_a_file_of_several_splits_is_asked_one_that_is_named(tmp_path):
+    path = tmp_path / "problems.json"
+    path.write_text(json.dumps(published("rrvtt")), encoding="utf-8")
+    (problem,) = suite_problems(f"science_qa={path}")
+    assert "splits test (2), train (2), val (1) are mixed: name one with --eval_suite_split" in problem
+    with pytest.raises(SuiteError, match="are mixed"):
+        read_questions(SuiteItem("science_qa", path))
+    (problem,) = suite_problems(f"science_qa={path}", "dev")
+    assert "no row is of --eval_suite_split dev" in problem
+    (item,) = parse_suite(f"science_qa={path}", "test")
+    assert [question.index for question in read_questions(item)] == [3, 4]
+    assert len(read_questions(SuiteItem("science_qa", path, split="all"))) == 5
+    # The only split needs no name.
+    path.write_text(json.dumps(published("rr")), encoding="utf-8")
+    assert suite_problems(f"science_qa={path}") == [] and len(read_questions(SuiteItem("science_qa", path))) == 2
+
+
+def test_language_rows_of_several_splits_are_not_mixed_either(write):
+    path = write("d.jsonl", [{"text": STORY, "split": "train"}, {"text": STORY + "!", "split": "test"}])
+    (problem,) = suite_problems(f"perplexity={path}")
+    assert "are mixed" in problem and suite_problems(f"perplexity={path}", "test") == []
+    assert read_documents(path, split="test") == [STORY + "!"] and len(read_documents(path, split="all")) == 2
+
+
+def test_items_that_were_trained_on_are_left_out_and_counted(write):
+    trained = [GSM8K[0]["prompt"], STORY.strip()]
+    items = [SuiteItem("gsm8k", write("g.jsonl", GSM8K)),
+             SuiteItem("perplexity", write("d.jsonl", [{"text": STORY}, {"text": STORY + "The end."}]))]
+    model = Told()
+    result = run_suite(model, items, trained_on=trained)
+    assert model.asked[0][0] == [row["prompt"] for row in GSM8K[1:]]
+    rows = rows_of(result)
+    assert rows["suite/gsm8k", "accuracy"]["n"] == 2
+    assert [(row["task"], row["value"]) for row in rows.values() if row["metric"] == "trained_on"] == [
+        ("suite/gsm8k", 1), ("suite/perplexity", 1)]
+    assert [line["id"] for line in result.predictions()][:2] == ["suite/gsm8k/00001", "suite/gsm8k/00002"]
+    notes = [line for line in result.table() if "trained on them" in line]
+    assert notes[0] == "note: 1 items of suite/gsm8k were left out: the model was trained on them" and len(notes) == 2
+    with pytest.raises(SuiteError, match="gsm8k: all 3 questions of .* were trained on: give a held-out file"):
+        run_suite(model, items[:1], trained_on=[row["prompt"] for row in GSM8K])
+    with pytest.raises(SuiteError, match="perplexity: all 2 documents of .* were trained on"):
+        run_suite(model, items[1:], trained_on=[STORY.strip(), (STORY + "The end.").strip()])
+
+
 def test_rows_and_predictions_go_into_a_runs_records(tmp_path, write):
     result = run_suite(Told(), [SuiteItem("gsm8k", write("g.jsonl", GSM8K))])
     with RunLog(tmp_path / "run", None, [], {}) as log:
