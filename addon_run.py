@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, set_seed
 import options
 from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, saved_format
 from addon.curriculum import curriculum_problems
+from addon.draws import draws_of
 from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
 from addon.hooks import AddonHooks
 from addon.items import AddonData, AddonDataConfig
@@ -36,6 +37,7 @@ from reasoning_gym_wrapper import (
 )
 from suite.after_run import Subject
 from suite.spec import spec_problems
+from tasks.chance import chance_notes, chance_warnings
 from tasks.limits import TimeLimits
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
@@ -138,7 +140,8 @@ class AddonEvaluator(Evaluator):
 
         self._bare = self._gathered(part.bare)
         self._bare_examples = examples
-        return self._report(Evaluation(self._gathered(part.answers), self._bare))
+        chances = self.data.chances() if self.machine.is_main else {}
+        return self._report(Evaluation(self._gathered(part.answers), self._bare, chances))
 
     def _gathered(self, answers: list[Answer]) -> list[Answer]:
         """The answers of all ranks in the order of the evaluation set, given those of this rank."""
@@ -179,6 +182,9 @@ class AddonEvaluator(Evaluator):
             notes.append(f"the scorer raised on {errors} answers, counted as wrong")
         if late:
             notes.append(f"{late} answers ran out of time (--score_timeout_s), counted as wrong")
+
+        if evaluation.chances:
+            notes += chance_notes(evaluation.chances)
 
         # The heading of the model's column names its adapter.
         label = f"LLM + {self.model.title}"
@@ -246,7 +252,10 @@ class AddonRun:
             self.machine.say(note)
         limits = options.part(TimeLimits, opts)
         data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), limits=limits)
-        self.data = AddonData(data_config, self.format, self.machine)
+        self.data = AddonData(data_config, self.format, self.machine, draws_of(checkpoint, config))
+        if self.machine.is_main:
+            for warning in chance_warnings(self.data.chances()):
+                self.machine.say(f"WARNING: {warning}")
         self.plan = self._plan()
 
         # The first weights depend on the seed alone, not on how many items were drawn before.

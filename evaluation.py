@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from engine.intervals import wilson
 from engine.report import metric_row, prediction_line
 from host import end_ids
 from reasoning_gym_wrapper import Example
+from tasks.chance import Chance, overall
 
 TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
 NO_GOLD_BUDGET = 64  # tokens of an answer where no item has a gold target
@@ -93,10 +94,11 @@ class Answer:
 
 @dataclass
 class Evaluation:
-    """The answers of a model and of the bare LLM on the same items, in the same order."""
+    """The answers of a model and of the bare LLM on the same items, in the same order, and the level of chance."""
 
     answers: list[Answer]
     bare: list[Answer] = field(default_factory=list)
+    chances: Mapping[str, Chance] = field(default_factory=dict)  # task -> what a constant solves of its items
 
     def tasks(self) -> list[str]:
         """Task names in order of first appearance, then `overall` where there are several."""
@@ -113,7 +115,8 @@ class Evaluation:
     def rows(self) -> list[dict[str, Any]]:
         """Long-form CSV rows: solved, mean_score, truncated and scorer_errors of each task.
 
-        A task whose scorer ran out of time has `scorer_timeouts` as well, the share of such answers.
+        A task whose scorer ran out of time has `scorer_timeouts` as well, the share of such answers. `solved` has the
+        level of chance beside it where it is known.
         """
         rows = []
         for task in self.tasks():
@@ -128,8 +131,17 @@ class Evaluation:
                 bare_value = measure(bare) if bare else None
                 if metric == "scorer_timeouts" and not (value or bare_value):
                     continue
-                rows.append(metric_row(task, metric, value, n, interval=interval, bare=bare_value, segments_used=used))
+                row = metric_row(task, metric, value, n, interval=interval, bare=bare_value, segments_used=used)
+                if self.chances and metric == "solved":
+                    row["chance"] = self.chance(task)
+                rows.append(row)
         return rows
+
+    def chance(self, task: str) -> float:
+        """Share of a task's items, or of all with `overall`, that the best constant answers solve."""
+        if task == OVERALL:
+            return overall(self.chances)
+        return self.chances[task].rate
 
     def table(self) -> list[dict[str, Any]]:
         """Rows of the closing table, rates in 0..1."""
@@ -143,6 +155,8 @@ class Evaluation:
             if bare:
                 low, high = wilson(count_solved(bare), len(bare))
                 row |= {"bare_low": low, "bare_high": high, "bare": solved_rate(bare)}
+            if self.chances:
+                row["chance"] = self.chance(task)
             rows.append(row)
         return rows
 

@@ -313,6 +313,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         addon("curriculum_threshold", "float", 0.8, "held-out solved rate at which a task goes up a level", low=0,
               high=1, exclusive_low=True),
         addon("curriculum_levels", "int", 0, "highest level; 0 = the task's last", low=0),
+        addon("curriculum_draw_s", "float", 60.0, "most seconds to draw the questions of one level; 0 = no limit",
+              low=0),
         # How text becomes tokens.
         addon("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True),
         addon("system_header", "str", None, "text put before every prompt", nullable=True, pattern=r".*", form="text"),

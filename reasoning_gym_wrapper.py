@@ -18,6 +18,7 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,7 @@ class Task:
         self.limits = limits
         self.passed_over: dict[int, list[int]] = {}
         self.left_out = 0
+        self.most_slow = MAX_SLOW  # consecutive draws out of time that end it
         self._dataset_class, self._config_class = registry()[name]
         self.scorer = self._checked_dataset()
 
@@ -175,7 +177,7 @@ class Task:
                     self._check_gold(entry)
                 except TimeLimitError as error:
                     slow += 1
-                    if slow >= MAX_SLOW:
+                    if slow >= self.most_slow:
                         raise TaskError(self._too_slow()) from error
                 except Exception as error:  # noqa: BLE001 - foreign generators raise what they like
                     failed, reason = failed + 1, error
@@ -213,7 +215,7 @@ class Task:
     def _too_slow(self) -> str:
         """What to do where no item comes in time, one line."""
         return (
-            f"task {self.name}: {MAX_SLOW} items in a row took longer than --draw_timeout_s "
+            f"task {self.name}: {self.most_slow} items in a row took longer than --draw_timeout_s "
             f"{self.limits.draw_timeout_s:g} to make: lower the difficulty with --task_config, raise the limit or "
             "choose another task"
         )
@@ -354,13 +356,20 @@ class Reserve:
     With `by_group`, items of a task with groups are drawn from the groups for evaluation, and training is kept off
     those groups whatever n is: the split does not depend on which items were drawn.
 
+    With `seconds` above 0 a task is left when its time is up; `ran_out` says so. `repeated` counts the draws that were
+    no new question. `tell` is called with task and number of items after each.
+
     Raises:
-        TaskError: a task has fewer than `n` distinct questions at this difficulty.
+        TaskError: a task has fewer than `n` distinct questions at this difficulty, or makes none in time.
     """
 
     def __init__(self, tasks: Sequence[Task], n: int, seed: int = EVAL_SEED, must_fill: bool = True,
-                 by_group: bool = True):
+                 by_group: bool = True, seconds: float = 0.0, tell: Callable[[str, int], None] | None = None):
         self.by_group = by_group
+        self.seconds = seconds
+        self.tell = tell
+        self.ran_out = False
+        self.repeated = 0
         self.examples: list[Example] = []
         self.questions: set[str] = set()
         for task in tasks:
@@ -375,17 +384,26 @@ class Reserve:
 
     def _draw(self, task: Task, n: int, seed: int) -> list[Example]:
         drawn, seen, rejected = [], set(), 0  # deduplicated per task: n must not change what another task keeps
-        for _, example in task.items(seed):
+        until = time.monotonic() + self.seconds
+        stream = task.items(seed)
+        while len(drawn) < n and rejected < MAX_REJECTED:
+            try:
+                example = call_within(max(until - time.monotonic(), 1e-3) * bool(self.seconds), next, stream)[1]
+            except TimeLimitError:
+                self.ran_out = True
+                break
+
             question = normalise(example.question)
             if question in seen or (self.by_group and not self._may_evaluate(example)):
                 rejected += 1
-            else:
-                seen.add(question)
-                drawn.append(example)
-                rejected = 0
-            if len(drawn) >= n or rejected >= MAX_REJECTED:
-                return drawn
-        raise AssertionError("Task.items is endless")
+                self.repeated += 1
+                continue
+            seen.add(question)
+            drawn.append(example)
+            rejected = 0
+            if self.tell:
+                self.tell(task.name, len(drawn))
+        return drawn
 
     @staticmethod
     def _may_evaluate(example: Example) -> bool:

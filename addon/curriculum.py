@@ -5,7 +5,8 @@ Ranges run from the easiest value to the level's, so nothing learnt drops out. T
 reserved before anything is trained: otherwise a question trained on at one level could be evaluated at the next.
 
 A task begins at its first level of at least `ENOUGH` distinct questions. chain_sum's first level has 200, half of them
-held out; a model learns the rest by heart, and the held-out rate never rises.
+held out; a model learns the rest by heart, and the held-out rate never rises. Where making items is slow, a level is
+drawn for `curriculum_draw_s` seconds alone; its questions are as many as training will meet, unless they repeat.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from addon.draws import DrawProgress, Draws
 from engine.records import normalise
 from engine.report import metric_row
 from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError
@@ -21,6 +23,7 @@ from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError
 Fits = Callable[[list[Example]], list[Example]]
 
 ENOUGH = 1000  # distinct questions: with a few hundred, training repeats them within minutes and learns nothing else
+FEWEST = 8  # questions that a level must give in its time
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class CurriculumConfig:
     eval_n: evaluation items of each task and level.
     eval_seed: seed that they are drawn with.
     group_split: evaluate a task of few solutions on solutions that are never trained on, see `Reserve`.
+    curriculum_draw_s: seconds that drawing the questions of one level may take; 0 = no limit.
     """
 
     curriculum_threshold: float = 0.8
@@ -39,6 +43,7 @@ class CurriculumConfig:
     eval_n: int = 256
     eval_seed: int = EVAL_SEED
     group_split: bool = True
+    curriculum_draw_s: float = 60.0
 
 
 def curriculum_problems(names: Sequence[str]) -> list[str]:
@@ -103,19 +108,53 @@ def all_fit(examples: list[Example]) -> list[Example]:
     return examples
 
 
+@dataclass(frozen=True)
+class Level:
+    """What was drawn of one level: distinct questions, whether time ended that, and how many draws were no new one."""
+
+    questions: list[Example]
+    ran_out: bool
+    repeated: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether most draws repeat a question: then there are few, however slow they come."""
+        return self.repeated > len(self.questions)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether training will not learn the level's questions by heart."""
+        return len(self.questions) >= ENOUGH or (self.ran_out and not self.is_small)
+
+
+def silent(line: str) -> None:
+    """The `say` of a curriculum that nobody listens to."""
+
+
 class Curriculum:
     """Where each task stands, and the evaluation items of every level.
 
     `starts` has the level each task begins at: the first of `ENOUGH` questions, or 0 where none has as many. `eval_n`
     items are evaluated at a level, or half of its distinct questions where it has fewer than twice as many. `fits`
-    leaves out items that are too long and raises ValueError where it may not; the ladder ends below such a level.
+    leaves out items that are too long and raises ValueError where it may not; the ladder ends below such a level, and
+    below one that gives fewer than `FEWEST` questions in its time. `draws` records what the clock decided, or repeats
+    what it did before. `say` takes a line about each level that is slow.
 
     Raises:
         TaskError, ValueError: the first level of a task cannot be used.
     """
 
-    def __init__(self, tasks: Sequence[Task], config: CurriculumConfig, fits: Fits = all_fit):
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        config: CurriculumConfig,
+        fits: Fits = all_fit,
+        draws: Draws | None = None,
+        say: Callable[[str], None] = silent,
+    ):
         self.config = config
+        self.draws = draws or Draws()
+        self.say = say
         self.ladders: dict[str, list[Task]] = {}
         self.held_out: dict[str, list[list[Example]]] = {}  # task -> level -> items
         self.starts: dict[str, int] = {}
@@ -128,29 +167,76 @@ class Curriculum:
 
     def _climb(self, task: Task, fits: Fits) -> None:
         """Finds the task's levels, the items of each, and where it begins."""
-        config = self.config
-        most = 2 * config.eval_n
+        self._was_timed = False
         steps: list[Task] = []
         items: list[list[Example]] = []
-        for step in ladder(task, config.curriculum_levels):
-            # Once the start is known, no level's questions are counted beyond what is needed.
-            wanted = most if task.name in self.starts else max(most, ENOUGH)
-            reserve = Reserve([step], wanted, config.eval_seed, must_fill=False, by_group=config.group_split)
+        drawn: list[list[int]] = []
+        known = self.draws.levels.get(task.name)
+        for step in ladder(task, self.config.curriculum_levels)[: len(known) if known else None]:
+            # What cannot be used ends the ladder; below the first level there is nothing to stand on.
             try:
-                drawn = fits(reserve.examples[:most])
-            except ValueError:
+                level = self._draw(step, len(steps))
+                fitting = fits(level.questions[: 2 * self.config.eval_n])
+            except ValueError as error:
                 if not steps:
                     raise
+                if isinstance(error, TaskError):
+                    self.say(f"curriculum ends at level {len(steps) - 1} of {task.name}: {error}")
                 break
 
-            if len(reserve.examples) >= ENOUGH:
+            if level.is_enough:
                 self.starts.setdefault(task.name, len(steps))
+            drawn.append([len(level.questions), int(level.ran_out)])
             steps.append(step)
-            items.append(drawn[: min(config.eval_n, max(len(drawn) // 2, 1))])
+            items.append(fitting[: self._evaluated(level, len(fitting))])
 
         self.ladders[task.name] = steps
         self.held_out[task.name] = items
         self.starts.setdefault(task.name, 0)
+        if self._was_timed:
+            self.draws.levels[task.name] = drawn
+
+    def _draw(self, step: Task, level: int) -> Level:
+        """The distinct questions of one level. Raises TaskError where it gives none, or too few in its time."""
+        # Once the start is known, no level's questions are counted beyond what is needed.
+        config = self.config
+        wanted = 2 * config.eval_n
+        if step.name not in self.starts:
+            wanted = max(wanted, ENOUGH)
+
+        # Questions that were drawn before are drawn again by their number, not by the clock.
+        seconds = config.curriculum_draw_s
+        ran_out = False
+        if self.draws.repeats:
+            seconds = 0.0
+            if step.name in self.draws.levels:
+                wanted, ran_out = self.draws.levels[step.name][level]
+
+        tell = DrawProgress(f"curriculum: drawing {{task}} level {level}", wanted, self.say)
+        with self.draws.clock([step]):
+            reserve = Reserve(
+                [step], wanted, config.eval_seed, must_fill=False, by_group=config.group_split, seconds=seconds,
+                tell=tell,
+            )
+        count = len(reserve.examples)
+        self._was_timed |= reserve.ran_out or bool(ran_out)
+        if reserve.ran_out and count < FEWEST:
+            raise TaskError(
+                f"task {step.name}: level {level} gave {count} items in {seconds:g} s, {FEWEST} are needed: raise "
+                "--curriculum_draw_s, lower the difficulty with --task_config or choose another task"
+            )
+        if reserve.ran_out:
+            self.say(
+                f"curriculum: {step.name} level {level} gave {count} of {wanted} items in {seconds:g} s and is used "
+                "with these (--curriculum_draw_s)"
+            )
+        return Level(reserve.examples, bool(ran_out) or reserve.ran_out, reserve.repeated)
+
+    def _evaluated(self, level: Level, fitting: int) -> int:
+        """How many of a level's fitting questions are evaluated; where they are few, half stay for training."""
+        if level.ran_out and not level.is_small:
+            return min(self.config.eval_n, fitting)
+        return min(self.config.eval_n, max(fitting // 2, 1))
 
     def tasks(self) -> list[Task]:
         """Each task at its level."""

@@ -22,12 +22,22 @@ class AddonHooks(Hooks):
     """
 
     def __init__(self, data: AddonData, machine: Machine, most_segments: int, trains: bool):
-        super().__init__()
         self.data = data
+        super().__init__()
         self.machine = machine
         self.most_segments = most_segments
         self.trains = trains
         self.halting_alarm = HaltingAlarm()
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the curriculum's levels, and what the clock decided when items were drawn."""
+        draws = self.data.draw_record()
+        return self._extra | ({"draws": draws} if draws else {})
+
+    @extra.setter
+    def extra(self, values: dict[str, Any]) -> None:
+        self._extra = {name: value for name, value in values.items() if name != "draws"}
 
     def alarms(self, step: int, metrics: Mapping[str, float]) -> list[str]:
         """A halting head that stops everything, or nothing, in training."""
@@ -59,7 +69,7 @@ class AddonHooks(Hooks):
             if curriculum.update(rates):
                 self.machine.say(f"step {step}: curriculum goes up to level {curriculum.summary()}")
                 self.data.to_levels()
-        self.extra["curriculum"] = dict(curriculum.levels)
+        self.extra = {"curriculum": dict(curriculum.levels)}
 
     def ended_early(self) -> str | None:
         """The bare LLM is only evaluated."""

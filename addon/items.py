@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from addon.curriculum import ENOUGH, Curriculum, CurriculumConfig
+from addon.draws import DrawProgress, Draws, agreed
 from batching import Batch, EpochStream, PromptFormat, TrainBatches, TrainStream, training_examples
 from engine.machine import Machine
+from engine.progress import clock_text
 from evaluation import answer_budget
-from reasoning_gym_wrapper import Example, Reserve, make_tasks
+from reasoning_gym_wrapper import Example, Reserve, Task, make_tasks
+from tasks.chance import Chance, task_chances
 from tasks.limits import USUAL, TimeLimits
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
+PROBE_S = 60.0  # seconds that this may take
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class AddonDataConfig:
     curriculum_threshold: solved share from which a task goes up.
     curriculum_levels: highest level; 0 = the last.
     eval_only: True opens no training stream.
+    curriculum_draw_s: seconds that drawing one level's questions may take; 0 = no limit.
     resume: the checkpoint asked for; None for a new run, or one that goes on by its name.
     limits: how long an item may take to make, and an answer to score.
     """
@@ -55,6 +61,7 @@ class AddonDataConfig:
     curriculum: bool = False
     curriculum_threshold: float = 0.8
     curriculum_levels: int = 0
+    curriculum_draw_s: float = 60.0
     eval_only: bool = False
     resume: str | None = None
     limits: TimeLimits = USUAL
@@ -69,22 +76,22 @@ class AddonData:
         ValueError: an item too long, a task that cannot be trained on, too few items.
     """
 
-    def __init__(self, config: AddonDataConfig, prompt_format: PromptFormat, machine: Machine):
+    def __init__(
+        self, config: AddonDataConfig, prompt_format: PromptFormat, machine: Machine, draws: Draws | None = None
+    ):
         self.config = config
         self.format = prompt_format
         self.machine = machine
 
         # What is evaluated is drawn first, so that training keeps off it.
-        self.tasks = make_tasks(config.tasks, config.task_config, config.limits)
+        self.tasks = make_tasks(config.tasks, config.task_config)
+        for task in self.tasks:
+            task.limits = config.limits
+        self.draws = draws or Draws()
+        self._chances: dict[str, Chance] = {}
+        self._chances_of: list[Example] | None = None  # the items that `_chances` are of
         self.curriculum: Curriculum | None = None
-        if config.curriculum:
-            self.curriculum = self._curriculum()
-            self.tasks = self.curriculum.tasks()
-            self.reserve = self.curriculum.reserve
-            self.eval_examples = self.curriculum.examples()
-        else:
-            self.reserve = Reserve(self.tasks, config.eval_n, config.eval_seed, by_group=config.group_split)
-            self.eval_examples = self.fitting(self.reserve.examples)
+        agreed(self._hold_out, machine, self)
         self.budget = answer_budget(self.format, self.held_out, config.max_new_tokens)
 
         # Training items keep off all that is held out.
@@ -92,12 +99,47 @@ class AddonData:
         if not config.eval_only:
             self.batches = self._batches(self._stream())
 
+    def _hold_out(self) -> None:
+        """Draws the evaluation items."""
+        config = self.config
+        if config.curriculum:
+            self.curriculum = self._curriculum()
+            self.tasks = self.curriculum.tasks()
+            self.reserve = self.curriculum.reserve
+            self.eval_examples = self.curriculum.examples()
+            return
+
+        tell = DrawProgress("drawing evaluation items of {task} (--eval_n)", config.eval_n, self.machine.say)
+        with self.draws.clock(self.tasks):
+            self.reserve = Reserve(
+                self.tasks, config.eval_n, config.eval_seed, by_group=config.group_split, tell=tell
+            )
+        self.eval_examples = self.fitting(self.reserve.examples)
+
+    def draw_record(self) -> dict[str, Any]:
+        """What the clock has decided so far, for the checkpoint; empty where it decided nothing."""
+        self.draws.note(self._all_tasks())
+        return self.draws.document()
+
+    def _all_tasks(self) -> list[Task]:
+        """The tasks, at every level of a curriculum."""
+        if self.curriculum:
+            return [step for steps in self.curriculum.ladders.values() for step in steps]
+        return self.tasks
+
     @property
     def held_out(self) -> list[Example]:
         """The items of every evaluation of this run, alike on every rank and at every level."""
         if self.curriculum:
             return self.reserve.examples
         return self.eval_examples
+
+    def chances(self) -> dict[str, Chance]:
+        """Task -> what the best constant answer solves of the items evaluated now; searched once for these items."""
+        if self._chances_of is not self.eval_examples:
+            self._chances = task_chances(self.eval_examples)
+            self._chances_of = self.eval_examples
+        return self._chances
 
     @property
     def fixed_examples(self) -> list[Example]:
@@ -110,7 +152,11 @@ class AddonData:
 
     def _stream(self) -> TrainStream | EpochStream:
         """The training items. Those without end are probed for length before anything is trained."""
+        # An item that one process alone passes over would part the processes.
         config = self.config
+        if self.machine.world > 1:
+            for task in self._all_tasks():
+                task.most_slow = 1
         stream = training_examples(self.tasks, self.reserve, config.seed, config.train_n)
         if isinstance(stream, EpochStream):
             stream.examples = self.fitting(stream.examples, "training")
@@ -118,7 +164,20 @@ class AddonData:
 
         # The probe draws from a stream of its own: the training stream must begin at its first item.
         probe = training_examples(self.tasks, self.reserve, config.seed, 0)
-        self.fitting([next(probe) for _ in range(PROBE)], "training")
+        drawn: list[Example] = []
+        began = time.monotonic()
+        while len(drawn) < PROBE and (not drawn or time.monotonic() - began < PROBE_S):
+            drawn.append(next(probe))
+        self.fitting(drawn, "training")
+
+        # Where making items is slow, it is what training will wait for.
+        if len(drawn) < PROBE:
+            each = (time.monotonic() - began) / len(drawn)
+            batch = config.batch_size * config.grad_accum_steps * self.machine.world
+            self.machine.say(
+                f"WARNING: making a training item takes {each:.2g} s, so a batch of {batch} takes "
+                f"{clock_text(each * batch)}: choose an easier --task_config, or a small --train_n"
+            )
         return stream
 
     def _batches(self, stream: TrainStream | EpochStream) -> TrainBatches:
@@ -152,8 +211,9 @@ class AddonData:
             config.eval_n,
             config.eval_seed,
             config.group_split,
+            config.curriculum_draw_s,
         )
-        curriculum = Curriculum(self.tasks, levels, self.fitting)
+        curriculum = Curriculum(self.tasks, levels, self.fitting, self.draws, self.machine.say)
 
         # A run that goes on stands at its checkpoint's levels, not at these.
         for name, level in curriculum.starts.items():

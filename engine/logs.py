@@ -19,6 +19,7 @@ from engine.files import staged
 from engine.records import plain
 from engine.trackers import check_trackers, start_tracker
 
+OPTIONAL = ("chance",)  # what a row may have beside these
 EVAL_HEADER = ("step", "task", "metric", "value", "n", "ci_low", "ci_high", "bare", "segments_used", "elapsed_s")
 MOST_SHOWN = 120  # characters of a foreign header in the error
 
@@ -218,6 +219,7 @@ class RunLog:
         lines = []
         for row in rows:
             row = {"elapsed_s": self.elapsed_s, **row}  # a row that knows its time keeps it
+            row = {name: value for name, value in row.items() if name not in OPTIONAL}
             assert set(row) <= set(EVAL_HEADER), f"no such column: {sorted(set(row) - set(EVAL_HEADER))}"
             assert "step" in row, "truncate_after needs the step of every row"
             lines.append(_csv_line(row.get(column) for column in EVAL_HEADER))

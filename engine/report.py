@@ -128,10 +128,13 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Each task's value beside the bare LLM's, as text.
 
     A row holds task, n, bare, bare_low, bare_high, value, low, high (shares in 0..1 or None), and may hold `label`, the
-    heading of the value column. The gain is in percentage points.
+    heading of the value column, and `chance`, a share. The gain is in percentage points.
     """
     label = next((row["label"] for row in rows if row.get("label")), "LLM + HRM")
-    cells = [("task", "n", "bare LLM", label, "gain")]
+    with_chance = any("chance" in row for row in rows)
+    cells = [["task", "n", "bare LLM", label, "gain"]]
+    if with_chance:
+        cells[0].append("chance")
     for row in rows:
         bare = row.get("bare")
         value = row.get("value")
@@ -142,8 +145,10 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
         bare_cell = _share_cell(bare, row.get("bare_low"), row.get("bare_high"))
         value_cell = _share_cell(value, row.get("low"), row.get("high"))
-        cells.append((str(row["task"]), str(row["n"]), bare_cell, value_cell, gain))
-    return text_table(cells, "<><<>", (16, 4))
+        cells.append([str(row["task"]), str(row["n"]), bare_cell, value_cell, gain])
+        if with_chance:
+            cells[-1].append(_share_cell(row.get("chance"), None, None))
+    return text_table(cells, "<><<>" + "<" * with_chance, (16, 4))
 
 
 def _share_cell(value: float | None, low: float | None, high: float | None) -> str:

@@ -163,6 +163,19 @@ def load_run(folder: Path, config: LoopConfig, trainer: BaseTrainer) -> Restored
     return Restored(state, flags, notes)
 
 
+def peek(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(`RunState.extra`, flags by name) of a checkpoint whose weights are not read yet.
+
+    Both are empty where it has none, or cannot be read: `load_run` tells what is wrong with it.
+    """
+    try:
+        document = json.loads((folder / f"{STATE}.json").read_text(encoding="utf-8"))
+        flags = options.read_resolved((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}, {}
+    return document.get("extra", {}), flags
+
+
 def _saved_state(saved: Checkpoint, folder: Path) -> tuple[RunState, dict[str, Any]]:
     """The run's state in a checkpoint, and the whole document it comes from.
 

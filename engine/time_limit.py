@@ -39,6 +39,8 @@ def call_within(seconds: float, function: Callable[..., T], *arguments: Any) -> 
     if not seconds:
         return function(*arguments)
     in_main = threading.current_thread() is threading.main_thread()
+    if in_main and 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= seconds:
+        return _run(function, arguments)  # an outer call ends sooner, and both with it
     guard = _Timer(seconds) if in_main else _Watchdog(seconds)
 
     # The watchdog may interrupt as late as on the way out, hence the second `close`.
@@ -70,11 +72,8 @@ class _Timer:
         self._open = True
         self._began = time.monotonic()
 
-        # An outer call has less time left, or more.
         self._handler = signal.signal(signal.SIGALRM, self._interrupt)
         self._left, self._again = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
-        if 0 < self._left < seconds:
-            signal.setitimer(signal.ITIMER_REAL, self._left, AGAIN_S)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self._open:

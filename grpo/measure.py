@@ -22,6 +22,7 @@ from enhanced.reasoning_format import format_rate
 from evaluation import Decoding, Generated, generate_answers
 from grpo.problems import Problem
 from grpo.rewards import RewardSettings, parse, repetition, same_answer
+from tasks.chance import Chance, chance_of
 
 RATES = ("solved", "format_rate")  # shares of the questions, which get an interval
 
@@ -39,6 +40,7 @@ class Measured:
         solved: the verdict on its solution.
         rewards: reward name -> its value of each completion, in [0, 1].
         cycles: mean cycles (add-on: segments) spent on a token; None where the model counts none.
+        chance: what the best constant answer solves of the questions; None where tests judge programs.
     """
 
     stage: str
@@ -49,6 +51,7 @@ class Measured:
     solved: list[bool]
     rewards: dict[str, list[float]]
     cycles: float | None
+    chance: Chance | None = None
 
     @property
     def rate(self) -> float:
@@ -93,6 +96,8 @@ class Measured:
             row = metric_row(
                 self.stage, metric, value, n, interval=interval, bare=bare.get(metric), segments_used=self.cycles
             )
+            if metric == "solved" and self.chance:
+                row["chance"] = self.chance.rate
             rows.append(row)
         return rows
 
@@ -129,6 +134,8 @@ class Measured:
         before = ""
         if start:
             before = f" (before {percent(start['solved'])})"
+        if self.chance:
+            before += f" (chance {percent(self.chance.rate)})"
         rewards = ", ".join(f"{name} {_mean(values):.2f}" for name, values in self.rewards.items())
         return (
             f"{self.stage}: solved {solved}{before} of {n}, format {percent(self.format_rate)}, "
@@ -260,7 +267,16 @@ def measure(
             solved.append(code_score == 1.0)
         else:
             solved.append(_solved(problem, text, tags))
-    return Measured(stage, problems, texts, lengths, finished, solved, rewards, cycles)
+    chance = stage_chance(problems)
+    return Measured(stage, problems, texts, lengths, finished, solved, rewards, cycles, chance)
+
+
+def stage_chance(problems: Sequence[Problem]) -> Chance | None:
+    """What one constant solution solves of the questions; None where tests judge programs, or there are none."""
+    if not problems or any(problem.tests for problem in problems):
+        return None
+    golds = [problem.answer for problem in problems]
+    return chance_of(problems, golds, lambda problem, text: _solved(problem, text, tags=False))
 
 
 def judge(problems: Sequence[Problem], texts: Sequence[str], functions: Sequence[Any]) -> dict[str, list[float]]:

@@ -337,7 +337,7 @@ def test_the_closing_words_name_files_that_exist_and_a_command_that_runs(call, t
     status, out, _ = call()
     assert status == 0
     lines = out.splitlines()
-    assert lines[0].split() == ["task", "n", "bare", "LLM", "LLM", "+", "HRM", "gain"]
+    assert lines[0].split() == ["task", "n", "bare", "LLM", "LLM", "+", "HRM", "gain", "chance"]
     assert lines[1].split()[:2] == ["toy_add", "4"] and "Wilson 95 % interval" in lines[2]
     told = {line.split(":")[0]: line.split(":", 1)[1].strip() for line in lines[3:]}
     assert Path(told["evaluation"]).is_file() and Path(told["checkpoint"]).is_dir()

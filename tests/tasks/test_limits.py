@@ -16,7 +16,7 @@ from tasks.limits import TimeLimits
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
 from test_evaluation import given_answer
 
-SHORT = TimeLimits(0.02, 0.02)
+SHORT = TimeLimits(0.2, 0.2)
 
 
 class Slow(ToyAddDataset):
@@ -70,7 +70,7 @@ def test_an_item_that_takes_too_long_is_passed_over_and_told(capsys):
     assert [index for index, _ in items] == [0, 1, 3, 4, 5, 7]
     assert task.passed_over == {0: [2, 6]}
     told = capsys.readouterr().err.splitlines()
-    assert told == ["WARNING: task slow_add: an item took longer than --draw_timeout_s 0.02 to make and is passed "
+    assert told == ["WARNING: task slow_add: an item took longer than --draw_timeout_s 0.2 to make and is passed "
                     "over"] * 2
 
 
@@ -85,7 +85,7 @@ def test_a_task_that_makes_nothing_in_time_is_refused_in_one_line():
     with pytest.raises(TaskError) as caught:
         Reserve([Task("never_add", limits=SHORT)], 4)
     assert str(caught.value) == (
-        "task never_add: 3 items in a row took longer than --draw_timeout_s 0.02 to make: lower the difficulty with "
+        "task never_add: 3 items in a row took longer than --draw_timeout_s 0.2 to make: lower the difficulty with "
         "--task_config, raise the limit or choose another task")
 
 
