@@ -95,8 +95,8 @@ class _Record:
     def lines(self) -> list[tuple[str, str]]:
         """(kind, note) of every complete record."""
         pairs = []
-        for line in self.verdict.decode("ascii", "replace").split("\n")[:-1]:
-            kind, _, note = line.encode().decode("unicode_escape", "replace").partition(" ")
+        for line in self.verdict.decode("utf-8", "replace").split("\n")[:-1]:
+            kind, _, note = line.partition(" ")
             pairs.append((kind, note))
         return pairs
 

@@ -17,9 +17,9 @@ import builtins
 import marshal
 import os
 import sys
-from types import ModuleType, SimpleNamespace, TracebackType
+from types import ModuleType, SimpleNamespace
 
-from sandbox import guard, jail, pool, source
+from sandbox import frames, guard, jail, pool, source
 
 TYPE_CHECKING = False  # typing costs 5 ms a run
 if TYPE_CHECKING:
@@ -33,12 +33,11 @@ LONGEST_NOTE = 300  # characters of an error's text
 REFUSED_EVENTS = {
     "sys._getframe": ValueError,
     **dict.fromkeys(("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback"), RuntimeError),
-    **dict.fromkeys(("sys._current_frames", "sys._current_exceptions"), RuntimeError),
+    **dict.fromkeys(("sys._current_frames", "sys._current_exceptions", "sys.addaudithook"), RuntimeError),
     **dict.fromkeys(("gc.get_objects", "gc.get_referrers", "gc.get_referents"), RuntimeError),
     "cpython.PyInterpreterState_New": RuntimeError,
 }
 FRAME_ATTRIBUTES = {"tb_frame", "gi_frame", "cr_frame", "ag_frame", "f_code", "gi_code", "cr_code", "ag_code"}
-SHOWING: list[Any] = []  # the traceback whose frame is copied at this moment
 # With these the code could read and write the interpreter's own memory, so it passes no test.
 UNSAFE_MODULES = {"ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_xxsubinterpreters"}
 
@@ -56,20 +55,13 @@ def describe(error: BaseException) -> str:
 
 
 def write_record(fd: int, kind: str, note: str = "") -> None:
-    """One line of the verdict: `kind note`, the note in ASCII."""
-    line = f"{kind} {note[:LONGEST_NOTE]}".encode("unicode_escape") + b"\n"
+    """One line of the verdict: `kind note`; the note holds no line break."""
+    line = f"{kind} {note[:LONGEST_NOTE]}\n".encode("utf-8", "backslashreplace")
     while line:
         line = line[os.write(fd, line) :]
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
-
-
-def is_instance(value: Any, kinds: Any) -> bool:
-    """`isinstance` for tests: what an object's `__class__` says of it does not count."""
-    if not isinstance(value, kinds):
-        return False
-    return value.__class__ is type(value) or issubclass(type(value), kinds)
 
 
 def prepare(setup: str, code: str, tests: list[str]) -> SimpleNamespace:
@@ -100,7 +92,7 @@ def prepare(setup: str, code: str, tests: list[str]) -> SimpleNamespace:
 
     # Names of the tests' own, whatever the code defines.
     loaded = load_modules(modules - {"builtins"})  # the code has its own
-    scope = {**ALL_BUILTINS, "isinstance": is_instance, "__name__": "tests", "__builtins__": vars(solution)}
+    scope = {**ALL_BUILTINS, "isinstance": guard.is_instance, "__name__": "tests", "__builtins__": vars(solution)}
     scope.update({name: loaded[name] for name in source.MODULES & set(loaded)})
     if "*" in names:
         names.update(*map(vars, loaded.values()))
@@ -108,6 +100,8 @@ def prepare(setup: str, code: str, tests: list[str]) -> SimpleNamespace:
     # What must be as it is now after each test.
     remembered = [(vars(builtins), ALL_BUILTINS, ()), (scope, dict(scope), names)]
     remembered += [(sys.modules, loaded, ()), (vars(solution), BY_PYTHON, ())]
+    for holder in (vars(guard), guard.COMPARED, guard.ORDER, guard.ARITHMETIC):
+        remembered.append((holder, dict(holder), ()))
     for module in loaded.values():
         if module is not sys:
             remembered += [(holder, callables(holder), attributes) for holder in namespaces(module)]
@@ -125,7 +119,7 @@ def load_modules(names: set[str]) -> dict[str, Any]:
             continue
 
     if "traceback" in sys.modules:
-        hide_frames()
+        frames.hide()
     return modules
 
 
@@ -202,43 +196,36 @@ def outcome(tests: SimpleNamespace, place: int, unsafe: list[str]) -> tuple[str,
 # --- the code ---------------------------------------------------------------------------------------------------------
 
 
-def hide_frames() -> None:
-    """Lets `traceback` print what it always does, from copies of what it needs of each frame."""
-    import traceback
-
-    def walk(tb: Any) -> Any:
-        while type(tb) is TracebackType:
-            SHOWING.append(tb)
-            code = tb.tb_frame.f_code
-            SHOWING.clear()
-            copied = SimpleNamespace(co_filename=code.co_filename, co_name=code.co_name, co_qualname=code.co_qualname)
-            yield SimpleNamespace(f_code=copied, f_globals={}, f_locals={}), (tb.tb_lineno, None, None, None)
-            tb = tb.tb_next
-
-    traceback._walk_tb_with_full_positions = walk
-
-
 def watch(tests: SimpleNamespace) -> list[str]:
     """Refuses from now on what leads to the tests. Returns the list that uses of unsafe modules are entered in."""
     unsafe: list[str] = []
-    waiting: list[str] = []  # while traceback is imported in here
-    functions = set(map(id, vars(guard).values()))
+    inside: list[str] = []  # the event that is looked at
+    loaded: list[str] = []  # traceback has been
+    walk = frames.walk.__code__
+    caller = sys._getframe
+    functions = set()
     for _, saved, _ in tests.remembered:
         functions |= set(map(id, saved.values()))
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in REFUSED_EVENTS:
-            raise REFUSED_EVENTS[event](f"{event} is not available to code under test")
-        if event == "object.__getattr__" and arguments[1] in FRAME_ATTRIBUTES and not SHOWING:
-            raise RuntimeError(f"{arguments[1]} is not available to code under test")
-        if event == "object.__setattr__" and arguments[1] == "__code__" and id(arguments[0]) in functions:
-            raise RuntimeError("__code__ of a function that a test uses cannot be set")
+        if inside:
+            return
+        if event == "import" and arguments[0] == "traceback" and not loaded:
+            loaded.append(event)
+            frames.hide()
 
-        if event == "import" and arguments[0] == "traceback" and not waiting:
-            waiting.append(event)
-            hide_frames()
-        if (event == "import" and arguments[0] in UNSAFE_MODULES) or event.startswith("ctypes."):
-            unsafe.append(event)
+        inside.append(event)
+        try:
+            if event in REFUSED_EVENTS:
+                raise REFUSED_EVENTS[event](f"{event} is not available to code under test")
+            if event == "object.__getattr__" and arguments[1] in FRAME_ATTRIBUTES and caller(1).f_code is not walk:
+                raise RuntimeError(f"{arguments[1]} is not available to code under test")
+            if event == "object.__setattr__" and arguments[1] == "__code__" and id(arguments[0]) in functions:
+                raise RuntimeError("__code__ of a function that a test uses cannot be set")
+            if (event == "import" and arguments[0] in UNSAFE_MODULES) or event.startswith("ctypes."):
+                unsafe.append(event)
+        finally:
+            inside.clear()
 
     sys.addaudithook(hook)
     return unsafe
