@@ -83,13 +83,15 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
 def _check_host(opts: argparse.Namespace) -> None:
     """Raises ValueError for an LLM that cannot be read, or has too few layers or positions for the flags."""
     config = load_config(opts.model_name, opts.trust_remote_code).get_text_config()
-    if opts.lora_layers > config.num_hidden_layers:
+    if opts.lora_layers > config.num_hidden_layers:  # a lower number may still be too high, see `host.lora_layers`
         raise ValueError(
             f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
         )
 
     # Families without a table of positions take any length. Prompt tuning's virtual tokens stand before the prompt.
-    positions = getattr(config, "max_position_embeddings", None) or opts.max_seq_len
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        positions = opts.max_seq_len
     virtual = 0
     if opts.adapter == "prompt":
         virtual = opts.virtual_tokens

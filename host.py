@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from text_data.tokenizer import read_whole
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_HOST = "assets/tiny_host"
+MAMBA_MIXERS = ("falcon_h1", "mamba2", "nemotron_h")  # families with a mixer that peft adapts in part
+MOST_APART = 0.1  # of the states' norm: rounding in half precision stays far below, a wrong state far above
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -164,7 +168,10 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     freeze(host)
     try:
         check_logits(host)
-    except RuntimeError as error:  # bitsandbytes cannot multiply every shape
+        check_cache(host)
+    except HostError:
+        raise
+    except Exception as error:  # bitsandbytes cannot multiply every shape, and a family's forward is foreign code
         raise HostError(
             f"--model_name {name} --load_in {load_in}: the model cannot be loaded: {_one_line(error)}"
         ) from error
@@ -177,8 +184,23 @@ def _quantisation(load_in: str, device: str) -> dict:
         return {}
     from transformers import BitsAndBytesConfig
 
+    # Its cast to float16 is told by every layer in every forward pass.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
     kind = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}[load_in]
     return {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": device}}
+
+
+class _Once(logging.Filter):
+    """Lets each message of a logger pass once, whatever its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = str(record.msg) not in self.seen
+        self.seen.add(str(record.msg))
+        return new
 
 
 def freeze(host: nn.Module) -> None:
@@ -253,6 +275,84 @@ def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tenso
     return {"position_ids": positions} if "position_ids" in known else {}
 
 
+# --- the cache of past tokens -----------------------------------------------------------------------------------------
+
+
+def run_decoder(decoder: nn.Module, cache: Any = None, **arguments: Any) -> tuple[Any, Any]:
+    """(output, cache) of a decoder's forward on the tokens behind those that `cache` holds; None begins anew.
+
+    Families whose state is no list of keys and values (Mamba2) take and return it as `cache_params`, and cannot count
+    its tokens: they are counted here, see `cached_tokens`.
+    """
+    name = "past_key_values"
+    if name not in inspect.signature(decoder.forward).parameters:
+        name = "cache_params"
+    past = cached_tokens(cache)
+    out = decoder(**{name: cache}, **arguments)
+    cache = getattr(out, name, None)
+    if cache is not None:
+        cache.tokens_read = past + out.last_hidden_state.shape[1]
+    return out, cache
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens that a cache holds; 0 for None."""
+    if cache is None:
+        return 0
+    try:
+        return cache.get_seq_length()
+    except ValueError:  # a cache of recurrent states alone holds no row per token
+        return getattr(cache, "tokens_read", 0)
+
+
+@torch.no_grad()
+def check_cache(host) -> None:
+    """Reads a short text at once, and token by token behind pads: a family for which these differ cannot answer.
+
+    Raises:
+        HostError: they differ, or the family keeps no cache of past tokens, or cannot read so.
+    """
+    unfit = f"model family {host.config.model_type} cannot be the host of an add-on: "
+    advice = "; choose another base model, see docs/hosts.md"
+    ids = torch.arange(1, 9, device=host.get_input_embeddings().weight.device)[None]
+    ids = ids % host.config.get_text_config().vocab_size
+    try:
+        whole = host.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        pieces = _read_by_token(host.base_model, ids)
+    except Exception as error:  # of whatever kind: a family's forward is foreign code
+        raise HostError(f"{unfit}it cannot read a text token by token ({_one_line(error)}){advice}") from error
+
+    if pieces is None:
+        raise HostError(f"{unfit}it keeps no cache of past tokens{advice}")
+    apart = float((pieces - whole).norm() / whole.norm())
+    if not apart < MOST_APART:  # nan is not below
+        raise HostError(
+            f"{unfit}a padded text read token by token gives other states than read at once ({apart:.0%} apart){advice}"
+        )
+
+
+def _read_by_token(decoder: nn.Module, ids: Tensor) -> Tensor | None:
+    """Last hidden states (1, 8, D) of ids (1, 8), read as `generate` does; None where no cache is kept.
+
+    First a prompt of two pads and three tokens, then one token at a time.
+    """
+    padded = torch.cat([ids[:, :2], ids], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    cache = None
+    pieces = []
+    for start, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9), (9, 10)):
+        arguments = {"input_ids": padded[:, start:end], "attention_mask": mask[:, :end], "use_cache": True}
+        arguments |= position_arguments(decoder, positions[:, start:end])
+        out, cache = run_decoder(decoder, cache, **arguments)
+        if cache is None:
+            return None
+        pieces.append(out.last_hidden_state.float())
+    return torch.cat(pieces, dim=1)[:, 2:]
+
+
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +363,35 @@ def decoder_layers(host) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise HostError(f"model family {host.config.model_type}: its list of {count} decoder layers was not found")
+
+
+def lora_layers(host) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every decoder layer from the bottom to the top. Raises HostError where none can be found.
+
+    A family whose layers run in several stacks (hrm_text counts a layer once for each of its cycles) has the layers of
+    all stacks, in the order in which they stand in the model.
+    """
+    try:
+        stacks = [decoder_layers(host)]
+    except HostError:
+        stacks = _stacks(host)
+        if not stacks:
+            raise
+
+    layers = []
+    for name, stack in stacks:
+        layers += [(f"{name}.{index}", layer) for index, layer in enumerate(stack)]
+    return layers
+
+
+def _stacks(host) -> list[tuple[str, nn.ModuleList]]:
+    """Lists of whole decoder layers: those whose elements attend, and stand in no other such list."""
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for name, module in host.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and hasattr(module[0], "self_attn"):
+            stacks.append((name, module))
+    return stacks
 
 
 def add_lora(host, layers: int, rank: int) -> None:
@@ -276,16 +405,18 @@ def add_lora(host, layers: int, rank: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
 
-    name, stack = decoder_layers(host)
+    stack = lora_layers(host)
     if layers > len(stack):
         raise HostError(f"--lora_layers {layers}: {host.config.model_type} has only {len(stack)} layers")
 
     # peft finds modules by their full names.
     targets = []
-    for index in range(len(stack) - layers, len(stack)):
-        for inner, module in stack[index].named_modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                targets.append(f"{name}.{index}.{inner}")
+    for name, layer in stack[len(stack) - layers :]:
+        for inner, module in layer.named_modules():
+            # peft refuses a Mamba mixer's output map, which fast kernels read past the module.
+            kernel_read = inner.endswith("out_proj") and host.config.model_type in MAMBA_MIXERS
+            if isinstance(module, nn.Linear | Conv1D) and not kernel_read:
+                targets.append(f"{name}.{inner}")
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none")
     inject_adapter_in_model(config, host)
 

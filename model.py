@@ -24,17 +24,28 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     StaticCache,
 )
+from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import ModelOutput
 
 from batching import Batch
 from engine.batches import IGNORE
 from engine.optimization import check_fit
-from host import add_lora, freeze, host_logits, load_host, position_arguments, without_lora
+from host import (
+    add_lora,
+    cached_tokens,
+    freeze,
+    host_logits,
+    load_host,
+    position_arguments,
+    run_decoder,
+    without_lora,
+)
 from hrm_blocks import (
     Carry,
     Context,
@@ -231,6 +242,16 @@ class FrozenHostModel(PreTrainedModel):
         return self
 
 
+class RecurrentCache(DynamicCache):
+    """A cache of recurrent states alone (Mamba2), which hold no row per token: `host.run_decoder` counts the tokens."""
+
+    tokens_read = 0
+    is_compileable = False  # else transformers would hand on prepared masks in place of the padding mask
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens_read
+
+
 class AdapterController(FrozenHostModel, GenerationMixin):
     """A frozen LLM with something small that trains: HRM, its single pass, LoRA, virtual tokens, or nothing.
 
@@ -291,6 +312,15 @@ class AdapterController(FrozenHostModel, GenerationMixin):
         """The bare LLM, LoRA switched off inside."""
         with without_lora(self.host):
             yield self.host
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
+                                      **kwargs: Any) -> None:
+        """As transformers'; where no layer of the cache counts tokens, one that does takes its place."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        counts = any(isinstance(layer, CacheLayerMixin) for layer in getattr(cache, "layers", ()))
+        if type(cache) is DynamicCache and not counts and cache.layers:
+            model_kwargs["past_key_values"] = RecurrentCache(config=self.config.get_text_config())
 
     def addon_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything that trains: never one of the LLM."""
@@ -398,9 +428,10 @@ class HRMBackbone(FrozenHostModel):
 
         # Autocast is off inside: the host runs in its own dtype.
         with torch.autocast(input_ids.device.type, enabled=False):
-            out = decoder(
-                input_ids,
-                past_key_values=cache,
+            out, cache = run_decoder(
+                decoder,
+                cache,
+                input_ids=input_ids,
                 output_hidden_states=every_layer,
                 attention_mask=attention_mask,
                 use_cache=use_cache,
@@ -410,12 +441,22 @@ class HRMBackbone(FrozenHostModel):
         last = out.last_hidden_state
         if every_layer:
             # The last entry is already normed by the host; a second norm does not change its direction.
-            read = list(out.hidden_states)
+            read = self._layer_states(input_ids, out)
         elif self.config.hrm_read == "embed+last":
             read = [self.get_input_embeddings()(input_ids), last]
         else:
             read = [last]
-        return last, read, out.past_key_values
+        return last, read, cache
+
+    def _layer_states(self, input_ids: Tensor, out: Any) -> list[Tensor]:
+        """The states before, between and behind the decoder layers, num_hidden_layers + 1 tensors (B, N, D).
+
+        Mamba2 lists each layer's output and the normed last one, without what its first layer reads: the embeddings.
+        """
+        states = list(out.hidden_states)
+        if not hasattr(out, "past_key_values"):
+            states = [self.get_input_embeddings()(input_ids), *states[:-2], states[-1]]
+        return states
 
     def prompt_features(self, read: list[Tensor], mask: Tensor, positions: Tensor) -> tuple[Tensor, Context]:
         """Normed features (B, S, k D) of the prompt and their context; one pooled position with `hrm_input pooled`.
@@ -531,7 +572,7 @@ class HRMBackbone(FrozenHostModel):
             ValueError: no prompt mask and no thought (which tokens HRM may read is never guessed), or a cache of past
                 tokens without the thought that belongs to it.
         """
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cached_tokens(past_key_values)
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         if attention_mask.ndim != 2:
@@ -758,7 +799,7 @@ class HRMController(AdapterController):
         thought = kwargs.get("thought")
         if isinstance(cache, StaticCache):
             raise ValueError("static caches are refused: HRM counts the cache's tokens; leave cache_implementation out")
-        if kwargs.get("is_first_iteration") and thought is None and cache is not None and cache.get_seq_length():
+        if kwargs.get("is_first_iteration") and thought is None and cached_tokens(cache):
             raise ValueError("past_key_values holds tokens that HRM has not read: give generate the whole prompt")
 
         if prompt_mask is None and thought is None:

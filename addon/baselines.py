@@ -26,7 +26,16 @@ from transformers import PreTrainedModel, StaticCache
 
 from batching import Batch
 from engine.batches import IGNORE
-from host import add_lora, decoder_layers, freeze, host_logits, load_host, position_arguments
+from host import (
+    add_lora,
+    cached_tokens,
+    freeze,
+    host_logits,
+    load_host,
+    lora_layers,
+    position_arguments,
+    run_decoder,
+)
 from hrm_blocks import all_correct, token_positions
 from model import AdapterConfig, AdapterController, ControllerOutput, causal_loss
 
@@ -65,7 +74,7 @@ class BaselineController(AdapterController):
         self.post_init()
         freeze(host)
         if config.adapter == "lora":
-            add_lora(host, len(decoder_layers(host)[1]), config.lora_rank)
+            add_lora(host, len(lora_layers(host)), config.lora_rank)
         elif config.adapter == "prompt":
             self.prompt = prompt_embedding(host, config.virtual_tokens)
 
@@ -113,10 +122,12 @@ class BaselineController(AdapterController):
         `attention_mask` (B, past + N) does not count virtual tokens. Positions come from the mask, as HRM's do, so that
         padding changes nothing; peft's own prompt tuning lets the host count pads.
         """
-        past = cache.get_seq_length() if cache is not None else 0
+        past = cached_tokens(cache)
         mask = attention_mask
+        order = None
         if self.prompt is not None:
-            mask = torch.cat([mask.new_ones(len(mask), self.virtual_tokens), mask], dim=1)
+            order = columns_behind_pads(mask, self.virtual_tokens)
+            mask = torch.cat([mask.new_ones(len(mask), self.virtual_tokens), mask], dim=1).gather(1, order)
         decoder = self.host.base_model
         arguments = {"attention_mask": mask, "use_cache": use_cache}
         arguments |= position_arguments(decoder, token_positions(mask)[:, past:])
@@ -126,13 +137,14 @@ class BaselineController(AdapterController):
             embedded = self.get_input_embeddings()(input_ids)
             virtual = self.prompt(torch.arange(self.virtual_tokens, device=embedded.device)).to(embedded.dtype)
             virtual = virtual.expand(len(embedded), -1, -1)
-            arguments["inputs_embeds"] = torch.cat([virtual, embedded], dim=1)
+            joined = torch.cat([virtual, embedded], dim=1)
+            arguments["inputs_embeds"] = joined.gather(1, order[..., None].expand_as(joined))
         else:
             arguments["input_ids"] = input_ids
 
         with self._precision(input_ids.device.type):
-            out = decoder(past_key_values=cache, **arguments)
-        return out.last_hidden_state[:, -input_ids.shape[1] :], out.past_key_values
+            out, cache = run_decoder(decoder, cache, **arguments)
+        return out.last_hidden_state[:, -input_ids.shape[1] :], cache
 
     def _precision(self, device: str) -> contextlib.AbstractContextManager:
         """Autocast as it is for what trains; the bare LLM runs in its own dtype."""
@@ -175,9 +187,9 @@ class BaselineController(AdapterController):
         `segments_log` is accepted and left as it is, because there are no segments; `position_ids` are accepted and
         ignored, because positions come from the mask.
         """
-        past = past_key_values.get_seq_length() - self.virtual_tokens if past_key_values is not None else 0
         if attention_mask is None:
-            attention_mask = input_ids.new_ones(len(input_ids), max(past, 0) + input_ids.shape[1])
+            past = max(cached_tokens(past_key_values) - self.virtual_tokens, 0)
+            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         last, cache = self.run_host(input_ids, attention_mask, past_key_values, bool(use_cache))
         logits = host_logits(self.host, last[:, -logits_to_keep:] if labels is None else last)
         loss = None if labels is None else causal_loss(logits, labels)
@@ -188,6 +200,18 @@ class BaselineController(AdapterController):
         if isinstance(kwargs.get("past_key_values"), StaticCache):
             raise ValueError("static caches are refused: virtual tokens are counted by the cache's length")
         return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+def columns_behind_pads(mask: Tensor, virtual: int) -> Tensor:
+    """(B, virtual + N) columns of virtual tokens and tokens joined, in the order in which the LLM reads them.
+
+    Virtual tokens stand behind the pads on a row's left: between them and the prompt, pads would wear away the state of
+    a recurrent LLM. `mask` is (B, N).
+    """
+    places = torch.arange(virtual + mask.shape[1], device=mask.device).expand(len(mask), -1)
+    pads = (mask.cumsum(dim=1) == 0).sum(dim=1, keepdim=True)
+    behind_pads = torch.where(places < pads + virtual, places - pads, places)
+    return torch.where(places < pads, places + virtual, behind_pads)
 
 
 def prompt_embedding(host: PreTrainedModel, tokens: int) -> nn.Module:

@@ -14,6 +14,7 @@ import host as host_module
 from host import (
     HostError,
     add_lora,
+    check_cache,
     check_logits,
     decoder_layers,
     freeze,
@@ -22,10 +23,11 @@ from host import (
     load_config,
     load_host,
     load_tokenizer,
+    lora_layers,
     resolve_name,
     without_lora,
 )
-from model import HRMController
+from model import HRMAddonConfig, HRMController
 from tiny_families import FAMILIES, SCALED, left_padded, random_ids
 from tiny_families import tiny_host as family_host
 
@@ -242,7 +244,7 @@ def test_decoder_layers_are_found(family):
     assert len(layers) == 2 and isinstance(layers, nn.ModuleList)
 
 
-@pytest.mark.parametrize("family", FAMILIES + SCALED)
+@pytest.mark.parametrize("family", [name for name in FAMILIES + SCALED if name != "mamba2"])
 def test_lora_is_put_on_every_linear_map_of_the_top_layers_alone(family):
     from transformers.pytorch_utils import Conv1D
 
@@ -258,6 +260,66 @@ def test_lora_is_put_on_every_linear_map_of_the_top_layers_alone(family):
         found = after.get(n, after.get(".base_layer.".join(n.rsplit(".", 1))))
         assert torch.equal(p, found) and not found.requires_grad
     assert all(p.requires_grad for n, p in after.items() if "lora_" in n)
+
+
+def test_lora_on_mamba2_leaves_the_map_that_kernels_read_past_the_module():
+    host = family_host("mamba2")
+    add_lora(host, 1, 4)
+    adapted = {name.split(".lora_A")[0] for name, _ in host.named_parameters() if "lora_A" in name}
+    assert adapted == {"backbone.layers.1.mixer.in_proj"}
+
+
+def test_lora_on_the_layers_of_a_family_that_runs_them_in_cycles():
+    """hrm_text counts its two layers once for each of its cycles."""
+    host = family_host("hrm_text", head_dim=8)
+    assert host.config.num_hidden_layers > 4
+    add_lora(host, 3, 4)
+    adapted = {name.split(".lora_A")[0].rsplit(".", 2)[0] for name, _ in host.named_parameters() if "lora_A" in name}
+    assert len({name.rsplit(".", 1)[0] for name in adapted} | adapted) > 1
+    layers = [name for name, _ in lora_layers(host)]
+    assert len(layers) == 4 and all(any(name.startswith(layer) for layer in layers[1:]) for name in adapted)
+    refused(lambda: add_lora(family_host("hrm_text", head_dim=8), 5, 4), "--lora_layers 5", "4 layers")
+
+
+# --- the cache of past tokens -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES + SCALED)
+def test_a_family_that_reads_token_by_token_passes(family):
+    check_cache(family_host(family))
+
+
+@pytest.mark.parametrize(("family", "words"), [
+    ("mamba", "other states than read at once"), ("falcon_mamba", "other states than read at once"),
+    ("rwkv", "keeps no cache"), ("openai-gpt", "keeps no cache"), ("reformer", ""), ("cpmant", "token by token"),
+])
+def test_a_family_that_cannot_is_refused_while_it_loads(family, words, tmp_path):
+    family_host(family).save_pretrained(tmp_path)
+    refused(lambda: load_host(str(tmp_path)), family, words)
+
+
+def test_a_decoder_of_an_encoder_decoder_is_one_line(tmp_path):
+    """Such a folder opens as a causal LM, whose parts are not where those of causal LMs are."""
+    family_host("bart").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "is_encoder_decoder": False}), encoding="utf-8")
+    refused(lambda: load_host(str(tmp_path)), "bart")
+
+
+def test_the_states_of_all_layers_begin_with_the_embeddings_and_end_normed():
+    for family in FAMILIES:
+        controller = HRMController(HRMAddonConfig(base_config=family_host(family).config, d_h=16, n_heads=2,
+                                                  hrm_read="all"), family_host(family))
+        ids = random_ids(2, 5)
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            last, read, _ = controller.model.run_host(ids, mask, mask.cumsum(1) - 1)
+            other = ids.clone()
+            other[:, 0] = (other[:, 0] + 1).clamp(max=60)
+            _, changed, _ = controller.model.run_host(other, mask, mask.cumsum(1) - 1)
+        assert len(read) == 3 and torch.equal(read[-1], last), family
+        assert torch.equal(read[0][:, 1:], changed[0][:, 1:]), f"{family}: the first states depend on earlier tokens"
+        assert not torch.equal(read[1][:, 1:], changed[1][:, 1:]), family
 
 
 def test_more_lora_layers_than_the_host_has():
@@ -291,6 +353,16 @@ def test_without_lora_is_the_bare_llm_and_ends():
 
 
 # --- quantised --------------------------------------------------------------------------------------------------------
+
+
+def test_int8_says_once_that_it_casts(tmp_path, caplog):
+    folder = tmp_path / "host"
+    family_host("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    host = load_host(str(folder), "8bit")
+    with torch.no_grad():
+        for _ in range(3):
+            host(input_ids=random_ids(1, 5))
+    assert sum("will be cast" in record.message for record in caplog.records) <= 1
 
 
 @pytest.mark.parametrize("lora_layers", [0, 1])

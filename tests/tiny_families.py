@@ -27,16 +27,26 @@ _OWN = {
     "gpt_neox": {},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 2.0},
     "cohere": {"num_key_value_heads": 2, "logit_scale": 0.25},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16},
+    "mamba": {"state_size": 8},
+    "falcon_mamba": {"state_size": 8},
+    "rwkv": {"attention_hidden_size": 32},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False,
+                 "attention_head_size": 8, "feed_forward_size": 48, "local_attn_chunk_length": 16},
+    "cpmant": {"dim_ff": 48, "dim_head": 8, "prompt_types": 4, "prompt_length": 4},
+    "bart": {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
+             "encoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48},
     "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0, "embedding_multiplier": 4.0},
 }
-FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox", "gemma2")
+FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox", "gemma2", "mamba2")
 SCALED = ("cohere", "granite")
 
 
 def tiny_host(family: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
     """A random causal LM of `family`, in evaluation mode. Logits spread widely, so that argmax has no near ties."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**_SIZES, "initializer_range": 0.3, **_OWN[family], **changes})
+    config = AutoConfig.for_model(family, **{**_SIZES, "initializer_range": 0.3, **_OWN.get(family, {}), **changes})
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 
