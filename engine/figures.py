@@ -70,16 +70,18 @@ def read_losses(path: Path, key: str = "loss") -> list[Row]:
     return rows
 
 
-def read_solved(path: Path) -> dict[str, list[Row]]:
+def read_solved(path: Path, run: str = "") -> dict[str, list[Row]]:
     """Task -> its 'solved' rows of an eval.csv, in file order; cells that are no numbers are left out.
 
-    A file that is missing has no rows.
+    `run` leaves out what other runs have written to the same file. A file that is missing has no rows.
     """
     tasks: dict[str, list[Row]] = {}
     if not path.exists():
         return tasks
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
+            if run and row.get("run") not in (run, "", None):
+                continue
             numbers = {}
             for key in NUMBERS:
                 number = _number(row.get(key))
@@ -120,14 +122,14 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 # --- a run's curve ----------------------------------------------------------------------------------------------------
 
 
-def draw_curve(folder: Path, csv_path: Path | None = None) -> Path | None:
+def draw_curve(folder: Path, csv_path: Path | None = None, run: str = "") -> Path | None:
     """Draws loss and solved rate of a run into `<folder>/curve.png`; None when there is nothing to draw.
 
-    `csv_path` None means `<folder>/eval.csv`. Raises OSError.
+    `csv_path` None means `<folder>/eval.csv`; `run` as in `read_solved`. Raises OSError.
     """
     folder = Path(folder)
     losses = read_losses(folder / "metrics.jsonl")
-    tasks = read_solved(Path(csv_path) if csv_path else folder / "eval.csv")
+    tasks = read_solved(Path(csv_path) if csv_path else folder / "eval.csv", run)
     if not losses and not tasks:
         return None
 

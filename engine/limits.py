@@ -67,8 +67,12 @@ class Warmup:
         return self._share
 
     def document(self) -> float | None:
-        """What a checkpoint keeps: the seconds where they decide; the batches alone tell the share elsewhere."""
-        return self.seconds if self.limits.max_minutes else None
+        """What a checkpoint keeps: the seconds where they decide, 0 where the batches do, None while nobody knows."""
+        total = self.limits.total_steps
+        by_steps = self.steps / total if total else 0.0
+        if self.seconds is None or not self.limits.max_minutes:
+            return None
+        return 0.0 if self._share == by_steps else self.seconds
 
     def warning(self, config: LoopConfig) -> str | None:
         """What to say where the user asked for a longer warmup than this."""

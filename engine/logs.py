@@ -1,130 +1,24 @@
 """What a run leaves behind beside its checkpoints: eval.csv, metrics.jsonl and predictions.jsonl.
 
-Rows appear whole or not at all, and a resumed run holds each step once.
+Rows appear whole or not at all, and a resumed run holds each step once. The table may be shared by several runs.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.files import staged
+from engine.ownership import Claim, claim
 from engine.records import plain
+from engine.tables import append, append_rows, check_csv, open_table, rewind_records, rewind_rows
 from engine.trackers import check_trackers, start_tracker
-
-OPTIONAL = ("chance",)  # what a row may have beside these
-EVAL_HEADER = ("step", "task", "metric", "value", "n", "ci_low", "ci_high", "bare", "segments_used", "elapsed_s")
-MOST_SHOWN = 120  # characters of a foreign header in the error
-
-
-# --- lines ------------------------------------------------------------------------------------------------------------
-
-
-def _cell(value: Any) -> str:
-    """A value as a CSV cell: six digits, empty for None."""
-    value = plain(value)
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return " ".join(str(value).split())  # a line break inside a cell would make half a row look whole
-
-
-def _csv_line(values: Iterable[Any]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow([_cell(value) for value in values])
-    return text.getvalue()
 
 
 def _json_line(record: dict[str, Any]) -> str:
     return json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _append(path: Path, text: str, sync: bool) -> None:
-    """Appends `text` in one write; if the disk refuses, the file is cut back to what it was. Raises ValueError."""
-    content = text.encode("utf-8", "backslashreplace")  # a model may emit half a surrogate pair
-
-    # Unbuffered, in one write: buffers would hand the kernel a row in pieces.
-    try:
-        with open(path, "ab", buffering=0) as file:
-            start = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(content) != len(content):
-                    raise OSError(None, "only a part could be written, the disk is full")
-                if sync:
-                    os.fsync(file.fileno())
-            except OSError:
-                file.truncate(start)
-                raise
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; free space or move the run") from error
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Removes a last line without its line break: a crash wrote only its beginning."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-
-
-def _rewind(path: Path, step: int, header: int = 0) -> None:
-    """Rewrites `path` aside without the lines of later steps; the first `header` lines stay. Raises ValueError."""
-    if not path.exists():
-        return
-
-    # Only a newline ends a line: answers may hold U+2028 and its like.
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        lines = list(file)
-    kept = lines[:header] + [line for line in lines[header:] if _step(line) <= step]
-    if kept == lines:
-        return
-
-    try:
-        with staged(path.parent, [path.name]) as (rewritten,):
-            rewritten.writelines(line.encode() for line in kept)
-    except OSError as error:
-        raise ValueError(f"cannot rewrite {path}: {error.strerror}; free some space and resume again") from error
-
-
-def _step(line: str) -> float:
-    """The step of a CSV or JSON line; infinity if it is damaged, so that rewinding drops it."""
-    try:
-        if line.startswith("{"):
-            return float(json.loads(line)["step"])
-        return float(line.split(",", 1)[0])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def check_csv(path: Path) -> None:
-    """Raises ValueError if `path` is a CSV with another header, or cannot be one. Writes nothing."""
-    if path.is_dir():
-        raise ValueError(f"--log_csv {path} is a folder; give the path of a file, such as {path / 'eval.csv'}")
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        first = file.readline(4096)
-
-    # A crash in the middle of writing our own header leaves its beginning: that file is ours.
-    ours = ",".join(EVAL_HEADER)
-    header = first.decode("utf-8-sig", "replace").rstrip("\r\n")
-    is_torn = not first.endswith(b"\n") and ours.startswith(header)
-    if header != ours and not is_torn:
-        shown = header if len(header) <= MOST_SHOWN else header[: MOST_SHOWN - 3] + "..."
-        raise ValueError(f"{path} has the header {shown!r}, expected {ours!r}; give another --log_csv")
-
-
-# --- a run's records --------------------------------------------------------------------------------------------------
 
 
 class RunLog:
@@ -139,9 +33,14 @@ class RunLog:
         config: every flag, for the trackers.
         main: False on other ranks, where every method does nothing.
         elapsed_offset: seconds of the run before a resume.
+        alone: True keeps other processes out of the folder until `close`; False only adds to its records.
+
+    Attributes:
+        run: the run's id, which its rows bear; "" on other ranks.
 
     Raises:
-        ValueError: a CSV with another header, an unknown or missing tracker, a folder that cannot be written.
+        ValueError: a CSV with another header, an unknown or missing tracker, a folder that cannot be written or that
+            another process writes.
     """
 
     def __init__(
@@ -152,6 +51,7 @@ class RunLog:
         config: dict[str, Any],
         main: bool = True,
         elapsed_offset: float = 0.0,
+        alone: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.csv_path = Path(csv_path) if csv_path else self.folder / "eval.csv"
@@ -166,23 +66,31 @@ class RunLog:
         self._waiting = list(trackers)  # names of those that have not started
         self._trackers: list[Any] = []
         self._after: int | None = None  # the step that the run goes on from
+        self.claim = Claim("")
         if main:
-            self._open()
+            self._open(alone)
 
-    def _open(self) -> None:
+    @property
+    def run(self) -> str:
+        return self.claim.run
+
+    def _open(self, alone: bool) -> None:
         try:
             check_csv(self.csv_path)
             check_trackers(self._waiting)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.csv_path.parent.mkdir(parents=True, exist_ok=True)
-            for path in (self.csv_path, self.metrics_path, self.predictions_path):
-                _cut_torn_line(path)  # only after the header has shown that the CSV is ours
+            self.claim = claim(self.folder, alone)
         except OSError as error:
             raise ValueError(f"cannot open the logs in {self.folder}: {error.filename}: {error.strerror}; choose a "
                              "--save_dir and --log_csv that can be written") from error
 
-        if not self.csv_path.exists() or self.csv_path.stat().st_size == 0:
-            _append(self.csv_path, _csv_line(EVAL_HEADER), sync=True)
+        try:
+            is_own = self.csv_path.resolve().parent == self.folder.resolve()
+            open_table(self.csv_path, self.run, is_own, self.claim.before)
+        except BaseException:
+            self.claim.release()
+            raise
 
     def __enter__(self) -> RunLog:
         return self
@@ -200,7 +108,7 @@ class RunLog:
         if not self.main:
             return
         record = {"step": int(step), "elapsed_s": round(self.elapsed_s, 3), **plain(metrics)}
-        _append(self.metrics_path, _json_line(record), sync=False)
+        append(self.metrics_path, _json_line(record), sync=False)
 
         # Only now, so that a run which ends before its first step leaves nothing with a tracker.
         while self._waiting:
@@ -216,22 +124,15 @@ class RunLog:
         if not self.main or not rows:
             return
 
-        lines = []
-        for row in rows:
-            row = {"elapsed_s": self.elapsed_s, **row}  # a row that knows its time keeps it
-            row = {name: value for name, value in row.items() if name not in OPTIONAL}
-            assert set(row) <= set(EVAL_HEADER), f"no such column: {sorted(set(row) - set(EVAL_HEADER))}"
-            assert "step" in row, "truncate_after needs the step of every row"
-            lines.append(_csv_line(row.get(column) for column in EVAL_HEADER))
-
-        _append(self.csv_path, "".join(lines), sync=True)
+        # A row that knows its time keeps it.
+        append_rows(self.csv_path, self.run, [{"elapsed_s": self.elapsed_s, **row} for row in rows])
 
     def predictions(self, lines: list[dict[str, Any]]) -> None:
         """Appends to predictions.jsonl; every line needs its `step`, so that a resumed run can drop it."""
         if not self.main or not lines:
             return
         assert all("step" in line for line in lines), "truncate_after needs the step of every prediction"
-        _append(self.predictions_path, "".join(map(_json_line, lines)), sync=True)
+        append(self.predictions_path, "".join(map(_json_line, lines)))
 
     def truncate_after(self, step: int, evaluate: bool = False) -> None:
         """Drops what was recorded after `step`, the step a run resumes from, so that nothing is recorded twice.
@@ -240,13 +141,14 @@ class RunLog:
         """
         if not self.main:
             return
-        self._after = step
+        self._after = step or None
         evaluated = step - 1 if evaluate else step
-        _rewind(self.csv_path, evaluated, header=1)
-        _rewind(self.metrics_path, step)
-        _rewind(self.predictions_path, evaluated)
+        rewind_rows(self.csv_path, self.run, evaluated)
+        rewind_records(self.metrics_path, step)
+        rewind_records(self.predictions_path, evaluated)
 
     def close(self) -> None:
-        """Ends the trackers that have started."""
+        """Ends the trackers that have started, and lets other processes have the folder."""
         while self._trackers:
             self._trackers.pop().finish()
+        self.claim.release()

@@ -116,7 +116,8 @@ class RunLoop:
         csv = Path(config.log_csv) if config.log_csv else None
         trackers = options.names(config.trackers)
         flags = dict(config.flags)
-        with RunLog(self.folder, csv, trackers, flags, self.machine.is_main, self._elapsed_before) as self.log:
+        alone = not config.eval_only
+        with RunLog(self.folder, csv, trackers, flags, self.machine.is_main, self._elapsed_before, alone) as self.log:
             if config.eval_only:
                 self._close(self._evaluate())
                 return 0
@@ -124,9 +125,9 @@ class RunLoop:
 
     def _train_and_close(self) -> int:
         """Everything after the logs are open. Returns the exit status."""
-        # A run that goes on drops what an earlier process recorded after the checkpoint.
-        if self.checkpoint and self.step:
-            self.log.truncate_after(self.step, evaluate=self._share() >= 1)
+        # What an earlier process recorded after the checkpoint goes; without one, all that the run has recorded.
+        is_over = self._share() >= 1 or self.hooks.ended_early() is not None
+        self.log.truncate_after(self.step, evaluate=is_over or self.step == 0)
         status = self._train()
         if status:
             return status
@@ -288,7 +289,8 @@ class RunLoop:
         if report:
             table = report.table
         card = self.facts.card.text(self.step, table)
-        save_run(self.folder, self.config, self.trainer, state, card, self.facts.metric, is_best)
+        owner = self.log.claim.document()
+        save_run(self.folder, self.config, self.trainer, state, card, owner, self.facts.metric, is_best)
 
     def _restore(self, folder: Path) -> None:
         """Weights and state of the checkpoint in `folder`; the weights alone with --eval_only and --reset_progress."""
@@ -332,7 +334,7 @@ def tell_end(report: Report, log: RunLog, newest: Path | None, compare: bool, ne
     if next_stage:
         print(next_stage, flush=True)
         return
-    curve = draw_curve(log.folder, log.csv_path)
+    curve = draw_curve(log.folder, log.csv_path, log.run)
     print(closing_words(log.csv_path, newest, curve, report.question, compare=compare))
 
 

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 
 from engine.checkpoints import FOLDER, disk_check
 from engine.hardware import multiplies_bf16
-from engine.logs import check_csv
+from engine.ownership import check_free
+from engine.tables import check_csv
 from engine.trackers import check_trackers
 from flags import names
 
@@ -36,6 +37,7 @@ class MachineConfig:
     log_csv: the evaluation table; None = eval.csv in the run's folder.
     reset_progress: True begins a new run from the weights of a checkpoint.
     dry_run: True writes nothing.
+    eval_only: True evaluates a checkpoint, beside a process that trains it as well.
     """
 
     device: str = "auto"
@@ -47,6 +49,7 @@ class MachineConfig:
     log_csv: str | None = None
     reset_progress: bool = False
     dry_run: bool = False
+    eval_only: bool = False
 
 
 def pick_device(name: str) -> str:
@@ -94,6 +97,8 @@ def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> l
     csv = Path(config.log_csv or folder / "eval.csv")
     for place in dict.fromkeys((folder, csv.parent)):
         lines += errors_of(disk_check, place)
+    if not config.eval_only:
+        lines += errors_of(check_free, folder)
     return lines + errors_of(check_csv, csv)
 
 

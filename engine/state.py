@@ -24,6 +24,7 @@ from engine.checkpoints import (
 from engine.files import write_text_aside
 from engine.optimization import BaseTrainer
 from engine.optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
+from engine.ownership import RECORD
 from engine.system import LoopConfig
 
 STATE = "training_state"  # stem of the file that training goes on from
@@ -54,14 +55,15 @@ class Restored:
 
 
 def save_run(
-    run: Path, config: LoopConfig, trainer: BaseTrainer, state: RunState, card: str, metric: str = "solved",
-    is_best: bool = False,
+    run: Path, config: LoopConfig, trainer: BaseTrainer, state: RunState, card: str, owner: str,
+    metric: str = "solved", is_best: bool = False,
 ) -> Path:
     """Writes a checkpoint of the whole run and rotates the older ones. Returns its folder.
 
     Args:
         run: the run's folder.
         card: text of the checkpoint's README.md.
+        owner: text of its run.json.
         metric: what `state.best` measures.
         is_best: True marks this checkpoint as the best one, which rotation keeps.
 
@@ -82,6 +84,7 @@ def save_run(
             **trainer.documents(),
             f"{STATE}.json": json.dumps(document),
             CONFIG: config.settings,
+            RECORD: owner,
             "README.md": card,
         },
     )

@@ -32,7 +32,6 @@ class LoopConfig(MachineConfig, ScheduleConfig):
     eval_every, save_every, log_samples_every: batches from one to the next; 0 = never while training.
     save_best_model: mark the checkpoint of the highest `Report.value`, which rotation keeps.
     checkpoint_limit: newest checkpoints to keep; 0 = all.
-    eval_only: evaluate the checkpoint and train nothing.
     """
 
     settings: str
@@ -50,7 +49,6 @@ class LoopConfig(MachineConfig, ScheduleConfig):
     log_samples_every: int = 0
     save_best_model: bool = False
     checkpoint_limit: int = 3
-    eval_only: bool = False
 
 
 class Data(Protocol):

@@ -18,6 +18,7 @@ from engine.files import write_text_aside
 from engine.logs import RunLog
 from engine.machine import Stop, interruptible
 from engine.optimization import NonFiniteError
+from engine.ownership import RECORD
 from engine.report import Card, Report, closing_words, stamped
 from engine.state import CONFIG
 from grpo.measure import Change, Measured, change_table, measure
@@ -204,9 +205,9 @@ class StageLoop:
         if not self.log.csv_path.exists():  # on other ranks
             return False
 
-        place = (str(self.progress.step), stage.name)
+        place = (str(self.progress.step), stage.name, self.log.run)
         with open(self.log.csv_path, newline="", encoding="utf-8") as file:
-            return any((row["step"], row["task"]) == place for row in csv.DictReader(file))
+            return any((row["step"], row["task"], row["run"]) == place for row in csv.DictReader(file))
 
     def _train(self, problems: Sequence[Any], run: Any, stop: Stop) -> tuple[int, int]:
         """Trains the stage. Returns (0 or the exit status, the stage's optimizer steps so far)."""
@@ -272,6 +273,7 @@ class StageLoop:
         documents = {
             PROGRESS: self.progress.document(),
             CONFIG: self.config.settings,
+            RECORD: self.log.claim.document(),
             "README.md": self._card(after),
             **trainer.documents(),
         }
@@ -294,7 +296,7 @@ class StageLoop:
 
         print(change_table(changes_of(self.progress, self.stages, self.held_out)))
 
-        curve = draw_curve(self.trained.folder, self.log.csv_path)
+        curve = draw_curve(self.trained.folder, self.log.csv_path, self.log.run)
         question = self.held_out.problems[self.stages[-1].name][0].question
         samples = self.trained.folder / SAMPLES
         print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples))

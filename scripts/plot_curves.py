@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.figures import Row, new_figure, read_losses, read_solved, save_figure, smoothed, style  # noqa: E402
+from engine.files import read_text  # noqa: E402
+from engine.ownership import known_id  # noqa: E402
+from options import read_resolved  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 
 WINDOWS = 40  # the loss is averaged over 1 / WINDOWS of a run's logged steps
@@ -60,18 +63,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def table_of(folder: Path) -> Path:
+    """The run's evaluation table: `eval.csv` in its folder, else what `--log_csv` named."""
+    own = folder / "eval.csv"
+    settings = folder / "config.resolved.yaml"
+    if own.exists() or not settings.exists():
+        return own
+    named = read_resolved(read_text(settings)).get("log_csv")
+    return Path(named) if named else own
+
+
 def read_run(folder: Path, label: str) -> RunCurves:
     """The run's curves; lines that a crash cut off and values that are no numbers are left out.
 
     Raises:
         ValueError: no folder of a run, or nothing recorded yet.
     """
-    table = folder / "eval.csv"
+    table = table_of(folder)
     metrics = folder / "metrics.jsonl"
     if not table.exists() and not metrics.exists():
         raise ValueError(f"{folder} is no run: expected eval.csv or metrics.jsonl in it")
 
-    curves = RunCurves(label, read_solved(table), read_losses(metrics, "answer_loss"))
+    curves = RunCurves(label, read_solved(table, known_id(folder)), read_losses(metrics, "answer_loss"))
     if not curves.solved and not curves.loss:
         raise ValueError(f"{folder} has recorded nothing yet: wait for its first logged step")
     return curves

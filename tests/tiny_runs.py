@@ -86,9 +86,10 @@ def tensors(checkpoint: Path, stem: str = "training_state") -> dict[str, torch.T
 
 
 def records(run: Path) -> dict[str, list]:
-    """What a run recorded, without the columns that hold wall-clock time."""
+    """What a run recorded, without its id and the columns that hold wall-clock time."""
     with open(run / "eval.csv", newline="", encoding="utf-8") as file:
-        rows = [{key: value for key, value in row.items() if key != "elapsed_s"} for row in csv.DictReader(file)]
+        own = ("elapsed_s", "run")
+        rows = [{key: value for key, value in row.items() if key not in own} for row in csv.DictReader(file)]
     names = ("metrics.jsonl", "predictions.jsonl")  # a hybrid leaves no predictions
     lines = {name: [line for _, line in json_lines(run / name)] if (run / name).exists() else [] for name in names}
     timed = ("elapsed_s", "examples_per_second", "tokens_per_second")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -14,8 +15,9 @@ import torch
 import options
 from engine.limits import Limits, limits_of
 from engine.loop import RunLoop
-from engine.machine import start_machine
+from engine.machine import machine_problems, start_machine
 from engine.optimization import BaseTrainer, OptimConfig
+from engine.ownership import RECORD, known_id, taken
 from engine.report import Card, Report, metric_row, prediction_line
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 
@@ -144,7 +146,7 @@ def build(tmp_path, monkeypatch):
         trainer = Adder(machine)
         card = Card("none", ["test"], "An adder", ".")
         described = Facts("numbers", "an adder", card, **(facts or {}))
-        found = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+        found = sorted((tmp_path / given["run_name"] / "checkpoints").glob("step-*"))
         checkpoint = found[-1] if found else None
         evaluator = SumEvaluator(trainer, untrained)
         return RunLoop(config, machine, Numbers(), trainer, evaluator, described, hooks or Hooks(), checkpoint)
@@ -271,3 +273,86 @@ def test_a_run_that_is_limited_by_time_remembers_when_its_warmup_ended(build, tm
     assert 0 < warmup_s < 60
     loop.go()
     assert loop.warmup.seconds == warmup_s
+
+
+# --- records of runs that share a table, or begin again
+
+
+def steps_in(path: Path) -> list[tuple[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [(row["run"].rpartition("-")[0], row["step"]) for row in csv.DictReader(file)]
+
+
+def test_two_runs_with_one_table_each_keep_their_rows_when_either_goes_on(build, tmp_path):
+    """Each is cut after step 2, then goes on, in both orders."""
+    table = tmp_path / "all.csv"
+    flags = {"log_csv": str(table), "max_steps": 4, "eval_every": 1}
+    for name in ("one", "two"):
+        build(run_name=name, **flags).go()
+    for name in ("one", "two", "one"):
+        for folder in sorted((tmp_path / name / "checkpoints").iterdir())[2:]:
+            shutil.rmtree(folder)
+        build(run_name=name, **flags).go()
+    expected = [(name, str(step)) for name in ("one", "two") for step in range(1, 5)]
+    assert sorted(steps_in(table)) == expected
+    assert not (tmp_path / "one" / "eval.csv").exists()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_records_nothing_twice(build, tmp_path):
+    flags = {"max_steps": 4, "eval_every": 1, "save_every": 0, "untrained": True}
+    died = build(**flags)
+    died.trainer.step = dies_after(died.trainer.step, 3)
+    with pytest.raises(KeyError):
+        died.go()
+    assert len(steps_in(tmp_path / "run" / "eval.csv")) == 3
+    build(**flags).go()
+    assert [step for _, step in steps_in(tmp_path / "run" / "eval.csv")] == ["0", "1", "2", "3", "4"]
+    assert len(rates_of(tmp_path / "run")) == 4
+
+
+def test_a_run_that_ended_early_and_died_while_it_closed_evaluates_once(build, tmp_path):
+    flags = {"max_steps": 9, "eval_every": 2}
+    build(Told(end_after=2), **flags).go()
+    assert [step for _, step in steps_in(tmp_path / "run" / "eval.csv")] == ["2"]
+    build(Told(end_after=0), **flags).go()
+    assert [step for _, step in steps_in(tmp_path / "run" / "eval.csv")] == ["2"]
+
+
+def dies_after(function, calls: int):
+    """`function`, which raises at its call number `calls`."""
+    counted = iter(range(1, 10**6))
+
+    def dying(*arguments, **named):
+        if next(counted) == calls:
+            raise KeyError("killed")
+        return function(*arguments, **named)
+
+    return dying
+
+
+def test_a_second_process_in_the_same_folder_is_refused_before_it_writes(build, tmp_path):
+    first = build(max_steps=1)
+    first.go()
+    first.log._open(alone=True)
+    second = build(max_steps=2)
+    with pytest.raises(ValueError, match="being written by another process"):
+        second.go()
+    assert machine_problems(second.config, second.checkpoint) == [taken(tmp_path / "run")]
+    first.log.close()
+    assert machine_problems(second.config, second.checkpoint) == [] and second.go() == 0
+
+
+def test_an_evaluation_beside_the_training_adds_its_rows(build, tmp_path):
+    first = build(max_steps=1)
+    first.go()
+    first.log._open(alone=True)
+    beside = build(max_steps=1, eval_only=True)
+    assert machine_problems(beside.config, beside.checkpoint) == [] and beside.go() == 0
+    assert steps_in(tmp_path / "run" / "eval.csv") == [("run", "1"), ("run", "1")]
+    first.log.close()
+
+
+def test_the_id_of_a_run_is_in_its_checkpoints(build, tmp_path):
+    build(max_steps=1).go()
+    saved = tmp_path / "run" / "checkpoints" / "step-00000001" / RECORD
+    assert json.loads(saved.read_text(encoding="utf-8")) == {"run": known_id(tmp_path / "run")}

@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.logs import EVAL_HEADER
 from engine.report import Card, closing_words, format_table, metric_row, percent, prediction_line, stamped, text_table
+from engine.tables import EVAL_HEADER
 from generate import build_parser
 
 

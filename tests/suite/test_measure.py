@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from engine.files import json_lines
 from engine.intervals import wilson
-from engine.logs import EVAL_HEADER, RunLog
+from engine.logs import RunLog
 from engine.records import question_hash
 from engine.report import stamped
+from engine.tables import EVAL_HEADER
 from host import load_host
 from reasoning_gym_wrapper import Reserve, make_tasks, reserved_sums
 from sandbox import runner as code_runner
