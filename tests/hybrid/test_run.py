@@ -519,7 +519,7 @@ def test_evaluation_only_adds_its_rows_and_changes_nothing_else(done, tmp_path, 
     out, err = capsys.readouterr()
     assert status == 0 and "evaluation only" in err and str(newest(run)) in out
     after = contents(run)
-    assert {name for name in after if after[name] != before.get(name)} <= {"eval.csv", "predictions.jsonl"}
+    assert {name for name in after if after[name] != before.get(name)} <= {"eval.csv", "predictions.jsonl", "run.json"}
     added = records(run)["eval"][len(rows):]
     assert [row["metric"] for row in added] == ["loss", "perplexity", *DIAGNOSTICS, "solved"]
     assert {row["step"] for row in added} == {"3"}
@@ -532,8 +532,8 @@ def test_evaluation_only_of_the_weights_alone(done, tmp_path, capsys):
     for path in lone.glob("training_state.*"):
         path.unlink()
     assert train.main(["--resume", str(lone), "--eval_only", "--save_dir", str(tmp_path / "runs")]) == 0
-    assert [row | {"elapsed_s": ""} for row in records_of(only_run(tmp_path / "runs"))] == [
-        row | {"elapsed_s": ""} for row in records_of(done)]
+    assert [row | {"elapsed_s": "", "run": ""} for row in records_of(only_run(tmp_path / "runs"))] == [
+        row | {"elapsed_s": "", "run": ""} for row in records_of(done)]
 
 
 def records_of(run: Path) -> list[dict[str, str]]:
