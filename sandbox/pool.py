@@ -1,4 +1,4 @@
-"""Stands for `multiprocessing.pool` in the code's process, which can start no other: its work is done at once."""
+"""Stands for the modules of pools of processes and threads, of which the code can start none: work is done at once."""
 
 from __future__ import annotations
 
@@ -56,4 +56,36 @@ class Pool:
     terminate = join = __exit__ = close
 
 
+class Executor:
+    """The calls of `concurrent.futures.ThreadPoolExecutor`, one after another."""
+
+    def __init__(self, max_workers=None, *rest, initializer=None, initargs=(), **named):
+        if initializer is not None:
+            initializer(*initargs)
+
+    def submit(self, function, /, *args, **named):
+        from concurrent.futures import Future
+
+        future = Future()
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(function(*args, **named))
+        except BaseException as error:  # noqa: B036 - whoever asks for the result meets it
+            future.set_exception(error)
+        return future
+
+    def map(self, function, *iterables, timeout=None, chunksize=1):
+        return map(function, *iterables)
+
+    def __enter__(self):
+        return self
+
+    def shutdown(self, *error, wait=True, cancel_futures=False):
+        pass
+
+    __exit__ = shutdown
+
+
 ThreadPool = Pool
+ThreadPoolExecutor = ProcessPoolExecutor = Executor
+MODULES = ("multiprocessing.pool", "concurrent.futures.thread", "concurrent.futures.process")  # it stands for

@@ -240,7 +240,7 @@ def separate(solution: ModuleType) -> None:
         if name.partition(".")[0] in ("sandbox", "ctypes", "_ctypes"):
             del sys.modules[name]
     sys.modules.update(builtins=own_builtins, solution=solution, __main__=ModuleType("__main__"))
-    sys.modules["multiprocessing.pool"] = pool
+    sys.modules.update(dict.fromkeys(pool.MODULES, pool))
     sys.argv[:] = [""]
 
 
