@@ -21,12 +21,12 @@ from addon.items import AddonData, AddonDataConfig
 from batching import Batch, PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
-from engine.machine import Machine, MachineConfig, errors_of, machine_problems, start_machine
+from engine.machine import Machine, MachineConfig, errors_of, machine_problems, pick_device, start_machine
 from engine.optimization import OptimConfig
 from engine.report import Card, Report, format_table
 from engine.system import Evaluator, Facts, LoopConfig
 from evaluation import Answer, Decoding, Evaluation, answer, evaluate
-from host import HostConfig, load_config, load_tokenizer
+from host import HostConfig, load_config, load_tokenizer, pick_dtype
 from model import AdapterConfig, AdapterController, HRMAddonConfig
 from reasoning_gym_wrapper import (
     Example,
@@ -241,10 +241,14 @@ class AddonRun:
 
     def __init__(self, opts: options.Options, checkpoint: Path | None):
         # The difficulty is kept with the run, so that it stays the same when a resumed run names other tasks.
-        opts = options.replace(opts, task_config=task_config(opts))
+        # So is what the LLM's weights are held in, whatever machine goes on with the run.
+        dtype, line = pick_dtype(options.part(HostConfig, opts), pick_device(opts.device))
+        opts = options.replace(opts, task_config=task_config(opts), host_dtype=dtype)
         self.opts = opts
         config = options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
         self.machine = start_machine(config)
+        if line:
+            self.machine.say(line)
 
         # The items come before the model: a mistake in them is told before gigabytes are loaded.
         for warning in task_warnings(task_names(opts)):

@@ -158,6 +158,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         addon("model_name", "path", "assets/tiny_host", "frozen LLM: a local folder or a Hugging Face hub name",
               common=True),
         addon("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit")),
+        addon("host_dtype", "str", "auto", "what the frozen LLM's weights are held in: as saved (stored), or auto = as "
+              "saved where the device multiplies that natively, else fp32 if it fits the memory",
+              choices=("auto", "stored", "bf16", "fp32", "fp16"), before="stored"),
         addon("trust_remote_code", "bool", False, "run Python code that comes with the hub model"),
         # What is trained beside it, and of which size.
         addon("adapter", "str", "hrm", "what trains beside the frozen LLM: the HRM, LoRA, virtual tokens, HRM's "

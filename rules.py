@@ -251,6 +251,13 @@ def the_cache_is_read_again(o: Namespace) -> str | None:
                 "twice")
 
 
+@rule("host_dtype", "load_in")
+def a_quantised_llm_has_its_own_dtype(o: Namespace) -> str | None:
+    if o.load_in != "none" and o.host_dtype not in ("auto", "stored"):
+        return (f"--host_dtype {o.host_dtype} and --load_in {o.load_in} are both set: a quantised LLM is held as it is "
+                "quantised; keep one")
+
+
 # --- the hybrid's losses ---
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from addon.baselines import BaselineConfig, BaselineController
 from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
-from host import HostConfig
+from host import HostConfig, dtype_name, pick_dtype
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
 from text_data.frames import Frame, render_frame
 
@@ -35,7 +35,10 @@ def build_controller(host: HostConfig, config: AdapterConfig, device: str) -> Ad
         HostError: as `host.load_host`; more LoRA layers than the LLM has.
     """
     controller = CONTROLLERS[type(config)]
-    return controller.from_base(host.model_name, host.load_in, host.trust_remote_code, device, **config.settings())
+    dtype, _ = pick_dtype(host, device)
+    return controller.from_base(
+        host.model_name, host.load_in, host.trust_remote_code, device, dtype, **config.settings()
+    )
 
 
 # --- the document -----------------------------------------------------------------------------------------------------
@@ -55,8 +58,15 @@ def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def host_dtype(host: PreTrainedModel) -> str:
+    """What the weights of a base model are held in, as `--host_dtype` names it; stored where they are quantised."""
+    if getattr(host, "is_quantized", False):
+        return "stored"
+    return dtype_name(host.get_output_embeddings().weight.dtype)
+
+
 def adapter_document(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None) -> str:
-    """JSON text from which an adapter can be rebuilt: base model, its fingerprint, shape, prompt format.
+    """JSON text from which an adapter can be rebuilt: base model, its fingerprint and dtype, shape, prompt format.
 
     `frame` is what was written around each question; None leaves it to the tokenizer's template.
     """
@@ -65,6 +75,7 @@ def adapter_document(controller: AdapterController, prompt: PromptConfig, frame:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": controller.config.base_model_name,
         "base_fingerprint": host_fingerprint(controller.host),
+        "host_dtype": host_dtype(controller.host),
         "prompt": dataclasses.asdict(prompt),
     }
     if frame is not None:
@@ -134,8 +145,12 @@ def check_adapter(controller: AdapterController, document: dict[str, Any], folde
 def check_fingerprint(host: PreTrainedModel, document: dict[str, Any], folder: Path) -> None:
     """Raises ValueError naming how this base model differs from the one the checkpoint was trained on."""
     ours = host_fingerprint(host)
+    theirs = dict(document["base_fingerprint"])
+    if document.get("host_dtype", host_dtype(host)) != host_dtype(host):
+        del theirs["head_digest"]  # weights rounded in another way have another one
+
     differences = []
-    for key, value in document["base_fingerprint"].items():
+    for key, value in theirs.items():
         if ours.get(key) != value:
             differences.append(f"{key} {ours[key]} (checkpoint: {value})")
 
@@ -189,8 +204,11 @@ def _controller(folder: Path, document: dict[str, Any], tensors: dict[str, Tenso
         config: AdapterConfig = HRMAddonConfig(**OLD_DEFAULTS | document["hrm"])
     else:
         config = BaselineConfig(**document["baseline"])
-    host = HostConfig(document["base_model_name_or_path"], trust_remote_code=trust_remote_code)
-
+    host = HostConfig(
+        document["base_model_name_or_path"],
+        host_dtype=document.get("host_dtype", "stored"),  # older versions kept what is saved
+        trust_remote_code=trust_remote_code,
+    )
     controller = build_controller(host, config, device)
     check_fingerprint(controller.host, document, folder)
     controller.load_addon_state(tensors)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from addon.baselines import BaselineConfig
-from host import HostConfig, add_lora, decoder_layers, load_config
+from host import HostConfig, add_lora, decoder_layers, meta_host
 from model import AdapterConfig, HRMAddon, HRMAddonConfig
 
 TOLERANCE = 0.05  # largest distance from the wanted number, as a share of it
@@ -69,16 +69,6 @@ class Match:
 def trainable(module: torch.nn.Module) -> int:
     """Parameters that ask for gradient."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def meta_host(host: HostConfig) -> Any:
-    """The LLM without its weights. Raises HostError as `host.load_config`."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(host.model_name, host.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=host.trust_remote_code)
-    return model.requires_grad_(False)
 
 
 def lora_parameters(host: Any, layers: int | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import psutil
 import torch
 
 # Names in `torch.cpu.get_capabilities` of instructions that multiply bfloat16 matrices: x86 twice, then ARM.
@@ -20,3 +21,10 @@ def multiplies_bf16(device: str) -> bool:
 
     instructions = torch.cpu.get_capabilities()
     return any(instructions.get(name, False) for name in BF16_INSTRUCTIONS)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on `device`: the GPU's own memory, else the machine's."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
