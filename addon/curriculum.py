@@ -117,14 +117,9 @@ class Level:
     repeated: int
 
     @property
-    def is_small(self) -> bool:
-        """Whether most draws repeat a question: then there are few, however slow they come."""
-        return self.repeated > len(self.questions)
-
-    @property
-    def is_enough(self) -> bool:
-        """Whether training will not learn the level's questions by heart."""
-        return len(self.questions) >= ENOUGH or (self.ran_out and not self.is_small)
+    def is_endless(self) -> bool:
+        """Whether it is slow and does not repeat itself: training will meet no more questions than were drawn here."""
+        return self.ran_out and self.repeated <= len(self.questions)
 
 
 def silent(line: str) -> None:
@@ -184,7 +179,9 @@ class Curriculum:
                     self.say(f"curriculum ends at level {len(steps) - 1} of {task.name}: {error}")
                 break
 
-            if level.is_enough:
+            # A slow level is none to begin at where a lower one gives more.
+            most = max((count for count, _ in drawn), default=0)
+            if len(level.questions) >= ENOUGH or (level.is_endless and len(level.questions) >= most):
                 self.starts.setdefault(task.name, len(steps))
             drawn.append([len(level.questions), int(level.ran_out)])
             steps.append(step)
@@ -234,7 +231,7 @@ class Curriculum:
 
     def _evaluated(self, level: Level, fitting: int) -> int:
         """How many of a level's fitting questions are evaluated; where they are few, half stay for training."""
-        if level.ran_out and not level.is_small:
+        if level.is_endless:
             return min(self.config.eval_n, fitting)
         return min(self.config.eval_n, max(fitting // 2, 1))
 

@@ -218,9 +218,10 @@ class AddonData:
         # A run that goes on stands at its checkpoint's levels, not at these.
         for name, level in curriculum.starts.items():
             if level and not (config.resume or config.eval_only):
-                self.machine.say(
-                    f"curriculum: {name} begins at level {level}, the first of {ENOUGH:,} questions or more"
-                )
+                reason = f"the first of {ENOUGH:,} questions or more"
+                if name in self.draws.levels:
+                    reason = "the first that does not repeat its questions"
+                self.machine.say(f"curriculum: {name} begins at level {level}, {reason}")
         return curriculum
 
     def to_levels(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ import reasoning_gym_wrapper as rg
 import train
 from addon import draws as draws_module
 from addon.curriculum import FEWEST, Curriculum, CurriculumConfig
-from addon.draws import DrawProgress, Draws
+from addon.draws import DrawProgress, Draws, agreed
 from engine.records import normalise
 from patience import HANG_S
 from reasoning_gym_wrapper import Task, TaskError
@@ -77,6 +78,14 @@ def test_a_slow_level_is_used_with_what_it_gives_in_its_time(levels):
     assert said == [f"curriculum: level_add level 0 gave {FEWEST} of 30 items in {LEVEL_S} s and is used "
                     "with these (--curriculum_draw_s)"]
     assert curriculum.draws.document() == {"levels": {"level_add": [[FEWEST, 1], [12, 0]]}}
+
+
+def test_a_slow_level_is_none_to_begin_at_where_a_lower_one_gives_more(levels, monkeypatch):
+    monkeypatch.setattr("addon.curriculum.ENOUGH", 10**4)
+    configs = [{"max_value": 3}, {"gives": FEWEST}]
+    monkeypatch.setattr("addon.curriculum.level_configs", lambda task, highest: configs)
+    curriculum, _ = climb()
+    assert len(curriculum.ladders["level_add"]) == 2 and curriculum.starts == {"level_add": 0}
 
 
 def test_the_ladder_ends_below_a_level_that_makes_next_to_nothing(levels):
@@ -200,3 +209,58 @@ def test_a_task_that_makes_nothing_in_time_ends_the_command_in_one_line(tiny_hos
     (line,) = error_lines(capsys.readouterr().err)
     assert line.startswith("task level_add: 3 items in a row took longer than --draw_timeout_s 0.3 to make")
     assert not list(tmp_path.iterdir())
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Two processes, one after the other: what the first one gathers, the second one receives."""
+
+    def __init__(self, monkeypatch):
+        self.sent: list[tuple] = []
+        monkeypatch.setattr(draws_module, "gather_object", self.gather)
+
+    def gather(self, packed):
+        self.sent += packed
+        return self.sent
+
+    def draw(self, rank, hold_out):
+        """The record that process `rank` ends up with."""
+        machine = SimpleNamespace(world=2, is_main=rank == 0)
+        data = SimpleNamespace(draws=Draws())
+        agreed(lambda: hold_out(data.draws), machine, data)
+        return data.draws
+
+
+def test_the_first_process_decides_and_the_others_repeat_it(monkeypatch):
+    ranks = Ranks(monkeypatch)
+    clocks = []
+
+    def hold_out(draws):
+        clocks.append(not draws.repeats)
+        if not draws.repeats:
+            draws.levels["level_add"] = [[9, 1]]
+
+    first, second = ranks.draw(0, hold_out), ranks.draw(1, hold_out)
+    assert clocks == [True, False] and first.document() == second.document() == {"levels": {"level_add": [[9, 1]]}}
+    assert not first.repeats and not second.repeats
+
+
+def test_a_mistake_of_the_first_process_is_every_processs(monkeypatch):
+    ranks = Ranks(monkeypatch)
+
+    def hold_out(draws):
+        raise TaskError("no items in time")
+
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="^no items in time$"):
+            ranks.draw(rank, hold_out)
+    assert len(ranks.sent) == 2
+
+
+def test_items_drawn_before_need_no_agreement():
+    data = SimpleNamespace(draws=Draws(repeats=True))
+    called = []
+    agreed(lambda: called.append(1), SimpleNamespace(world=2, is_main=False), data)
+    assert called == [1]

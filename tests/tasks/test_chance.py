@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 
 import pytest
@@ -16,7 +17,7 @@ from reasoning_gym_wrapper import Reserve, Task
 from tasks.chance import Chance, chance_notes, chance_of, chance_warnings, overall, task_chances
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
 from test_evaluation import given_answer
-from tiny_runs import arguments
+from tiny_runs import arguments, only_run
 
 
 def equal(gold: str, text: str) -> bool:
@@ -80,13 +81,16 @@ class Always(ToyAddDataset):
         return 1.0
 
 
-def test_a_run_names_such_a_task_first(tiny_host, tmp_path, capsys, monkeypatch):
+def test_a_run_names_such_a_task_first_and_writes_chance_down(tiny_host, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rg, "registry", lambda: {"any_add": (Always, ToyAddConfig)})
     assert train.main(arguments(tiny_host, tmp_path, "--task=any_add", "--max_steps=1")) == 0
     out, err = capsys.readouterr()
     warning = "solves 100.0 % of its 4 evaluation items: its accuracy means little"
     assert err.index(warning) < err.index("trainable")
     assert out.splitlines()[0].split()[-1] == "chance" and out.splitlines()[1].split()[-2:] == ["100.0", "%"]
+    with open(only_run(tmp_path) / "eval.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "solved"]
+    assert [(row["task"], row["chance"], row["n"]) for row in rows] == [("any_add", "1", "4")]
 
 
 def test_grpo_measures_the_chance_of_a_stage():
