@@ -11,9 +11,10 @@ from typing import Any
 
 from engine.time_limit import TimeLimitError, call_within
 from tasks.limits import USUAL, TimeLimits
-from verify.table import RULES, Entry, Rule
+from verify import algebra, figures, logic, puzzles, texts  # noqa: F401 - they fill the table
+from verify.table import RULES, Check, Entry
 
-LONGEST = 50_000  # characters of an answer; the rules refuse a longer one unread
+LONGEST = 50_000  # characters of an answer; a longer one is wrong unread
 FULL = 1.0 - 1e-9  # a full score: sums of parts miss 1.0 by rounding on either side
 UNTIMED = TimeLimits(0.0, 0.0)  # which items are drawn must not depend on the machine
 NO_RULE = "the task's own scorer alone"
@@ -60,19 +61,28 @@ def verdict(task: str, answer: str, entry: dict[str, Any], scorer: Any, limits: 
     if not limits.verifier_strict or rule is None:
         return scored(scorer, answer, entry, limits.score_timeout_s)
 
-    # The scorer never sees what a rule with a floor refuses: it would evaluate it.
-    accepted = len(answer) <= LONGEST and _accepts(rule, answer, entry)
-    if not accepted and rule.floor is not None:
+    if len(answer) > LONGEST:
         return Verdict(rule.floor)
 
-    # An accepted answer is given to the scorer in the form that the scorer knows.
+    # The one right answer is given to the scorer in the form that the scorer knows.
+    accepted = _passes(rule.check, answer, entry)
     if accepted and rule.one_answer:
         given = scored(scorer, *rule.gold(entry), limits.score_timeout_s)
+
+    # The scorer never sees what it would run as a program, or could not read in any time.
+    elif rule.readable is not None and not _passes(rule.readable, answer, entry):
+        return Verdict(rule.floor)
     else:
         given = scored(scorer, answer, entry, limits.score_timeout_s)
-    if given.score < FULL:
+
+    if not is_full(given.score):
         return given
     return Verdict(1.0, refused=not accepted)
+
+
+def is_full(score: float) -> bool:
+    """Whether a scorer's score is a full one."""
+    return score >= FULL
 
 
 def scored(scorer: Any, answer: str, entry: dict[str, Any], timeout_s: float) -> Verdict:
@@ -86,10 +96,10 @@ def scored(scorer: Any, answer: str, entry: dict[str, Any], timeout_s: float) ->
     return Verdict(min(max(score, 0.0), 1.0) if score == score else 0.0)
 
 
-def _accepts(rule: Rule, answer: str, entry: Entry) -> bool:
-    """Whether the rule accepts the answer; text it cannot read at all is refused."""
+def _passes(check: Check, answer: str, entry: Entry) -> bool:
+    """Whether the answer passes a check of its rule; text that the check cannot read at all does not."""
     try:
-        return bool(rule.check(answer, entry))
+        return bool(check(answer, entry))
     except UNREADABLE:
         return False
 

@@ -25,8 +25,8 @@ class Rule:
     one_answer: the task has one right answer, which the rule knows: in place of an accepted answer the scorer is given
         what `gold` returns, so that `1,234` scores as `1234` does.
     gold: the gold answer and the item in a form that the scorer understands.
-    floor: of a task whose scorer evaluates answers, the score of what the rule refuses, which the scorer never sees;
-        None where the scorer sees every answer.
+    readable: whether the scorer, which evaluates answers or takes them literally, may see a text; None: any.
+    floor: the score of a text that the scorer may not see.
     gold_check: whether a gold answer is one, where asking the scorer would cost too much; None: the scorer is asked.
     """
 
@@ -34,7 +34,8 @@ class Rule:
     check: Check
     one_answer: bool = False
     gold: Callable[[Entry], Shown] = gold_of
-    floor: float | None = None
+    readable: Check | None = None
+    floor: float = 0.0
     gold_check: Check | None = None
 
 

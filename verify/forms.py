@@ -1,0 +1,92 @@
+"""The forms answers are written in: words, rows, numbers, lists, JSON. Nothing here evaluates text."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+# A number as people and programs write it: a sign, commas between thousands, a point, an exponent.
+UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
+NUMBER = re.compile(rf"[+-]?\s?(?:{UNSIGNED})(?:[eE][+-]?[0-9]{{1,3}})?", re.A)
+LONGEST_NUMBER = 2_000  # characters
+QUOTES = "'\""
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, whatever whitespace is between them."""
+    return text.split()
+
+
+def rows(text: str) -> list[list[str]]:
+    """The words of each line that has some."""
+    return [line.split() for line in text.splitlines() if line.strip()]
+
+
+def lines(text: str) -> list[str]:
+    """The lines without the whitespace at their ends."""
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def number(text: str) -> Decimal:
+    """The number that the whole text is. Raises ValueError where it is none, as NaN and infinity are not."""
+    text = text.strip().replace("\u2212", "-")
+    if len(text) > LONGEST_NUMBER or not NUMBER.fullmatch(text):
+        raise ValueError("not a number")
+    return Decimal(text.replace(",", "").replace(" ", ""))
+
+
+def whole(text: str) -> int:
+    """The integer that the whole text is, commas between thousands allowed. Raises ValueError."""
+    value = number(text)
+    if value != value.to_integral_value():
+        raise ValueError("not an integer")
+    return int(value)
+
+
+def fraction(text: str) -> Fraction:
+    """The exact value of `7/64` or of a number. Raises ValueError, and ZeroDivisionError for a division by 0."""
+    over, slash, under = text.partition("/")
+    value = Fraction(number(over))
+    return value / Fraction(number(under)) if slash else value
+
+
+def items(text: str) -> list[str]:
+    """The items of a list in square brackets, without their quotes: `['1', '2']`. Raises ValueError."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError("not a list")
+
+    inside = text[1:-1].strip()
+    if not inside:
+        return []
+    return [item.strip().strip(QUOTES) for item in inside.split(",")]
+
+
+def parts(text: str, mark: str = ",") -> list[str]:
+    """What stands between marks, without the whitespace around it."""
+    return [part.strip() for part in text.split(mark)]
+
+
+def from_json(text: str) -> Any:
+    """The value of a whole JSON text. Raises ValueError; an object that has a key twice is one mistake more."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice")
+    return value
+
+
+def same_json(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal, True and 1 apart."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def is_text_list(value: Any) -> bool:
+    """Whether a JSON value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
