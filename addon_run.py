@@ -39,8 +39,11 @@ from suite.after_run import Subject
 from suite.spec import spec_problems
 from tasks.chance import chance_notes, chance_warnings
 from tasks.limits import TimeLimits
+from text_data.roundtrip import host_round_trip
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
+
+ROWS_TRIED = 128  # evaluation items whose texts the tokenizer must give back
 
 
 def task_names(opts: argparse.Namespace) -> list[str]:
@@ -262,6 +265,7 @@ class AddonRun:
         if self.machine.is_main:
             for warning in chance_warnings(self.data.chances()):
                 self.machine.say(f"WARNING: {warning}")
+        self._check_roundtrip()
         self.plan = self._plan()
 
         # The first weights depend on the seed alone, not on how many items were drawn before.
@@ -287,6 +291,18 @@ class AddonRun:
     def go(self) -> int:
         """Runs the command and returns its exit status."""
         return self.loop.go()
+
+    def _check_roundtrip(self) -> None:
+        """Says how much of the tasks' texts the LLM's tokenizer loses. Raises ValueError below --min_roundtrip."""
+        rows = []
+        for example in self.data.eval_examples[:ROWS_TRIED]:
+            rows.append([text.strip() for text in (example.question, example.target) if text])
+        trip = host_round_trip(self.format.tokenizer, rows)
+        if trip.share < 1:
+            self.machine.say(f"WARNING: {self.opts.model_name}: {trip.shown()}")
+        lossy = trip.problem(self.opts.min_roundtrip)
+        if lossy:
+            raise ValueError(f"--model_name {self.opts.model_name}: {lossy}")
 
     def _check_positions(self) -> None:
         """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.batches import IGNORE
 from reasoning_gym_wrapper import MAX_REJECTED, Example, Reserve, Task, TaskError, train_seed
 from text_data.frames import PLAIN_CUE as PLAIN_CUE
-from text_data.frames import Frame, anchors_of, continuation_ids, render_frame
+from text_data.frames import Frame, Guard, anchors_of, continuation_ids, render_frame
 
 
 @dataclass
@@ -91,6 +91,7 @@ class PromptFormat:
         self.prefix = self.frame.prefix
         self.suffix = self.frame.suffix
         self._anchors = anchors_of(tokenizer, self.suffix)
+        self._guard = Guard(tokenizer)
 
         # Pads are masked wherever they stand, so a tokenizer without one may use its end of sequence.
         self.pad_id = tokenizer.pad_token_id
@@ -138,9 +139,17 @@ class PromptFormat:
         return frozenset((self.frame.end, self.tokenizer.eos_token_id))
 
     def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        """Token ids of each rendered prompt. Raises ValueError as `check_ids`."""
-        texts = [self.prefix + question.strip() + self.suffix for question in questions]
+        """Token ids of each rendered prompt; in a question the name of a special token is text.
+
+        Raises:
+            ValueError: as `check_ids`.
+        """
+        questions = [question.strip() for question in questions]
+        texts = [self.prefix + question + self.suffix for question in questions]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat, return_attention_mask=False)["input_ids"]
+        for index, question in enumerate(questions):
+            if self._guard.names_one(question):
+                ids[index] = self._guard.framed(self.prefix, question, self.suffix, opened=not self.chat)
         self.check_ids(ids)
         if self.suffix.endswith(self.tokenizer.eos_token):
             return ids
@@ -167,6 +176,9 @@ class PromptFormat:
                     raise ValueError(f"--sentinel {sentinel!r} is part of the gold answer {target!r}: choose another")
         texts = [lead + target + sentinel for target in targets]
         ids = continuation_ids(self.tokenizer, texts, self._anchors)
+        for index, target in enumerate(targets):
+            if self._guard.names_one(target):
+                ids[index] = self._guard.continued(texts[index], self._anchors)
         self.check_ids(ids)
         return [[*row, self.frame.end] for row in ids]
 

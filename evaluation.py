@@ -362,15 +362,22 @@ def generate_answers(
 
 
 @torch.no_grad()
-def generate_texts(
+def generate_all(
     model: Any, prompt_format: PromptFormat, questions: Sequence[str], decoding: Decoding, **extra: Any
-) -> list[str]:
+) -> list[Generated]:
     """Answers to bare questions, without a verifier; `extra` goes to `generate`."""
     device = next(model.parameters()).device
     torch.manual_seed(decoding.seed)
-    budget = decoding.max_new_tokens
-    answers = generate_answers(model, prompt_format, questions, budget, decoding, device, **extra)
-    return [generated.text for generated in answers]
+    return generate_answers(
+        model, prompt_format, questions, decoding.max_new_tokens, decoding, device, **extra
+    )
+
+
+def generate_texts(
+    model: Any, prompt_format: PromptFormat, questions: Sequence[str], decoding: Decoding, **extra: Any
+) -> list[str]:
+    """The texts of `generate_all`."""
+    return [generated.text for generated in generate_all(model, prompt_format, questions, decoding, **extra)]
 
 
 def evaluate(

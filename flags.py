@@ -31,8 +31,7 @@ BLOCKS = ("hrm", "mlp")  # read hidden states and inject: the HRM, and its block
 METAVARS = {"int": "N", "float": "X", "bool": "0|1", "str": "TEXT", "path": "PATH", "list": "A,B", "json": "TEXT"}
 
 
-# No file that is UTF-8 text can hold these; a shell hands bytes on that are not UTF-8 as half characters.
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no text file holds these; bytes that are not UTF-8 come as halves
 
 
 def names(text: str | None) -> list[str]:
@@ -161,6 +160,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         addon("host_dtype", "str", "auto", "what the frozen LLM's weights are held in: as saved (stored), or auto = as "
               "saved where the device multiplies that natively, else fp32 if it fits the memory",
               choices=("auto", "stored", "bf16", "fp32", "fp16"), before="stored"),
+        addon("min_roundtrip", "float", 0.95, "least share of the tasks' texts that the LLM's tokenizer gives back",
+              low=0, high=1, before=0.0),
         addon("trust_remote_code", "bool", False, "run Python code that comes with the hub model"),
         # What is trained beside it, and of which size.
         addon("adapter", "str", "hrm", "what trains beside the frozen LLM: the HRM, LoRA, virtual tokens, HRM's "

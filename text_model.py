@@ -18,9 +18,9 @@ from torch import Tensor
 
 from batching import PromptFormat, pad
 from engine.batches import by_length
-from evaluation import Decoding, generate_texts
-from suite.text_model import TextModel
-from text_data.frames import adds_space, anchors_of, continuation_ids, plain_ids
+from evaluation import Decoding, Generated, generate_all
+from suite.text_model import Cuts, TextModel
+from text_data.frames import adds_space, anchors_of, continuation_ids, text_ids
 
 __all__ = ["CausalTextModel", "TextModel", "adds_space"]
 
@@ -64,6 +64,7 @@ class CausalTextModel:
         self.bare = bare
         self.autocast = autocast
         self.segments_used: float | None = None
+        self.cuts = Cuts()
 
         # The tokens that prompt and answer may have together; virtual tokens of an adapter take some of them.
         text_config = model.config.get_text_config()
@@ -100,6 +101,7 @@ class CausalTextModel:
         """As `TextModel.generate`. A prompt that fills the LLM's positions gets fewer new tokens, or none and ""."""
         if not prompts:
             self.segments_used = None
+            self.cuts = Cuts()
             return []
 
         # Prompts that leave room for the same number of new tokens are generated together, the longest answers first.
@@ -110,6 +112,7 @@ class CausalTextModel:
             groups.setdefault(budget, []).append(index)
 
         texts = [""] * len(prompts)
+        cut = [True] * len(prompts)  # no room at all cuts an answer, too
         segments: list[int] = []
         done = sum(len(indices) for budget, indices in groups.items() if budget < 1)  # these stay empty
 
@@ -127,14 +130,16 @@ class CausalTextModel:
                 sizes = [lengths[index] for index in indices]
                 run = functools.partial(self._answers, model, budget=budget, segments=segments, count=count)
                 answers = by_length(questions, sizes, self.batch_size, run)
-                for index, text in zip(indices, answers, strict=True):
-                    texts[index] = text
+                for index, answer in zip(indices, answers, strict=True):
+                    texts[index] = answer.text
+                    cut[index] = not answer.finished
         self.segments_used = _mean(segments)
+        self.cuts = Cuts((False,) * len(prompts), tuple(cut))  # questions are read whole
         return texts
 
     def _answers(
         self, model: Any, questions: list[str], budget: int, segments: list[int], count: Callable[[int], None]
-    ) -> list[str]:
+    ) -> list[Generated]:
         """Answers of one batch, whose size `count` gets.
 
         An HRM model's segments, one number a question, are added to `segments`.
@@ -143,7 +148,7 @@ class CausalTextModel:
         extra: dict[str, Any] = {}
         if "segments_log" in inspect.signature(model.forward).parameters:
             extra["segments_log"] = log
-        answers = generate_texts(model, self.format, questions, Decoding(max_new_tokens=budget), **extra)
+        answers = generate_all(model, self.format, questions, Decoding(max_new_tokens=budget), **extra)
         if log:
             segments.extend(log[0].tolist())
         count(len(answers))
@@ -163,12 +168,15 @@ class CausalTextModel:
         """
         if not pairs:
             self.segments_used = None
+            self.cuts = Cuts()
             return []
 
         # Cut every continuation into pieces that fit, and sort them by length, so that batches waste little padding.
         contexts = self._context_ids([context for context, _ in pairs])
         continuations = self._continuation_ids([continuation for _, continuation in pairs])
         pieces: list[Piece] = []
+        cut = [len(context) + len(ids) > self.positions for context, ids in zip(contexts, continuations, strict=True)]
+        self.cuts = Cuts(tuple(cut))
         for pair, (context_ids, ids) in enumerate(zip(contexts, continuations, strict=True)):
             pieces.extend(self._pieces(pair, context_ids, ids))
         pieces.sort(key=lambda piece: len(piece.context_ids) + len(piece.ids))
@@ -196,8 +204,8 @@ class CausalTextModel:
         first = tokenizer.bos_token_id
         if first is None:
             first = eos
-        opened = tokenizer(list(texts), add_special_tokens=True, return_attention_mask=False)["input_ids"]
-        plain = plain_ids(tokenizer, texts)
+        opened = text_ids(tokenizer, texts, opened=True)
+        plain = text_ids(tokenizer, texts)
 
         rows = []
         for row, own in zip(opened, plain, strict=True):
@@ -209,7 +217,7 @@ class CausalTextModel:
 
     def _continuation_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenized apart from the contexts, as text that goes on: no special tokens, no space put in front."""
-        return self._checked(continuation_ids(self.format.tokenizer, texts, self._anchors))
+        return self._checked(continuation_ids(self.format.tokenizer, texts, self._anchors, text_ids))
 
     def _checked(self, rows: list[list[int]]) -> list[list[int]]:
         """The rows as they are. Raises ValueError as `PromptFormat.check_ids`."""

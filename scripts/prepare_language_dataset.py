@@ -28,6 +28,7 @@ from engine.files import read_text, staged  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 from text_data.documents import ALL_SPLITS, Document, Splits, read_documents, source_files  # noqa: E402
+from text_data.roundtrip import RoundTrip  # noqa: E402
 from text_data.tokenizer import (  # noqa: E402
     LEAST_VOCABULARY,
     SPECIAL,
@@ -58,6 +59,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{role}_token", help=f"the given tokenizer's {role} token, where it is not found")
     parser.add_argument("--max_seq_len", type=int, default=512, help="tokens of each side of a triple, at most")
     parser.add_argument("--val_ratio", type=float, default=0.01, help="share of the documents kept for val")
+    parser.add_argument("--min_roundtrip", type=float, default=0.95, help="refuse a tokenizer from which a smaller "
+                        "share of the rows comes back as it was")
     parser.add_argument("--split", help="of rows with a field split: those of this one; `all` mixes them")
     parser.add_argument("--tokenizer_num_threads", type=int, default=0, help="0: the tokenizer's own choice")
     parser.add_argument("--tokenizer_batch_size", type=int, default=512, help="documents encoded at a time, at most")
@@ -73,6 +76,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in least.items():
         if getattr(options, name) < low:
             problems.append(f"--{name} {getattr(options, name)} must be at least {low}")
+    if not 0 <= options.min_roundtrip <= 1:
+        problems.append(f"--min_roundtrip {options.min_roundtrip} must be at least 0 and at most 1")
     if not 0 <= options.val_ratio < 1:
         problems.append(f"--val_ratio {options.val_ratio} must be at least 0 and below 1")
     if options.tokenizer and not options.tokenizer.is_file():
@@ -216,6 +221,19 @@ def encoded(
             yield done, future.result()
 
 
+def checked(documents: Iterable[Document], tokenizer: Tokenizer, trip: RoundTrip) -> Iterator[Document]:
+    """The documents as they are; of a part of them `trip` counts those that the tokenizer gives back."""
+
+    def decode(text: str) -> str:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
+    for number, document in enumerate(documents):
+        if trip.wants(number):
+            trip.add([text for text in (document.prompt, document.text) if text], decode)
+        yield document
+
+
 def write_splits(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
@@ -322,10 +340,14 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         train = SplitWriter(train_file, tokenizer, special, options.max_seq_len)
         val = SplitWriter(val_file, tokenizer, special, options.max_seq_len)
         splits = Splits(options.split)
-        documents = read_documents(files, splits)
+        trip = RoundTrip()
+        documents = checked(read_documents(files, splits), tokenizer, trip)
         size = options.tokenizer_batch_size
         with Progress(None, "prepare", "documents") as progress:
             blank = write_splits(documents, tokenizer, train, val, size, threshold, progress.update)
+        lossy = trip.problem(options.min_roundtrip)
+        if lossy:
+            raise ValueError(f"{place}: {lossy}")
         too_short = train.too_short + val.too_short
         if not train.counts["samples"]:
             raise ValueError(
@@ -340,6 +362,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         meta["max_seq_len"] = options.max_seq_len
         meta["val_ratio"] = options.val_ratio
         meta["sources"] = [{"name": source_name(path, options.source)} for path in files]
+        meta["roundtrip"] = {"rows": trip.rows, "back": trip.back}
         meta["source_splits"] = dict(sorted(splits.counts.items()))
         meta["splits"] = {"train": train.counts, "val": val.counts}
         meta["truncated"] = {name: count + val.truncated[name] for name, count in train.truncated.items()}
@@ -369,6 +392,8 @@ def main(argv: list[str] | None = None) -> int:
     out = meta["left_out"]
     print(f"cut to {options.max_seq_len} tokens: {cut['prompts']} prompts (the end kept), {cut['answers']} answers "
           f"(the beginning kept); left out: {out['blank']} blank documents, {out['too_short']} texts of one token")
+    trip = RoundTrip(**meta["roundtrip"])
+    print(f"round trip: {trip.shown()}")
     sources = ", ".join(f"{name} ({count})" for name, count in meta["source_splits"].items())
     if options.split == ALL_SPLITS and len(meta["source_splits"]) > 1:
         print(f"mixed: rows of the splits {sources}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ PLAIN_CUE = "\nAnswer:"
 LINE_BREAK = "\n"  # stands before a text while it is tokenized, where the tokenizer would add a space
 _QUESTION = "QUESTION-GOES-HERE"
 _ANSWER = "ANSWER-GOES-HERE"
+
+IdsOf = Callable[[Any, Sequence[str]], list[list[int]]]  # of a tokenizer and texts
 
 
 @dataclass(frozen=True)
@@ -92,22 +95,35 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
+def text_ids(tokenizer: Any, texts: Sequence[str], opened: bool = False) -> list[list[int]]:
+    """Token ids of each text, in which the name of a special token is text as any other.
+
+    `opened` adds the special tokens that the tokenizer puts around a text.
+    """
+    rows = tokenizer(
+        list(texts), add_special_tokens=opened, split_special_tokens=True, return_attention_mask=False
+    )
+    return rows["input_ids"]
+
+
 def adds_space(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a space in front of every text, as SentencePiece does: then pieces do not join."""
     alone, behind_a_line_break = plain_ids(tokenizer, ["a", LINE_BREAK + "a"])
     return alone != behind_a_line_break[-len(alone) :]
 
 
-def continuation_ids(tokenizer: Any, texts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
+def continuation_ids(
+    tokenizer: Any, texts: Sequence[str], anchors: Sequence[str], ids_of: IdsOf = plain_ids
+) -> list[list[int]]:
     """Token ids of each text as it goes on behind an anchor: those that follow the anchor's own in their joint text.
 
     The first of `anchors` counts whose tokens stay as they are when the text joins it. Behind none, the text stands
-    alone, and SentencePiece puts a space in front of it.
+    alone, and SentencePiece puts a space in front of it. `ids_of` tokenizes: `plain_ids` or `text_ids`.
     """
-    rows = plain_ids(tokenizer, texts)
+    rows = ids_of(tokenizer, texts)
     for anchor in reversed(anchors):
-        before = plain_ids(tokenizer, [anchor])[0]
-        joined = plain_ids(tokenizer, [anchor + text for text in texts])
+        before = ids_of(tokenizer, [anchor])[0]
+        joined = ids_of(tokenizer, [anchor + text for text in texts])
         for index, row in enumerate(joined):
             if row[: len(before)] == before:
                 rows[index] = row[len(before) :]
@@ -120,3 +136,78 @@ def anchors_of(tokenizer: Any, text: str) -> list[str]:
     if adds_space(tokenizer):
         anchors.append(LINE_BREAK)
     return anchors
+
+
+# --- special tokens in texts ------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Keeps texts of others from becoming control tokens, while those of the frame around them are.
+
+    Texts that name no special token are tokenized in one piece with their frame, as ever. Only where one does, the
+    frame's own special tokens are taken apart from what lies between them.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        special = [token for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+        self._tokens = {token.content: token for token in special}
+
+        # A longer name may begin with a shorter one.
+        names = sorted(self._tokens, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names)) if names else r"(?!)")
+
+    def names_one(self, text: str) -> bool:
+        """Whether a text names a special token."""
+        return self._names.search(text) is not None
+
+    def framed(self, prefix: str, text: str, suffix: str, opened: bool) -> list[int]:
+        """Token ids of prefix + text + suffix, of which only the frame may hold special tokens.
+
+        `opened` adds the special tokens that the tokenizer puts around a text.
+        """
+        head, before = self._head(prefix)
+        after, tail = self._tail(suffix)
+        run = before + text + after
+        if not head and not tail:
+            return text_ids(self.tokenizer, [run], opened)[0]
+
+        # Behind a special token SentencePiece adds no space.
+        anchors = anchors_of(self.tokenizer, "") if head else []
+        middle = continuation_ids(self.tokenizer, [run], anchors, text_ids)[0]
+        first, last = plain_ids(self.tokenizer, [head, tail])
+        opening, closing = self._around(head + tail) if opened else ([], [])
+        return [*opening, *first, *middle, *last, *closing]
+
+    def continued(self, text: str, anchors: Sequence[str]) -> list[int]:
+        """`continuation_ids` of a text that names special tokens; anchors count from their last one on."""
+        tails = [self._head(anchor)[1] for anchor in anchors]
+        return continuation_ids(self.tokenizer, [text], [tail for tail in tails if tail], text_ids)[0]
+
+    def _head(self, text: str) -> tuple[str, str]:
+        """A text in two: up to its last special token, with the white space that this one swallows; and the rest."""
+        end = 0
+        for match in self._names.finditer(text):
+            end = match.end()
+            if self._tokens[match[0]].rstrip:
+                end = len(text) - len(text[end:].lstrip())
+        return text[:end], text[end:]
+
+    def _tail(self, text: str) -> tuple[str, str]:
+        """A text in two: before its first special token and the white space that this one swallows; and the rest."""
+        match = self._names.search(text)
+        start = len(text)
+        if match:
+            start = match.start()
+            if self._tokens[match[0]].lstrip:
+                start = len(text[:start].rstrip())
+        return text[:start], text[start:]
+
+    def _around(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts before and after a text when it opens and closes it."""
+        opened = self.tokenizer(text, add_special_tokens=True, return_attention_mask=False)["input_ids"]
+        plain = plain_ids(self.tokenizer, [text])[0]
+        for start in range(len(opened) - len(plain) + 1):
+            if opened[start : start + len(plain)] == plain:
+                return opened[:start], opened[start + len(plain) :]
+        return [], []

@@ -20,6 +20,7 @@ from patience import HANG_S
 from text_data import documents
 from text_data.batches import PreparedBatches
 from text_data.documents import Document, key_of, read_documents, source_files
+from text_data.roundtrip import RoundTrip
 from text_data.tokenizer import byte_counter, parse_tokenizer, special_ids, train_tokenizer
 from text_data.trained import TrainedOn, trained_on
 from text_data.triples import PreparedData, read_meta
@@ -252,6 +253,67 @@ def test_meta_counts_what_was_written(prepared, qa):
             assert counts["encoder_tokens"] == sum(len(row["encoder_ids"]) for row in rows)
             assert counts["decoder_tokens"] == sum(map(len, said))
             assert counts["decoder_bytes"] == sum(len(text.encode()) for text in texts)
+
+
+def word_pieces(tmp_path: Path) -> Path:
+    """A tokenizer as BERT has it: lower case, words and pieces of words, every other text unknown."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz0123456789?().:+=_",
+              *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789")]
+    tokenizer = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.save(str(tmp_path / "pieces.json"))
+    return tmp_path / "pieces.json"
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path, capsys):
+    code = [{"prompt": f"Write f{i}.", "answer": f"def f{i}(x):\n    return x + {i}"} for i in range(20)]
+    words = ["--source", write_lines(tmp_path / "code.jsonl", code), "--dest", tmp_path / "out", "--val_ratio", 0,
+             "--tokenizer", word_pieces(tmp_path)]
+    with pytest.raises(ValueError) as error:
+        call(prepare, *words)
+    assert "0 of 20 rows (0.0 %) come back" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("--tokenizer ") and "'Write f0.' becomes 'write f0.'" in str(error.value)
+    assert not list(tmp_path.glob("out/*"))
+    call(prepare, *words, "--min_roundtrip", 0)
+    assert "round trip: 0 of 20 rows (0.0 %) come back" in capsys.readouterr().out
+    assert read_meta(tmp_path / "out")["roundtrip"] == {"rows": 20, "back": 0}
+    with pytest.raises(ValueError, match="--min_roundtrip 1.5 must be"):
+        call(prepare, *words, "--min_roundtrip", 1.5)
+
+
+def test_byte_level_and_sentencepiece_tokenizers_lose_nothing(prepared, qa):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    for folder in (prepared, qa):
+        meta = read_meta(folder)
+        assert meta["roundtrip"]["rows"] == meta["roundtrip"]["back"] > 0
+
+    # As Llama's: a space in front, bytes for what is unknown.
+    characters = "▁abcdefghijklmnopqrstuvwxyz(): "
+    vocabulary = {token: n for n, token in enumerate(["<unk>", *(f"<0x{n:02X}>" for n in range(256)),
+                                                      *dict.fromkeys(characters)])}
+    llama = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    llama.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    llama.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                       decoders.Strip(" ", 1, 0)])
+    trip = RoundTrip()
+    for text in ("def f(x):\n    return  é + '√'", " a", "A b\t\n\n c ", "\U0001f600"):
+        trip.add([text], lambda text: llama.decode(llama.encode(text).ids))
+    assert (trip.rows, trip.back) == (4, 4) and trip.problem(1.0) is None
+
+
+def test_a_large_source_is_sampled():
+    trip = RoundTrip()
+    assert [trip.wants(number) for number in (0, 999, 1000, 1024, 6400)] == [True, True, False, True, True]
+    for text in ("a", "A", "ｂ"):
+        trip.add([text], str.lower)
+    trip.add(["ok", " x"], lambda text: f" {text.strip()}")
+    assert (trip.rows, trip.back, trip.first) == (4, 3, ("A", "a"))
+    assert trip.problem(0.75) is None and "3 of 4 rows (75.0 %)" in trip.problem(0.8)
 
 
 def split_rows(count: int = 12) -> list[dict]:
