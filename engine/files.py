@@ -46,6 +46,10 @@ class JsonLineError(ValueError):
         super().__init__(f"{path}, line {number} is not JSON ({self.reason})")
 
 
+class RepeatedNameError(ValueError):
+    """A JSON object gives a name twice."""
+
+
 class HalfPairError(ValueError):
     """A JSON text holds half of a surrogate pair.
 
@@ -217,21 +221,35 @@ def read_text(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(content: bytes | str) -> Any:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values. Raises RepeatedNameError: of one name the last value would win unsaid."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RepeatedNameError(f"it holds {repeated!r} twice")
+    return value
+
+
+def parse_json(content: bytes | str, unique_names: bool = False) -> Any:
     """The value that JSON text holds; bytes are UTF-8, with or without a byte order mark.
+
+    Args:
+        content: the text.
+        unique_names: refuse an object that gives a name twice; else its last value counts.
 
     Raises:
         ValueError: the text is not UTF-8, not JSON, nested too deeply, or holds half of a surrogate pair, which no
-            UTF-8 file and no tokenizer can hold.
+            UTF-8 file and no tokenizer can hold; or a name twice.
     """
     text = content
     if isinstance(content, bytes):
         text = content.decode("utf-8-sig")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once if unique_names else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RepeatedNameError):
         raise
     except ValueError as error:  # Python refuses to read a whole number of thousands of digits
         raise ValueError(f"it holds a number of more than {sys.get_int_max_str_digits()} digits") from error
@@ -254,10 +272,10 @@ def json_reason(error: Exception) -> str:
     return reason_of(error)
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises ValueError: one line that names the file."""
+def read_json(path: Path, unique_names: bool = False) -> Any:
+    """The value of a JSON file; `unique_names` as in `parse_json`. Raises ValueError: one line that names the file."""
     try:
-        return parse_json(Path(path).read_bytes())
+        return parse_json(Path(path).read_bytes(), unique_names)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
@@ -268,7 +286,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({reason_of(error)})") from error
 
 
-def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path, skip_damaged: bool = False, unique_names: bool = False) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of JSON in a UTF-8 file, read one at a time; blank lines are left out.
 
     Only a newline ends a line: texts may hold U+2028 and its like.
@@ -277,6 +295,7 @@ def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, An
         path: the file.
         skip_damaged: for records of a run that may have crashed: a line that is not JSON is left out, bytes that are
             not UTF-8 are replaced, and a file that is missing has no lines.
+        unique_names: refuse an object that gives a name twice.
 
     Raises:
         OSError: the file cannot be read.
@@ -295,7 +314,7 @@ def json_lines(path: Path, skip_damaged: bool = False) -> Iterator[tuple[int, An
                     # A model may have said half of a surrogate pair: its record counts as it is.
                     value = json.loads(line.decode("utf-8-sig", "replace"))
                 else:
-                    value = parse_json(line)
+                    value = parse_json(line, unique_names)
             except (ValueError, RecursionError) as error:
                 if skip_damaged:
                     continue

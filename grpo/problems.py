@@ -6,17 +6,14 @@ training draw rejects them, compared as normalised text.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
-from engine.files import JsonLineError, json_lines
 from engine.records import normalise
 from enhanced.reasoning_format import END_SOLUTION, END_THINK, SOLUTION, THINK
 from grpo.rewards import item_text
@@ -256,70 +253,6 @@ def _tests(name: str, code: str, kind: str, k: int) -> tuple[str, ...]:
         shown = ", ".join(map(repr, call))
         lines.append(f"assert {name}({shown}) == {function(*call)!r}")
     return tuple(lines)
-
-
-# --- prepared files ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """The problems of a JSON-lines file, in a new order for each seed."""
-
-    path: Path
-    rows: tuple[Problem, ...]
-
-    @property
-    def size(self) -> int:
-        return len(self.rows)
-
-    def problems(self, seed: int) -> Iterator[Problem]:
-        order = list(self.rows)
-        random.Random(f"{self.path.name}/{seed}").shuffle(order)
-        while True:
-            yield from order
-
-
-def _file_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """The lines of a file of problems with their numbers. Raises ValueError naming the first that is wrong."""
-    try:
-        yield from json_lines(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except JsonLineError as error:
-        raise ValueError(
-            f"{path}: line {error.number} is no JSON record ({error.reason}): correct it or take it out"
-        ) from error
-
-
-@functools.lru_cache
-def file_source(path: Path) -> FileSource:
-    """Reads lines `{"prompt": TEXT, "tests": [TEXT, ..], "setup": TEXT, "answer": TEXT}`; tests or an answer at least.
-
-    Raises:
-        ValueError: no such file, or a line that is no such record.
-    """
-    # A broken line ends the run before it begins: a silent gap would change what is trained on.
-    rows = [_file_problem(record, f"{path}: line {number}") for number, record in _file_records(path)]
-    if len(rows) < 2:
-        raise ValueError(f"{path} holds {len(rows)} problems: at least 2 are needed, one of them to evaluate on")
-    return FileSource(Path(path), tuple(rows))
-
-
-def _file_problem(record: Any, place: str) -> Problem:
-    """The problem of one record. Raises ValueError, which names the `place`, where it holds none."""
-    try:
-        question = str(record.get("prompt") or record.get("question") or "").strip()
-        tests = tuple(map(str, record.get("tests") or ()))
-        setup = str(record.get("setup") or "")
-        answers = [record.get("answer"), record.get("code")]
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"{place} is no JSON record: correct it or take it out") from error
-
-    # An answer may be the number 0, which is false.
-    answer = next((str(answer) for answer in answers if answer not in (None, "")), "")
-    if not question or not (tests or answer):
-        raise ValueError(f"{place} needs a prompt, and tests or an answer")
-    return Problem(question, answer, "code" if tests else "file", tests=tests, setup=setup)
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from engine.files import parse_json, read_text, reason_of
 from engine.records import normalise
 from engine.schedule import ScheduleConfig
 from flags import FIND
-from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, file_source, task_source
+from grpo.problem_files import file_source
+from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, task_source
 from grpo.rewards import build_rewards
 from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError
 from tasks.limits import USUAL, TimeLimits

@@ -13,7 +13,8 @@ from batching import PromptFormat
 from engine.machine import Machine
 from engine.records import normalise
 from enhanced.training import token_batch
-from grpo.problems import FileSource, Problem, Source, stream
+from grpo.problem_files import FileSource
+from grpo.problems import Problem, Source, stream
 from grpo.stages import HeldOut, Stage
 from reasoning_gym_wrapper import train_seed
 

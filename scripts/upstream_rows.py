@@ -6,12 +6,14 @@ For `build_reasoning_dataset.py`. A further upstream is its hub name in `HUB` an
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.files import JsonLineError, json_lines, read_json
+from engine.files import JsonLineError, read_json
+from text_data.answers import without_calculator
+from text_data.code_tasks import read_mbpp, text_field
+from text_data.rows import json_rows
 
 HUB = {
     "gsm8k": ("openai/gsm8k", "main"),
@@ -20,7 +22,6 @@ HUB = {
 }
 # The raw MBPP file holds every split; these are the ranges of task_id its authors give.
 MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
-CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 Item = dict[str, Any]  # one item as upstream has it
 Row = dict[str, Any]  # one line of the output
@@ -42,17 +43,17 @@ def raw_items(dataset: str, source: Path | None, split: str | None) -> Iterator[
     """
     if source is None:
         yield from _hub_items(dataset, split or "train")
-    elif dataset == "science_qa":
+    elif dataset == "science_qa" and source.suffix != ".jsonl":
         yield from _problem_items(source)
     else:
         yield from _line_items(source)
 
 
 def _line_items(path: Path) -> Iterator[Raw]:
-    """The items of GSM8K's or MBPP's file."""
+    """The items of a file in any form of `json_rows`, one object a line above all."""
     try:
-        for number, item in json_lines(path):
-            yield f"{path} line {number}", item
+        for place, item in json_rows(path):
+            yield f"{path} {place}", item
     except JsonLineError as error:
         raise ValueError(
             f"{path} line {error.number} is not JSON ({error.reason}): give the file as upstream has it, one "
@@ -63,7 +64,7 @@ def _line_items(path: Path) -> Iterator[Raw]:
 def _problem_items(path: Path) -> Iterator[Raw]:
     """The items of ScienceQA's problems.json, each with its id."""
     try:
-        problems = read_json(path)
+        problems = read_json(path, unique_names=True)
     except ValueError as error:
         raise ValueError(f"{error}: give ScienceQA's problems.json") from error
     if not isinstance(problems, dict):
@@ -128,35 +129,21 @@ def split_of(dataset: str, item: Any) -> str | None:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _text(item: Item, key: str, default: str | None = None) -> str:
-    """The text of a field, line breaks as `\\n`, no white space around it. Raises ValueError: none and no default."""
-    value = item.get(key, default)
-    if value is None and default is not None:
-        value = default
-    if not isinstance(value, str):
-        raise ValueError(f"{key} must be text, got {type(value).__name__}")
-
-    value = value.replace("\r\n", "\n").replace("\r", "\n").strip()
-    if not value and default is None:
-        raise ValueError(f"{key} is empty")
-    return value
-
-
 def gsm8k_row(item: Item) -> Row:
     """Worked steps without calculator marks, and the final number without thousands separators (Cobbe et al. 2021).
 
     Raises:
         ValueError: a broken item.
     """
-    steps, mark, final = _text(item, "answer").rpartition("####")
+    steps, mark, final = text_field(item, "answer").rpartition("####")
     if not mark or not final.strip():
         raise ValueError("answer has no final line '#### N'")
 
     # The marks are for a calculator that runs beside the model: `<<48/2=24>>`.
-    steps = CALCULATOR.sub("", steps).strip()
+    steps = without_calculator(steps).strip()
     final = final.strip().replace(",", "")
     return {
-        "prompt": _text(item, "question"),
+        "prompt": text_field(item, "question"),
         "answer": f"{steps}\n#### {final}".lstrip(),
         "source": "gsm8k",
         "steps": steps,
@@ -165,27 +152,19 @@ def gsm8k_row(item: Item) -> Row:
 
 
 def mbpp_row(item: Item) -> Row:
-    """The task with its set-up and first test, which fixes the function's name and arguments (Austin et al. 2021).
+    """A task of MBPP, full or sanitized, with its reference program: see `read_mbpp`.
 
     Raises:
         ValueError: a broken item.
     """
-    tests = item.get("test_list")
-    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise ValueError("test_list must be a list of at least one text")
-
-    tests = [_text({"test": test}, "test") for test in tests]
-    setup = _text(item, "test_setup_code", "")
-    code = _text(item, "code")
-
-    # The set-up, if there is one, stands before the test that needs it.
-    shown = "\n".join(filter(None, (setup, tests[0])))
+    task = read_mbpp(item)
+    code = text_field(item, "code")
     return {
-        "prompt": f"{_text(item, 'text')}\nThe code must pass this test:\n{shown}",
+        "prompt": task.prompt,
         "answer": code,
         "source": "mbpp",
-        "tests": tests,
-        "setup": setup,
+        "tests": list(task.tests),
+        "setup": task.setup,
         "code": code,
         "task_id": item.get("task_id"),
     }
@@ -214,16 +193,16 @@ def science_qa_row(item: Item, keep_images: bool = False, images: Path | None = 
         raise ValueError(f"answer is {index!r}, expected an index from 0 to {len(choices) - 1}")
 
     # The prompt: hint, picture, question, choices, each on lines of its own.
-    parts = [_text(item, "hint", "")]
+    parts = [text_field(item, "hint", "")]
     picture = _picture(item, images) if item.get("image") else {}
     if "width" in picture:
         parts.append(f"[picture, {picture['width']} x {picture['height']} pixels]")
     elif picture:
         parts.append("[picture]")
-    parts.append(_text(item, "question"))
+    parts.append(text_field(item, "question"))
     parts += [f"({letter(place)}) {choice.strip()}" for place, choice in enumerate(choices)]
 
-    rationale = "\n".join(filter(None, (_text(item, "lecture", ""), _text(item, "solution", ""))))
+    rationale = "\n".join(filter(None, (text_field(item, "lecture", ""), text_field(item, "solution", ""))))
     row = {
         "prompt": "\n".join(filter(None, parts)),
         "answer": "\n".join(filter(None, (rationale, f"The answer is ({letter(index)})."))),

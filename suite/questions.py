@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import JsonLineError, json_lines
-from text_data.choices import LETTERS
+from engine.files import JsonLineError
+from text_data.choice_tasks import needs_image, read_choice_task
+from text_data.code_tasks import CodeTask, is_mbpp, read_mbpp, setup_field, tests_field
 from text_data.documents import Splits
 from text_data.numbers import final_number
+from text_data.rows import json_rows
 
 SPLIT_FLAG = "--eval_suite_split"
 
@@ -70,27 +72,6 @@ def _text(row: dict[str, Any], key: str) -> str:
     return value.replace("\r\n", "\n")
 
 
-def _optional_text(row: dict[str, Any], key: str) -> str:
-    """The text at `key`; empty where the key is missing. Raises SuiteError."""
-    value = row.get(key, "")
-    if not isinstance(value, str):
-        raise SuiteError(f"{key} must be text")
-    return value.replace("\r\n", "\n")
-
-
-def _texts(row: dict[str, Any], key: str, least: int) -> tuple[str, ...]:
-    """The texts at `key`, at least so many. Raises SuiteError."""
-    value = row.get(key)
-    if not isinstance(value, list) or len(value) < least or not all(isinstance(entry, str) for entry in value):
-        raise SuiteError(f"{key} must be a list of at least {least} texts")
-    return tuple(entry.replace("\r\n", "\n") for entry in value)
-
-
-def _joined(*parts: str) -> str:
-    """The parts that are not empty, one below the other."""
-    return "\n".join(filter(None, parts))
-
-
 def _synthetic(index: int, row: dict[str, Any]) -> Question:
     return Question(index, _text(row, "prompt"), _text(row, "answer"))
 
@@ -110,49 +91,35 @@ def _gsm8k(index: int, row: dict[str, Any]) -> Question:
 
 
 def _mbpp(index: int, row: dict[str, Any]) -> Question:
-    """The prompt of the published form shows the first test, which tells the function's name (Austin et al. 2021)."""
-    if "test_list" not in row:
-        prompt = _text(row, "prompt")
-        return Question(index, prompt, tests=_texts(row, "tests", 1), setup=_optional_text(row, "setup"))
-
-    # The published form.
-    tests = _texts(row, "test_list", 1)
-    setup = _optional_text(row, "test_setup_code")
-    task = _text(row, "text").strip()
-    prompt = _joined(task, "The code must pass this test:", setup.strip(), tests[0].strip())
-    return Question(index, prompt, tests=tests, setup=setup)
+    """A row of the builder, or one of MBPP's published forms, full or sanitized."""
+    try:
+        if is_mbpp(row):
+            task = read_mbpp(row)
+        else:
+            task = CodeTask(_text(row, "prompt"), tests_field(row, "tests"), setup_field(row, "setup"))
+    except ValueError as error:
+        raise SuiteError(str(error)) from error
+    return Question(index, task.prompt, tests=task.tests, setup=task.setup)
 
 
 def _science_qa(index: int, row: dict[str, Any]) -> Question | None:
     """None for a published question about an image: no text answers it."""
-    # A bool is an int to isinstance, and no place.
-    choices = _texts(row, "choices", 2)
-    right = row.get("answer_index", row.get("answer"))
-    if type(right) is not int or not 0 <= right < len(choices) <= len(LETTERS):
-        raise SuiteError(f"answer_index must be a choice's place, 0 to {len(choices) - 1}")
-
-    if "prompt" in row:
-        prompt = _text(row, "prompt")
-        rationale = _optional_text(row, "rationale")
-        return Question(index, prompt, choices=choices, answer_index=right, rationale=rationale)
-
-    # The published form: hint, question and options make the prompt, lecture and solution the rationale.
-    if row.get("image"):
+    try:
+        task = read_choice_task(row)
+    except ValueError as error:
+        raise SuiteError(str(error)) from error
+    if needs_image(row):
         return None
-    hint = _optional_text(row, "hint").strip()
-    question = _text(row, "question").strip()
-    options = [f"({letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False)]
-    prompt = _joined(hint, question, *options)
-    lecture = _optional_text(row, "lecture").strip()
-    solution = _optional_text(row, "solution").strip()
-    return Question(index, prompt, choices=choices, answer_index=right, rationale=_joined(lecture, solution))
+    return Question(
+        index, task.prompt, choices=task.choices, answer_index=task.right, rationale=task.rationale
+    )
 
 
 # Name of an entry -> (reader of a row, the keys it expects, for people).
 READERS: dict[str, tuple[Callable[[int, dict[str, Any]], Question | None], str]] = {
     "synthetic": (_synthetic, "prompt, answer"),
     "gsm8k": (_gsm8k, "prompt, final_answer (or question, answer)"),
-    "mbpp": (_mbpp, "prompt, tests (or text, test_list)"),
+    "mbpp": (_mbpp, "prompt, tests (or text or prompt, test_list)"),
     "science_qa": (_science_qa, "prompt, choices, answer_index (or question, choices, answer)"),
 }
 
@@ -161,17 +128,12 @@ READERS: dict[str, tuple[Callable[[int, dict[str, Any]], Question | None], str]]
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of a JSONL file, or of one JSON object that holds the rows by id. Raises SuiteError."""
+    """(where, row) of a file in any form of `json_rows`. Raises SuiteError."""
     try:
-        # ScienceQA is published as one object of {id: row}, which a reader of lines sees as its first row.
-        for number, row in json_lines(path):
+        for place, row in json_rows(path):
             if not isinstance(row, dict):
-                raise SuiteError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-            if number == 1 and row and all(isinstance(value, dict) for value in row.values()):
-                for key, value in row.items():
-                    yield f"{path}, entry {key}", value
-            else:
-                yield f"{path}, line {number}", row
+                raise SuiteError(f"{path}, {place}: expected a JSON object, got {type(row).__name__}")
+            yield f"{path}, {place}", row
     except OSError as error:
         raise SuiteError(f"{path} cannot be read: {error.strerror}") from error
     except JsonLineError as error:

@@ -14,7 +14,7 @@ TRIES = 20  # boxes that are looked at, from the last
 _BOX = re.compile(r"\\f?boxed\s{0,3}\{")
 _TAG = re.compile(r"<(/?)(?:answer|solution)>", re.I)
 # Calculator marks of GSM8K: `<<48/2=24>>`.
-_CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")
+CALCULATOR = re.compile(r"<<[^<>]*>>")
 # A line that begins the next question of a text that goes on after its answer.
 _NEXT_QUESTION = re.compile(r"\n[ \t]*(?:Q|Question|Problem|Exercise|Human|User)\s?\d{0,4}\s?:", re.I)
 
@@ -54,7 +54,7 @@ def before_next_question(text: str) -> str:
 
 def without_calculator(text: str) -> str:
     """The text without GSM8K's marks for a calculator that runs beside the model."""
-    return _CALCULATOR.sub("", text)
+    return CALCULATOR.sub("", text)
 
 
 def gold_of(answer: str) -> str:

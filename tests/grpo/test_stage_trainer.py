@@ -26,13 +26,13 @@ from enhanced.reasoning_format import REASONING_TOKENS, format_score, split_comp
 from enhanced.tokenizer import reasoning_tokenizer
 from enhanced.training import token_batch
 from grpo.measure import Change, Measured, change_table, completions, judge, measure
+from grpo.problem_files import file_source
 from grpo.problems import (
     FUNCTIONS,
     CodeSource,
     Problem,
     _tests,
     evaluation_problems,
-    file_source,
     problem_of,
     sum_steps,
     task_source,

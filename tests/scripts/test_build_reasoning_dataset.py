@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 import reasoning_gym_wrapper as rg
 from engine.records import normalise
 from patience import HANG_S
-from upstream_rows import CALCULATOR, gsm8k_row
+from suite.questions import SuiteItem, read_questions
+from text_data.answers import CALCULATOR
+from upstream_rows import gsm8k_row
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 spec = importlib.util.spec_from_file_location("build", ROOT / "scripts" / "build_reasoning_dataset.py")
@@ -95,6 +97,26 @@ def test_mbpp_keeps_its_tests_and_set_up_and_shows_the_first_test(tmp_path, outp
     assert second["setup"] == "n = 1 \nm = 2" and second["setup"] in second["prompt"]
     scope: dict = {}
     exec("\n".join([first["setup"], first["answer"], *first["tests"]]), scope)  # what evaluation will do
+
+
+def test_sanitized_mbpp_is_read_as_the_suite_reads_it(tmp_path, output):
+    item = {"prompt": "Write root.", "task_id": 2, "code": "import math\ndef root(x):\n    return math.sqrt(x)",
+            "test_imports": ["import math"], "test_list": ["assert math.isclose(root(4), 2)", "assert root(9) == 3"]}
+    call("--dataset", "mbpp", "--source", lines(tmp_path / "raw.jsonl", [item]), "--output", output)
+    (row,) = rows(output)
+    (question,) = read_questions(SuiteItem("mbpp", tmp_path / "raw.jsonl"))
+    (built,) = read_questions(SuiteItem("mbpp", output))
+    assert (row["setup"], row["tests"], row["code"]) == ("import math", item["test_list"], item["code"])
+    assert (question.prompt, question.tests, question.setup) == (built.prompt, built.tests, built.setup)
+    assert question.prompt == row["prompt"]
+
+
+def test_indented_problems_with_a_mark_are_read_as_the_suite_reads_them(tmp_path, output):
+    path = tmp_path / "problems.json"
+    path.write_text("\ufeff" + json.dumps(SCIENCE, indent=2), encoding="utf-8")
+    call("--dataset", "science_qa", "--source", path, "--output", output)
+    questions = read_questions(SuiteItem("science_qa", path))
+    assert [question.prompt for question in questions] == [row["prompt"] for row in rows(output)] != []
 
 
 @pytest.mark.parametrize(("split", "ids"), [("test", [11]), ("train", [700])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -190,6 +191,40 @@ def test_published_forms_are_read_as_the_builder_writes_them(write, tmp_path):
         (science,) = read_questions(SuiteItem("science_qa", path))
         assert science.prompt == "Look.\nWhich?\n(A) a\n(B) b"
         assert (science.choices, science.answer_index, science.rationale) == (("a", "b"), 1, "L.\nS.")
+
+
+@pytest.mark.parametrize("form", ["lines", "bom", "crlf", "list", "indented list", "by id", "indented by id", "gaps"])
+def test_every_form_of_a_file_holds_the_same_questions(tmp_path, form):
+    rows = [{"question": f"Number {n}?\u2028", "answer": f"It is {n}.\x85\n#### {n}"} for n in range(3)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = {
+        "lines": "\n".join(lines), "bom": "\ufeff" + "\n".join(lines), "crlf": "\r\n".join(lines),
+        "list": json.dumps(rows),
+        "indented list": json.dumps(rows, indent=2), "by id": json.dumps(dict(enumerate(rows))),
+        "indented by id": "\ufeff" + json.dumps(dict(enumerate(rows)), indent=1), "gaps": "\n\n" + "\n \n".join(lines),
+    }[form]  # fmt: skip
+    path = tmp_path / "g.json"
+    path.write_text(text, encoding="utf-8", newline="")
+    questions = read_questions(SuiteItem("gsm8k", path))
+    assert [(question.index, question.answer[-1]) for question in questions] == [(0, "0"), (1, "1"), (2, "2")]
+
+
+def test_sanitized_tasks_are_read_with_their_imports(write):
+    (mbpp,) = read_questions(SuiteItem("mbpp", write("m.jsonl", [
+        {"source_file": "n.ipynb", "task_id": 2, "prompt": "Write root.", "code": "", "test_imports": ["import math"],
+         "test_list": ["assert math.isclose(root(4), 2)"]}])))
+    assert mbpp.setup == "import math" and mbpp.tests == ("assert math.isclose(root(4), 2)",)
+    assert mbpp.prompt == "Write root.\nThe code must pass this test:\nimport math\nassert math.isclose(root(4), 2)"
+
+
+@pytest.mark.parametrize(("content", "told"), [
+    ('{\n "1": {"question": "a"\n "answer": "1"}}', "line 3: no JSON"), ('{"1": {}, "1": {}}\n', "it holds '1' twice"),
+    ('{"question": "a", "answer": "1"},\n', "line 1: no JSON (Extra data"), ('{\n', "no JSON")])
+def test_a_broken_file_of_any_form_is_told_by_its_line(tmp_path, content, told):
+    path = tmp_path / "x.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SuiteError, match=re.escape(told)):
+        read_questions(SuiteItem("gsm8k", path))
 
 
 # --- language
