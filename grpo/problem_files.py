@@ -34,6 +34,7 @@ from text_data.code_tasks import (
     tests_field,
     text_field,
 )
+from text_data.documents import Splits
 from text_data.equality import same_answer
 from text_data.rows import json_rows
 
@@ -79,7 +80,9 @@ def file_source(path: Path) -> FileSource:
     # A broken line ends the run before it begins: a silent gap would change what is trained on.
     rows = []
     places: dict[str, tuple[str, Problem]] = {}  # of each question
+    splits = Splits(None)
     for place, record in _file_records(path):
+        splits.takes(record)
         problem = _file_problem(record, f"{path}: {place}")
         rows.append(problem)
 
@@ -90,6 +93,10 @@ def file_source(path: Path) -> FileSource:
                 f"{path}: {place} asks what {first} asks and gives another answer: take one of them out"
             )
 
+    if len(splits.counts) > 1:
+        raise ValueError(
+            f"{path} mixes rows of the splits {splits.shown()}: take one of them with scripts/build_reasoning_dataset.py"
+        )
     if len(places) < 2:
         raise ValueError(f"{path} holds {len(places)} problems: at least 2 are needed, one of them to evaluate on")
     return FileSource(Path(path), tuple(rows))

@@ -134,6 +134,8 @@ def test_a_file_of_every_form_holds_the_same_problems(tmp_path, content):
     ('{"1": {},\n"1": {}}', "it holds '1' twice"),
     ('{"prompt": "One?", "answer": "\\ud83d"}', "line 1 is no JSON record"),
     ('"text"', "line 1 is no JSON record (expected an object, got str)"),
+    ('{"prompt": "One?", "answer": "1", "split": "train"}\n{"prompt": "Two?", "answer": "2", "split": "test"}',
+     "mixes rows of the splits test (1), train (1)"),
     ("", "holds 0 problems"),
     (LINES[0] + "\n" + LINES[0], "holds 1 problems"),
     ("\n".join([*LINES, LINES[0].replace('"1"', '"3"')]), "line 3 asks what line 1 asks and gives another answer")])

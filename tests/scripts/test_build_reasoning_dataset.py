@@ -114,8 +114,8 @@ def test_sanitized_mbpp_is_read_as_the_suite_reads_it(tmp_path, output):
 def test_indented_problems_with_a_mark_are_read_as_the_suite_reads_them(tmp_path, output):
     path = tmp_path / "problems.json"
     path.write_text("\ufeff" + json.dumps(SCIENCE, indent=2), encoding="utf-8")
-    call("--dataset", "science_qa", "--source", path, "--output", output)
-    questions = read_questions(SuiteItem("science_qa", path))
+    call("--dataset", "science_qa", "--split", "test", "--source", path, "--output", output)
+    questions = read_questions(SuiteItem("science_qa", path, split="test"))
     assert [question.prompt for question in questions] == [row["prompt"] for row in rows(output)] != []
 
 
