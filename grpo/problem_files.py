@@ -95,7 +95,7 @@ def file_source(path: Path) -> FileSource:
 
     if len(splits.counts) > 1:
         raise ValueError(
-            f"{path} mixes rows of the splits {splits.shown()}: take one of them with scripts/build_reasoning_dataset.py"
+            f"{path} mixes rows of the splits {splits.shown()}: take one with scripts/build_reasoning_dataset.py"
         )
     if len(places) < 2:
         raise ValueError(f"{path} holds {len(places)} problems: at least 2 are needed, one of them to evaluate on")
