@@ -28,7 +28,7 @@ from grpo.arithmetic import divisions, sound_share
 from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError
 from sandbox.runner import CodeJob, confinement, run_many
 from text_data.equality import same_answer
-from text_data.fences import without_outer_fence
+from text_data.programs import program_of
 
 __all__ = ["COLUMNS", "REWARDS", "RewardSettings", "build_rewards", "item_text", "repetition", "same_answer"]
 __all__ += ["Parsed", "format_rate", "split_completion"]  # the parser's, for those who score
@@ -241,10 +241,14 @@ def _code_job(completion: Any, tests: Any, setup: Any, settings: RewardSettings)
     if not isinstance(tests, list | tuple) or not tests or not all(isinstance(test, str) for test in tests):
         return None
 
+    solution = parse(completion, settings).solution
+    if len(solution) > LONGEST_CODE:
+        return None
+
     # A comment alone parses, but is no program.
-    code = without_outer_fence(parse(completion, settings).solution)
+    code = program_of(solution, tests)
     has_code = any(line.strip() and not line.lstrip().startswith("#") for line in code.splitlines())
-    if not has_code or len(code) > LONGEST_CODE:
+    if not has_code:
         return None
 
     if not isinstance(setup, str):

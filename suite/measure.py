@@ -17,7 +17,7 @@ from suite.results import Part, Prediction, SuiteResult, cut_shares
 from suite.scoring import choose_option, corpus_bleu, exact, rationale_of, rouge_l, same_number
 from suite.spec import LANGUAGE, check_code_runner
 from suite.text_model import Cuts, TextModel
-from text_data.fences import first_block
+from text_data.programs import program_of
 
 BUDGETS = {"synthetic": 16, "gsm8k": 320, "mbpp": 384, "science_qa": 192}  # new tokens of an answer
 BARE = " (bare LLM)"
@@ -72,7 +72,7 @@ def _score_mbpp(questions: Sequence[Question], texts: Sequence[str], settings: S
     # A model may talk around its code, or be cut off inside it.
     jobs = []
     for text, question in zip(texts, questions, strict=True):
-        jobs.append(runner.CodeJob(first_block(text), question.tests, question.setup))
+        jobs.append(runner.CodeJob(program_of(text, question.tests), question.tests, question.setup))
     results = runner.run_many(jobs, allow_unconfined=settings.allow_unconfined)
     right = [result.passed for result in results]
     return {"passed": proportion(right)}, _as_scores(right)

@@ -1,0 +1,277 @@
+"""The program that a completion gives: the one place that takes Python out of prose, fences and consoles.
+
+The suite and the code reward read it here, so that both judge the same program.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+import textwrap
+import warnings
+from collections.abc import Iterable, Sequence
+
+from text_data.code_tasks import python_tree
+from text_data.fences import Block, fenced_blocks, without_lone_fence
+
+STARTS = 12  # lines from which a program is looked for
+CUTS = 16  # statements that are cut off an end that does not parse
+LONGEST = 100_000  # characters that are searched for a program
+
+# A line that begins Python where prose may stand around it.
+_START = re.compile(r"(?:def|class|async def|import|from|@\w|if __name__)\b|[A-Za-z_]\w*\s*(?::[^=\n]{1,40})?=[^=]|@")
+_PROMPT = re.compile(r"^(?:>>>|\.\.\.)(?: |$)", re.M)
+_LEAVES = frozenset(("input", "exit", "quit", "stdin", "_exit", "breakpoint"))
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+
+
+def program_of(text: str, tests: Sequence[str] = ()) -> str:
+    """The program of a completion, for tests that call it.
+
+    Of fenced blocks, those in another language (bash, text) do not count; of several, the last that defines what the
+    tests call wins, with the imports and definitions of the blocks before it. A text without a fence gives its longest
+    run of Python statements. Statements after the definitions that only use them, such as demonstrations and reads of
+    standard input, are dropped. A text in which nothing of this is found comes back as it is, for the judge to refuse.
+    """
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    if len(text) > LONGEST:
+        return text
+    needed = called_names(tests)
+
+    if _defined(text) & needed:
+        return _without_use(text, needed)
+
+    # A fence that nothing opened ends the code before it.
+    before = without_lone_fence(text)
+    if before != text:
+        code = _from_prose(_without_prompts(before), needed)
+        if _defined(code) & needed:
+            return _without_use(code, needed)
+
+    blocks = [block for block in fenced_blocks(text, _is_python) if block.is_python]
+    if blocks:
+        code = _chosen(blocks, needed)
+    else:
+        code = _from_prose(_without_prompts(before), needed)
+    return _without_use(code, needed)
+
+
+def called_names(tests: Iterable[str]) -> set[str]:
+    """Names that tests read and do not define, builtins aside: what the program must define."""
+    read: set[str] = set()
+    own: set[str] = set()
+    for test in tests:
+        tree = python_tree(test)
+        for node in ast.walk(tree) if tree else ():
+            if isinstance(node, ast.Name):
+                (read if isinstance(node.ctx, ast.Load) else own).add(node.id)
+            elif isinstance(node, ast.arg):
+                own.add(node.arg)
+            elif isinstance(node, _DEFINITIONS):
+                own |= _bound(node)
+    return read - own - set(dir(builtins))
+
+
+def _is_python(code: str) -> bool:
+    return python_tree(code) is not None
+
+
+# --- fenced blocks ----------------------------------------------------------------------------------------------------
+
+
+def _chosen(blocks: Sequence[Block], needed: set[str]) -> str:
+    """The code of the last block that defines what is needed, below the definitions of those before it."""
+    codes = [_statements(_without_prompts(textwrap.dedent(block.code)), needed) for block in blocks]
+    defining = [place for place, code in enumerate(codes) if _defined(code) & needed]
+    parsing = [place for place, code in enumerate(codes) if code.strip() and _is_python(code)]
+    place = (defining or parsing or [0])[-1]
+
+    # Earlier blocks may hold imports and helpers; what they demonstrate is not run.
+    parts = []
+    for code in codes[:place]:
+        tree = python_tree(code)
+        for node in tree.body if tree else ():
+            if isinstance(node, (*_DEFINITIONS, ast.Assign, ast.AnnAssign)) and not _leaves(node):
+                parts.append(_source(code, node))
+    return "\n".join([*parts, codes[place]])
+
+
+def _source(code: str, node: ast.stmt) -> str:
+    """The lines of a statement, decorators included."""
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+    return "\n".join(code.split("\n")[first - 1 : node.end_lineno])
+
+
+# --- prose ------------------------------------------------------------------------------------------------------------
+
+
+def _without_prompts(text: str) -> str:
+    """The input lines of a Python console; a text that is none as it is."""
+    if not re.search(r"^>>> ", text, re.M):
+        return text
+    return "\n".join(line[4:] for line in text.split("\n") if _PROMPT.match(line))
+
+
+def _from_prose(text: str, needed: set[str]) -> str:
+    """The Python of a text without a fence: from a line that begins a statement, as far as it parses."""
+    for whole in (text, text.lstrip(), textwrap.dedent(text)):
+        if _is_python(whole):
+            return whole
+
+    # From each line that may begin a program, the longest run of statements; one that defines what is needed wins.
+    lines = textwrap.dedent(text).split("\n")
+    if lines[0].startswith(" "):
+        lines[0] = lines[0].lstrip()
+    longest = ""
+    starts = [place for place, line in enumerate(lines) if _START.match(line)][:STARTS]
+    for start in starts:
+        code = _prefix(lines[start:])
+        if code and _defined(code) & needed:
+            return code
+        longest = max(longest, code, key=len)
+    return longest or text
+
+
+def _statements(code: str, needed: set[str]) -> str:
+    """The code, without the end that does not parse where what is needed stands before it."""
+    if _is_python(code):
+        return code
+    part = _prefix(code.split("\n"))
+    return part if _defined(part) & needed else code
+
+
+def _prefix(lines: list[str]) -> str:
+    """The longest run of whole statements that the lines begin with, "" where there is none."""
+    for _ in range(CUTS):
+        code = "\n".join(lines)
+        if not code.strip():
+            return ""
+        error_line = _error_line(code)
+        if error_line == 0:
+            return code
+
+        # Up to the statement in which the error stands.
+        end = min(error_line or len(lines), len(lines)) - 1
+        while end > 0 and (not lines[end].strip() or lines[end][0] in " \t)]}"):
+            end -= 1
+        lines = lines[:end]
+    return ""
+
+
+def _error_line(code: str) -> int | None:
+    """The line of the first syntax error, 0 where there is none; None where the parser names no line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(code)
+    except SyntaxError as error:
+        return error.lineno
+    except (ValueError, RecursionError, MemoryError):
+        return None
+    return 0
+
+
+# --- definitions and their use ----------------------------------------------------------------------------------------
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """Names that a top-level statement binds."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    names = {node.name} if isinstance(node, _DEFINITIONS) else set()
+    if not names:
+        names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+        names |= {each.name for each in ast.walk(node) if isinstance(each, ast.FunctionDef | ast.ClassDef)}
+    return names
+
+
+def _defined(code: str) -> set[str]:
+    """Names that the code binds at its top level."""
+    tree = python_tree(code)
+    return set().union(*(_bound(node) for node in tree.body)) if tree else set()
+
+
+def _read(node: ast.AST) -> set[str]:
+    """Names that a statement reads."""
+    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
+
+
+def _leaves(node: ast.AST) -> bool:
+    """Whether a statement reads standard input, or ends the program."""
+    names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    names |= {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+    return bool(names & _LEAVES)
+
+
+def _without_use(code: str, needed: set[str]) -> str:
+    """The code without top-level statements that only use its definitions, where it defines what is needed.
+
+    Dropped are: lone names, which are words of prose; what reads standard input or ends the program; behind the last
+    needed definition, whatever changes nothing that the needed definitions read.
+    """
+    tree = python_tree(code)
+    if tree is None or not _defined(code) & needed:
+        return code
+    relevant = _relevant(tree, needed)
+    last = max(place for place, node in enumerate(tree.body) if _bound(node) & needed)
+    variables: set[str] = set()
+    modules: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules |= _bound(node)
+        elif not isinstance(node, _DEFINITIONS):
+            variables |= _bound(node) & relevant
+
+    # A line that a kept statement shares stays.
+    dropped: set[int] = set()
+    kept: set[int] = set()
+    for place, node in enumerate(tree.body):
+        lines = range(node.lineno, node.end_lineno + 1)
+        is_used = place > last or _leaves(node)
+        is_prose = isinstance(node, ast.Expr) and isinstance(node.value, ast.Name | ast.List)
+        if is_prose or (is_used and not _feeds(node, relevant, variables, modules)):
+            dropped.update(lines)
+        else:
+            kept.update(lines)
+
+    numbered = enumerate(code.split("\n"), start=1)
+    return "\n".join(line for number, line in numbered if number in kept or number not in dropped)
+
+
+def _relevant(tree: ast.Module, needed: set[str]) -> set[str]:
+    """The needed names and what their definitions read, directly or through others."""
+    readers = [(_bound(node), _read(node)) for node in tree.body]
+    relevant = set(needed)
+    size = 0
+    while len(relevant) != size:
+        size = len(relevant)
+        for bound, read in readers:
+            if bound & relevant:
+                relevant |= read
+    return relevant
+
+
+def _feeds(node: ast.stmt, relevant: set[str], variables: set[str], modules: set[str]) -> bool:
+    """Whether a top-level statement defines or changes what the relevant definitions read.
+
+    Args:
+        node: the statement.
+        relevant: names that matter.
+        variables: those of them that statements bind.
+        modules: names that imports bind.
+    """
+    if isinstance(node, _DEFINITIONS) or _bound(node) & relevant:
+        return True
+
+    # Their variables may be changed in place, and their functions and classes given attributes.
+    if _read(node) & variables:
+        return True
+    for each in ast.walk(node):
+        stored = isinstance(each, ast.Attribute | ast.Subscript) and isinstance(each.ctx, ast.Store)
+        if stored and _read(each) & relevant:
+            return True
+
+    # A call of a module's function, such as sys.setrecursionlimit.
+    call = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(call, ast.Call) and bool(_read(call.func) & modules) and not _leaves(node)
