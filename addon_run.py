@@ -17,6 +17,7 @@ from addon.curriculum import curriculum_problems
 from addon.draws import draws_of
 from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
 from addon.hooks import AddonHooks
+from addon.host_dtype import pick_dtype
 from addon.items import AddonData, AddonDataConfig
 from batching import Batch, PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
@@ -26,7 +27,7 @@ from engine.optimization import OptimConfig
 from engine.report import Card, Report, format_table
 from engine.system import Evaluator, Facts, LoopConfig
 from evaluation import Answer, Decoding, Evaluation, answer, evaluate
-from host import HostConfig, load_config, load_tokenizer, pick_dtype
+from host import HostConfig, load_config, load_tokenizer
 from model import AdapterConfig, AdapterController, HRMAddonConfig
 from reasoning_gym_wrapper import (
     Example,

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.hardware import free_memory, multiplies_bf16
 from text_data.tokenizer import read_whole
 
 ROOT = Path(__file__).resolve().parent
@@ -27,7 +26,6 @@ DEFAULT_HOST = "assets/tiny_host"
 MAMBA_MIXERS = ("falcon_h1", "mamba2", "nemotron_h")  # families with a mixer that peft adapts in part
 MOST_APART = 0.1  # of the states' norm: rounding in half precision stays far below, a wrong state far above
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-MOST_OF_MEMORY = 0.8  # share of the free memory that weights held in float32 may take
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -41,7 +39,7 @@ class HostConfig:
 
     model_name: a local folder or a hub name.
     load_in: none, 8bit or 4bit.
-    host_dtype: what its weights are held in: stored (as they are saved), bf16, fp32, fp16, or auto, see `pick_dtype`.
+    host_dtype: of its weights: stored (as they are saved), bf16, fp32, fp16 or auto (see addon/host_dtype.py).
     trust_remote_code: run Python code that comes with a hub model.
     """
 
@@ -139,61 +137,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     return tokenizer
 
 
-def meta_host(host: HostConfig):
-    """The LLM without its weights. Raises HostError as `load_config`."""
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(host.model_name, host.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=host.trust_remote_code)
-    return model.requires_grad_(False)
-
-
-def dtype_name(dtype: torch.dtype | None) -> str:
-    """The name that `--host_dtype` has for a dtype; "stored" where it has none."""
-    return next((name for name, known in DTYPES.items() if known == dtype), "stored")
-
-
-def pick_dtype(host: HostConfig, device: str) -> tuple[str, str]:
-    """What the LLM's weights are held in, as `load_host` takes it, and a line for the user, "" where there is no need.
-
-    `auto` is the dtype that they are saved in where `device` multiplies it natively. Elsewhere it is float32, which is
-    the same LLM computed several times as fast, if that fits the memory. Raises HostError as `load_config`.
-    """
-    if host.host_dtype != "auto":
-        return host.host_dtype, ""
-    if host.load_in != "none":
-        return "stored", ""
-
-    # Most LLMs whose config does not tell are saved in 16 bits.
-    config = load_config(host.model_name, host.trust_remote_code)
-    stored = config.dtype or config.get_text_config().dtype or torch.bfloat16
-    slow = {torch.bfloat16: not multiplies_bf16(device), torch.float16: device == "cpu"}
-    if device == "mps" or not slow.get(stored, False):
-        return dtype_name(config.dtype), ""
-
-    # Known before any weight is read, or downloaded.
-    needed = 4 * sum(parameter.numel() for parameter in meta_host(host).parameters())
-    free = free_memory(device)
-    name = dtype_name(stored)
-    if needed > MOST_OF_MEMORY * free:
-        return dtype_name(config.dtype), (
-            f"WARNING: {host.model_name} stays in {name}, which this {device} multiplies several times more slowly "
-            f"than fp32: in fp32 it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        )
-    return "fp32", (
-        f"{host.model_name} is held in fp32 ({needed / 1e9:.2f} GB, twice its size on disk): this {device} multiplies "
-        f"{name} several times more slowly"
-    )
-
-
-def load_host(
-    name: str,
-    load_in: str = "none",
-    trust_remote_code: bool = False,
-    device: str = "cpu",
-    host_dtype: str = "stored",
-):
+def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
+              host_dtype: str = "stored"):
     """The causal LM (quantised on request), frozen, in evaluation mode, its logits checked.
 
     Args:
@@ -210,18 +155,17 @@ def load_host(
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code)
-    dtype = DTYPES.get(host_dtype, "auto")
-    arguments = {"dtype": dtype, "trust_remote_code": trust_remote_code, **_quantisation(load_in, device)}
+    arguments = {"config": config, "dtype": DTYPES.get(host_dtype, "auto"), **_quantisation(load_in, device)}
     try:
         host, info = AutoModelForCausalLM.from_pretrained(
-            **_source(name), config=config, output_loading_info=True, **arguments
+            **_source(name), **arguments, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise HostError(f"--model_name {name}: the model cannot be loaded: {_one_line(error)}") from error
     if info["missing_keys"]:
         # transformers would draw them at random and say so in a warning alone.
-        missing = sorted(info["missing_keys"])
-        raise HostError(f"--model_name {name}: {len(missing)} weights are missing, the first is {missing[0]}")
+        missing = info["missing_keys"]
+        raise HostError(f"--model_name {name}: {len(missing)} weights are missing, the first is {min(missing)}")
 
     # A quantised model is on its device already, and may not be moved.
     if load_in == "none":
@@ -233,9 +177,8 @@ def load_host(
     except HostError:
         raise
     except Exception as error:  # bitsandbytes cannot multiply every shape, and a family's forward is foreign code
-        raise HostError(
-            f"--model_name {name} --load_in {load_in}: the model cannot be loaded: {_one_line(error)}"
-        ) from error
+        reason = f"the model cannot be loaded: {_one_line(error)}"
+        raise HostError(f"--model_name {name} --load_in {load_in}: {reason}") from error
     return host
 
 

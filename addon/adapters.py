@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from addon.baselines import BaselineConfig, BaselineController
+from addon.host_dtype import host_dtype, pick_dtype
 from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
-from host import HostConfig, dtype_name, pick_dtype
+from host import HostConfig
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
 from text_data.frames import Frame, render_frame
 
@@ -56,13 +57,6 @@ def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": text.vocab_size,
         "head_digest": hashlib.sha256(rows).hexdigest()[:16],
     }
-
-
-def host_dtype(host: PreTrainedModel) -> str:
-    """What the weights of a base model are held in, as `--host_dtype` names it; stored where they are quantised."""
-    if getattr(host, "is_quantized", False):
-        return "stored"
-    return dtype_name(host.get_output_embeddings().weight.dtype)
 
 
 def adapter_document(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from addon.baselines import BaselineConfig
-from host import HostConfig, add_lora, decoder_layers, meta_host
+from addon.host_dtype import meta_host
+from host import HostConfig, add_lora, decoder_layers
 from model import AdapterConfig, HRMAddon, HRMAddonConfig
 
 TOLERANCE = 0.05  # largest distance from the wanted number, as a share of it

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-import host
 import options
+from addon import host_dtype as host
 from addon.adapters import ADAPTER_CONFIG, load_controller
+from addon.host_dtype import pick_dtype
 from engine.checkpoints import read_checkpoint
-from host import HostConfig, load_host, pick_dtype
+from host import HostConfig, load_host
 from tiny_runs import error_lines, newest, only_run
 
 

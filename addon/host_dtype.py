@@ -1,0 +1,68 @@
+"""What the frozen LLM's weights are held in: chosen for the machine, recorded with what is trained on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from engine.hardware import free_memory, multiplies_bf16
+from host import DTYPES, HostConfig, load_config
+
+MOST_OF_MEMORY = 0.8  # share of the free memory that weights held in float32 may take
+
+
+def meta_host(host: HostConfig) -> Any:
+    """The LLM without its weights. Raises HostError as `load_config`."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(host.model_name, host.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=host.trust_remote_code)
+    return model.requires_grad_(False)
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """The name that `--host_dtype` has for a dtype; "stored" where it has none."""
+    return next((name for name, known in DTYPES.items() if known == dtype), "stored")
+
+
+def pick_dtype(host: HostConfig, device: str) -> tuple[str, str]:
+    """What the LLM's weights are held in, as `load_host` takes it, and a line for the user, "" where there is no need.
+
+    `auto` is the dtype that they are saved in where `device` multiplies it natively. Elsewhere it is float32, which is
+    the same LLM computed several times as fast, if that fits the memory. Raises HostError as `load_config`.
+    """
+    if host.host_dtype != "auto":
+        return host.host_dtype, ""
+    if host.load_in != "none":
+        return "stored", ""
+
+    # Most LLMs whose config does not tell are saved in 16 bits.
+    config = load_config(host.model_name, host.trust_remote_code)
+    stored = config.dtype or config.get_text_config().dtype or torch.bfloat16
+    slow = {torch.bfloat16: not multiplies_bf16(device), torch.float16: device == "cpu"}
+    if device == "mps" or not slow.get(stored, False):
+        return dtype_name(config.dtype), ""
+
+    # Known before any weight is read, or downloaded.
+    needed = 4 * sum(parameter.numel() for parameter in meta_host(host).parameters())
+    free = free_memory(device)
+    name = dtype_name(stored)
+    if needed > MOST_OF_MEMORY * free:
+        return dtype_name(config.dtype), (
+            f"WARNING: {host.model_name} stays in {name}, which this {device} multiplies several times more slowly "
+            f"than fp32: in fp32 it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        )
+    return "fp32", (
+        f"{host.model_name} is held in fp32 ({needed / 1e9:.2f} GB, twice its size on disk): this {device} multiplies "
+        f"{name} several times more slowly"
+    )
+
+
+def host_dtype(host: PreTrainedModel) -> str:
+    """What the weights of a base model are held in, as `--host_dtype` names it; stored where they are quantised."""
+    if getattr(host, "is_quantized", False):
+        return "stored"
+    return dtype_name(host.get_output_embeddings().weight.dtype)
