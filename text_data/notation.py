@@ -205,6 +205,7 @@ ALTERED_BEFORE = re.compile(
 )
 ALTERED_AFTER = re.compile(
     r"[\s-]?(?:[\^‸]|\*\*\s?[\d(a-z-]"
+    r"|(?:(?:st|nd|rd|th) (?:root|power))(?!\w)"
     r"|(?:squared|cubed|factorial|raised to|to the power|and a half|and a quarter|√)(?!\w))",
     re.I,
 )
@@ -225,7 +226,7 @@ DOUBTFUL_AFTER = re.compile(
 )
 DENIED = re.compile(r"\b(?:not|never|nor|neither|cannot|wrong|incorrect|unless|except|instead|rather)\b|n['’]t\b", re.I)
 
-_LETTERS = re.compile(r"(\s?)([A-Za-z]+)")
+_LETTERS = re.compile(r"(\s?)([A-Za-z]+(?:['’][A-Za-z]+)?)")
 _UNIT_LETTERS = frozenset("mgshlLWVNJCFAaI")
 _GLUED_UNITS = frozenset(
     "km cm mm nm kg mg lb lbs oz sec secs min mins hr hrs ft in yd mi ml dl cl kw kwh hz khz mhz ghz mph kmh kph am pm "

@@ -47,7 +47,8 @@ SAME = [
     "-(5)")],
     *[(text, "-5") for text in ("- 5", "is - 5", "x = -5", r"\(-5\)", "$-5$", "-5.", "-5 km", "Answer: - 5",
     "negative $5")],
-    *[(text, "5") for text in ("(5)", "+5", "5.", "**5**", "$5", "5 \u20ac", "USD 5", "US$5", "5th", "\uff15",
+    *[(text, "5") for text in ("(5)", "+5", "5.", "**5**", "$5", "5 \u20ac", "USD 5", "5 o'clock", "US$5", "5th",
+    "\uff15",
     "\u0665", "5\u00b0")],
     *[(text, "5") for text in (r"\boxed{5}", "<answer>5</answer>", r"5^{\circ}", "5 m\u00b2", "5 cm^2",
     r"5 \text{ km}", "5kg", "5 %")],
@@ -84,7 +85,8 @@ def test_where_the_final_number_stands(text, number):
 
 
 @pytest.mark.parametrize("text", [
-    "5!", "5 squared", "5 cubed", "5M", "5k", "5 million", "5 dozen", "sqrt(9)", r"\sqrt{9}", "\u221a9", "half of 10",
+    "5!", "5th root", "5 squared", "5 cubed", "5M", "5k", "5 million", "5 dozen", "sqrt(9)", r"\sqrt{9}", "\u221a9",
+    "half of 10",
     "twice 5",
     "not 5", "it isn't 5", "5 is wrong", "5-6", "5\u20136", "5 or 6", "5 to 6", "between 5 and 6", "x=5 y=6", "5, 6",
     "1,5", "5:30",
