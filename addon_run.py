@@ -189,6 +189,12 @@ class AddonEvaluator(Evaluator):
         if late:
             notes.append(f"{late} answers ran out of time (--score_timeout_s), counted as wrong")
 
+        # What was neither trained on nor asked, and what a scorer alone would have called right.
+        refused = sum(answer.refused for answer in evaluation.answers)
+        if refused:
+            notes.append(f"{refused} answers of a full score were refused (--verifier_strict 1), counted as wrong")
+        notes += self.data.left_out_notes()
+
         if evaluation.chances:
             notes += chance_notes(evaluation.chances)
 

@@ -123,7 +123,7 @@ class Task:
     """One task at one difficulty: items by (seed, index), and its scorer.
 
     `passed_over` has the indices of each seed whose items took too long to make. They stay passed over, however fast
-    the machine is next time. `left_out` counts the items that were left out because their gold answer fails.
+    the machine is next time. `left_out` has the data seeds of the items whose gold answer fails.
 
     Raises:
         TaskError: unknown name, unknown or illegal config keys.
@@ -135,7 +135,7 @@ class Task:
         self.name, self.config = name, dict(config or {})
         self.limits = limits
         self.passed_over: dict[int, list[int]] = {}
-        self.left_out = 0
+        self.left_out: set[int] = set()
         self.most_slow = MAX_SLOW  # consecutive draws out of time that end it
         self._dataset_class, self._config_class = registry()[name]
         self.scorer = self._checked_dataset()
@@ -174,7 +174,7 @@ class Task:
             for offset in range(index % CHUNK, CHUNK):
                 try:
                     entry = self._draw_in_time(chunk, offset, seed, index)
-                    self._check_gold(entry)
+                    self._check_gold(entry, seed + index)
                 except TimeLimitError as error:
                     slow += 1
                     if slow >= self.most_slow:
@@ -205,11 +205,11 @@ class Task:
             )
             raise
 
-    def _check_gold(self, entry: dict[str, Any] | None) -> None:
-        """Counts an item whose gold answer fails. Raises TaskError."""
+    def _check_gold(self, entry: dict[str, Any] | None, seed: int) -> None:
+        """Notes an item whose gold answer fails. Raises TaskError."""
         if entry is None or not self.limits.verifier_strict or not gold_fails(self.name, entry, self.scorer):
             return
-        self.left_out += 1
+        self.left_out.add(seed)
         raise TaskError("its gold answer fails its own verifier")
 
     def _too_slow(self) -> str:

@@ -141,6 +141,15 @@ class AddonData:
             self._chances_of = self.eval_examples
         return self._chances
 
+    def left_out_notes(self) -> list[str]:
+        """One clause for each task that has drawn items with a gold answer that fails its own verifier."""
+        notes = []
+        for task in self.tasks:
+            if task.left_out:
+                count = len(task.left_out)
+                notes.append(f"{task.name}: {count} drawn items left out, their gold answer fails its own verifier")
+        return notes
+
     @property
     def fixed_examples(self) -> list[Example]:
         """The items of a fixed training set (--train_n above 0)."""

@@ -174,8 +174,10 @@ def upstream_rows(options: argparse.Namespace, left_out: Counter[str]) -> Iterat
         raise ValueError("\n".join([*problems, f"no {options.dataset} data as upstream has them: correct the source"]))
 
 
-def reasoning_gym_rows(options: argparse.Namespace) -> Iterator[Row]:
+def reasoning_gym_rows(options: argparse.Namespace, left_out: Counter[str]) -> Iterator[Row]:
     """Distinct generated questions, balanced over the tasks. `train`: none that evaluation reserves; `test`: those.
+
+    `left_out` counts, by reason, the drawn items that are not among them.
 
     Raises:
         ValueError: tasks that cannot be used, one line each.
@@ -207,6 +209,9 @@ def reasoning_gym_rows(options: argparse.Namespace) -> Iterator[Row]:
 
         seen.add(question)
         repeated = 0
+        failing = sum(len(task.left_out) for task in tasks)
+        if failing:
+            left_out["items whose gold answer fails its own verifier"] = failing
         yield {"prompt": example.question, "answer": example.target, "source": "reasoning_gym", "task": example.task}
 
 
@@ -239,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     left_out: Counter[str] = Counter()
     splits = Splits(options.split)
     if options.dataset == "reasoning_gym":
-        rows = reasoning_gym_rows(options)
+        rows = reasoning_gym_rows(options, left_out)
     else:
         splits = source_splits(options)
         rows = upstream_rows(options, left_out)

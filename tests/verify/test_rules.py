@@ -15,7 +15,7 @@ import reasoning_gym_wrapper as rg
 from grpo.rewards import item_text, read_item
 from reasoning_gym_wrapper import Example, Task
 from tasks.limits import TimeLimits
-from verify.judge import Verdict, is_full, rule_name, scored, verdict
+from verify.judge import Verdict, gold_fails, is_full, rule_name, scored, verdict
 from verify.table import RULES, strict
 
 N = 5  # items of a task; the scorers' faults show on most of them
@@ -422,3 +422,59 @@ def test_a_scorer_never_sees_what_it_would_run_or_count_for_ever(name, text):
     entry = {"question": "q", "answer": "x", "metadata": {"variable": "x"}}
     asked = Scorer(1.0)
     assert not verdict(name, text, entry, asked).solved and asked.seen == []
+
+
+# --- items whose gold answer fails ------------------------------------------------------------------------------------
+
+
+class Dozens:
+    """A data set whose every third gold answer is one that its scorer does not take."""
+
+    def __init__(self, config):
+        self.seed = config.seed
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self.seed + index
+        gold = "No solution" if place % 3 == 0 else str(place)
+        return {"question": f"{place}?", "answer": gold, "metadata": {"place": place}}
+
+    def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
+        return float(answer == str(entry["metadata"]["place"]))
+
+
+@pytest.fixture
+def dozens(monkeypatch):
+    monkeypatch.setitem(rg.registry(), "dozens", (Dozens, rg.registry()["toy_add"][1]))
+    return lambda strict: Task("dozens", None, TimeLimits(verifier_strict=strict))
+
+
+def taken(task: Task, count: int, start: int = 0) -> list[tuple[int, str]]:
+    return [(index, example.target) for index, example in itertools.islice(task.items(100, start), count)]
+
+
+def test_items_whose_gold_answer_fails_are_left_out_and_counted(dozens):
+    task = dozens(True)
+    assert taken(task, 4) == [(0, "100"), (1, "101"), (3, "103"), (4, "104")]
+    assert len(task.left_out) == 1 and taken(task, 4) and len(task.left_out) == 1  # drawn again, counted once
+
+    # The stream goes on from any index as if nothing had happened.
+    assert taken(task, 3, 2) == taken(task, 5)[2:]
+    assert taken(dozens(False), 4) == [(0, "100"), (1, "101"), (2, "No solution"), (3, "103")]
+
+
+@pytest.mark.parametrize(
+    ("name", "gold", "fails"),
+    [
+        ("jugs", "No solution", True),
+        ("jugs", '["fill A"]', False),
+        ("intermediate_integration", "3*Integral(x*sin(x), x) + C", True),
+        ("intermediate_integration", "x*asin(3*x) + sqrt(1 - 9*x**2)/3 + C", False),
+        ("gsm_symbolic", "1,234", False),
+        ("gsm_symbolic", "-5", False),
+        ("rubiks_cube", None, False),
+    ],
+)
+def test_a_gold_answer_fails_where_its_own_verifier_says_so(name, gold, fails):
+    metadata = {"puzzle": {"jug_capacities": [3, 5], "target": 3}, "variable": "x"}
+    entry = {"question": "q", "answer": gold, "metadata": metadata}
+    assert gold_fails(name, entry, task_of(name).scorer) is fails
