@@ -29,8 +29,6 @@ RECURRENT = ("hrm",)
 BLOCKS = ("hrm", "mlp")  # read hidden states and inject: the HRM, and its blocks in a single pass
 
 METAVARS = {"int": "N", "float": "X", "bool": "0|1", "str": "TEXT", "path": "PATH", "list": "A,B", "json": "TEXT"}
-
-
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no text file holds these; bytes that are not UTF-8 come as halves
 
 
