@@ -22,6 +22,8 @@ from engine.files import JsonLineError, reason_of
 from engine.records import normalise
 from enhanced.reasoning_format import split_completion
 from grpo.problems import Problem
+from sandbox.references import failing_references
+from sandbox.runner import CodeJob
 from text_data.answers import MARK, gold_of, without_calculator
 from text_data.choice_tasks import has_choices, needs_image, read_choice_task
 from text_data.code_tasks import (
@@ -74,17 +76,20 @@ def file_source(path: Path) -> FileSource:
     """The problems of a file of JSON lines, of one JSON list, or of one JSON object that holds them by id.
 
     Raises:
-        ValueError: one line that names the file and the row: no such file, a row that is no problem, or one question
-            with two answers.
+        ValueError: one line that names the file and the row: no such file, a row that is no problem, one question
+            with two answers, or code whose own tests fail it.
     """
     # A broken line ends the run before it begins: a silent gap would change what is trained on.
     rows = []
     places: dict[str, tuple[str, Problem]] = {}  # of each question
+    programs: dict[str, CodeJob] = {}
     splits = Splits(None)
     for place, record in _file_records(path):
         splits.takes(record)
         problem = _file_problem(record, f"{path}: {place}")
         rows.append(problem)
+        if problem.tests:
+            programs[place] = CodeJob(problem.answer, problem.tests, problem.setup)
 
         # Of two answers to one question no model can know which is meant; more tests of one program are fine.
         first, same = places.setdefault(normalise(problem.question), (place, problem))
@@ -99,6 +104,11 @@ def file_source(path: Path) -> FileSource:
         )
     if len(places) < 2:
         raise ValueError(f"{path} holds {len(places)} problems: at least 2 are needed, one of them to evaluate on")
+
+    # What is shown as right must earn its reward.
+    wrong = failing_references(programs)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong}")
     return FileSource(Path(path), tuple(rows))
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import JsonLineError
+from sandbox.references import failing_references
+from sandbox.runner import CodeJob
 from text_data.choice_tasks import needs_image, read_choice_task
-from text_data.code_tasks import CodeTask, is_mbpp, read_mbpp, setup_field, tests_field
+from text_data.code_tasks import CodeTask, is_mbpp, read_mbpp, setup_field, tests_field, text_field
 from text_data.documents import Splits
 from text_data.numbers import final_number
 from text_data.rows import json_rows
@@ -46,7 +48,8 @@ class Question:
     """One item to answer. `index` is its place in the file; the fields after `answer` belong to single data sets.
 
     answer: the text (synthetic), or a text whose final number counts (gsm8k).
-    tests: `assert` statements about the code that is asked for, with statements to run before them in `setup` (mbpp).
+    tests: `assert` statements about the code that is asked for, with statements to run before them in `setup`, and the
+        reference `code` where the row has it (mbpp).
     choices: the options, of which `answer_index` is right; `rationale` says why, empty where nobody wrote it
         (science_qa).
     """
@@ -56,6 +59,7 @@ class Question:
     answer: str = ""
     tests: tuple[str, ...] = ()
     setup: str = ""
+    code: str = ""
     choices: tuple[str, ...] = ()
     answer_index: int = -1
     rationale: str = ""
@@ -96,10 +100,11 @@ def _mbpp(index: int, row: dict[str, Any]) -> Question:
         if is_mbpp(row):
             task = read_mbpp(row)
         else:
-            task = CodeTask(_text(row, "prompt"), tests_field(row, "tests"), setup_field(row, "setup"))
+            code = text_field(row, "code", "")
+            task = CodeTask(_text(row, "prompt"), tests_field(row, "tests"), setup_field(row, "setup"), code)
     except ValueError as error:
         raise SuiteError(str(error)) from error
-    return Question(index, task.prompt, tests=task.tests, setup=task.setup)
+    return Question(index, task.prompt, tests=task.tests, setup=task.setup, code=task.code)
 
 
 def _science_qa(index: int, row: dict[str, Any]) -> Question | None:
@@ -157,7 +162,7 @@ def read_questions(item: SuiteItem, first_only: bool = False) -> list[Question]:
 
     Raises:
         SuiteError: names the first line that is wrong; the entry has no question; rows of several splits, of which
-            none is chosen.
+            none is chosen; rows whose own code fails their tests.
     """
     if item.path is None:
         if not item.pairs:
@@ -167,6 +172,7 @@ def read_questions(item: SuiteItem, first_only: bool = False) -> list[Question]:
     # A row that is left out counts in the index, so an index is the row's place in the file.
     splits = Splits(item.split, SPLIT_FLAG)
     questions = []
+    programs = {}
     read = 0
     for index, (where, row) in enumerate(rows_of(item.path)):
         if not splits.takes(row) or (first_only and read):
@@ -175,6 +181,7 @@ def read_questions(item: SuiteItem, first_only: bool = False) -> list[Question]:
         question = _question(item, index, where, row)
         if question is not None:
             questions.append(question)
+            programs[where] = CodeJob(question.code, question.tests, question.setup)
         if first_only and not splits.counts:
             return questions
 
@@ -182,6 +189,9 @@ def read_questions(item: SuiteItem, first_only: bool = False) -> list[Question]:
         raise SuiteError(f"{item.name}: {item.path}: {splits.problem()}")
     if not questions and not (first_only and read):
         raise SuiteError(f"{item.name}: {item.path} holds no question that text alone can answer")
+    wrong = failing_references(programs)
+    if wrong is not None:
+        raise SuiteError(f"{item.name}: {wrong}")
     return questions
 
 

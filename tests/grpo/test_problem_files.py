@@ -189,3 +189,16 @@ def test_a_row_without_an_obvious_meaning_is_refused_by_its_line(tmp_path, row, 
     with pytest.raises(ValueError, match=re.escape(told)) as caught:
         read(tmp_path, OTHER | {"prompt": "First?"}, row)
     assert "problems.jsonl: line 2 " in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- reference code ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(confinement() is not None, reason="no confinement here")
+@pytest.mark.parametrize("name", ["code", "answer"])
+def test_a_row_whose_own_code_fails_its_tests_is_named(tmp_path, name):
+    right = {"prompt": "Write inc.", name: "def inc(a): return a + k", "tests": ["assert inc(1) == 2"], "setup": "k=1"}
+    wrong = {**right, name: "def inc(a): return a", "prompt": "Write inc1."}
+    with pytest.raises(ValueError, match="the reference code fails its own tests at line 2 .failed: test 1: Assert"):
+        read(tmp_path, right, wrong, {**right, name: "", "prompt": "Write inc2."})
+    assert len(read(tmp_path, right)) == 2

@@ -501,6 +501,17 @@ def jobs(monkeypatch):
     return seen
 
 
+@pytest.mark.skipif(code_runner.confinement() is not None, reason="no confinement here")
+def test_a_row_whose_own_code_fails_its_tests_is_named_before_a_model_is_loaded(write):
+    wrong = {"text": "Write inc.", "code": "def inc(a):\r\n  return a", "test_list": ["assert inc(1) == 2"]}
+    path = write("m.jsonl", [MBPP[0], wrong, {**MBPP[1], "code": ""}])
+    told = "mbpp: the reference code fails its own tests at .*m.jsonl, line 2 .failed: test 1: AssertionError"
+    for read in (lambda: read_questions(SuiteItem("mbpp", path)), lambda: parse_suite(f"mbpp={path}")):
+        with pytest.raises(SuiteError, match=told):
+            read()
+    assert len(read_questions(SuiteItem("mbpp", write("right.jsonl", MBPP)))) == len(MBPP)
+
+
 def test_code_is_unfenced_and_run_against_all_its_tests(write, jobs):
     said = {"Write add.": f"Sure:\n```python\n{MBPP[0]['code']}\n```\nDone.", "Write neg.": "def neg(a): return a"}
     unconfined = code_runner.confinement() is not None  # where namespaces are refused, verdicts are still tested
