@@ -398,6 +398,16 @@ def _stacks(host) -> list[tuple[str, nn.ModuleList]]:
     return stacks
 
 
+def _is_product(module: nn.Module) -> bool:
+    """False for a family's own kind of linear map that returns something else than a product, as some routers do."""
+    if not type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
+        return True
+    try:
+        return module(module.weight.new_zeros(1, 2, module.in_features)).shape == (1, 2, module.out_features)
+    except Exception:  # of whatever kind: a family's forward is foreign code
+        return False
+
+
 def add_lora(host, layers: int, rank: int) -> None:
     """Puts peft LoRA on every linear map of the host's top `layers` layers, in place; base weights stay as they are.
 
@@ -419,7 +429,7 @@ def add_lora(host, layers: int, rank: int) -> None:
         for inner, module in layer.named_modules():
             # peft refuses a Mamba mixer's output map, which fast kernels read past the module.
             kernel_read = inner.endswith("out_proj") and host.config.model_type in MAMBA_MIXERS
-            if isinstance(module, nn.Linear | Conv1D) and not kernel_read:
+            if isinstance(module, nn.Linear | Conv1D) and not kernel_read and _is_product(module):
                 targets.append(f"{name}.{inner}")
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none")
     inject_adapter_in_model(config, host)

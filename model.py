@@ -452,8 +452,14 @@ class HRMBackbone(FrozenHostModel):
         """The states before, between and behind the decoder layers, num_hidden_layers + 1 tensors (B, N, D).
 
         Mamba2 lists each layer's output and the normed last one, without what its first layer reads: the embeddings.
+
+        Raises:
+            ValueError: the family gives other states than that.
         """
         states = list(out.hidden_states)
+        count = self.config.get_text_config().num_hidden_layers + 1
+        if len(states) != count or any(state.shape != out.last_hidden_state.shape for state in states):
+            raise ValueError(f"--hrm_read all: the LLM does not give one state for each of {count - 1} layers")
         if not hasattr(out, "past_key_values"):
             states = [self.get_input_embeddings()(input_ids), *states[:-2], states[-1]]
         return states

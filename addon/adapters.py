@@ -8,14 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from addon.baselines import BaselineConfig, BaselineController
 from addon.host_dtype import host_dtype, pick_dtype
 from batching import PromptConfig, PromptFormat
+from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
-from host import HostConfig
+from host import HostConfig, HostError
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
 from text_data.frames import Frame, render_frame
 
@@ -33,13 +35,41 @@ def build_controller(host: HostConfig, config: AdapterConfig, device: str) -> Ad
     """A new adapter with the settings of `config` on the LLM that `host` names; `device` is torch's name of one.
 
     Raises:
-        HostError: as `host.load_host`; more LoRA layers than the LLM has.
+        HostError: as `host.load_host`; more LoRA layers than the LLM has; an LLM that the adapter cannot run in.
     """
-    controller = CONTROLLERS[type(config)]
+    kind = CONTROLLERS[type(config)]
     dtype, _ = pick_dtype(host, device)
-    return controller.from_base(
+    controller = kind.from_base(
         host.model_name, host.load_in, host.trust_remote_code, device, dtype, **config.settings()
     )
+    check_forward(controller)
+    return controller
+
+
+@torch.no_grad()
+def check_forward(controller: AdapterController) -> None:
+    """Runs a short text through LLM and adapter, so that what a family cannot do is told before anything is trained.
+
+    Random state and mode stay as they were.
+
+    Raises:
+        HostError: the forward pass fails.
+    """
+    device = controller.get_input_embeddings().weight.device
+    ids = torch.arange(1, 9, device=device)[None] % controller.config.get_text_config().vocab_size
+    was_training = controller.training
+    controller.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            controller(input_ids=ids, labels=ids.masked_fill(ids < 6, IGNORE))
+    except Exception as error:  # of whatever kind: a family's forward is foreign code
+        reason = " ".join(str(error).split())[:200]
+        raise HostError(
+            f"--model_name {controller.config.base_model_name}: {controller.title} cannot run in a model of the family "
+            f"{controller.host.config.model_type} ({reason}): change the adapter's flags or choose another base model"
+        ) from error
+    finally:
+        controller.train(was_training)
 
 
 # --- the document -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import host as host_module
+from addon.adapters import build_controller
 from host import (
+    HostConfig,
     HostError,
     add_lora,
     check_cache,
@@ -267,6 +269,38 @@ def test_lora_on_mamba2_leaves_the_map_that_kernels_read_past_the_module():
     add_lora(host, 1, 4)
     adapted = {name.split(".lora_A")[0] for name, _ in host.named_parameters() if "lora_A" in name}
     assert adapted == {"backbone.layers.1.mixer.in_proj"}
+
+
+def test_lora_leaves_a_familys_own_kind_of_linear_map_alone():
+    """The router of phimoe is a linear map that returns a tuple."""
+    host = family_host("phimoe", num_local_experts=2, num_experts_per_tok=2, num_key_value_heads=2)
+    add_lora(host, 2, 4)
+    with torch.no_grad():
+        host(input_ids=random_ids(1, 5))
+    assert any("lora_" in name for name, _ in host.named_parameters())
+
+    # Falcon's linear maps are of its own kind, and products.
+    host = family_host("falcon", num_kv_heads=4)
+    add_lora(host, 2, 4)
+    assert sum("lora_A" in name for name, _ in host.named_parameters()) == 2 * 4
+
+
+def test_an_adapter_that_cannot_run_in_the_llm_is_one_line_before_training(tmp_path, monkeypatch):
+    family_host("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr("model.HRMBackbone._layer_states", lambda *_: [torch.zeros(1, 3)])
+    config = HRMAddonConfig(d_h=16, n_heads=2, hrm_read="all")
+    refused(lambda: build_controller(HostConfig(str(tmp_path)), config, "cpu"), "HRM cannot run", "llama")
+
+
+def test_the_check_of_an_adapter_draws_no_random_number(tmp_path):
+    family_host("llama").save_pretrained(tmp_path)
+    config = HRMAddonConfig(d_h=16, n_heads=2, init_state="random")
+    torch.manual_seed(0)
+    controller = build_controller(HostConfig(str(tmp_path)), config, "cpu")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    HRMController.from_base(str(tmp_path), d_h=16, n_heads=2, init_state="random")
+    assert torch.equal(after, torch.rand(1)) and controller.training
 
 
 def test_lora_on_the_layers_of_a_family_that_runs_them_in_cycles():
