@@ -36,14 +36,12 @@ from transformers.utils import ModelOutput
 from batching import Batch
 from engine.batches import IGNORE
 from engine.optimization import check_fit
+from engine.past_tokens import cached_tokens, position_arguments, run_decoder
 from host import (
     add_lora,
-    cached_tokens,
     freeze,
     host_logits,
     load_host,
-    position_arguments,
-    run_decoder,
     without_lora,
 )
 from hrm_blocks import (
@@ -243,7 +241,7 @@ class FrozenHostModel(PreTrainedModel):
 
 
 class RecurrentCache(DynamicCache):
-    """A cache of recurrent states alone (Mamba2), which hold no row per token: `host.run_decoder` counts the tokens."""
+    """A cache of recurrent states alone (Mamba2), which hold no row per token: `run_decoder` counts the tokens."""
 
     tokens_read = 0
     is_compileable = False  # else transformers would hand on prepared masks in place of the padding mask

@@ -26,15 +26,13 @@ from transformers import PreTrainedModel, StaticCache
 
 from batching import Batch
 from engine.batches import IGNORE
+from engine.past_tokens import cached_tokens, position_arguments, run_decoder
 from host import (
     add_lora,
-    cached_tokens,
     freeze,
     host_logits,
     load_host,
     lora_layers,
-    position_arguments,
-    run_decoder,
 )
 from hrm_blocks import all_correct, token_positions
 from model import AdapterConfig, AdapterController, ControllerOutput, causal_loss

@@ -12,11 +12,11 @@ from torch import nn
 
 import host as host_module
 from addon.adapters import build_controller
+from engine.past_tokens import check_cache
 from host import (
     HostConfig,
     HostError,
     add_lora,
-    check_cache,
     check_logits,
     decoder_layers,
     freeze,
