@@ -29,6 +29,9 @@ MORE = """These are the common flags. To see the rest, with the legal values of 
 """
 
 
+MEMORY = "memory has run out: choose smaller sizes, a smaller --batch_size or --eval_batch_size; what was saved stays"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     try:
@@ -51,6 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("HRM_TRACEBACK"):
             raise
         return complain([str(error)])
+    except (MemoryError, RuntimeError) as error:
+        from engine.memory import lacks_memory
+
+        if os.environ.get("HRM_TRACEBACK") or not lacks_memory(error):
+            raise
+        return complain([f"{MEMORY} ({error})" if str(error) else MEMORY])
 
 
 def understand(given: options.Given) -> tuple[options.Options, Path | None, list[str]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 
+from engine.memory import check_model
 from enhanced.config import CycleMeter, EnhancedBackboneOutput, EnhancedHRMConfig, EnhancedOutput
 from enhanced.layers import (
     CausalLayer,
@@ -372,6 +373,7 @@ def create_hrm_model_and_tokenizer(
         eos_token_id=tokenizer.eos_token_id,
         **settings,
     )
+    check_model(lambda: EnhancedHRMForCausalLM(config))
     return EnhancedHRMForCausalLM(config), tokenizer
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import options
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, machine_problems, start_machine
+from engine.memory import check_model
 from engine.optimization import OptimConfig
 from engine.report import Card, Report
 from engine.system import Facts, Hooks, LoopConfig
@@ -227,7 +228,9 @@ class HybridRun:
 
         # The first weights depend on the seed alone, not on what the data drew before.
         set_seed(opts.seed)
-        self.model = HybridModel(hybrid_config(opts, self.data)).to(self.machine.device)
+        shape = hybrid_config(opts, self.data)
+        check_model(lambda: HybridModel(shape))
+        self.model = HybridModel(shape).to(self.machine.device)
         self.trainer = HybridTrainer(
             options.part(HybridStepConfig, opts),
             options.part(OptimConfig, opts),
