@@ -440,7 +440,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         # The machine.
         Flag("device", "str", "auto", "where to compute; auto = CUDA, else MPS, else CPU",
              choices=("auto", "cpu", "cuda", "mps"), common=True),
-        Flag("num_threads", "int", 0, "CPU threads; 0 = torch's choice", low=0),
+        Flag("num_threads", "int", 0, "CPU threads; 0 = OMP_NUM_THREADS, else one or all cores, whichever "
+             "multiplies faster at the start", low=0),
     ),
 }
 GROUPS = tuple(_TABLE)

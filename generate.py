@@ -12,6 +12,7 @@ from typing import NoReturn, Protocol
 from flags import UNWRITABLE
 
 PROG = "generate.py"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: idle threads leave their core to others
 COMMANDS = "an empty line or Ctrl-D ends"
 
 

@@ -34,6 +34,7 @@ MEMORY = "memory has run out: choose smaller sizes, a smaller --batch_size or --
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
+    wait_passively()
     try:
         given = options.read(argv)
         if given.help is not None:
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         opts, checkpoint, problems = understand(given)
         if problems:
             return complain(problems)
+        opts = with_threads(opts)
         run = run_of(opts)(opts, checkpoint)
         status = run.go()
         if opts.eval_suite and status == 0:
@@ -101,6 +103,27 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
 
     opts = options.resolve(opts)
     return opts, checkpoint, run_of(opts).problems(opts, checkpoint)
+
+
+def wait_passively() -> None:
+    """Threads without work sleep, unless the user's environment says otherwise; before torch loads, which reads it.
+
+    By default they spin for a while, and take the core of another thread or program.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def with_threads(opts: options.Options) -> options.Options:
+    """Options with the number of threads that is fastest on this machine now, where the user has not chosen one.
+
+    It is recorded like a typed one, since the last bits of a sum depend on it: a resumed run equals another.
+    """
+    from engine.hardware import best_threads
+    from engine.machine import pick_device
+
+    if opts.num_threads or "OMP_NUM_THREADS" in os.environ or pick_device(opts.device) != "cpu":
+        return opts
+    return options.replace(opts, num_threads=best_threads())
 
 
 def run_of(opts: options.Options) -> type:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import psutil
 import torch
+
+TRIALS = 8  # products that are timed with each number of threads, about a millisecond each
+SIDE = 256  # of their matrices: about what a batch of the embedded LLM multiplies
+WORTH = 1.2  # more threads must be so many times as fast as one: they take cores from others
 
 # Names in `torch.cpu.get_capabilities` of instructions that multiply bfloat16 matrices: x86 twice, then ARM.
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
@@ -28,3 +33,31 @@ def free_memory(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available
+
+
+def best_threads() -> int:
+    """The number of threads that multiplies fastest now: one, or torch's own choice. Sets it.
+
+    On idle cores that is torch's choice. Where other programs compute on them, threads that wait for each other are
+    slower than a single one.
+    """
+    most = torch.get_num_threads()
+    if most == 1:
+        return 1
+
+    seconds = {threads: _seconds_of_products(threads) for threads in (1, most)}
+    chosen = most if seconds[1] > WORTH * seconds[most] else 1
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def _seconds_of_products(threads: int) -> float:
+    """Seconds of `TRIALS` matrix products with so many threads, which are started before."""
+    torch.set_num_threads(threads)
+    matrix = torch.ones(SIDE, SIDE)
+    matrix @ matrix
+
+    started = time.perf_counter()
+    for _ in range(TRIALS):
+        matrix @ matrix
+    return time.perf_counter() - started
