@@ -19,25 +19,18 @@ from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig,
 from addon.hooks import AddonHooks
 from addon.host_dtype import pick_dtype
 from addon.items import AddonData, AddonDataConfig
-from addon.param_matching import size_of
+from addon.param_matching import check_size
 from batching import Batch, PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
 from engine.machine import Machine, MachineConfig, errors_of, machine_problems, pick_device, start_machine
-from engine.memory import check_memory
 from engine.optimization import OptimConfig
 from engine.report import Card, Report, format_table
 from engine.system import Evaluator, Facts, LoopConfig
 from evaluation import Answer, Decoding, Evaluation, answer, evaluate
 from host import HostConfig, load_config, load_tokenizer
 from model import AdapterConfig, AdapterController, HRMAddonConfig
-from reasoning_gym_wrapper import (
-    Example,
-    default_tasks,
-    reserved_sums,
-    task_problems,
-    task_warnings,
-)
+from reasoning_gym_wrapper import Example, default_tasks, reserved_sums, task_problems, task_warnings
 from suite.after_run import Subject
 from suite.spec import spec_problems
 from tasks.chance import chance_notes, chance_warnings
@@ -47,7 +40,6 @@ from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
 
 ROWS_TRIED = 128  # evaluation items whose texts the tokenizer must give back
-LARGE = 1024  # widths and ranks beyond it are asked for their memory before anything is loaded
 
 
 def task_names(opts: argparse.Namespace) -> list[str]:
@@ -85,19 +77,9 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
     lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
     lines += errors_of(_check_host, opts)
-
-    # The count of a large adapter's parameters needs the shape of the LLM.
-    if not lines:
-        lines = errors_of(_check_size, opts)
-    return lines
-
-
-def _check_size(opts: argparse.Namespace) -> None:
-    """Raises ValueError for an adapter that this machine has no memory for; loads nothing."""
-    if opts.adapter == "none" or max(opts.d_h, opts.lora_rank, opts.virtual_tokens) <= LARGE:
-        return
-    size = size_of(options.part(HostConfig, opts), adapter_config(opts), opts.max_seq_len)
-    check_memory(size.count(getattr(opts, size.flag)))
+    if lines:
+        return lines
+    return errors_of(check_size, options.part(HostConfig, opts), adapter_config(opts), opts.max_seq_len)
 
 
 def _check_host(opts: argparse.Namespace) -> None:

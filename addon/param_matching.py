@@ -14,9 +14,11 @@ import torch
 
 from addon.baselines import BaselineConfig
 from addon.host_dtype import meta_host
+from engine.memory import check_memory
 from host import HostConfig, add_lora, decoder_layers
 from model import AdapterConfig, HRMAddon, HRMAddonConfig
 
+LARGE = 1024  # widths and ranks up to it are not asked for their memory
 TOLERANCE = 0.05  # largest distance from the wanted number, as a share of it
 
 
@@ -124,6 +126,15 @@ def _width(host: HostConfig, config: HRMAddonConfig) -> Size:
 
     lowest = -(-8 // step) * step
     return Size("d_h", lowest, step, count)
+
+
+def check_size(host: HostConfig, config: AdapterConfig, max_seq_len: int) -> None:
+    """Raises ValueError for a large adapter that this machine has no memory for; loads nothing."""
+    sizes = [getattr(config, flag, 0) for flag in ("d_h", "lora_rank", "virtual_tokens")]
+    if getattr(config, "adapter", "hrm") == "none" or max(sizes) <= LARGE:
+        return
+    size = size_of(host, config, max_seq_len)
+    check_memory(size.count(getattr(config, size.flag)))
 
 
 def match(host: HostConfig, config: AdapterConfig, match_params: int, max_seq_len: int) -> Match:
