@@ -22,7 +22,7 @@ FUNCTIONS = frozenset(
     {"sqrt", "exp", "log", "ln", "Abs", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot",
      "asec", "acsc", "sinh", "cosh", "tanh", "coth", "sech", "csch", "asinh", "acosh", "atanh", "acoth"}
 )
-CONSTANTS = frozenset({"C", "c", "K", "k", "E", "pi"})
+CONSTANTS = frozenset({"C", "C1", "c", "K", "k", "E", "pi"})
 Monomial = tuple[tuple[str, int], ...]
 
 
