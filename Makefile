@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test slow lint host clean
+.PHONY: train test slow lint host audit clean
 
 train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 6 minutes on 2 cores with bf16 instructions, 170 without
 	$(RUN) train.py
@@ -18,6 +18,9 @@ lint: $(VENV)/ready             ## ruff
 
 host: $(VENV)/ready             ## pretrain the embedded LLM anew: about 35 minutes on 2 idle cores with bf16 instructions
 	$(RUN) scripts/pretrain_host.py
+
+audit: $(VENV)/ready            ## ask every task's verifier what it accepts, about 20 minutes of CPU time; writes docs/tasks.md
+	$(RUN) scripts/audit_verifiers.py
 
 # torch comes first and pinned, so that no other requirement pulls another build of it.
 $(VENV)/ready: requirements.txt

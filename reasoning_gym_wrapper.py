@@ -316,7 +316,10 @@ def task_problems(names: Sequence[str], config_text: str, allow_code: bool, supe
 def task_warnings(names: Sequence[str]) -> list[str]:
     """What a user should know about the chosen tasks before reading their figures."""
     loose = [name for name in names if name in SCORES_ANYTHING]
-    lines = [f"{name} gives any text full score: its accuracy means nothing" for name in loose]
+    lines = []
+    for name in loose:
+        lines.append(f"{name} gives any text full score: its mean_score means nothing, nor its accuracy without the "
+                     "strict rule")
 
     hashed = [name for name in names if name in HASH_DEPENDENT]
     if hashed and not sys.flags.hash_randomization == 0:

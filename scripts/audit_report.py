@@ -112,8 +112,8 @@ def _facts_head(rows: Sequence[Row]) -> str:
     return (
         "## What the items are like\n\n"
         "`distinct`: distinct questions among the items drawn. Seconds are of one core of an AMD EPYC, mean and most.\n"
-        "`gold refused`: items whose own gold answer is not solved by the scorer alone / with the strict rule. `no\n"
-        "row`: items that one row of an Arrow data set cannot hold as they are. `prints`: making or scoring items\n"
+        "`gold refused`: items whose own gold answer is not solved by the scorer alone / with the strict rule.\n"
+        "`no row`: items that one row of an Arrow data set cannot hold as they are. `prints`: making or scoring items\n"
         f"writes to stdout.\n\nOut of time before all was measured: {', '.join(late) or 'none'}.\n\n"
     )
 
@@ -179,10 +179,11 @@ def _row_changes(old: Row, new: Row) -> list[str]:
         return [f"{new['task']}: {new.get('scored', 0)} items could be scored, the table has {old.get('scored', 0)}"]
 
     # Time that ran out here or there is no change of the task.
-    if min(new["scored"], old["scored"]) < new["asked_items"]:
+    if min(row["judged"] for row in (new, old)) < new["asked_items"]:
         return []
     lines = []
-    for probe in sorted({*old["first"], *new["first"]}):
+    probes = {*old["first"], *new["first"]} - {"commonest gold"}  # which depends on how many items there are
+    for probe in sorted(probes):
         before = old["first"].get(probe, [0, 0, 0, 0])
         now = new["first"].get(probe, [0, 0, 0, 0])
         if before[3] or now[3] or before[1:3] == now[1:3]:

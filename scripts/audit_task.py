@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pyarrow
+
 from audit_probes import RIGHT, probes_of
 from engine.records import normalise
 from reasoning_gym_wrapper import EVAL_SEED, Example, Task, TaskError, registry
 from tasks.limits import TimeLimits
+from verify.table import RULES
 
 FIRST = 10  # items whose figures a quick comparison repeats
-CHEAP_S = 0.005  # a scorer this fast is asked twice
 WORDS = ("0", "1", "yes", "no", "True", "False")
 STRICT = TimeLimits(draw_timeout_s=30.0, score_timeout_s=10.0)  # of the clock on the wall
 LOOSE = replace(STRICT, verifier_strict=False)  # makes every item, and asks the scorer alone
@@ -51,13 +53,25 @@ def audit(name: str, items: int, draws: int, budget_s: float) -> dict[str, Any]:
         row |= {"items": len(examples), "s_item": _mean(seconds), "s_item_most": max(seconds, default=0.0)}
         if examples:
             row |= _facts(examples)
-            row |= _scored(examples, end - budget_s / 4)
+            row |= _scored(examples, began + budget_s * 0.6)
+            row |= _solved(examples, row, began + budget_s * 0.8)
         row |= _distinct(name, draws, end)
     row["prints"] = printed[0] > 0
     row["failure"] = failed
-    row["out_of_time"] = bool(failed) or len(examples) < items or row.get("scored", 0) < items or row["draws"] < draws
+    row["out_of_time"] = bool(failed) or row.get("judged", 0) < items or row["draws"] < draws
     row["seconds"] = round(time.process_time() - began, 1)
     return row
+
+
+def audit_strictly(row: dict[str, Any], budget_s: float) -> dict[str, Any]:
+    """The row with what the strict verdict says now; what the scorer said stays."""
+    registry()
+    until = time.process_time() + budget_s
+    with counted_stdout():
+        examples, _, _ = _drawn(Task(row["task"], limits=LOOSE), row["items"], until)
+        if len(examples) < row["items"] or not row.get("scored"):
+            return row
+        return row | _solved(examples, row, until)
 
 
 @contextlib.contextmanager
@@ -106,8 +120,6 @@ def _facts(examples: list[Example]) -> dict[str, Any]:
 
 def fits_arrow(entry: dict[str, Any]) -> bool:
     """Whether one row of an Arrow table, and so of a data set, can hold an item."""
-    import pyarrow
-
     try:
         pyarrow.Table.from_pylist([entry])
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError):
@@ -116,81 +128,106 @@ def fits_arrow(entry: dict[str, Any]) -> bool:
 
 
 def _scored(examples: list[Example], until: float) -> dict[str, Any]:
-    """What the scorer and the strict verdict accept of the probes, in how many seconds, and the level of chance."""
-    strict_task = Task(examples[0].task, limits=STRICT)
+    """What the scorer accepts of the probes, and in how many seconds. A tally's third figure is left to `_solved`."""
+    tally: Tally = {}
+    first: Tally = {}
+    seconds: list[float] = []
+    raised = 0
+    scored = 0
+
+    # Item by item, so that time that runs out leaves every probe with some items.
+    for index, probes in enumerate(_probes(examples)):
+        if time.process_time() > until:
+            break
+        for probe, text in probes.items():
+            began = time.process_time()
+            verdict = examples[index].verify(text)
+            seconds.append(time.process_time() - began)
+            raised += verdict.raised
+            counts = [1, int(verdict.score == 1.0), 0, int(verdict.timed_out)]
+            _add(tally, probe, counts)
+            if index < FIRST:
+                _add(first, probe, counts)
+        scored += 1
+
+    return {
+        "scored": scored,
+        "s_score": _mean(seconds),
+        "s_score_most": max(seconds, default=0.0),
+        "raised": raised,
+        "late": sum(counts[3] for counts in tally.values()),
+        "probes": _worth_keeping(tally),
+        "first": _worth_keeping(first),
+    }
+
+
+def _solved(examples: list[Example], row: dict[str, Any], until: float) -> dict[str, Any]:
+    """What the strict verdict accepts of the items that were scored, and the level of chance; `judged` counts them.
+
+    A rule refuses more than the scorer does, unless it knows the one right answer: only then it is asked of all probes.
+    """
+    task = Task(examples[0].task, limits=STRICT)
+    rule = RULES.get(task.name)
+    golds = [example.target for example in examples if example.target is not None]
+    candidates = [gold for gold, _ in collections.Counter(golds).most_common(4)]
+    constants = dict.fromkeys([*candidates, *WORDS], 0)
+
+    tally: Tally = {}
+    first: Tally = {}
+    judged = 0
+    for index, probes in enumerate(_probes(examples[: row["scored"]], examples)):
+        if time.process_time() > until:
+            break
+        strict = replace(examples[index], source=task)
+        for probe, text in probes.items():
+            accepted = probe in RIGHT or row["probes"].get(probe, [0, 0])[1]
+            if accepted or (rule is not None and rule.one_answer):
+                counts = [1, 0, int(strict.verify(text).solved), 0]
+                _add(tally, probe, counts)
+                if index < FIRST:
+                    _add(first, probe, counts)
+        for text in constants:
+            constants[text] += strict.verify(text).solved
+        judged += 1
+
+    best = max(constants, key=lambda text: constants[text])
+    return {
+        "judged": judged,
+        "chance": constants[best] / max(judged, 1),
+        "chance_answer": best,
+        "probes": _with_solved(row["probes"], tally),
+        "first": _with_solved(row["first"], first),
+    }
+
+
+def _probes(asked: list[Example], examples: list[Example] | None = None) -> Iterator[dict[str, str]]:
+    """The probes of each item. Of the first items they do not depend on how many there are, save the commonest gold."""
+    examples = examples or asked
     golds = [example.target for example in examples if example.target is not None]
     commonest = None
     if golds:
         commonest = collections.Counter(golds).most_common(1)[0][0]
-
-    # What may be the best constant answer: the commonest golds and some words.
-    candidates = [gold for gold, _ in collections.Counter(golds).most_common(4)]
-    constants = dict.fromkeys([*candidates, *WORDS], 0)
-
-    # Item by item, so that time that runs out leaves every probe with some items.
-    judge = _Judge()
-    scored = 0
-    for index, example in enumerate(examples):
-        if time.process_time() > until:
-            break
-        strict = replace(example, source=strict_task)
-        other = examples[(index + 1) % len(examples)].target
-        solved = judge.ask(example, strict, probes_of(example, other, commonest), index < FIRST)
-        for text in constants:
-            constants[text] += solved.get(text, False) or strict.verify(text).solved
-        scored += 1
-
-    best = max(constants, key=lambda text: constants[text])
-    return {
-        "scored": scored,
-        "s_score": _mean(judge.seconds),
-        "s_score_most": max(judge.seconds, default=0.0),
-        "raised": judge.raised,
-        "late": judge.late,
-        "chance": constants[best] / max(scored, 1),
-        "chance_answer": best,
-        "probes": worth_keeping(judge.tally),
-        "first": worth_keeping(judge.first),
-    }
+    for index, example in enumerate(asked):
+        size = len(examples)
+        if index < FIRST:
+            size = min(size, FIRST)
+        yield probes_of(example, examples[(index + 1) % size].target, commonest)
 
 
-class _Judge:
-    """Puts probes to a scorer and to the strict verdict, and counts what they say."""
-
-    def __init__(self) -> None:
-        self.tally: Tally = {}
-        self.first: Tally = {}  # of the first items alone
-        self.seconds: list[float] = []
-        self.raised = 0
-        self.late = 0
-
-    def ask(self, loose: Example, strict: Example, probes: dict[str, str], is_first: bool) -> dict[str, bool]:
-        """One item, with its scorer alone and with the strict verdict; returns text -> whether it is solved."""
-        solved = {}
-        for probe, text in probes.items():
-            began = time.process_time()
-            verdict = loose.verify(text)
-            took = time.process_time() - began
-            self.seconds.append(took)
-
-            # Where scoring is dear, what the scorer refuses is not scored again.
-            strictly = False
-            if verdict.score == 1.0 or took < CHEAP_S:
-                strictly = strict.verify(text).solved
-            solved[text] = strictly
-
-            self.raised += verdict.raised
-            self.late += verdict.timed_out
-            counts = [1, int(verdict.score == 1.0), int(strictly), int(verdict.timed_out)]
-            _add(self.tally, probe, counts)
-            if is_first:
-                _add(self.first, probe, counts)
-        return solved
-
-
-def worth_keeping(tally: Tally) -> Tally:
+def _worth_keeping(tally: Tally) -> Tally:
     """The right probes, and of the wrong ones those that were accepted or ran out of time at least once."""
     return {probe: counts for probe, counts in tally.items() if probe in RIGHT or any(counts[1:])}
+
+
+def _with_solved(probes: Tally, solved: Tally) -> Tally:
+    """The scorer's tally with the strict verdict's figures."""
+    merged = {}
+    for probe, (asked, accepted, _, late) in probes.items():
+        merged[probe] = [asked, accepted, solved.get(probe, [0, 0, 0, 0])[2], late]
+    for probe, counts in solved.items():
+        if probe not in merged and counts[2]:
+            merged[probe] = counts
+    return merged
 
 
 def _add(tally: dict[str, list[int]], name: str, counts: list[int]) -> None:
@@ -220,8 +257,12 @@ def _mean(values: list[float]) -> float:
 
 def wrongly_accepted(row: dict[str, Any], column: int) -> dict[str, float]:
     """Wrong probe -> share of its items that were accepted; column 1 is the scorer, 2 the strict verdict."""
+    # The strict verdict may have run out of time before the scorer did.
+    judged = 1.0
+    if column == 2:
+        judged = row.get("judged", 0) / max(row.get("scored", 0), 1)
     shares = {}
     for probe, counts in row.get("probes", {}).items():
         if probe not in RIGHT and counts[column]:
-            shares[probe] = counts[column] / counts[0]
+            shares[probe] = min(counts[column] / (counts[0] * judged), 1.0)
     return dict(sorted(shares.items(), key=lambda pair: -pair[1]))

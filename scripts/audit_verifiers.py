@@ -14,11 +14,12 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "scripts")) if path not in sys.path]
 
 from audit_report import changes, page  # noqa: E402
-from audit_task import FIRST, audit, version  # noqa: E402
+from audit_task import FIRST, audit, audit_strictly, version  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.progress import Progress, clock_text  # noqa: E402
 from reasoning_gym_wrapper import registry, unknown_task  # noqa: E402
@@ -36,11 +37,11 @@ from script_tools import ScriptParser, run_script  # noqa: E402
 
 ROWS = ROOT / "docs" / "results" / "tasks" / "tasks.jsonl"
 PAGE = ROOT / "docs" / "tasks.md"
-WORKER = Path(__file__).resolve()
+FORK = multiprocessing.get_context("fork")  # Reasoning Gym is imported once
 RUNS_PROGRAMS = ("codeio",)
-GRACE_S = 20.0  # CPU seconds beside its own within which a task's process begins, and ends by itself
+GRACE_S = 10.0  # CPU seconds beside its own within which a task's process ends by itself
 BUSY = 10  # seconds on the wall for one of CPU: other programs run as well
-SOURCES = ("scripts/audit_probes.py", "scripts/audit_task.py", "reasoning_gym_wrapper.py")
+SOURCES = ("scripts/audit_probes.py", "scripts/audit_task.py")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--page", type=Path, default=PAGE, help="the page that is written from them")
     parser.add_argument("--again", action="store_true", help="measure tasks anew whose rows are up to date")
     parser.add_argument("--check", action="store_true", help=f"compare {FIRST} items of each task with the rows")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # a task that this process measures itself
     return parser
 
 
@@ -88,55 +88,70 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
-def fingerprint(items: int, draws: int) -> str:
-    """What a row depends on beside the task: version, sizes, and the code that judges."""
-    digest = hashlib.sha256(f"{version()} {items} {draws}".encode())
-    for path in sorted([*map(ROOT.joinpath, SOURCES), *(ROOT / "verify").glob("*.py")]):
+def fingerprint(paths: Iterable[Path], *more: Any) -> str:
+    """What a row depends on beside the task."""
+    digest = hashlib.sha256(repr(more).encode())
+    for path in sorted(paths):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def measured(name: str, items: int, draws: int, seconds: float) -> dict[str, Any]:
-    """The row of one task, from a process of its own; where it had to be ended, or died, a row that says so."""
-    # Some tasks make other items under another hash seed.
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
-    words = ["--worker", name, "--items", str(items), "--draws", str(draws), "--task_timeout_s", str(seconds)]
-    most = math.ceil(seconds + GRACE_S)
+def measured(
+    name: str, items: int, draws: int, seconds: float, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The row of one task, from a process of its own; where it had to be ended, or died, a row that says so.
 
-    def limit_cpu() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (most, most + 1))
-
+    Of a row `before` that holds, only the strict verdict is asked anew.
+    """
     began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), *words], env=environment, start_new_session=True, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=limit_cpu,
-    )
     reason = ""
     late = f"ended after {seconds + GRACE_S:g} s inside one step of its code"
-    try:
-        text, errors = process.communicate(timeout=BUSY * (seconds + GRACE_S))
-        if process.returncode == 0:
-            return json.loads(text)
-        reason = (errors.strip().splitlines() or ["no reason given"])[-1]
-        if process.returncode == -signal.SIGXCPU:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        process = FORK.Process(target=work, args=(path, name, items, draws, seconds, before))
+        process.start()
+        process.join(BUSY * (seconds + GRACE_S))
+        if process.is_alive():
+            process.kill()
+            process.join()
             reason = late
-    except subprocess.TimeoutExpired:
-        reason = late
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        elif process.exitcode == -signal.SIGXCPU:
+            reason = late
+
+        # What the process left: its row, or why there is none.
+        row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "items" in row:
+        return row
     return {
         "task": name, "reasoning_gym": version(), "asked_items": items, "asked_draws": draws, "items": 0,
-        "failure": reason, "out_of_time": True, "seconds": round(time.monotonic() - began, 1),
+        "failure": reason or row.get("failure", "its process died"), "out_of_time": True,
+        "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def work(
+    path: Path, name: str, items: int, draws: int, seconds: float, before: dict[str, Any] | None
+) -> None:
+    """Measures a task within its CPU time and leaves the row in `path`; what the process of a task does."""
+    most = math.ceil(seconds + GRACE_S)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most + 1))
+    try:
+        row = audit_strictly(before, seconds) if before else audit(name, items, draws, seconds)
+    except Exception as error:  # noqa: BLE001 - foreign code raises what it likes
+        row = {"failure": f"{type(error).__name__}: {error}"}
+    write_text_aside(path, json.dumps(row, ensure_ascii=False))
 
 
 def measure_all(options: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The rows of all tasks, those measured now and those that were up to date; each is kept as soon as it is there."""
     rows = read_rows(options.rows)
-    key = fingerprint(options.items, options.draws)
-    waiting = [name for name in names if options.again or rows.get(name, {}).get("key") != key]
+    loose = {"key": fingerprint(map(ROOT.joinpath, SOURCES), version(), options.items, options.draws)}
+    strict = {"strict_key": fingerprint((ROOT / "verify").glob("*.py"))}
+
+    def is_current(name: str, keys: dict[str, str]) -> bool:
+        return not options.again and keys.items() <= rows.get(name, {}).items()
+
+    waiting = [name for name in names if not is_current(name, loose | strict)]
     print(
         f"{len(names)} tasks, {len(names) - len(waiting)} of them up to date in {options.rows}; {len(waiting)} to "
         f"measure, at most {clock_text(len(waiting) * (options.task_timeout_s + GRACE_S))} of one core",
@@ -144,8 +159,9 @@ def measure_all(options: argparse.Namespace, names: Sequence[str]) -> dict[str, 
     )
     with Progress(len(waiting), "task", "task") as progress:
         for done, name in enumerate(waiting, start=1):
-            row = measured(name, options.items, options.draws, options.task_timeout_s)
-            rows[name] = row | {"key": key}
+            before = rows[name] if is_current(name, loose) else None
+            row = measured(name, options.items, options.draws, options.task_timeout_s, before)
+            rows[name] = row | loose | strict
             write_rows(options.rows, rows.values())
             progress.update(done, task=name, took=f"{row['seconds']:g} s")
             if row["out_of_time"]:
@@ -176,11 +192,6 @@ def check(options: argparse.Namespace, names: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    if options.worker:
-        row = audit(options.worker, options.items, options.draws, options.task_timeout_s)
-        print(json.dumps(row, ensure_ascii=False))
-        return 0
-
     if options.items < 1 or options.draws < 0 or options.task_timeout_s <= 0:
         raise ValueError("--items and --task_timeout_s must be above 0, --draws 0 or more")
     names = chosen_tasks(options.tasks)
@@ -196,4 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONHASHSEED") != "0":  # some tasks make other items under another one
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
     sys.exit(run_script(main))

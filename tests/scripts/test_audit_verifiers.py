@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.metadata import version
 
 import pytest
@@ -14,6 +15,7 @@ import reasoning_gym_wrapper as rg
 from audit_probes import probes_of, says
 from patience import HANG_S
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
+from verify.table import RULES, Rule
 
 ITEMS = 4
 
@@ -45,7 +47,7 @@ def in_this_process(monkeypatch):
     """Measures in this process, which a registered task needs; the calls are listed."""
     calls = []
 
-    def measured(name, items, draws, seconds):
+    def measured(name, items, draws, seconds, before=None):
         calls.append((name, items))
         return row_of(name, items, draws)
 
@@ -77,20 +79,31 @@ def test_time_that_runs_out_leaves_a_row_that_says_so():
     assert row["out_of_time"] and 0 < row["items"] < 10**6
 
 
-def test_a_process_that_hangs_or_dies_is_ended_and_named(monkeypatch, tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text("sum(range(10**15))", encoding="utf-8")
-    monkeypatch.setattr(script, "WORKER", worker)
+class Hanging(ToyAddDataset):
+    """Scores in one endless step, which no exception ends."""
+
+    def score_answer(self, answer, entry):
+        return sum(range(10**15))
+
+
+class Broken(ToyAddDataset):
+    def score_answer(self, answer, entry):
+        os._exit(3)
+
+
+def test_a_process_that_hangs_or_dies_is_ended_and_named(monkeypatch):
+    tasks = {"hanging": (Hanging, ToyAddConfig), "broken": (Broken, ToyAddConfig)}
+    monkeypatch.setattr(rg, "registry", lambda: tasks)
+    monkeypatch.setattr(audit_task, "registry", lambda: tasks)
+    monkeypatch.setattr(script, "GRACE_S", 0.2)
     for busy in (0.1, HANG_S):  # ended by the clock on the wall, and by its CPU time
-        monkeypatch.setattr(script, "GRACE_S", 0.2)
         monkeypatch.setattr(script, "BUSY", busy)
-        row = script.measured("chain_sum", 5, 5, 0.2)
+        row = script.measured("hanging", 5, 5, 0.2)
         assert row["out_of_time"] and row["failure"] == "ended after 0.4 s inside one step of its code"
-    monkeypatch.setattr(script, "GRACE_S", 60)
-    worker.write_text("raise SystemError('gone')", encoding="utf-8")
-    assert script.measured("chain_sum", 5, 5, 1)["failure"] == "SystemError: gone"
-    assert "not measured: SystemError: gone" in audit_report.page({"chain_sum": row | {"failure": "SystemError: gone"}},
-                                                                 ["chain_sum"])
+    row = script.measured("broken", 5, 5, 0.2)
+    assert row["failure"] == "its process died"
+    assert "not measured: its process died" in audit_report.page({"chain_sum": row | {"task": "chain_sum"}}, [])
+    assert script.measured("nowhere", 5, 5, 0.2)["failure"].startswith("TaskError: unknown task 'nowhere'")
 
 
 def test_rows_are_kept_and_a_second_run_measures_only_what_is_missing(in_this_process, tmp_path):
@@ -107,6 +120,25 @@ def test_rows_are_kept_and_a_second_run_measures_only_what_is_missing(in_this_pr
     assert "codeio" in text.split("Not measured: ")[1]
     assert script.main([*argv, "--tasks", "coin_flip", "--again"]) == 0
     assert len(in_this_process) == 3
+
+
+def test_other_strict_rules_measure_the_strict_verdict_alone(odd, monkeypatch, tmp_path):
+    monkeypatch.setitem(RULES, "odd", Rule("digits alone", lambda answer, entry: answer.isdigit()))
+    row = row_of("odd")
+    assert audit_task.wrongly_accepted(row, 2) == {"gold, a digit behind": 1.0}
+    monkeypatch.setitem(RULES, "odd", Rule("the gold", lambda answer, entry: answer == entry["answer"]))
+    monkeypatch.setattr(audit_task, "_scored", lambda *given: pytest.fail("asked the scorer"))
+    again = audit_task.audit_strictly(row, 60)
+    assert audit_task.wrongly_accepted(again, 2) == {}
+    assert audit_task.wrongly_accepted(again, 1) == audit_task.wrongly_accepted(row, 1)
+    assert again["probes"]["gold"][:3] == [ITEMS, ITEMS, ITEMS] and again["chance"] < 1
+
+
+def test_a_row_goes_through_the_process_of_its_task(odd, monkeypatch):
+    monkeypatch.setattr(audit_task, "registry", rg.registry)
+    row = script.measured("odd", ITEMS, 6, 60)
+    assert row["scored"] == row["judged"] == ITEMS
+    assert script.measured("odd", ITEMS, 6, 60, row) == row
 
 
 def test_check_names_what_changed(in_this_process, tmp_path, capsys, monkeypatch):
@@ -162,3 +194,9 @@ def test_probes_leave_out_what_is_right():
     assert probes["input: the question"] == example.question
 
 
+
+
+def test_the_committed_table_is_of_the_installed_reasoning_gym():
+    rows = script.read_rows(script.ROWS)
+    assert audit_report.changes(rows, {}, script.chosen_tasks(None), version("reasoning-gym")) == []
+    assert f"reasoning_gym {version('reasoning-gym')} " in script.PAGE.read_text(encoding="utf-8")
