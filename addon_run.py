@@ -34,11 +34,9 @@ from suite.after_run import Subject
 from suite.spec import spec_problems
 from tasks.chance import chance_warnings
 from tasks.limits import TimeLimits
-from text_data.roundtrip import host_round_trip
+from text_data.roundtrip import ROWS_TRIED, check_round_trip
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
-
-ROWS_TRIED = 128  # evaluation items whose texts the tokenizer must give back
 
 
 def task_names(opts: argparse.Namespace) -> list[str]:
@@ -172,12 +170,8 @@ class AddonRun:
         rows = []
         for example in self.data.eval_examples[:ROWS_TRIED]:
             rows.append([text.strip() for text in (example.question, example.target) if text])
-        trip = host_round_trip(self.format.tokenizer, rows)
-        if trip.share < 1:
-            self.machine.say(f"WARNING: {self.opts.model_name}: {trip.shown()}")
-        lossy = trip.problem(self.opts.min_roundtrip)
-        if lossy:
-            raise ValueError(f"--model_name {self.opts.model_name}: {lossy}")
+        place = f"--model_name {self.opts.model_name}"
+        check_round_trip(self.format.tokenizer, rows, self.opts.min_roundtrip, place, self.machine.say)
 
     def _check_positions(self) -> None:
         """Raises ValueError when an answer could outgrow the LLM's positions: some families fail there."""

@@ -158,7 +158,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         addon("host_dtype", "str", "auto", "what the frozen LLM's weights are held in: as saved (stored), or auto = as "
               "saved where the device multiplies that natively, else fp32 if it fits the memory",
               choices=("auto", "stored", "bf16", "fp32", "fp16"), before="stored"),
-        addon("min_roundtrip", "float", 0.95, "least share of texts that the tokenizer gives back", low=0, high=1,
+        reasoner("min_roundtrip", "float", 0.95, "least share of texts that the tokenizer gives back", low=0, high=1,
               before=0.0),
         addon("trust_remote_code", "bool", False, "run Python code that comes with the hub model"),
         # What is trained beside it, and of which size.

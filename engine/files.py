@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 
 MARK = ".tmp-"
 BUFFER = 1 << 20  # bytes; large writes are few
-# Escapes of a JSON text that may be halves of a surrogate pair; the group is a half that stands alone.
-HALVES = re.compile(
+# Escapes of a JSON text that may be halves of a surrogate pair: the first groups are a half that stands alone, the last
+# one is NUL, which no text has.
+ODD = re.compile(
     r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|([\ud800-\udfff])"
+    r"|(\\u0000)"
 )
 
 
@@ -50,15 +52,18 @@ class RepeatedNameError(ValueError):
     """A JSON object gives a name twice."""
 
 
-class HalfPairError(ValueError):
-    """A JSON text holds half of a surrogate pair.
+class NoTextError(ValueError):
+    """A JSON text holds half of a surrogate pair, or a NUL.
 
     Attributes:
         line: the line of the text in which it stands, from 1.
     """
 
-    def __init__(self, half: str, line: int):
-        super().__init__(f"it holds {half}, half of a character (a lone surrogate)")
+    def __init__(self, odd: str, line: int):
+        what = "half of a character (a lone surrogate)"
+        if odd == "\\u0000":
+            what = "a NUL character, which no text has: take it out"
+        super().__init__(f"it holds {odd}, {what}")
         self.line = line
 
 
@@ -231,22 +236,23 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def parse_json(content: bytes | str, unique_names: bool = False) -> Any:
+def parse_json(content: bytes | str, strict: bool = False) -> Any:
     """The value that JSON text holds; bytes are UTF-8, with or without a byte order mark.
 
     Args:
         content: the text.
-        unique_names: refuse an object that gives a name twice; else its last value counts.
+        strict: for data that people wrote: refuse an object that gives a name twice (else its last value counts), and
+            a NUL.
 
     Raises:
         ValueError: the text is not UTF-8, not JSON, nested too deeply, or holds half of a surrogate pair, which no
-            UTF-8 file and no tokenizer can hold; or a name twice.
+            UTF-8 file and no tokenizer can hold; what `strict` refuses.
     """
     text = content
     if isinstance(content, bytes):
         text = content.decode("utf-8-sig")
     try:
-        value = json.loads(text, object_pairs_hook=_once if unique_names else None)
+        value = json.loads(text, object_pairs_hook=_once if strict else None)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except (json.JSONDecodeError, RepeatedNameError):
@@ -255,11 +261,11 @@ def parse_json(content: bytes | str, unique_names: bool = False) -> Any:
         raise ValueError(f"it holds a number of more than {sys.get_int_max_str_digits()} digits") from error
 
     # json takes half of a pair for a character, which then fails wherever it is written or tokenized.
-    for match in HALVES.finditer(text):
-        half = match[1] or match[2]
-        if half:
+    for match in ODD.finditer(text):
+        odd = match[1] or match[2] or (match[3] if strict else None)
+        if odd:
             line = text.count("\n", 0, match.start()) + 1
-            raise HalfPairError(half.encode("ascii", "backslashreplace").decode(), line)
+            raise NoTextError(odd.encode("ascii", "backslashreplace").decode(), line)
     return value
 
 
@@ -272,21 +278,21 @@ def json_reason(error: Exception) -> str:
     return reason_of(error)
 
 
-def read_json(path: Path, unique_names: bool = False) -> Any:
-    """The value of a JSON file; `unique_names` as in `parse_json`. Raises ValueError: one line that names the file."""
+def read_json(path: Path, strict: bool = False) -> Any:
+    """The value of a JSON file; `strict` as in `parse_json`. Raises ValueError: one line that names the file."""
     try:
-        return parse_json(Path(path).read_bytes(), unique_names)
+        return parse_json(Path(path).read_bytes(), strict)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {reason_of(error)}") from error
     except UnicodeDecodeError as error:
         raise ValueError(not_utf8(path, error.object.count(b"\n", 0, error.start) + 1, error)) from error
-    except HalfPairError as error:
+    except NoTextError as error:
         raise ValueError(f"{path} line {error.line} is no text: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({reason_of(error)})") from error
 
 
-def json_lines(path: Path, skip_damaged: bool = False, unique_names: bool = False) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path, skip_damaged: bool = False, strict: bool = False) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of JSON in a UTF-8 file, read one at a time; blank lines are left out.
 
     Only a newline ends a line: texts may hold U+2028 and its like.
@@ -295,7 +301,7 @@ def json_lines(path: Path, skip_damaged: bool = False, unique_names: bool = Fals
         path: the file.
         skip_damaged: for records of a run that may have crashed: a line that is not JSON is left out, bytes that are
             not UTF-8 are replaced, and a file that is missing has no lines.
-        unique_names: refuse an object that gives a name twice.
+        strict: as in `parse_json`.
 
     Raises:
         OSError: the file cannot be read.
@@ -314,7 +320,7 @@ def json_lines(path: Path, skip_damaged: bool = False, unique_names: bool = Fals
                     # A model may have said half of a surrogate pair: its record counts as it is.
                     value = json.loads(line.decode("utf-8-sig", "replace"))
                 else:
-                    value = parse_json(line, unique_names)
+                    value = parse_json(line, strict)
             except (ValueError, RecursionError) as error:
                 if skip_damaged:
                     continue

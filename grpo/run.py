@@ -11,7 +11,7 @@ from addon_run import AddonRun
 from grpo import warm_start
 from grpo.progress import GrpoProgress, read_progress
 from grpo.stage_loop import StageLoop, StageLoopConfig
-from grpo.stages import HeldOut, StagesConfig, hold_out, stages_of
+from grpo.stages import HeldOut, StagesConfig, check_texts, hold_out, stages_of
 from grpo.trained import TrainedModel, trained_addon, trained_planner
 from grpo.warm_start import EnhancedRun, unreserved
 from reasoning_gym_wrapper import make_tasks, reserved_sums
@@ -104,6 +104,9 @@ class GrpoRun:
         # Drawn before anything is trained on, so that no stage meets them.
         held_out = hold_out(stages, opts.eval_seed)
         keep_off(held_out, trained)
+        if opts.arch == "addon":  # the planner/worker LM's run has checked its stages itself
+            place = f"--model_name {opts.model_name}"
+            check_texts(held_out, trained.prompt_format.tokenizer, opts.min_roundtrip, place, trained.machine.say)
 
         config = options.part(
             StageLoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts)

@@ -14,7 +14,7 @@ import options
 from engine.checkpoints import rotate, step_folder, write_checkpoint
 from engine.dry_run import NON_FINITE_EXIT
 from engine.figures import draw_curve
-from engine.files import write_text_aside
+from engine.files import read_json, write_text_aside
 from engine.logs import RunLog
 from engine.machine import Stop, interruptible
 from engine.optimization import NonFiniteError
@@ -169,7 +169,7 @@ class StageLoop:
 
         # The state of another beginning would go on from weights that are not the stage's.
         mark = place / "begun_at.json"
-        if place.exists() and (not mark.exists() or json.loads(mark.read_text()) != base):
+        if place.exists() and read_own(mark) != base:
             forget(place)
 
         place.mkdir(parents=True, exist_ok=True)
@@ -186,9 +186,9 @@ class StageLoop:
 
         # Measuring takes as long as many steps, so an interrupted stage does not do it again.
         path = place / "start.json"
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = read_own(path)
         conditions = conditions_of(stage, self.held_out)
-        if record.get("asked") != conditions:
+        if not isinstance(record, dict) or record.get("asked") != conditions:
             start = self._measure(stage, functions)
             if not self._is_recorded(stage):
                 self.record(start.report())
@@ -300,6 +300,14 @@ class StageLoop:
         question = self.held_out.problems[self.stages[-1].name][0].question
         samples = self.trained.folder / SAMPLES
         print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples))
+
+
+def read_own(path: Path) -> Any:
+    """What a stage left in a file of its folder; None where there is none, or a damaged one: it is made again."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
 
 
 def step_line(stage: str, step: int, numbers: Mapping[str, float]) -> str:

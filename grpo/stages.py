@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_pr
 from grpo.rewards import build_rewards
 from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError
 from tasks.limits import USUAL, TimeLimits
+from text_data.roundtrip import ROWS_TRIED, check_round_trip
 
 ADDON_STAGE = "task"  # the add-on's one stage, on the tasks of its checkpoint
 SUMS = {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}}
@@ -393,6 +394,15 @@ class HeldOut:
 
     problems: dict[str, list[Problem]]
     reserved: set[str]
+
+
+def check_texts(
+    held_out: HeldOut, tokenizer: Any, least: float, place: str, say: Callable[[str], None]
+) -> None:
+    """`check_round_trip` of every stage's held-out questions and answers. Raises ValueError, with the stage's name."""
+    for name, problems in held_out.problems.items():
+        rows = [[text.strip() for text in (problem.question, problem.answer)] for problem in problems[:ROWS_TRIED]]
+        check_round_trip(tokenizer, rows, least, f"stage {name}: {place}", say)
 
 
 def hold_out(stages: Sequence[Stage], seed: int) -> HeldOut:

@@ -27,8 +27,9 @@ from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
 from enhanced.training import EnhancedStepConfig, EnhancedTrainer
 from grpo.measure import Measured, measure
-from grpo.stages import HeldOut, Stage, StagesConfig, hold_out, rewards_of, stages_of
+from grpo.stages import HeldOut, Stage, StagesConfig, check_texts, hold_out, rewards_of, stages_of
 from grpo.worked_examples import ExampleData, ExamplesConfig
+from host import DEFAULT_HOST
 from options import Options, as_dict, part, read_resolved, rerun_text
 from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
@@ -159,6 +160,8 @@ class EnhancedRun:
         # Questions for evaluation come first: no example may show one.
         self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), PromptConfig(max_seq_len=opts.max_seq_len))
         held_out = hold_out(self.stages, opts.eval_seed)
+        place = f"--tokenizer {opts.tokenizer or DEFAULT_HOST}"
+        check_texts(held_out, self.format.tokenizer, opts.min_roundtrip, place, self.machine.say)
         if checkpoint:
             warning = unreserved_since(checkpoint, stages_config, opts.eval_seed, held_out)
             if warning:

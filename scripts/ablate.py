@@ -53,7 +53,7 @@ from ablation_results import (  # noqa: E402
 )
 from ablation_runner import Board, Child, Runner, last_words, stoppable  # noqa: E402
 from engine.figures import new_figure, save_figure  # noqa: E402
-from engine.files import write_text_aside  # noqa: E402
+from engine.files import read_json, write_text_aside  # noqa: E402
 from reasoning_gym_wrapper import beyond_reserve  # noqa: E402
 from script_tools import ScriptParser, csv_text, run_script  # noqa: E402
 
@@ -106,6 +106,17 @@ def changes(args: argparse.Namespace) -> dict[str, Any]:
 # --- equal minutes ----------------------------------------------------------------------------------------------------
 
 
+def read_speeds(path: Path) -> dict[str, Any]:
+    """Seconds of a batch by arm and task, None where a run gave none. Raises GridError: the file is damaged."""
+    try:
+        speeds = read_json(path) if path.exists() else {}
+    except ValueError as error:
+        raise GridError(f"{error}: delete it, and the speeds are measured anew") from error
+    if not isinstance(speeds, dict):
+        raise GridError(f"{path} holds no speeds: delete it, and they are measured anew")
+    return speeds
+
+
 def calibrated(grid: Grid, jobs: Sequence[Job], runner: Runner) -> list[Job]:
     """The jobs with the `max_steps` that fill the grid's minutes; measured speeds are kept in calibration.json.
 
@@ -114,7 +125,7 @@ def calibrated(grid: Grid, jobs: Sequence[Job], runner: Runner) -> list[Job]:
         KeyboardInterrupt: the user stopped it.
     """
     path = runner.output / "calibration.json"
-    speeds: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}  # seconds of a batch, None: none
+    speeds = read_speeds(path)
 
     # One trial for each arm and task; seeds are of one speed.
     trials: dict[tuple[str, str], Job] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_grid import WARM, Grid, GridError, Job
-from engine.files import json_lines, write_text_aside
+from engine.files import json_lines, read_json, write_text_aside
 from engine.intervals import Interval, mean_interval, paired_seeds
 
 RECORD = "ablation.json"  # in each run's folder: its flags, and whether it is finished
@@ -39,10 +39,15 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def read_record(run: Path) -> dict[str, Any] | None:
     """What `write_record` left in a run's folder; None where nothing is. Raises GridError when it cannot be read."""
     path = run / RECORD
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
+        record = read_json(path)
+        if not isinstance(record, dict) or not {"flags", "status"} <= record.keys():
+            raise ValueError("it is no record of a run")
+    except ValueError as error:
         raise GridError(f"{path} cannot be read: delete the folder {run}, and that run begins anew") from error
+    return record
 
 
 def write_record(run: Path, flags: Mapping[str, Any], status: str, eval_n: int | None = None) -> None:

@@ -12,6 +12,7 @@ formats: docs/data.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ from engine.files import read_text, staged  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 from text_data.documents import ALL_SPLITS, Document, Splits, read_documents, source_files  # noqa: E402
-from text_data.roundtrip import RoundTrip  # noqa: E402
+from text_data.roundtrip import ENOUGH, RoundTrip  # noqa: E402
 from text_data.tokenizer import (  # noqa: E402
     LEAST_VOCABULARY,
     SPECIAL,
@@ -221,6 +222,23 @@ def encoded(
             yield done, future.result()
 
 
+def check_sample(files: list[Path], tokenizer: Tokenizer, least: float, place: str) -> None:
+    """Raises ValueError where of a sample not half of `least` comes back: only the whole pass tells the share.
+
+    The sample are the first documents of every file, of whatever split.
+    """
+    trip = RoundTrip()
+    part = max(ENOUGH // len(files), 1)
+    for path in files:
+        documents = read_documents([path], Splits(ALL_SPLITS))
+        for _ in checked(itertools.islice(documents, part), tokenizer, trip):
+            pass
+
+    lossy = trip.problem(least, part=0.5)
+    if lossy:
+        raise ValueError(f"{place}: of a sample {lossy}")
+
+
 def checked(documents: Iterable[Document], tokenizer: Tokenizer, trip: RoundTrip) -> Iterator[Document]:
     """The documents as they are; of a part of them `trip` counts those that the tokenizer gives back."""
 
@@ -335,6 +353,9 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         special = special_ids(tokenizer, place, {role: getattr(options, f"{role}_token") for role in SPECIAL})
         tokenizer_file.write(text.encode())
         tokenizer_file.flush()
+
+        if options.tokenizer:  # one that is trained here loses nothing
+            check_sample(files, tokenizer, options.min_roundtrip, place)
 
         # The triples of both splits in one pass.
         train = SplitWriter(train_file, tokenizer, special, options.max_seq_len)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.batches import IGNORE  # noqa: E402
 from engine.checkpoints import read_checkpoint, write_checkpoint  # noqa: E402
-from engine.files import write_text_aside  # noqa: E402
+from engine.files import read_json, write_text_aside  # noqa: E402
 from engine.optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks, train_seed  # noqa: E402
@@ -379,7 +379,7 @@ def load_documents(options: argparse.Namespace, work: Path) -> list[tuple[str, s
     if not path.exists():
         drawn = draw_documents(options.tasks.split(","), options.documents, options.seed)
         write_text_aside(path, json.dumps(drawn), "--output")
-    return [tuple(pair) for pair in json.loads(path.read_text())]
+    return [tuple(pair) for pair in read_json(path)]
 
 
 def save(options: argparse.Namespace, model, tokenizer, card: str) -> None:

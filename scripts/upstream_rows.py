@@ -64,7 +64,7 @@ def _line_items(path: Path) -> Iterator[Raw]:
 def _problem_items(path: Path) -> Iterator[Raw]:
     """The items of ScienceQA's problems.json, each with its id."""
     try:
-        problems = read_json(path, unique_names=True)
+        problems = read_json(path, strict=True)
     except ValueError as error:
         raise ValueError(f"{error}: give ScienceQA's problems.json") from error
     if not isinstance(problems, dict):

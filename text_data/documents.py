@@ -274,7 +274,7 @@ def _row_documents(row: dict[str, Any]) -> Iterator[Document]:
 
 def _json_file(path: Path, splits: Splits) -> Iterator[Document]:
     try:
-        for number, row in json_lines(path):
+        for number, row in json_lines(path, strict=True):
             if not _is_taken(row, splits, path, number):
                 continue
             try:
@@ -295,24 +295,34 @@ def _parquet_file(path: Path, splits: Splits) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             wanted = ["prompt", "answer"] if {"prompt", "answer"} <= set(names) else ["text"]
             if not set(wanted) <= set(names):
-                raise ValueError(f"has the columns {', '.join(names)}; expected prompt and answer, or text")
+                raise ValueError(f"{path}: has the columns {', '.join(names)}; expected prompt and answer, or text")
 
             if "split" in names:
                 wanted.append("split")
 
-            number = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     # An empty cell is a blank text.
                     filled = {key: "" if value is None else value for key, value in row.items()}
                     if _is_taken(row, splits, path, number):
-                        yield from _row_documents(filled)
-    except (pyarrow.ArrowException, ValueError) as error:
-        reason = " ".join(str(error).split()).removeprefix(f"{path} ")
-        raise ValueError(f"{path}: {reason}") from error
+                        yield from _parquet_row(filled, path, number)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read behind row {number}: {' '.join(str(error).split())}") from error
+
+
+def _parquet_row(row: dict[str, Any], path: Path, number: int) -> Iterator[Document]:
+    """The documents of row `number` of a file. Raises ValueError, which names both."""
+    try:
+        for name, value in row.items():
+            if isinstance(value, str) and "\0" in value:
+                raise ValueError(f"{name} holds a NUL character, which no text has: take it out")
+        yield from _row_documents(row)
+    except ValueError as error:
+        raise ValueError(f"{path} row {number}: {error}") from error

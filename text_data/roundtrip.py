@@ -15,6 +15,7 @@ from text_data.frames import text_ids
 
 ENOUGH = 1000  # rows checked of a large source
 EVERY = 64  # beyond these, one row in so many
+ROWS_TRIED = 128  # questions of a run, with their answers, that are checked
 MOST_CHARS = 20_000  # of a text that are checked
 
 
@@ -62,9 +63,9 @@ class RoundTrip:
         """`59 of 60 rows (98.3 %) come back`, for people."""
         return f"{self.back} of {self.rows} rows ({100 * self.share:.1f} %) come back from the tokenizer as they were"
 
-    def problem(self, least: float) -> str | None:
-        """One line where the share is below `least`, else None."""
-        if self.share >= least:
+    def problem(self, least: float, part: float = 1.0) -> str | None:
+        """One line where the share is below `part` of `least`, which is --min_roundtrip; else None."""
+        if self.share >= part * least:
             return None
         text, decoded = self.first
         return (
@@ -84,6 +85,29 @@ def host_round_trip(tokenizer: Any, rows: Iterable[Sequence[str]]) -> RoundTrip:
     for texts in rows:
         trip.add(texts, decode)
     return trip
+
+
+def check_round_trip(
+    tokenizer: Any, rows: Iterable[Sequence[str]], least: float, place: str, say: Callable[[str], None]
+) -> None:
+    """Says how many rows of texts a Hugging Face tokenizer loses.
+
+    Args:
+        tokenizer: whose.
+        rows: the texts; empty ones count as kept.
+        least: share of the rows that it must give back.
+        place: what names the tokenizer, for messages.
+        say: shows a line to the user.
+
+    Raises:
+        ValueError: it gives back fewer.
+    """
+    trip = host_round_trip(tokenizer, rows)
+    lossy = trip.problem(least)
+    if lossy:
+        raise ValueError(f"{place}: {lossy}")
+    if trip.share < 1:
+        say(f"WARNING: {place}: {trip.shown()}")
 
 
 def _beginning(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.files import HalfPairError, JsonLineError, json_lines, parse_json
+from engine.files import JsonLineError, NoTextError, json_lines, parse_json
 
 Row = tuple[str, Any]  # where it stands, as `line 3` or `item 17`; the value, which may be no object
 
@@ -24,7 +24,7 @@ def json_rows(path: Path) -> Iterator[Row]:
     if _spans_lines(path):
         yield from _members(_whole(path), 1)
         return
-    for number, value in json_lines(path, unique_names=True):
+    for number, value in json_lines(path, strict=True):
         yield from _members(value, number)
 
 
@@ -61,12 +61,12 @@ def _whole(path: Path) -> Any:
     """The one value of a file. Raises OSError, JsonLineError."""
     content = path.read_bytes()
     try:
-        return parse_json(content, unique_names=True)
+        return parse_json(content, strict=True)
     except json.JSONDecodeError as error:
         raise JsonLineError(path, error.lineno, error) from error
     except UnicodeDecodeError as error:
         raise JsonLineError(path, content.count(b"\n", 0, error.start) + 1, error) from error
-    except HalfPairError as error:
+    except NoTextError as error:
         raise JsonLineError(path, error.line, error) from error
     except ValueError as error:
         raise JsonLineError(path, 1, error) from error

@@ -17,8 +17,9 @@ NUMBERS = 100  # the terms of a sum are 0 to 99
 class SimpleTokenizer:
     """A tokenizer with one token for each character; `tokenizer` is the `tokenizers.Tokenizer` behind it.
 
-    `PreTrainedTokenizerFast(tokenizer_file=...)` of a saved file gives the same ids. A character that is not in
-    `characters` (default: printable ASCII) becomes the unknown token.
+    `PreTrainedTokenizerFast(tokenizer_file=...)` of a saved file gives the same ids; it must be asked with
+    `split_special_tokens=True`, so that the names of special tokens are text. A character that is not in `characters`
+    (default: printable ASCII) becomes the unknown token.
     """
 
     SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>")

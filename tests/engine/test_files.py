@@ -136,6 +136,17 @@ def test_whole_pairs_and_escaped_backslashes_are_text():
     assert parse_json(rb'["\ud83d\ude00", "\\ud83d", "\u0000"]') == ["\U0001f600", "\\ud83d", "\0"]
 
 
+def test_data_that_people_wrote_hold_no_nul_and_no_name_twice(tmp_path):
+    for text, told in ((r'["a", "\u0000"]', "holds \\u0000, a NUL"), ('{"a": 1, "a": 2}', "holds 'a' twice")):
+        with pytest.raises(ValueError) as error:
+            parse_json(text, strict=True)
+        assert told in str(error.value)
+        (tmp_path / "a.jsonl").write_text(f"1\n{text}\n", encoding="utf-8")
+        with pytest.raises(JsonLineError, match="line 2"):
+            list(json_lines(tmp_path / "a.jsonl", strict=True))
+    assert parse_json(r'["\\u0000"]', strict=True) == ["\\u0000"]
+
+
 def test_a_record_that_a_model_filled_with_half_a_pair_is_still_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(rb'{"a": "\ud83d"}')

@@ -134,6 +134,35 @@ def test_a_stage_s_start_is_recorded_though_the_warm_start_s_evaluation_was_cut_
             assert len(cut[step, "format", metric]) == 1
 
 
+def test_a_tokenizer_that_loses_the_stages_texts_is_refused(tmp_path, tiny_host, capsys):
+    lossy = tmp_path / "lossy"
+    shutil.copytree(tiny_host, lossy)
+    document = json.loads((lossy / "tokenizer.json").read_text(encoding="utf-8"))
+    document["normalizer"] = {"type": "Lowercase"}
+    (lossy / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(f'{{"prompt": "Say N{i}", "answer": "N{i}"}}\n' for i in range(10)), encoding="utf-8")
+    stages = json.dumps({"format": {"size": 4, "epochs": 1, "levels": str(path)}})
+    words = [*ENHANCED, "--tokenizer", str(lossy), "--stages", stages, "--save_dir", str(tmp_path / "runs")]
+    for objective in ("ce", "grpo"):
+        assert train.main([*words, "--objective", objective]) == 2
+        (line,) = error_lines(capsys.readouterr().err)
+        assert line.startswith(f"stage format: --tokenizer {lossy}: 0 of 2 rows (0.0 %) come back")
+        assert not list((tmp_path / "runs").glob("*/checkpoints/*"))
+    assert train.main([*words, "--dry_run", "--min_roundtrip", "0"]) == 0
+    assert "0 of 2 rows (0.0 %) come back" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("content", ["", "{", '"a"', "\udcff", "[" * 5000])
+def test_a_damaged_file_of_a_stage_counts_as_missing(tmp_path, content):
+    path = tmp_path / "begun_at.json"
+    assert stage_loop.read_own(path) is None
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert stage_loop.read_own(path) in (None, "a")
+    path.write_text("3", encoding="utf-8")
+    assert stage_loop.read_own(path) == 3
+
+
 @pytest.mark.slow
 def test_all_five_stages_run_as_a_command_with_what_each_leaves_behind(tmp_path, tiny_host):
     stages = json.dumps({name: {"size": 2, "epochs": 1, "eval_n": 5} for name in PUBLISHED})

@@ -876,3 +876,30 @@ def test_a_stopped_command_goes_on_inside_its_stage_and_ends(tmp_path, tiny_host
     assert again.returncode == 0 and "going on from checkpoint-" in told, told
     steps = [json.loads(line)["step"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert steps == list(range(1, 43))  # 2 of the warm start, 40 of the stage, none twice and none missing
+
+
+# --- texts of others --------------------------------------------------------------------------------------------------
+
+
+def test_a_problem_that_names_control_tokens_stays_text_in_rollouts_and_examples(tokenizer, tiny_host):
+    from types import SimpleNamespace
+
+    from grpo.stage_trainer import StageTrainer
+
+    for each in (tokenizer, reasoning_tokenizer(str(tiny_host))):
+        prompt = PromptFormat(each)
+        special = {number for number, token in each.added_tokens_decoder.items() if token.special}
+        said = f"Say {each.eos_token} and {each.pad_token}, then <s>"
+        chat = [[{"role": "user", "content": text}] for text in ("Say", said)]
+        rows = StageTrainer._tokenize_prompts(SimpleNamespace(format=prompt), chat)[0]
+        assert rows == prompt.prompts(["Say", said])
+        plain, ids = rows
+        assert [n for n in ids if n in special] == [n for n in plain if n in special]
+        assert said in each.decode(ids, skip_special_tokens=False)
+
+        # A worked example that says such a name keeps its reasoning tags, and its one end.
+        example = Problem(said, each.eos_token, "file").worked()
+        (target,) = prompt.targets([example])
+        assert target.count(prompt.frame.end) == 1 and each.decode(target[:-1]).strip() == example
+    tags = [each.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>", "<SOLUTION>", "</SOLUTION>")]
+    assert [number for number in target if number in tags] == tags

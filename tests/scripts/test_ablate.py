@@ -214,6 +214,22 @@ def test_a_second_call_skips_finished_runs_and_refuses_other_flags(finished, cap
         script.main([str(other), "--output", str(output), "--threads", "1", "--seeds", "0"])
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", "[" * 5000])
+def test_a_damaged_record_is_told_in_one_line_with_what_to_do(tmp_path, content):
+    assert ablation_results.read_record(tmp_path) is None and script.read_speeds(tmp_path / "calibration.json") == {}
+    path = tmp_path / ablation_results.RECORD
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(GridError, match=f"^{path} .*delete the folder") as error:
+        ablation_results.read_record(tmp_path)
+    assert "\n" not in str(error.value)
+    if content == "{}":
+        assert script.read_speeds(path) == {}
+        return
+    with pytest.raises(GridError, match=f"^{path} .*delete it") as error:
+        script.read_speeds(path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_run_that_never_began_may_take_other_flags(finished):
     """Its arm could not be loaded: the user corrects the grid and calls again."""
     path, output, _ = finished

@@ -157,6 +157,8 @@ def test_json_lines_and_parquet_give_prompts_and_texts(tmp_path):
     ("a.txt", b"x\n" * 9000 + b"caf\xe9\n" + b"y\n" * 9000, "a.txt is not UTF-8 text (line 9001: "),
     ("a.txt", b"one\n\ntwo\0\n", "a.txt is no plain text (line 3 holds a NUL"),
     ("a.jsonl", b'{"text": "t"}\n{"prompt": "Say hi \\ud83d", "answer": "hi"}\n', "a.jsonl line 2: it holds \\ud83d"),
+    ("a.jsonl", b'{"text": "t"}\n{"text": "a\\u0000"}\n', "a.jsonl line 2: it holds \\u0000, a NUL character"),
+    ("a.jsonl", b'{"text": "t", "text": "u"}\n', "a.jsonl line 1: it holds 'text' twice"),
     ("a.jsonl", b'{"text": "t"}\n{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl line 2: it is nested too deeply"),
     ("a.jsonl", b'{"text": "t"}\n{"text": "t", "n": 1' + b"0" * 5000 + b"}\n", "a.jsonl line 2: it holds a number"),
     ("a.parquet", b"PAR0", "a.parquet"),
@@ -169,6 +171,22 @@ def test_a_broken_source_is_told_in_one_line_and_leaves_nothing(tmp_path, name, 
         call(prepare, "--source", tmp_path / "source", "--dest", tmp_path / "dest")
     assert told in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.glob("dest/*"))
+
+
+@pytest.mark.parametrize(("columns", "told"), [
+    ({"prompt": ["p", "q"], "answer": ["a", "b\0"]}, "a.parquet row 2: answer holds a NUL"),
+    ({"prompt": ["p", "q"], "answer": [1, 2]}, "a.parquet row 1: prompt and answer must be text"),
+    ({"text": [["a"], ["b"]]}, "a.parquet row 1: expected prompt and answer, or text"),
+    ({"texts": ["a"]}, "a.parquet: has the columns texts; expected"),
+])
+def test_a_broken_row_of_a_parquet_file_is_named(tmp_path, columns, told):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError) as error:
+        list(read_documents([tmp_path / "a.parquet"]))
+    assert told in str(error.value) and "\n" not in str(error.value) and str(error.value).count("a.parquet") == 1
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -283,6 +301,30 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path, capsys):
     assert read_meta(tmp_path / "out")["roundtrip"] == {"rows": 20, "back": 0}
     with pytest.raises(ValueError, match="--min_roundtrip 1.5 must be"):
         call(prepare, *words, "--min_roundtrip", 1.5)
+
+
+def test_a_hopeless_tokenizer_is_refused_before_the_pass_over_the_data(tmp_path, monkeypatch):
+    code = [{"prompt": f"Write F{i}.", "answer": f"F{i}"} for i in range(300)]
+    prose = [{"prompt": "ab", "answer": "cd"} for _ in range(300)]
+    (tmp_path / "source").mkdir()
+    write_lines(tmp_path / "source" / "a.jsonl", code)
+    words = ["--source", tmp_path / "source", "--dest", tmp_path / "out", "--val_ratio", 0,
+             "--tokenizer", word_pieces(tmp_path)]
+
+    def passed(*arguments):
+        raise AssertionError("the pass has begun")
+
+    monkeypatch.setattr(prepare, "write_splits", passed)
+    with pytest.raises(ValueError, match="of a sample 0 of 300 rows .* --min_roundtrip is 0.95: "):
+        call(prepare, *words)
+    assert not list(tmp_path.glob("out/*"))
+    with pytest.raises(AssertionError, match="has begun"):
+        call(prepare, *words, "--min_roundtrip", 0)
+
+    # Only a whole pass tells where a sample of every file gives back more than half of what is asked.
+    write_lines(tmp_path / "source" / "b.jsonl", prose)
+    with pytest.raises(AssertionError, match="has begun"):
+        call(prepare, *words)
 
 
 def test_byte_level_and_sentencepiece_tokenizers_lose_nothing(prepared, qa):
