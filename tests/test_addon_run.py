@@ -18,7 +18,7 @@ import torch
 import addon_run as run
 import options
 import train
-from addon import items
+from addon import evaluator, items
 from engine import checkpoints as checkpointing
 from engine.checkpoints import MANIFEST
 from engine.records import normalise
@@ -179,7 +179,7 @@ def test_an_evaluation_cut_short_costs_nothing_that_was_trained(call, tmp_path, 
         def cut(self, *rest):
             raise KeyboardInterrupt
 
-        patch.setattr(run, "evaluate", cut)
+        patch.setattr(evaluator, "evaluate", cut)
         status, _, err = call("--run_name", "cut")
     assert status == 130 and "Traceback" not in err
     assert newest(tmp_path / "runs" / "cut").name == "step-00000003"
@@ -214,7 +214,7 @@ def test_typed_step_limits_hold_after_a_resume(call, tmp_path, monkeypatch):
     """Minutes replace the default steps, never typed ones, before and after a resume."""
     flags = ["--run_name", "both", "--max_minutes", "60", "--save_every", "2"]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(run, "evaluate", lambda *a: 1 / 0)
+        patch.setattr(evaluator, "evaluate", lambda *a: 1 / 0)
         call(*flags)
     status, _, err = call("--resume", str(tmp_path / "runs" / "both" / "checkpoints" / "step-00000002"))
     assert status == 0 and "3 steps" in err
