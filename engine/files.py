@@ -313,7 +313,7 @@ def json_lines(path: Path, skip_damaged: bool = False, strict: bool = False) -> 
     # Read as bytes: a text file would end a line at a lone carriage return as well.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                 continue
             try:
                 if skip_damaged:

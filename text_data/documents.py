@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.files import JsonLineError, holds_nul, json_lines, not_utf8
+from engine.files import JsonLineError, NoTextError, holds_nul, json_lines, not_utf8
 from engine.records import normalise
 
 MAX_CHARS = 1 << 20
@@ -60,7 +60,9 @@ class Splits:
     def takes(self, row: Any) -> bool:
         """Counts a row; whether it is taken, as far as is known without the rows that follow."""
         name = row.get("split") if isinstance(row, dict) else None
-        if not isinstance(name, str):
+        if isinstance(name, int):
+            name = str(name)
+        if not isinstance(name, str) or not name.strip():
             return True
         self.counts[name] += 1
         return self.wanted in (None, ALL_SPLITS, name)
@@ -261,6 +263,8 @@ def _row_documents(row: dict[str, Any]) -> Iterator[Document]:
         return
 
     text = row.get("text")
+    if "text" in row and not isinstance(text, str):
+        raise ValueError(f"text must be text, it is {type(text).__name__}")
     if not isinstance(text, str):
         raise ValueError(f"expected prompt and answer, or text; found {', '.join(map(str, row)) or 'nothing'}")
 
@@ -284,6 +288,8 @@ def _json_file(path: Path, splits: Splits) -> Iterator[Document]:
             except ValueError as error:
                 raise ValueError(_line_problem(path, number, str(error))) from error
     except JsonLineError as error:
+        if isinstance(error.__cause__, NoTextError):
+            raise ValueError(f"{path} line {error.number}: {error.reason}") from error
         raise ValueError(_line_problem(path, error.number, error.reason)) from error
 
 

@@ -158,6 +158,9 @@ def test_json_lines_and_parquet_give_prompts_and_texts(tmp_path):
     ("a.txt", b"one\n\ntwo\0\n", "a.txt is no plain text (line 3 holds a NUL"),
     ("a.jsonl", b'{"text": "t"}\n{"prompt": "Say hi \\ud83d", "answer": "hi"}\n', "a.jsonl line 2: it holds \\ud83d"),
     ("a.jsonl", b'{"text": "t"}\n{"text": "a\\u0000"}\n', "a.jsonl line 2: it holds \\u0000, a NUL character"),
+    ("a.jsonl", b'{"text": null}\n', "a.jsonl line 1: text must be text, it is NoneType"),
+    ("a.jsonl", b"\xef\xbb\xbf", "gives no training triple"),
+    ("a.jsonl", b'{"text": "abc", "split": 1}\n{"text": "abd", "split": 2}\n', "row 2: rows of the splits 1 (1), 2"),
     ("a.jsonl", b'{"text": "t", "text": "u"}\n', "a.jsonl line 1: it holds 'text' twice"),
     ("a.jsonl", b'{"text": "t"}\n{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl line 2: it is nested too deeply"),
     ("a.jsonl", b'{"text": "t"}\n{"text": "t", "n": 1' + b"0" * 5000 + b"}\n", "a.jsonl line 2: it holds a number"),
@@ -176,7 +179,7 @@ def test_a_broken_source_is_told_in_one_line_and_leaves_nothing(tmp_path, name, 
 @pytest.mark.parametrize(("columns", "told"), [
     ({"prompt": ["p", "q"], "answer": ["a", "b\0"]}, "a.parquet row 2: answer holds a NUL"),
     ({"prompt": ["p", "q"], "answer": [1, 2]}, "a.parquet row 1: prompt and answer must be text"),
-    ({"text": [["a"], ["b"]]}, "a.parquet row 1: expected prompt and answer, or text"),
+    ({"text": [["a"], ["b"]]}, "a.parquet row 1: text must be text, it is list"),
     ({"texts": ["a"]}, "a.parquet: has the columns texts; expected"),
 ])
 def test_a_broken_row_of_a_parquet_file_is_named(tmp_path, columns, told):
@@ -356,6 +359,12 @@ def test_a_large_source_is_sampled():
     trip.add(["ok", " x"], lambda text: f" {text.strip()}")
     assert (trip.rows, trip.back, trip.first) == (4, 3, ("A", "a"))
     assert trip.problem(0.75) is None and "3 of 4 rows (75.0 %)" in trip.problem(0.8)
+
+
+def test_a_row_whose_split_is_blank_names_none(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": "a", "split": ""}, {"text": "b", "split": None}, {"text": "c"},
+                                       {"text": "d", "split": "train"}])
+    assert [document.text for document in read_documents([tmp_path / "a.jsonl"])] == ["a", "b", "c", "d"]
 
 
 def split_rows(count: int = 12) -> list[dict]:
