@@ -250,8 +250,11 @@ def _answer(record: dict[str, Any]) -> tuple[str, str]:
         text = _answer_text(record.get(name), name)
         if text:
             break
+    final = _answer_text(record.get("final_answer"), "final_answer")
+    if final and not same_answer(gold_of(text), final):
+        raise ValueError("holds both an answer and a final_answer, which differ: take one of them out")
     if MARK not in text:
-        return "", without_calculator(text)
+        return "", without_calculator(final or text)
 
     steps, _, final = text.rpartition(MARK)
     if not final.strip():

@@ -8,6 +8,7 @@ believed only where it tells values apart: it is asked about made-up values too,
 from __future__ import annotations
 
 import operator
+from math import gcd
 from os import urandom
 
 TYPE_CHECKING = False  # typing and collections.abc cost 5 ms a run
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-MADE_UP = 32  # values beside the real one that an operator is asked about
+MADE_UP = 36  # values beside the real one that an operator is asked about: of numbers, 9 steps near and far, both ways
+SMALLEST_MODULUS = 7  # of numbers that may be called equal because they leave the same remainder
 DEEPEST = 200  # levels of containers that are searched for objects of the code's
 IMMUTABLE_TYPE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: a class of C's, which no code can change
 REFUSED = "an operator of the code's own class gives the same answer whatever it is asked about"
@@ -216,6 +218,9 @@ def arithmetic(name: str, left: Any, right: Any) -> Any:
     if own_left is own_right or not is_plain(result):
         return result
 
+    # Whatever 0 is divided by, it gives 0.
+    if own_left and name != "Sub" and result == 0 and equal(left, 0):
+        return result
     answers = answers_to(ask, left, right, own_left, made_up(right if own_left else left))
     if all(is_plain(answer) and answer == result for answer in answers):
         raise AssertionError(REFUSED)
@@ -233,7 +238,8 @@ def believed(
     Args:
         ask: the operator.
         left, right: the values, of which `own_left` or `own_right` or both are of the code's own classes.
-        only_one: it may say yes to no made-up value; else to some of them.
+        only_one: it may say yes to no made-up value, but for whole numbers that leave the same remainder; else to some
+            of them.
 
     Raises:
         AssertionError: it says yes to more.
@@ -251,13 +257,24 @@ def believed(
     values.insert(place, real)
     answers = answers_to(ask, left, right, own_left, values)
 
-    answer = answers.pop(min(place, len(answers) - 1))
+    place = min(place, len(values) - 1)
+    answer = answers.pop(place)
+    values.pop(place)
     if isinstance(answer, Exception):
         raise answer
-    yes = [other for other in answers if not isinstance(other, Exception) and other]
-    if answer and (len(yes) == len(answers) or (only_one and yes)):
+    said_yes = [bool(not isinstance(other, Exception) and other) for other in answers]
+    if answer and (all(said_yes) or (only_one and any(said_yes) and not _is_remainder(real, values, said_yes))):
         raise AssertionError(REFUSED)
     return answer
+
+
+def _is_remainder(real: Any, values: list[Any], said_yes: list[bool]) -> bool:
+    """Whether just those of `values` are said to equal `real` that leave the same remainder by some modulus."""
+    if any(type(value) is not int for value in (real, *values)):
+        return False
+    steps = [value - real for value in values]
+    modulus = gcd(*[step for step, yes in zip(steps, said_yes, strict=True) if yes])
+    return modulus >= SMALLEST_MODULUS and said_yes == [step % modulus == 0 for step in steps]
 
 
 def answers_to(ask: Callable, left: Any, right: Any, keep_left: bool, values: list[Any]) -> list[Any]:
@@ -278,7 +295,8 @@ def draw() -> int:
 
 def made_up(value: Any) -> list[Any]:
     """Values of the same kind that are not `value`; none for kinds whose values are not known."""
-    values = [_made_up(value, draw()) for _ in range(MADE_UP)]
+    numbers = [(draw(), place) for place in range(MADE_UP)]
+    values = [_made_up(value, MADE_UP * number + place) for number, place in sorted(numbers)]
     return [other for other in values if other is not UNKNOWN]
 
 

@@ -1,4 +1,4 @@
-"""Stands for the modules of pools of processes and threads, of which the code can start none: work is done at once."""
+"""Pools and threads for code that can start neither process nor thread: their work is done at once, to its end."""
 
 from __future__ import annotations
 
@@ -84,6 +84,50 @@ class Executor:
         pass
 
     __exit__ = shutdown
+
+
+def run_threads_inline() -> None:
+    """Imports `threading`, and lets a thread run where it is started. One that waits for a later one waits for ever."""
+    import threading
+
+    def start(self):
+        if self._started.is_set():
+            raise RuntimeError("threads can only be started once")
+        self._started.set()
+
+        # While it runs it is the current thread.
+        self._ident = threading.get_ident()
+        starter = threading.current_thread()
+        threading._active[self._ident] = self
+        try:
+            self.run()
+        except SystemExit:
+            pass
+        except BaseException:  # noqa: B036 - a thread's exception ends the thread alone
+            self._invoke_excepthook(self)
+        finally:
+            threading._active[self._ident] = starter
+
+    def is_alive(self):
+        return threading._active.get(self._ident) is self
+
+    def join(self, timeout=None):
+        if not self._started.is_set():
+            raise RuntimeError("cannot join thread before it is started")
+
+    threading.Thread.start = start
+    threading.Thread.is_alive = is_alive
+    threading.Thread.join = join
+
+
+def leave_out_debugging() -> None:
+    """Imports `asyncio` and lets no loop debug: that asks for frames, which are refused."""
+    import asyncio
+
+    def get_debug(self):
+        return False
+
+    asyncio.BaseEventLoop.get_debug = get_debug
 
 
 ThreadPool = Pool

@@ -8,7 +8,7 @@ confinement). Confined:
 - files: an own root that holds the standard library, shared libraries and /dev/null, all read-only. Nothing else of the
   host is there to be read. The working directory (HOME too) is 16 MiB of memory that vanishes with the run;
 - processes: an own pid namespace; no new process, thread or program, no signals or handlers of them. All of it dies
-  with the run. Pools and executors do their work in the code's own thread;
+  with the run. Pools, executors and threads do their work at once, in the code's own thread;
 - environment: empty but for HOME, TMPDIR, LANG and a fixed PYTHONHASHSEED, so that runs repeat; no standard input;
 - privileges: an own user namespace, no capabilities, no debugger, mounts, keys or other kernel services;
 - amounts: wall and CPU time, address space, file size, open files, captured output.

@@ -41,6 +41,9 @@ FRAME_ATTRIBUTES = {"tb_frame", "gi_frame", "cr_frame", "ag_frame", "f_code", "g
 # With these the code could read and write the interpreter's own memory, so it passes no test.
 UNSAFE_MODULES = {"ctypes", "_ctypes", "_testcapi", "_testinternalcapi", "_xxsubinterpreters"}
 
+# Modules that are changed when they are imported, and what changes them.
+CHANGED = {"traceback": frames.hide, "threading": pool.run_threads_inline, "asyncio": pool.leave_out_debugging}
+
 ALL_BUILTINS = dict(vars(builtins))
 BY_PYTHON = {name: ALL_BUILTINS[name] for name in ("__build_class__", "__import__")}  # called by `class` and `import`
 
@@ -118,8 +121,8 @@ def load_modules(names: set[str]) -> dict[str, Any]:
         except Exception:  # noqa: BLE001 - the test's own import tells
             continue
 
-    if "traceback" in sys.modules:
-        frames.hide()
+    for name in CHANGED.keys() & sys.modules.keys():
+        CHANGED[name]()
     return modules
 
 
@@ -200,7 +203,7 @@ def watch(tests: SimpleNamespace) -> list[str]:
     """Refuses from now on what leads to the tests. Returns the list that uses of unsafe modules are entered in."""
     unsafe: list[str] = []
     inside: list[str] = []  # the event that is looked at
-    loaded: list[str] = []  # traceback has been
+    unchanged = dict(CHANGED)
     walk = frames.walk.__code__
     caller = sys._getframe
     functions = set()
@@ -210,9 +213,8 @@ def watch(tests: SimpleNamespace) -> list[str]:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if inside:
             return
-        if event == "import" and arguments[0] == "traceback" and not loaded:
-            loaded.append(event)
-            frames.hide()
+        if event == "import" and arguments[0] in unchanged:
+            unchanged.pop(arguments[0])()
 
         inside.append(event)
         try:

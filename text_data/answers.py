@@ -17,6 +17,8 @@ _TAG = re.compile(r"<(/?)(?:answer|solution)>", re.I)
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 # A line that begins the next question of a text that goes on after its answer.
 _NEXT_QUESTION = re.compile(r"\n[ \t]*(?:Q|Question|Problem|Exercise|Human|User)\s?\d{0,4}\s?:", re.I)
+# How models end a turn, where it stands in the text as words.
+_TURN_END = re.compile(r"<\|(?:endoftext|end_of_text|im_end|eot_id|eos|end)\|>|</s>|<(?:eos|end_of_turn)>")
 
 # LaTeX that changes the look of a text alone, and Markdown's marks at its ends.
 _DRESS = re.compile(r"\\(?:f?boxed|text|textbf|textit|mathrm|mathbf|mathit|mbox|left|right|displaystyle)(?![A-Za-z])")
@@ -44,8 +46,17 @@ def marked_answer(text: str) -> str | None:
     return answer
 
 
+def before_turn_end(text: str) -> str:
+    """The text up to the mark that ends a turn, such as `<|im_end|>`."""
+    return _TURN_END.split(text, maxsplit=1)[0]
+
+
 def before_next_question(text: str) -> str:
-    """The text up to the line `Question:` with which a model goes on; a text that begins with one as it is."""
+    """The text up to the end of its turn or the line `Question:` with which a model goes on.
+
+    A text that begins with such a line stays as it is.
+    """
+    text = before_turn_end(text)
     for match in _NEXT_QUESTION.finditer(text):
         if text[: match.start()].strip():
             return text[: match.start()]

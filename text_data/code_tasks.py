@@ -53,7 +53,7 @@ def tests_field(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """The tests of a field: a list of texts, such a list as JSON text, or one text of several statements.
 
     One text of assertions alone becomes one test for each; any other text stays one test, because its statements build
-    on each other.
+    on each other. Test functions are called; definitions and imports alone belong to the test below them.
 
     Raises:
         ValueError: another form, no test, or one that is no Python or asserts nothing.
@@ -70,10 +70,34 @@ def tests_field(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(test, str) for test in value):
         raise ValueError(f"{name} must be a list of at least 1 text, Python assertions about the code")
 
-    tests = tuple(text_field({name: test}, name) for test in value)
-    for place, test in enumerate(tests, start=1):
+    tests = []
+    above = ""
+    for place, test in enumerate(value, start=1):
+        test = text_field({name: test}, name)
         _check_test(test, f"{name} {place}")
-    return tests
+        test = above + _called(test)
+        above = f"{test}\n" if _only_defines(test) else ""
+        if not above:
+            tests.append(test)
+    if above:
+        raise ValueError(f"{name} {len(value)} asserts nothing: it defines, and calls none of it")
+    return tuple(tests)
+
+
+def _called(test: str) -> str:
+    """A test with calls of the functions `test..` that it defines, where nothing is called; any other as it is."""
+    if not _only_defines(test):
+        return test
+    functions = [node for node in python_tree(test).body if isinstance(node, ast.FunctionDef)]
+    calls = [f"{node.name}()" for node in functions if node.name.startswith("test") and not ast.unparse(node.args)]
+    return "\n".join([test, "", *calls]) if calls else test
+
+
+def _only_defines(test: str) -> bool:
+    """Whether nothing of a test can fail: it holds definitions, imports and docstrings alone."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    body = python_tree(test).body
+    return all(isinstance(node, kinds) or isinstance(getattr(node, "value", None), ast.Constant) for node in body)
 
 
 def _listed(text: str) -> list[str]:

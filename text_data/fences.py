@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _OPENING = re.compile(r"^(?P<lead>[^`~\n]*)(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)$")
 _MARGIN = re.compile(r"[ \t>]*(?:[-*+] |\d{1,3}[.)] )?")
 _WORD = re.compile(r"[ \t]*([A-Za-z][\w+#.-]*)[ \t]*(.*)", re.DOTALL)
-_ATTRIBUTES = re.compile(r"(?:\{.*\}|[\w-]+=.*|\w+:\S*|[\w./-]+\.py)?\s*")
+_ATTRIBUTES = re.compile(r"(?:\{.*\}|[\w-]+=.*|\w*:\S*|[\w./-]+\.py)?\s*")
 # One line that opens and closes: ```python x = 1```.
 _INLINE = re.compile(r"^[ \t]*(`{3,}|~{3,})([^`\n]+)\1[ \t]*$")
 PYTHON = frozenset(("python", "python3", "py", "py3", "ipython", "pycon", "cpython", "sage"))

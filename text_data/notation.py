@@ -218,8 +218,9 @@ DOUBTFUL_BEFORE = re.compile(
 )
 DOUBTFUL_AFTER = re.compile(
     r"\s?!(?!=)|\.{2,}|[+∞|‾]|-(?!\w)|\s?/|\s?\*+\s?[\w(]|\(|\s?[<>≤≥≠±√π]|\s?!="
-    r"|\s?(?:[A-Za-z]+\s)?or\b|\s(?:less|more) than\b|\s?-?(?:thirds|fourths|quarters|fifths|sixths|sevenths|eighths"
-    r"|ninths|tenths|hundredths|thousandths|percentage points|mod|modulo|choose|pi|too (?:many|few|much|little))(?!\w)"
+    r"|\s?(?:[A-Za-z]+\s)?or\b|\s(?:less|more) than\b|\s?-?(?:halves|thirds|fourths|quarters|fifths|sixths|sevenths"
+    r"|eighths|ninths|tenths|hundredths|thousandths|percentage points|mod|modulo|choose|pi"
+    r"|too (?:many|few|much|little))(?!\w)"
     r"|\s?(?:is|was|are|would be)\s(?:not|wrong|incorrect|false|too)\b"
     r"|\s?(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|gross)s?\b|\s?(?:mn|bn)\b",
     re.I,

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import symtable
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 
+from text_data.answers import before_turn_end
 from text_data.code_tasks import python_tree
 from text_data.fences import Block, fenced_blocks, without_lone_fence
 
@@ -22,6 +25,14 @@ LONGEST = 100_000  # characters that are searched for a program
 # A line that begins Python where prose may stand around it.
 _START = re.compile(r"(?:def|class|async def|import|from|@\w|if __name__)\b|[A-Za-z_]\w*\s*(?::[^=\n]{1,40})?=[^=]|@")
 _PROMPT = re.compile(r"^(?:>>>|\.\.\.)(?: |$)", re.M)
+# A label or a tag on the line where the code begins, quotation marks of Markdown, and commands of a notebook.
+_LABEL = re.compile(
+    r"^(?:[A-Za-z][A-Za-z ]{0,20}:[ \t]+|(?:<\w[^<>\n]{0,80}>){1,4})(?=(?:async def|def|class|import|from)\b)", re.M
+)
+_QUOTED = re.compile(r"^> ?", re.M)
+_NOTEBOOK = re.compile(r"^[ \t]*[%!]\w.*$", re.M)
+# Spaces that are none to Python.
+_SPACES = {0xA0: " ", 0x200B: None, 0xFEFF: None, 0x2060: None}
 _LEAVES = frozenset(("input", "exit", "quit", "stdin", "_exit", "breakpoint"))
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
@@ -38,7 +49,22 @@ def program_of(text: str, tests: Sequence[str] = ()) -> str:
     if len(text) > LONGEST:
         return text
     needed = called_names(tests)
+    code = _program_of(text, needed)
+    if _is_python(code):
+        return code
 
+    # What a chat or a web page leaves in a text.
+    plain = _LABEL.sub("", before_turn_end(text).translate(_SPACES))
+    if plain.lstrip().startswith("> "):
+        plain = _QUOTED.sub("", plain)
+    if re.fullmatch(r"\s*`[^`]+`\s*", plain):
+        plain = plain.strip().strip("`")
+    plain = _program_of(plain, needed)
+    return plain if _defined(plain) & needed else code
+
+
+def _program_of(text: str, needed: set[str]) -> str:
+    """The program of a text with line ends `\\n`, for tests that need the names `needed`."""
     if _defined(text) & needed:
         return _without_use(text, needed)
 
@@ -84,6 +110,7 @@ def _chosen(blocks: Sequence[Block], needed: set[str]) -> str:
     """The code of the last block that defines what is needed, below the definitions of those before it."""
     codes = [_statements(_without_prompts(textwrap.dedent(block.code)), needed) for block in blocks]
     defining = [place for place, code in enumerate(codes) if _defined(code) & needed]
+    defining = [place for place in defining if not _is_sketch(codes[place])] or defining
     parsing = [place for place, code in enumerate(codes) if code.strip() and _is_python(code)]
     place = (defining or parsing or [0])[-1]
 
@@ -94,7 +121,35 @@ def _chosen(blocks: Sequence[Block], needed: set[str]) -> str:
         for node in tree.body if tree else ():
             if isinstance(node, (*_DEFINITIONS, ast.Assign, ast.AnnAssign)) and not _leaves(node):
                 parts.append(_source(code, node))
-    return "\n".join([*parts, codes[place]])
+
+    # Helpers may be shown behind what calls them.
+    chosen = codes[place]
+    for code in codes[place + 1 :]:
+        tree = python_tree(code)
+        lacking = _lacking("\n".join([*parts, chosen]))
+        for node in tree.body if tree else ():
+            if isinstance(node, _DEFINITIONS) and _bound(node) & lacking:
+                chosen = f"{chosen.rstrip()}\n\n{_source(code, node)}\n"
+    return "\n".join([*parts, chosen])
+
+
+def _is_sketch(code: str) -> bool:
+    """Whether the code leaves the bodies of all its functions out, as in `def f(x): ...`."""
+    tree = python_tree(code)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)] if tree else []
+    bodies = [statement for node in functions for statement in node.body]
+    return bool(functions) and all(
+        isinstance(statement, ast.Pass)
+        or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        for statement in bodies
+    )
+
+
+def _lacking(code: str) -> set[str]:
+    """Names that the code reads and neither it nor Python defines."""
+    tree = python_tree(code)
+    read = set().union(*map(_needs, tree.body)) if tree else set()
+    return read - _defined(code) - set(dir(builtins))
 
 
 def _source(code: str, node: ast.stmt) -> str:
@@ -107,9 +162,13 @@ def _source(code: str, node: ast.stmt) -> str:
 
 
 def _without_prompts(text: str) -> str:
-    """The input lines of a Python console; a text that is none as it is."""
-    if not re.search(r"^>>> ", text, re.M):
+    """The input lines of a Python console; the code before one, where that is Python; any other text as it is."""
+    console = re.search(r"^>>> ", text, re.M)
+    if console is None:
         return text
+    before = text[: console.start()]
+    if _defined(before):
+        return before
     return "\n".join(line[4:] for line in text.split("\n") if _PROMPT.match(line))
 
 
@@ -119,24 +178,38 @@ def _from_prose(text: str, needed: set[str]) -> str:
         if _is_python(whole):
             return whole
 
-    # From each line that may begin a program, the longest run of statements; one that defines what is needed wins.
+    # From each line that may begin a program, the longest run of statements; one that defines what is needed wins. It
+    # may be indented as a block below prose.
     lines = textwrap.dedent(text).split("\n")
     if lines[0].startswith(" "):
         lines[0] = lines[0].lstrip()
     longest = ""
     starts = [place for place, line in enumerate(lines) if _START.match(line)][:STARTS]
+    starts += [place for place, line in enumerate(lines) if line[:2].isspace() and _START.match(line.lstrip())][:STARTS]
     for start in starts:
-        code = _prefix(lines[start:])
+        code = _prefix(_as_block(lines[start:]))
         if code and _defined(code) & needed:
             return code
         longest = max(longest, code, key=len)
     return longest or text
 
 
+def _as_block(lines: list[str]) -> list[str]:
+    """The lines as far as they are indented like the first one or more, without that indentation."""
+    margin = lines[0][: len(lines[0]) - len(lines[0].lstrip())]
+    block = []
+    for line in lines:
+        if line.strip() and not line.startswith(margin):
+            break
+        block.append(line[len(margin) :])
+    return block
+
+
 def _statements(code: str, needed: set[str]) -> str:
     """The code, without the end that does not parse where what is needed stands before it."""
     if _is_python(code):
         return code
+    code = _NOTEBOOK.sub("", code)
     part = _prefix(code.split("\n"))
     return part if _defined(part) & needed else code
 
@@ -197,18 +270,36 @@ def _read(node: ast.AST) -> set[str]:
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)}
 
 
+def _needs(node: ast.stmt) -> set[str]:
+    """Names that a top-level statement reads of the others: arguments and variables of its functions are its own."""
+    try:
+        tables = [symtable.symtable(ast.unparse(node), "", "exec")]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return _read(node)
+    names = set()
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        is_top = table.get_type() == "module"
+        names |= {
+            each.get_name() for each in table.get_symbols() if each.is_referenced() and (is_top or each.is_global())
+        }
+    return names
+
+
 def _leaves(node: ast.AST) -> bool:
     """Whether a statement reads standard input, or ends the program."""
     names = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
     names |= {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
-    return bool(names & _LEAVES)
+    return bool(names & _LEAVES) or {"unittest", "main"} <= names
 
 
 def _without_use(code: str, needed: set[str]) -> str:
     """The code without top-level statements that only use its definitions, where it defines what is needed.
 
-    Dropped are: lone names, which are words of prose; what reads standard input or ends the program; behind the last
-    needed definition, whatever changes nothing that the needed definitions read.
+    Dropped are: lone names, which are words of prose; what reads standard input or ends the program; imports of
+    packages that nothing needs; behind the last needed definition, whatever changes nothing that the needed definitions
+    read.
     """
     tree = python_tree(code)
     if tree is None or not _defined(code) & needed:
@@ -230,7 +321,7 @@ def _without_use(code: str, needed: set[str]) -> str:
         lines = range(node.lineno, node.end_lineno + 1)
         is_used = place > last or _leaves(node)
         is_prose = isinstance(node, ast.Expr) and isinstance(node.value, ast.Name | ast.List)
-        if is_prose or (is_used and not _feeds(node, relevant, variables, modules)):
+        if is_prose or _is_idle_import(node, relevant) or (is_used and not _feeds(node, relevant, variables, modules)):
             dropped.update(lines)
         else:
             kept.update(lines)
@@ -241,7 +332,7 @@ def _without_use(code: str, needed: set[str]) -> str:
 
 def _relevant(tree: ast.Module, needed: set[str]) -> set[str]:
     """The needed names and what their definitions read, directly or through others."""
-    readers = [(_bound(node), _read(node)) for node in tree.body]
+    readers = [(_bound(node), _needs(node)) for node in tree.body]
     relevant = set(needed)
     size = 0
     while len(relevant) != size:
@@ -250,6 +341,14 @@ def _relevant(tree: ast.Module, needed: set[str]) -> set[str]:
             if bound & relevant:
                 relevant |= read
     return relevant
+
+
+def _is_idle_import(node: ast.stmt, relevant: set[str]) -> bool:
+    """Whether a statement imports what nothing needs and Python does not come with, as plots do."""
+    if not isinstance(node, ast.Import | ast.ImportFrom) or _bound(node) & (relevant | {"*"}):
+        return False
+    modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return not any(module.partition(".")[0] in sys.stdlib_module_names for module in modules)
 
 
 def _feeds(node: ast.stmt, relevant: set[str], variables: set[str], modules: set[str]) -> bool:

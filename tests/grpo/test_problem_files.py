@@ -43,6 +43,11 @@ def test_an_answer_is_read_and_its_worked_example_earns_the_reward(tmp_path, ans
     assert reward_of(problem, "math") == [1.0] and reward_of(problem, "format") == [1.0]
 
 
+def test_a_final_answer_beside_a_sentence_is_the_answer(tmp_path):
+    problem = read(tmp_path, {"prompt": "How many?", "answer": "so it is 4", "final_answer": "4"})[0]
+    assert problem.answer == "4"
+
+
 def test_steps_before_the_mark_are_the_thought(tmp_path):
     answer = "Half is 48/2 = <<48/2=24>>24.\nAll is <<48+24=72>>72.\n#### 72"
     problem = read(tmp_path, {"question": "How many?", "answer": answer})[0]
@@ -82,6 +87,16 @@ def test_tests_of_every_form_are_the_same_tests(tmp_path, row):
 def test_a_text_whose_statements_build_on_each_other_is_one_test(tmp_path):
     text = "from fractions import Fraction as F\nassert add(F(1), F(2)) == F(3)"
     assert read(tmp_path, {**CODE, "tests": text})[0].tests == (text,)
+
+
+def test_functions_that_are_tests_are_called_and_helpers_stay_with_their_test(tmp_path):
+    functions = "def test_sum():\n    assert add(1, 2) == 3\n\ndef test_zero():\n    assert add(0, 0) == 0"
+    helper = "def twice(x):\n    return 2 * x"
+    steps = [helper, "assert add(1, 1) == twice(1)", ASSERTS[0]]
+    called, joined = read(tmp_path, {**CODE, "tests": functions}, {**CODE, "tests": steps})[:2]
+    assert called.tests == (f"{functions}\n\ntest_sum()\ntest_zero()",)
+    assert joined.tests == (f"{helper}\nassert add(1, 1) == twice(1)", ASSERTS[0])
+    assert [reward_of(problem, "code") for problem in (called, joined)] == [[1.0], [1.0]]
 
 
 def test_published_forms_of_code_tasks_are_read(tmp_path):
@@ -159,6 +174,10 @@ def test_a_broken_file_is_refused_by_its_line(tmp_path, content, told):
     ({"prompt": "p", "tests": ["assert f()"], "setpu": "n = 1"},
     "has the field setpu, which is not read: rename it to setup"),
     ({"prompt": "p", "question": "q", "answer": "1"}, "holds both a prompt and a question"),
+    ({"prompt": "p", "answer": "so it is 4", "final_answer": "5"}, "holds both an answer and a final_answer"),
+    ({"prompt": "p", "tests": CHECK}, "tests 1 asserts nothing: it defines, and calls none of it"),
+    ({"prompt": "p", "tests": ["assert f()", "import math", "def helper(): ..."]}, "tests 3 asserts nothing"),
+    ({"prompt": "p", "tests": "class Test:\n    def test(self):\n        assert f()"}, "tests 1 asserts nothing"),
     ({"prompt": 5, "answer": "1"}, "has a prompt that is neither text nor a chat"),
     ({"prompt": [], "answer": "1"}, "is a chat of nothing"),
     ({"prompt": ["a", "b"], "answer": "1"}, "neither text nor a chat"),

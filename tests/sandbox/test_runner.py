@@ -287,7 +287,7 @@ def test_no_process_thread_or_signal():
     for call in ("os.fork()", "os.kill(os.getppid(), 9)", "os.execv('/bin/true', ['true'])"):
         assert "Operation not permitted" in probe(call, "import os").output, call
     assert "PermissionError" in probe("subprocess.run(['/bin/true'])", "import subprocess").output
-    assert "RuntimeError" in probe("threading.Thread(target=print).start()", "import threading").output
+    assert "RuntimeError" in probe("_thread.start_new_thread(print, ())", "import _thread").output
 
 
 @confined

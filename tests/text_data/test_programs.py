@@ -88,6 +88,25 @@ RIGHT = {
     "attribute": "def add(a, b):\n    return a + b + add.start\n\nadd.start = 0",
     "decorated": f"import functools\n\n@functools.cache\n{ADD}",
     "marks of few shots": f"[BEGIN]\n{ADD}[DONE]\n",
+    "language and file": f"```python:add.py\n{ADD}```",
+    "language and colon": f"```python:\n{ADD}```",
+    "quoted": textwrap.indent(f"```python\n{ADD}```", "> "),
+    "console below code": f"```python\n{ADD}\n>>> add(1, 2)\n3\n```",
+    "input of the arguments' names": f"{ADD}\na = int(input('a'))\nb = int(input('b'))\nprint(add(a, b))",
+    "end of a turn": f"{ADD.rstrip()}<|im_end|>\n",
+    "end of a text": f"```python\n{ADD}```</s>\nadd",
+    "helper behind": "```python\ndef add(a, b):\n    return _plus(a, b)\n```\nwith\n```python\n"
+    "def _plus(a, b):\n    return a + b\n\nprint(_plus(1, 2))\n```",
+    "code in one line of prose": "`add = lambda a, b: a + b`",
+    "label": f"Code: {ADD}",
+    "tags": f'<pre><code class="language-python">{ADD}</code></pre>',
+    "narrow spaces": f"```python\n{ADD.replace('    ', chr(160) * 4)}```",
+    "invisible spaces": f"```python\n\u200b{ADD}```",
+    "own test run": f"import unittest\n\n{ADD}\nclass Case(unittest.TestCase):\n    pass\n\nunittest.main()",
+    "indented block below prose": f"The function is:\n\n{textwrap.indent(ADD, '    ')}\nIt returns the sum.",
+    "notebook": f"```python\n%matplotlib inline\n!pip install nothing\n{ADD}```",
+    "sketch behind": f"```python\n{ADD}```\nIn general:\n```python\ndef add(*numbers):\n    ...\n```",
+    "package nobody has": f"import nobody_has_this as plt\n{ADD}",
 }  # fmt: skip
 
 
@@ -101,7 +120,7 @@ def test_the_right_program_is_found(name):
 
 
 @pytest.mark.parametrize("name", [name for name in RIGHT if name not in ("input", "input first", "main", "exit",
-    "own wrong test")])
+    "own wrong test", "input of the arguments' names")])
 def test_the_program_of_a_program_is_itself(name):
     code = program_of(RIGHT[name], TESTS)
     assert program_of(code, TESTS) == code
