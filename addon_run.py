@@ -33,7 +33,7 @@ from reasoning_gym_wrapper import default_tasks, reserved_sums, task_problems, t
 from suite.after_run import Subject
 from suite.spec import spec_problems
 from tasks.chance import chance_warnings
-from tasks.limits import TimeLimits
+from tasks.limits import JudgeConfig
 from text_data.roundtrip import ROWS_TRIED, check_round_trip
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
@@ -127,12 +127,12 @@ class AddonRun:
             self.machine.say(line)
 
         # The items come before the model: a mistake in them is told before gigabytes are loaded.
-        for warning in task_warnings(task_names(opts)):
+        for warning in task_warnings(task_names(opts), opts.verifier_strict):
             self.machine.say(f"WARNING: {warning}")
         self.format, note = prompt_format(opts, checkpoint)
         if note:
             self.machine.say(note)
-        limits = options.part(TimeLimits, opts)
+        limits = options.part(JudgeConfig, opts)
         data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), limits=limits)
         self.data = AddonData(data_config, self.format, self.machine, draws_of(checkpoint, config))
         if self.machine.is_main:

@@ -27,7 +27,7 @@ from typing import Any
 from engine.files import read_text
 from engine.records import normalise
 from engine.time_limit import TimeLimitError, call_within
-from tasks.limits import USUAL, TimeLimits
+from tasks.limits import USUAL, JudgeConfig
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
 from verify.judge import Verdict, gold_fails, verdict
 
@@ -129,7 +129,7 @@ class Task:
         TaskError: unknown name, unknown or illegal config keys.
     """
 
-    def __init__(self, name: str, config: dict[str, Any] | None = None, limits: TimeLimits = USUAL):
+    def __init__(self, name: str, config: dict[str, Any] | None = None, limits: JudgeConfig = USUAL):
         if name not in registry():
             raise TaskError(unknown_task(name))
         self.name, self.config = name, dict(config or {})
@@ -313,13 +313,18 @@ def task_problems(names: Sequence[str], config_text: str, allow_code: bool, supe
     return lines
 
 
-def task_warnings(names: Sequence[str]) -> list[str]:
+def task_warnings(names: Sequence[str], is_strict: bool = True) -> list[str]:
     """What a user should know about the chosen tasks before reading their figures."""
-    loose = [name for name in names if name in SCORES_ANYTHING]
     lines = []
-    for name in loose:
-        lines.append(f"{name} gives any text full score: its mean_score means nothing, nor its accuracy without the "
-                     "strict rule")
+    for name in names:
+        if name not in SCORES_ANYTHING:
+            continue
+        if is_strict:
+            lines.append(f"{name} gives any text full score: its mean_score means nothing; solved goes by the strict "
+                         "rule")
+        else:
+            lines.append(f"{name} gives any text full score: none of its figures means anything without "
+                         "--verifier_strict 1")
 
     hashed = [name for name in names if name in HASH_DEPENDENT]
     if hashed and not sys.flags.hash_randomization == 0:
@@ -328,7 +333,7 @@ def task_warnings(names: Sequence[str]) -> list[str]:
     return lines
 
 
-def make_tasks(names: Sequence[str], config_text: str, limits: TimeLimits = USUAL) -> list[Task]:
+def make_tasks(names: Sequence[str], config_text: str, limits: JudgeConfig = USUAL) -> list[Task]:
     """The chosen tasks at the chosen difficulty. Raises TaskError as `task_problems` lists."""
     configs = read_task_config(config_text, names)
     return [Task(name, configs[name], limits) for name in names]

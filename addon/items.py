@@ -15,7 +15,7 @@ from engine.progress import clock_text
 from evaluation import answer_budget
 from reasoning_gym_wrapper import Example, Reserve, Task, make_tasks
 from tasks.chance import Chance, task_chances
-from tasks.limits import USUAL, TimeLimits
+from tasks.limits import USUAL, JudgeConfig
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
 PROBE_S = 60.0  # seconds that this may take
@@ -64,7 +64,7 @@ class AddonDataConfig:
     curriculum_draw_s: float = 60.0
     eval_only: bool = False
     resume: str | None = None
-    limits: TimeLimits = USUAL
+    limits: JudgeConfig = USUAL
 
 
 class AddonData:

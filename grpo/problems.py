@@ -18,7 +18,7 @@ from engine.records import normalise
 from enhanced.reasoning_format import END_SOLUTION, END_THINK, SOLUTION, THINK
 from grpo.rewards import item_text
 from reasoning_gym_wrapper import MAX_REJECTED, Example, Task, for_evaluation
-from tasks.limits import USUAL, TimeLimits
+from tasks.limits import USUAL, JudgeConfig
 
 HELD_OUT_SHARE = 5  # of a finite source, one in so many problems is kept for evaluation at most
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -167,7 +167,7 @@ class TaskSource:
                     yield problem_of(example)
 
 
-def task_source(level: Mapping[str, Mapping[str, Any] | None], limits: TimeLimits = USUAL) -> TaskSource:
+def task_source(level: Mapping[str, Mapping[str, Any] | None], limits: JudgeConfig = USUAL) -> TaskSource:
     """The source of {task: config}; `limits` hold for making and scoring items. Raises TaskError."""
     return TaskSource(tuple(Task(name, dict(config or {}), limits) for name, config in level.items()))
 

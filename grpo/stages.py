@@ -16,7 +16,7 @@ from grpo.problem_files import file_source
 from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, task_source
 from grpo.rewards import build_rewards
 from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError
-from tasks.limits import USUAL, TimeLimits
+from tasks.limits import USUAL, JudgeConfig
 from text_data.roundtrip import ROWS_TRIED, check_round_trip
 
 ADDON_STAGE = "task"  # the add-on's one stage, on the tasks of its checkpoint
@@ -104,7 +104,7 @@ class StagesConfig(GrpoConfig):
         eval_n: evaluation questions of each stage, 1 or more.
         allow_unconfined_code: whether the code reward may run programs where nothing can confine them.
         allow_code_tasks: whether tasks may be used whose verifier executes code.
-        draw_timeout_s, score_timeout_s, verifier_strict: as in `tasks.limits.TimeLimits`.
+        draw_timeout_s, score_timeout_s, verifier_strict: as in `tasks.limits.JudgeConfig`.
     """
 
     arch: str = "enhanced"
@@ -364,7 +364,7 @@ def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Sour
         for name in level:
             if name in EXECUTES_CODE and not config.allow_code_tasks:
                 raise TaskError(f"{name} executes code ({EXECUTES_CODE[name]}): choose another task")
-    limits = TimeLimits(config.draw_timeout_s, config.score_timeout_s, config.verifier_strict)
+    limits = JudgeConfig(config.draw_timeout_s, config.score_timeout_s, config.verifier_strict)
     return tuple(task_source(level, limits) for level in given)
 
 

@@ -19,12 +19,12 @@ import pyarrow
 from audit_probes import RIGHT, probes_of
 from engine.records import normalise
 from reasoning_gym_wrapper import EVAL_SEED, Example, Task, TaskError, registry
-from tasks.limits import TimeLimits
+from tasks.limits import JudgeConfig
 from verify.table import RULES
 
 FIRST = 10  # items whose figures a quick comparison repeats
 WORDS = ("0", "1", "yes", "no", "True", "False")
-STRICT = TimeLimits(draw_timeout_s=30.0, score_timeout_s=10.0)  # of the clock on the wall
+STRICT = JudgeConfig(draw_timeout_s=30.0, score_timeout_s=10.0)  # of the clock on the wall
 LOOSE = replace(STRICT, verifier_strict=False)  # makes every item, and asks the scorer alone
 Tally = dict[str, list[int]]  # probe -> items asked, accepted by the scorer, solved by the strict verdict, out of time
 

@@ -55,7 +55,7 @@ from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, beyond_reserve, make_tasks  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
-from tasks.limits import TimeLimits  # noqa: E402
+from tasks.limits import JudgeConfig  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,7 +138,7 @@ def held_out(opts: options.Options, n: int, prompt: PromptFormat, documents: dic
     def fitting(examples: list[Example]) -> list[Example]:
         return prompt.fitting(examples, opts.overlong, "evaluation")
 
-    tasks = make_tasks(task_names(opts), task_config(opts), options.part(TimeLimits, opts))
+    tasks = make_tasks(task_names(opts), task_config(opts), options.part(JudgeConfig, opts))
     if not opts.curriculum:
         return fitting(Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split).examples)
 

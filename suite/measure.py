@@ -207,7 +207,16 @@ def _run_questions(
     predictions = []
     for question, text, score, bare_score in zip(questions, texts, scores, bare_scores, strict=True):
         predictions.append(Prediction(question.index, question.prompt, text, score, bare_score))
-    return Part(f"suite/{name}", estimates, bare_estimates, predictions, segments_used)
+    chance = constant_option(questions)
+    return Part(f"suite/{name}", estimates, bare_estimates, predictions, segments_used, chance=chance)
+
+
+def constant_option(questions: Sequence[Question]) -> float | None:
+    """The share of questions that the commonest place of the right option solves; None where some have no options."""
+    places = [question.answer_index for question in questions if question.choices]
+    if not places or len(places) < len(questions):
+        return None
+    return max(map(places.count, places)) / len(places)
 
 
 def run_suite(

@@ -42,6 +42,7 @@ class Part:
     estimates, bare: metric -> value and interval, of the model and of what it is compared with (empty without it).
     segments_used: mean HRM segments of an answer; None without HRM.
     trained: items of the file that were left out because the model was trained on them.
+    chance: share of the items that the best constant option solves, in 0..1; None where there are no options.
     """
 
     task: str
@@ -50,6 +51,7 @@ class Part:
     predictions: list[Prediction]
     segments_used: float | None
     trained: int = 0
+    chance: float | None = None
 
 
 @dataclass
@@ -124,6 +126,8 @@ class SuiteResult:
             if empty and part.task != NO_ANSWERS:
                 lines.append(f"note: {empty} of {len(part.predictions)} answers to {part.task} are empty")
             lines += cut_notes(part)
+            if part.chance is not None:
+                lines.append(f"note: one option, always the same, is right in {percent(part.chance)} of {part.task}")
             if part.trained:
                 lines.append(f"note: {part.trained} items of {part.task} were left out: the model was trained on them")
         return lines

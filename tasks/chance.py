@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 WORDS = ("0", "1", "yes", "no", "True", "False", "A", "nan", "")
@@ -25,12 +25,14 @@ class Chance:
     answer: the constant.
     n: number of items.
     is_whole: False where time ran out before every candidate was tried; `rate` is then the least it can be.
+    copied: share of the items that the last word of their own question solves; 0.0 where it is below one half.
     """
 
     rate: float
     answer: str
     n: int
     is_whole: bool = True
+    copied: float = 0.0
 
 
 def chance_of(
@@ -78,8 +80,23 @@ def task_chances(examples: Sequence[Any], seconds: float = SECONDS) -> dict[str,
     chances = {}
     for task, own in by_task.items():
         golds = [example.target for example in own]
-        chances[task] = chance_of(own, golds, _solves, seconds)
+        chance = chance_of(own, golds, _solves, seconds)
+        chances[task] = replace(chance, copied=_copied(own))
     return chances
+
+
+def _copied(examples: Sequence[Any]) -> float:
+    """The share of examples that the last word of their question solves; 0.0 as soon as it cannot reach `MEANS_LITTLE`.
+
+    In string_insertion that word is the given string, and mostly nothing is to be inserted.
+    """
+    solved = 0
+    for place, example in enumerate(examples):
+        if solved + len(examples) - place < MEANS_LITTLE * len(examples):
+            return 0.0
+        word = (example.question.split() or [""])[-1]
+        solved += example.target is not None and word in example.target and _solves(example, word)
+    return solved / len(examples)
 
 
 def _solves(example: Any, text: str) -> bool:
@@ -100,6 +117,11 @@ def chance_warnings(chances: Mapping[str, Chance]) -> list[str]:
             lines.append(
                 f"{task}: the constant answer {shown!r} solves {100 * chance.rate:.1f} % of its {chance.n} evaluation "
                 "items: its accuracy means little"
+            )
+        if chance.copied >= MEANS_LITTLE:
+            lines.append(
+                f"{task}: the last word of the question, given back, solves {100 * chance.copied:.1f} % of its "
+                f"{chance.n} evaluation items: its accuracy means little"
             )
     return lines
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class TimeLimits:
+class JudgeConfig:
     """What holds for making items and scoring answers; each field is a flag.
 
     The limits are seconds of wall-clock time that one call of a task's own code may take, 0 = no limit.
@@ -21,4 +21,4 @@ class TimeLimits:
     verifier_strict: bool = True
 
 
-USUAL = TimeLimits()  # where nobody set others
+USUAL = JudgeConfig()  # where nobody set others

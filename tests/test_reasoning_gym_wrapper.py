@@ -391,7 +391,9 @@ def test_all_problems_are_told_at_once():
 def test_warnings_tell_of_tasks_whose_figures_mislead():
     assert rg.task_warnings(PUBLISHED) == []
     [line] = rg.task_warnings(["chain_sum", "game_of_life_halting"])
-    assert "game_of_life_halting" in line and "full score" in line
+    assert "game_of_life_halting" in line and "full score" in line and "solved goes by the strict rule" in line
+    [line] = rg.task_warnings(["game_of_life_halting"], is_strict=False)
+    assert line.endswith("none of its figures means anything without --verifier_strict 1")
     # The flag is that of the process: pytest itself may run under PYTHONHASHSEED=0.
     for seed, expected in (("random", True), ("0", False)):
         code = "import reasoning_gym_wrapper as rg; print(rg.task_warnings(['word_ladder']))"

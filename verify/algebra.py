@@ -22,15 +22,16 @@ FUNCTIONS = frozenset(
     {"sqrt", "exp", "log", "ln", "Abs", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "acot",
      "asec", "acsc", "sinh", "cosh", "tanh", "coth", "sech", "csch", "asinh", "acosh", "atanh", "acoth"}
 )
-CONSTANTS = frozenset({"C", "C1", "c", "K", "k", "E", "pi"})
+CONSTANTS = frozenset({"E", "pi", "A", "D", "const", "constant"})
+OF_INTEGRATION = re.compile(r"[CcKk](?:_?\d{1,2})?", re.A)
 Monomial = tuple[tuple[str, int], ...]
 
 
 def tree_of(text: str) -> ast.expr:
     """The syntax tree of an expression on one line. Raises ValueError where it is none, or too long."""
     text = text.strip()
-    if len(text) > LONGEST or "\n" in text:
-        raise ValueError("too long")
+    if len(text) > LONGEST or "\n" in text or "#" in text:  # no comment may follow
+        raise ValueError("more than an expression")
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, MemoryError) as error:
@@ -96,7 +97,7 @@ def _allowed(node: ast.AST, names: frozenset[str]) -> bool:
         case ast.Constant(value=value):
             return type(value) in (int, float)
         case ast.Name(id=name):
-            return name in names or name in FUNCTIONS
+            return name in names or name in FUNCTIONS or OF_INTEGRATION.fullmatch(name) is not None
         case ast.Call(func=ast.Name(id=name), args=[_, *_], keywords=[]):
             return name in FUNCTIONS and len(node.args) <= 2
         case ast.BinOp(op=ast.Pow()):
@@ -129,17 +130,23 @@ def _numeric(node: ast.expr) -> Iterable[ast.AST]:
     return [] if symbols else nodes
 
 
-@strict("simple_integration", "intermediate_integration", name="an elementary function, no unsolved integral",
+@strict("simple_integration", "intermediate_integration", name="a finite elementary function, no unsolved integral",
         readable=is_elementary, gold_check=is_elementary)
 def elementary(answer: str, entry: Entry) -> bool:
-    return is_elementary(answer, entry)
+    return is_elementary(answer, entry) and is_finite(answer)
+
+
+def is_finite(answer: str) -> bool:
+    """Whether no infinity or NaN stands in an elementary expression: the derivative of `x**2 + 1/0` is 2*x as well."""
+    import sympy
+
+    expression = sympy.parse_expr(answer)
+    return not expression.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan)
 
 
 @strict("polynomial_multiplication", name="the gold sum, expanded", one_answer=True,
         readable=lambda answer, entry: False)
 def expanded(answer: str, entry: Entry) -> bool:
-    if "(" in answer:
-        return False
     return monomials(tree_of(" ".join(words(answer)))) == monomials(tree_of(entry["answer"]))
 
 
@@ -159,7 +166,7 @@ def monomials(node: ast.expr, sign: int = 1) -> dict[Monomial, int]:
 
 
 def _monomial(node: ast.expr) -> tuple[int, Monomial]:
-    """(coefficient, monomial) of a product such as `3*x**2*y`. Raises ValueError."""
+    """(coefficient, monomial) of a product such as `3*x**2*y`, multiplied out. Raises ValueError."""
     match node:
         case ast.Constant(value=value) if type(value) is int:
             return value, ()
@@ -175,7 +182,7 @@ def _monomial(node: ast.expr) -> tuple[int, Monomial]:
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             first, one = _monomial(left)
             second, other = _monomial(right)
-            powers = Counter(dict(one))
-            powers.update(dict(other))
-            return first * second, tuple(sorted(powers.items()))
+            if (second != 1 and first not in (1, -1)) or dict(one).keys() & dict(other).keys():
+                raise ValueError("not multiplied out")
+            return first * second, tuple(sorted(one + other))
     raise ValueError("no monomial")

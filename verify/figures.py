@@ -8,7 +8,7 @@ from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
 
-from verify.forms import fraction, number, parts, whole
+from verify.forms import fraction, number, parts, shortened, whole
 from verify.table import Entry, strict
 
 COIN_DECIMALS = 4  # as many as the scorer's tolerance
@@ -25,7 +25,7 @@ FRACTION = re.compile(r"\\d?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s
 FACTORS = re.compile(r"\d+(?:\s*×\s*\d+){0,200}", re.A)
 INTEGER = re.compile(r"[+-]?(?:0x[0-9a-f]+|0b[01]+|0o[0-7]+|\d+)", re.A | re.I)
 DAYS = re.compile(r"(-?\d{1,6})(?: days?)?", re.A)
-CLOCK = re.compile(r"(?:(-?\d{1,6}) days?, ?)?(-?)(\d{1,6}):([0-5]\d)(?::([0-5]\d)(?:\.(\d{1,3}))?)?", re.A)
+CLOCK = re.compile(r"(?:(-?\d{1,6}) days?, *)?(-?)(\d{1,6}):([0-5]\d)(?::([0-5]\d)(?:\.(\d{1,3}))?)?", re.A)
 PRECISION = re.compile(r"maximum of (\d+) significant digits")
 
 
@@ -68,11 +68,14 @@ def right_complex(answer: str, entry: Entry) -> bool:
 @strict("decimal_arithmetic", name="one number, right to all digits asked for", one_answer=True)
 def right_decimal(answer: str, entry: Entry) -> bool:
     gold = number(entry["answer"])
+    given = number(answer)
     digits = int(PRECISION.search(entry["question"])[1])
+    if len(shortened(given)[0].lstrip("0")) > digits:
+        return False
 
     # One unit of the last digit asked for: intermediate results may be rounded or not.
     unit = Decimal(0) if gold == 0 else Decimal(10) ** (gold.adjusted() - digits + 1)
-    return abs(number(answer) - gold) <= unit
+    return abs(given - gold) <= unit
 
 
 @strict("number_format", name="one of the numbers, right to 3 decimals", one_answer=True)
@@ -104,14 +107,22 @@ def right_geometry(answer: str, entry: Entry) -> bool:
     facts = entry["metadata"]
     if facts["task_type"] == "orthocenter":
         match = PAIR.fullmatch(answer)
-        given = [float(number(coordinate)) for coordinate in match.groups()]
+        given = [_to_thousandths(coordinate) for coordinate in match.groups()]
         right = facts["orthocenter_approx"]
         return all(abs(one - other) <= HALF_A_THOUSANDTH for one, other in zip(given, right, strict=True))
 
     if facts["task_type"] == "angle_measure":
-        given = float(number(answer.removesuffix("°")))
+        given = _to_thousandths(answer.removesuffix("°"))
         return abs(given - facts["angle_ABC_degrees"]) <= HALF_A_HUNDREDTH
-    return abs(float(number(answer)) - facts["incircle_radius_approx"]) <= HALF_A_THOUSANDTH
+    return abs(_to_thousandths(answer) - facts["incircle_radius_approx"]) <= HALF_A_THOUSANDTH
+
+
+def _to_thousandths(text: str) -> float:
+    """A number of at most three decimals, zeros behind them aside. Raises ValueError."""
+    value = number(text)
+    if value and shortened(value)[1] < -3:
+        raise ValueError("more decimals than asked for")
+    return float(value)
 
 
 @strict("polynomial_equations", name="the gold numbers and no others, commas between")

@@ -38,6 +38,17 @@ def number(text: str) -> Decimal:
     return Decimal(text.replace(",", "").replace(" ", ""))
 
 
+def shortened(value: Decimal) -> tuple[str, int]:
+    """(significant digits, exponent) of a number without the zeros behind it.
+
+    Unlike `Decimal.normalize` it rounds nothing: tasks set the precision of the whole process.
+    """
+    _, figures, exponent = value.as_tuple()
+    every = "".join(map(str, figures))
+    digits = every.rstrip("0")
+    return digits, exponent + len(every) - len(digits)
+
+
 def whole(text: str) -> int:
     """The integer that the whole text is, commas between thousands allowed. Raises ValueError."""
     value = number(text)

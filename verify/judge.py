@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.time_limit import TimeLimitError, call_within
-from tasks.limits import USUAL, TimeLimits
+from tasks.limits import USUAL, JudgeConfig
 from verify import algebra, figures, logic, puzzles, texts  # noqa: F401 - they fill the table
 from verify.table import RULES, Check, Entry
 
 LONGEST = 50_000  # characters of an answer; a longer one is wrong unread
 FULL = 1.0 - 1e-9  # a full score: sums of parts miss 1.0 by rounding on either side
-UNTIMED = TimeLimits(0.0, 0.0)  # which items are drawn must not depend on the machine
+UNTIMED = JudgeConfig(0.0, 0.0)  # which items are drawn must not depend on the machine
 NO_RULE = "the task's own scorer alone"
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
@@ -47,7 +47,7 @@ class Verdict:
         return 0.0 if self.refused else self.score
 
 
-def verdict(task: str, answer: str, entry: dict[str, Any], scorer: Any, limits: TimeLimits = USUAL) -> Verdict:
+def verdict(task: str, answer: str, entry: dict[str, Any], scorer: Any, limits: JudgeConfig = USUAL) -> Verdict:
     """What is said of an answer, stripped of surrounding whitespace, to an item of the task.
 
     Args:
@@ -105,14 +105,13 @@ def _passes(check: Check, answer: str, entry: Entry) -> bool:
 
 
 def gold_fails(task: str, entry: dict[str, Any], scorer: Any) -> bool:
-    """Whether the item has a gold answer that fails the task's own verifiers."""
+    """Whether the item has a gold answer, or an example of one, that fails the task's own verifiers."""
     gold = entry["answer"]
-    if gold is None:
-        return False
-
     rule = RULES.get(task)
     if rule is not None and rule.gold_check is not None:
-        return not rule.gold_check(gold, entry)
+        return not _passes(rule.gold_check, gold, entry)
+    if gold is None:
+        return False
     return not verdict(task, gold.strip(), entry, scorer, UNTIMED).solved
 
 

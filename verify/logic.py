@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
@@ -35,36 +34,32 @@ MOST_VARIABLES = 12
 TRUE = "⊤"
 
 
-@strict("propositional_logic", name="a conclusion that is no premise and none joined, weakened or wrapped")
+def has_conclusion(answer: str | None, entry: Entry) -> bool:
+    """Whether the item's own example, the one conclusion that is known, is more than premises repeated."""
+    premises = {parsed(premise) for premise in entry["metadata"]["premises"]}
+    return not _is_repeated(parsed(entry["metadata"]["example_answer"]), premises)
+
+
+@strict("propositional_logic", name="a conclusion that is no premise and none joined, weakened or wrapped",
+        gold_check=has_conclusion)
 def real_conclusion(answer: str, entry: Entry) -> bool:
     """A premise, premises joined by any connective, and all else that follows without looking into one are refused.
 
-    The last holds for a premise in a disjunction with something else. Where the item's own example is of this kind, it
-    is accepted.
+    The last holds for a premise in a disjunction with something else: only the item's own example may be of this kind.
+    Items whose example is a premise, or made of premises, are left out: nothing shows that more follows.
     """
-    facts = entry["metadata"]
+    premises = {parsed(premise) for premise in entry["metadata"]["premises"]}
     given = parsed(answer)
-    premises = {parsed(premise) for premise in facts["premises"]}
-    variables = variables_of(given)
-    if not variables <= set(facts["variables"]):
+    if not variables_of(given) <= set(entry["metadata"]["variables"]) or _is_repeated(given, premises):
         return False
-
-    compound = {premise for premise in premises if not _is_literal(premise)}
-    if _is_joined(given, premises) or not variables_of(_marked(given, compound)):
-        return False
-    return not _is_shallow(given, premises) or _is_shallow(parsed(facts["example_answer"]), premises)
+    return given == parsed(entry["metadata"]["example_answer"]) or not _is_shallow(given, premises)
 
 
-def _is_joined(statement: Statement, premises: Iterable[Statement]) -> bool:
-    """Whether a statement is a premise, or several joined by ∧."""
+def _is_repeated(statement: Statement, premises: set[Statement]) -> bool:
+    """Whether a statement is a premise, or made of premises alone."""
     pieces = _pieces(statement)
     whole = [_pieces(premise) for premise in premises if _pieces(premise) <= pieces]
-    return frozenset().union(*whole) == pieces
-
-
-def _is_literal(statement: Statement) -> bool:
-    """Whether a statement is a variable or a negated one."""
-    return isinstance(statement, str) or (statement[0] == "¬" and isinstance(statement[1], str))
+    return frozenset().union(*whole) == pieces or not variables_of(_marked(statement, premises))
 
 
 def _pieces(statement: Statement) -> frozenset:

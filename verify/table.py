@@ -27,7 +27,8 @@ class Rule:
     gold: the gold answer and the item in a form that the scorer understands.
     readable: whether the scorer, which evaluates answers or takes them literally, may see a text; None: any.
     floor: the score of a text that the scorer may not see.
-    gold_check: whether a gold answer is one, where asking the scorer would cost too much; None: the scorer is asked.
+    gold_check: whether a gold answer is one (None where the task has none, but an example), where asking the scorer
+        would cost too much, or say nothing; None: the scorer is asked.
     """
 
     name: str

@@ -23,8 +23,8 @@ def is_literal(answer: str, entry: Entry) -> bool:
 
 @strict(
     "ab", "acre", "base_conversion", "bf", "caesar_cipher", "circuit_logic", "course_schedule", "emoji_mystery",
-    "isomorphic_strings", "mahjong_puzzle", "path_star", "ransom_note", "string_manipulation", "string_splitting",
-    "string_synthesis", "syllogism",
+    "isomorphic_strings", "letter_jumble", "mahjong_puzzle", "path_star", "ransom_note", "string_manipulation",
+    "string_splitting", "string_synthesis", "syllogism",
     name="the gold text", one_answer=True,
 )
 @strict("spiral_matrix", "string_insertion", name="the gold text", one_answer=True, readable=is_literal)
@@ -33,7 +33,7 @@ def same_words(answer: str, entry: Entry) -> bool:
 
 
 @strict(
-    "color_cube_rotation", "family_relationships", "game_of_life_halting", "letter_jumble", "sentence_reordering",
+    "color_cube_rotation", "family_relationships", "game_of_life_halting", "sentence_reordering",
     "spell_backward", "tsumego", "zebra_puzzles",
     name="the gold text in any case", one_answer=True,
 )
@@ -124,5 +124,7 @@ def _plain_gold(entry: Entry) -> Shown:
 @strict("gsm_symbolic", name="one number, equal to the gold; a currency sign may stand before it", one_answer=True,
         gold=_plain_gold)
 def same_amount(answer: str, entry: Entry) -> bool:
+    if len(answer) > 2 and answer[0] == answer[-1] == "$":  # LaTeX
+        answer = answer[1:-1]
     amount = CURRENCY.sub("", answer, count=1)
     return number(amount) == number(entry["answer"])

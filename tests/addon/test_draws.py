@@ -17,7 +17,7 @@ from addon.draws import DrawProgress, Draws, agreed
 from engine.records import normalise
 from patience import HANG_S
 from reasoning_gym_wrapper import Task, TaskError
-from tasks.limits import TimeLimits
+from tasks.limits import JudgeConfig
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
 from tiny_runs import arguments, assert_same_run, error_lines, newest, only_run
 
@@ -133,7 +133,7 @@ def test_evaluated_questions_of_a_slow_level_are_reserved(levels):
 
 
 def test_items_that_were_passed_over_are_remembered_by_task_difficulty_and_seed():
-    task = Task("level_add", {"gives": 5}, TimeLimits(0.01, 0.01))
+    task = Task("level_add", {"gives": 5}, JudgeConfig(0.01, 0.01))
     draws = Draws()
     with draws.clock([task]):
         task.passed_over = {10**9: [3]}

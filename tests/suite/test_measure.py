@@ -447,6 +447,12 @@ def test_without_gold_rationales_there_is_accuracy_alone(write):
     assert [row["metric"] for row in run_suite(Told(), [SuiteItem("science_qa", path)]).rows()] == ["accuracy"]
 
 
+def test_a_line_says_what_one_option_gets_right(write):
+    path = write("s.jsonl", [{**SCIENCE[0], "answer_index": place} for place in (1, 0, 1, 1)])
+    lines = run_suite(Told(), [SuiteItem("science_qa", path)]).table()
+    assert "note: one option, always the same, is right in 75.0 % of suite/science_qa" in lines
+
+
 def test_n_caps_items_by_a_seeded_draw_that_grows(write):
     path = write("q.jsonl", [{"prompt": f"p{place}", "answer": "1"} for place in range(50)])
 

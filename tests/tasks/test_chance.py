@@ -64,6 +64,16 @@ def test_tasks_whose_accuracy_means_little_are_named():
                      "means little"]
 
 
+def test_a_task_whose_question_ends_with_its_answer_is_named():
+    examples = Reserve([Task("string_insertion"), Task("coin_flip")], 30, must_fill=False).examples
+    given = [example for example in examples if example.task == "string_insertion"]
+    chances = task_chances(examples)
+    same = sum(example.entry["metadata"]["string"] == example.target for example in given)
+    assert chances["string_insertion"].copied == same / len(given) > 0.5 and chances["coin_flip"].copied == 0.0
+    (line,) = chance_warnings(chances)
+    assert line.startswith("string_insertion: the last word of the question, given back, solves ")
+
+
 def test_rows_and_table_carry_chance():
     answers = [given_answer(1.0, "a"), given_answer(0.0, "b"), given_answer(0.0, "b")]
     evaluation = Evaluation(answers, answers, {"a": Chance(1.0, "x", 1), "b": Chance(0.5, "y", 2)})

@@ -12,11 +12,11 @@ import reasoning_gym_wrapper as rg
 from evaluation import Evaluation
 from patience import HANG_S
 from reasoning_gym_wrapper import Reserve, Task, TaskError, Verdict
-from tasks.limits import TimeLimits
+from tasks.limits import JudgeConfig
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
 from test_evaluation import given_answer
 
-SHORT = TimeLimits(0.2, 0.2)
+SHORT = JudgeConfig(0.2, 0.2)
 
 
 class Slow(ToyAddDataset):
@@ -75,7 +75,7 @@ def test_an_item_that_takes_too_long_is_passed_over_and_told(capsys):
 
 
 def test_what_was_passed_over_stays_so_on_a_faster_machine():
-    task = Task("slow_add", limits=TimeLimits(HANG_S, HANG_S))
+    task = Task("slow_add", limits=JudgeConfig(HANG_S, HANG_S))
     task.passed_over = {0: [1, 2]}
     assert [index for index, _ in itertools.islice(task.items(0), 2)] == [0, 3]
     assert task.passed_over == {0: [1, 2]}
@@ -90,7 +90,7 @@ def test_a_task_that_makes_nothing_in_time_is_refused_in_one_line():
 
 
 def test_the_flags_have_the_defaults_of_the_dataclass():
-    assert options.part(TimeLimits, options.parse([])) == TimeLimits()
+    assert options.part(JudgeConfig, options.parse([])) == JudgeConfig()
 
 
 def test_answers_out_of_time_have_a_row_of_their_own():

@@ -14,12 +14,12 @@ import pytest
 import reasoning_gym_wrapper as rg
 from grpo.rewards import item_text, read_item
 from reasoning_gym_wrapper import Example, Task
-from tasks.limits import TimeLimits
+from tasks.limits import JudgeConfig
 from verify.judge import Verdict, gold_fails, is_full, rule_name, scored, verdict
 from verify.table import RULES, strict
 
 N = 5  # items of a task; the scorers' faults show on most of them
-LOOSE = TimeLimits(verifier_strict=False)
+LOOSE = JudgeConfig(verifier_strict=False)
 Attack = Callable[[Example], str]
 
 # Items of tasks that take seconds to draw, or that need none.
@@ -47,7 +47,7 @@ MADE: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def task_of(name: str, strict: bool = True) -> Task:
-    return Task(name, None, TimeLimits(verifier_strict=strict))
+    return Task(name, None, JudgeConfig(verifier_strict=strict))
 
 
 @functools.cache
@@ -99,6 +99,10 @@ def joined(sign: str) -> Attack:
     return attack
 
 
+def more_digits(example: Example) -> str:
+    return re.sub(r"(\.\d\d\d?)\b", r"\g<1>04", example.target)
+
+
 def rounded(example: Example) -> str:
     return f"{float(example.target):.3f}"
 
@@ -122,8 +126,14 @@ FAULTS: list[tuple[str, str, Attack]] = [
     ("complex_arithmetic", "NaN", constant("nan")),
     ("puzzle24", "other numbers", constant("6*4*1*1")),
     ("puzzle24", "a fraction more", constant("10*9/4 + 2")),
-    ("propositional_logic", "premises joined by and", joined("∧")),
+    *[("propositional_logic", f"premises joined by {sign}", joined(sign)) for sign in "∧∨→↔"],
+    ("propositional_logic", "a premise and nothing said", lambda e: f"({facts(e)['premises'][0]}) ∧ (P ∨ ¬P)"),
     ("string_insertion", "nothing", constant("[]")),
+    ("string_insertion", "a list", lambda e: str(list(e.target))),
+    ("decimal_arithmetic", "a digit more than asked for", lambda e: f"{e.target}{'0' * 12}4"),
+    ("advanced_geometry", "a digit more than asked for", more_digits),
+    ("letter_jumble", "another style", lambda e: e.target.swapcase()),
+    ("polynomial_multiplication", "a comment", lambda e: f"{e.target} # or x"),
     ("word_sorting", "one word more", followed(", ")),
     ("gsm_symbolic", "another number behind", followed(" or ")),
     ("gsm_symbolic", "the wrong sign", lambda example: f"-{example.target}"),
@@ -185,7 +195,7 @@ def test_what_answers_nothing_is_refused_whatever_the_scorer_says(name, what, at
         strictly = example.verify(answer)
         assert not strictly.solved, (answer, example.target)
         assert strictly.reward < 1.0
-    expected = what not in ("nothing", "no with a reason", "premises joined by and", "a letter twice")
+    expected = what not in ("nothing", "no with a reason", "a list", "a letter twice")
     assert fooled or not expected, "the scorer is not fooled: the attack shows nothing"
 
 
@@ -196,6 +206,19 @@ def test_an_integral_is_solved_by_a_function_alone(name, form):
     for example in drawn(name)[:1]:
         answer = form.replace("{f}", facts(example)["integrand"]).replace("{x}", facts(example)["variable"])
         assert example.verify(answer) == Verdict(0.0)  # the scorer is not asked: it would evaluate the text
+
+
+@pytest.mark.parametrize("more", [" + 1/0", " + log(0)", " + tan(pi/2)", " + 1/(1 - 1)", " # or x"])
+def test_an_integral_is_finite_and_stands_alone(more):
+    example = drawn("simple_integration")[0]
+    assert loosely(example, example.target + more).solved and not example.verify(example.target + more).solved
+
+
+def test_the_given_string_is_right_only_where_nothing_is_inserted():
+    examples = [example for _, example in itertools.islice(task_of("string_insertion").items(123), 200)]
+    right = [facts(example)["string"] == example.target for example in examples]
+    assert [example.verify(facts(example)["string"]).solved for example in examples] == right
+    assert not all(right)
 
 
 def test_an_unsolved_integral_satisfied_the_scorer():
@@ -249,6 +272,10 @@ RIGHT: list[tuple[str, str, Attack]] = [
     ("puzzle24", "a minus before", constant("-4 + 7*4*1")),
     ("countdown", "another order", constant("83 - 74 + (94 - 90) * 40")),
     ("simple_integration", "another constant", lambda e: e.target.replace("+ C", "+ 5")),
+    *[("simple_integration", f"+ {name}", lambda e, name=name: e.target.replace("+ C", f"+ {name}"))
+      for name in ("C1", "C_1", "c", "c2", "K", "D", "const")],
+    ("polynomial_multiplication", "in brackets", lambda e: f"({e.target})"),
+    ("gsm_symbolic", "LaTeX", lambda e: f"${e.target}$"),
     ("simple_integration", "no constant", lambda e: e.target.replace(" + C", "")),
     ("simple_integration", "the constant first", lambda e: "K + " + e.target.replace(" + C", "")),
     ("polynomial_multiplication", "the other way round", lambda e: reversed_sum(e.target)),
@@ -303,13 +330,8 @@ def turned(text: str) -> str:
 
 @pytest.mark.parametrize(("name", "what", "form"), RIGHT, ids=[f"{name}-{what}" for name, what, _ in RIGHT])
 def test_a_right_answer_in_another_form_is_solved(name, what, form):
-    solved = 0
     for example in drawn(name):
-        given = example.verify(form(example))
-        solved += given.solved
-        if name != "propositional_logic":  # some of its own examples are premises
-            assert given == Verdict(1.0), (form(example), example.target)
-    assert solved
+        assert example.verify(form(example)) == Verdict(1.0), (form(example), example.target)
 
 
 def amount(gold: str) -> Example:
@@ -340,7 +362,8 @@ def test_amounts_may_have_commas_and_must_have_their_sign(gold, right, wrong):
     ("premises", "example", "right", "wrong"),
     [
         (["(P ∧ R)", "Q"], "(P ↔ R)", ["P ↔ R", "(R ↔ P)", "P → R", "P ∧ Q"],
-         ["Q", "P ∧ R", "R ∧ P", "¬¬Q", "Q ∧ (P ∧ R)", "(P ∧ R ∧ Q)", "Q ∨ S", "P", "Q ∨ R", "P ∨ ¬P", "¬Q", "not P",
+         ["P ∧ R → Q", "Q ↔ (P ∧ R)", "Q ∧ (P ∨ ¬P)", "Q", "P ∧ R", "R ∧ P", "¬¬Q", "Q ∧ (P ∧ R)",
+          "(P ∧ R ∧ Q)", "Q ∨ S", "P", "Q ∨ R", "P ∨ ¬P", "¬Q", "not P",
           ""]),
         (["(P → Q)", "P"], "(P ∧ Q)", ["P ∧ Q", "P ↔ Q"], ["P → Q", "(P → Q) ∧ P", "P", "Q ∨ P ∨ ¬P"]),
         (["(P ∨ Q)", "¬P", "(Q → R)"], "(R ∧ Q)", ["Q ∧ R", "¬P ∧ Q", "R ∨ (P ∧ Q)", "¬¬(Q ∧ R)"],
@@ -445,7 +468,7 @@ class Dozens:
 @pytest.fixture
 def dozens(monkeypatch):
     monkeypatch.setitem(rg.registry(), "dozens", (Dozens, rg.registry()["toy_add"][1]))
-    return lambda strict: Task("dozens", None, TimeLimits(verifier_strict=strict))
+    return lambda strict: Task("dozens", None, JudgeConfig(verifier_strict=strict))
 
 
 def taken(task: Task, count: int, start: int = 0) -> list[tuple[int, str]]:
@@ -472,9 +495,26 @@ def test_items_whose_gold_answer_fails_are_left_out_and_counted(dozens):
         ("gsm_symbolic", "1,234", False),
         ("gsm_symbolic", "-5", False),
         ("rubiks_cube", None, False),
+        ("propositional_logic", None, False),
     ],
 )
 def test_a_gold_answer_fails_where_its_own_verifier_says_so(name, gold, fails):
-    metadata = {"puzzle": {"jug_capacities": [3, 5], "target": 3}, "variable": "x"}
+    metadata = {"puzzle": {"jug_capacities": [3, 5], "target": 3}, "variable": "x", "premises": ["(P ∧ Q)"],
+                "example_answer": "P"}
     entry = {"question": "q", "answer": gold, "metadata": metadata}
     assert gold_fails(name, entry, task_of(name).scorer) is fails
+
+
+@pytest.mark.parametrize("example", ["P", "(P)", "¬¬P", "(P ∧ Q)", "(Q ∨ P)", "(P → Q)", "(P ↔ Q)", "((P ∧ Q) ∨ P)"])
+def test_an_item_whose_only_example_repeats_premises_is_left_out(example):
+    metadata = {"premises": ["P", "Q", "(Q → R)"], "variables": ["P", "Q", "R"], "example_answer": example}
+    assert gold_fails("propositional_logic", BLANK | {"metadata": metadata}, Scorer(1.0))
+    metadata["example_answer"] = "(Q ∧ R)"
+    assert not gold_fails("propositional_logic", BLANK | {"metadata": metadata}, Scorer(1.0))
+
+
+def test_a_premise_weakened_is_right_where_it_is_the_example_alone():
+    metadata = {"premises": ["P", "Q"], "variables": ["P", "Q", "R"], "example_answer": "(P ∨ R)"}
+    item = Example("q", None, "propositional_logic", BLANK | {"metadata": metadata}, task_of("propositional_logic"))
+    assert item.verify("R ∨ P").solved
+    assert not item.verify("R ∨ Q").solved and not item.verify("P ∧ (R ∨ ¬R)").solved
