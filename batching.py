@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.batches import IGNORE
+from engine.stopping import drawn
 from reasoning_gym_wrapper import MAX_REJECTED, Example, Reserve, Task, TaskError, train_seed
 from text_data.frames import PLAIN_CUE as PLAIN_CUE
 from text_data.frames import Frame, Guard, anchors_of, continuation_ids, render_frame
@@ -394,7 +395,7 @@ class TrainBatches:
         per_batch = self.size * self.world
         examples: list[Example] = []
         while len(examples) < per_batch * self.window:
-            examples += self._fitting([next(self.stream) for _ in range(per_batch * self.window - len(examples))])
+            examples += self._fitting(drawn(self.stream, per_batch * self.window - len(examples)))
 
         # Batches of similar prompt length, in random order, so that lengths do not follow each other in training.
         if self.window > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from engine.stopping import stop_point
+
 # A label that no loss counts: padding, and tokens that are read but not learned. torch's losses ignore it by default.
 IGNORE = -100
 
@@ -31,6 +33,7 @@ def by_length(
 
     Raises:
         ValueError: not one length for each item, or not one result for each item of a batch.
+        StopRequested: between two batches, as `stop_point`.
     """
     if len(items) != len(lengths):
         raise ValueError(f"{len(lengths)} lengths for {len(items)} items: give one for each")
@@ -39,6 +42,7 @@ def by_length(
     order = sorted(range(len(items)), key=lengths.__getitem__)
     results: dict[int, Result] = {}
     for start in range(0, len(order), batch_size):
+        stop_point()
         chosen = order[start : start + batch_size]
         batch = run([items[index] for index in chosen])
         results.update(zip(chosen, batch, strict=True))

@@ -45,12 +45,13 @@ from engine.figures import draw_curve
 from engine.files import shell_path, write_text_aside
 from engine.limits import Warmup, limits_of
 from engine.logs import RunLog
-from engine.machine import Machine, Stop, interruptible, run_folder
+from engine.machine import Machine, run_folder
 from engine.optimization import BaseTrainer, NonFiniteError
 from engine.progress import Progress
 from engine.report import Report, closing_words, stamped
 from engine.schedule import learning_rate
 from engine.state import RunState, load_run, save_run
+from engine.stopping import Stop, StopRequested, interruptible, leavable
 from engine.system import Data, Evaluator, Facts, Hooks, LoopConfig
 
 LONGEST_LABEL = 60  # characters of it in a folder's name
@@ -81,6 +82,8 @@ class RunLoop:
         self.log: RunLog | None = None
         self._elapsed_before = 0.0  # seconds of the run before this process
         self._evaluated_at = -1
+        self._owes_evaluation = False  # the newest step's was left when the run was told to stop
+        self._alone = self.machine.world == 1
 
         self.folder = folder_of(self.config, self.facts.label, self.checkpoint)
         self.limits = limits_of(self.config, self.data, self.machine)
@@ -166,12 +169,14 @@ class RunLoop:
                 self.record(untrained)
                 self.machine.say(untrained.table)
 
-        # Ctrl-C and SIGTERM are looked at between two batches, where everything can be saved.
+        # Ctrl-C and SIGTERM are looked at between two batches, where everything can be saved, and amid evaluations.
         progress = Progress(
             self.limits.total_steps, "step", self.facts.unit, start=self.step, enabled=self.machine.is_main
         )
         with interruptible() as stop, progress:
             speed = Speed()
+            if self._owes_evaluation and not self._evaluate_in_turn(progress):
+                return self._stopped(stop)
             while (share := self._share()) < 1 and not self.hooks.ended_early():
                 status = self._batch(share, speed, progress, stop)
                 if status:
@@ -185,8 +190,12 @@ class RunLoop:
     def _batch(self, share: float, speed: Speed, progress: Progress, stop: Stop) -> int:
         """One batch and all that follows it. Returns 0, or the exit status when the run must end here."""
         # A bad line in the data ends the run with the user's mistake told; what was trained is kept.
+        position = self.data.state()
         try:
-            batches = self.data.next_batches()
+            with leavable(self._alone):
+                batches = self.data.next_batches()
+        except StopRequested:
+            return self._stopped(stop, position)
         except ValueError:
             if self.step:
                 self.save()
@@ -211,10 +220,18 @@ class RunLoop:
 
         # The ranks end together: a signal may have reached one of them only.
         if self.machine.any_process(stop.signal is not None):
-            self.save()
-            self.machine.say(f"stopped at step {self.step}, saved; go on with: {resume_command(self.folder)}")
-            return 128 + (stop.signal or signal.SIGTERM)
+            return self._stopped(stop)
         return 0
+
+    def _stopped(self, stop: Stop, position: dict[str, Any] | None = None) -> int:
+        """Saves what there is, tells how to go on, and returns the exit status; `position` as `save` takes it."""
+        status = 128 + (stop.signal or signal.SIGTERM)
+        if not self.step:
+            self.machine.say("stopped before the first step: there is nothing to save")
+            return status
+        self.save(position=position)
+        self.machine.say(f"stopped at step {self.step}, saved; go on with: {resume_command(self.folder)}")
+        return status
 
     def _after_step(self, metrics: dict[str, float], progress: Progress) -> None:
         """Log, alarms, samples, evaluation and checkpoint, each where its turn has come."""
@@ -231,15 +248,26 @@ class RunLoop:
                 progress.say(f"[step {step}] {text}")
 
         # Of the weights.
-        report = None
-        if is_due(config.eval_every, step):
+        self._owes_evaluation = is_due(config.eval_every, step)
+        if self._owes_evaluation:
+            self._evaluate_in_turn(progress)
+        elif is_due(config.save_every, step):
+            self.save()
+
+    def _evaluate_in_turn(self, progress: Progress) -> bool:
+        """The evaluation that is due at this step, and the checkpoint; False where a signal ended it."""
+        try:
             report = self._evaluate(self._share())
-            progress.say(f"step {step}\n{report.table}")
+        except StopRequested:
+            return False
+        self._owes_evaluation = False
+        progress.say(f"step {self.step}\n{report.table}")
 
         # An evaluation alone may be reason enough to save.
-        worth_saving = report is not None and (self.facts.saves_every_evaluation or self._is_best(report))
-        if worth_saving or is_due(config.save_every, step):
+        worth_saving = self.facts.saves_every_evaluation or self._is_best(report)
+        if worth_saving or is_due(self.config.save_every, self.step):
             self.save(report)
+        return True
 
     def _not_finite(self, error: NonFiniteError, batches: list[Any]) -> int:
         """Keeps the weights, which are those before the bad step, and the batch that would have spoilt them."""
@@ -256,8 +284,12 @@ class RunLoop:
     # --- evaluation and checkpoints ---
 
     def _evaluate(self, share: float | None = None) -> Report:
-        """Measures, writes the figures down and tells the hooks; `share` as in `Hooks.after_evaluation`."""
-        report = self.evaluator.evaluate(self.step)
+        """Measures, writes the figures down and tells the hooks; `share` as in `Hooks.after_evaluation`.
+
+        Raises StopRequested, before anything is written down.
+        """
+        with leavable(self._alone):
+            report = self.evaluator.evaluate(self.step)
         self.record(report)
         self.report = report
         self._evaluated_at = self.step
@@ -274,16 +306,21 @@ class RunLoop:
             return False
         return self.best is None or report.value > self.best
 
-    def save(self, report: Report | None = None) -> None:
-        """Writes the whole state of the run at this step, with the evaluation of this step where there is one."""
+    def save(self, report: Report | None = None, position: dict[str, Any] | None = None) -> None:
+        """Writes the whole state of the run at this step, with the evaluation of this step where there is one.
+
+        `position` is that in the training items; None = where they are now.
+        """
         if not self.machine.is_main:
             return
         is_best = report is not None and self._is_best(report)
         if is_best:
             self.best = report.value
 
+        stream = self.data.state() if position is None else position
         state = RunState(
-            self.step, self.elapsed_s, self.best, self.data.state(), self.hooks.extra, self.warmup.document()
+            self.step, self.elapsed_s, self.best, stream, self.hooks.extra, self.warmup.document(),
+            self._owes_evaluation,
         )
         table = ""
         if report:
@@ -299,6 +336,7 @@ class RunLoop:
         self.best = saved.state.best
         self._elapsed_before = saved.state.elapsed_s
         self.warmup.seconds = saved.state.warmup_s
+        self._owes_evaluation = saved.state.owes_evaluation and is_due(self.config.eval_every, self.step)
         self.hooks.extra = saved.state.extra
         notes = saved.notes + self.hooks.restored(saved.flags)
 

@@ -1,13 +1,11 @@
-"""The machine a run is on: device, precision, places to write, signals, memory, and what is wrong with them."""
+"""The machine a run is on: device, precision, places to write, memory, and what is wrong with them."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,36 +172,6 @@ def start_machine(config: MachineConfig, handlers: Sequence[Any] = ()) -> Machin
         torch.set_num_threads(config.num_threads)
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=list(handlers))
     return Machine(accelerator, pick_precision(config.mixed_precision, device))
-
-
-class Stop:
-    """Which signal asked for an orderly end, if any."""
-
-    signal: int | None = None
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Stop]:
-    """Inside, Ctrl-C and SIGTERM ask the loop to end after its step; a second one ends at once."""
-    stop = Stop()
-    # What the signals did before comes back at the first of them, and at the end.
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        stop.signal = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-    for number in before:
-        signal.signal(number, ask)
-
-    # Also a run that ends by an error leaves the signals as they were.
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -43,6 +43,7 @@ class RunState:
     stream: dict[str, Any] = field(default_factory=dict)  # position in the training items; empty: they begin anew
     extra: dict[str, Any] = field(default_factory=dict)  # what one system alone needs
     warmup_s: float | None = None  # seconds that the warmup took, where the clock decides how far a run is
+    owes_evaluation: bool = False  # the evaluation of this step was left when the run was told to stop
 
 
 @dataclass(frozen=True)

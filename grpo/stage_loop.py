@@ -16,11 +16,11 @@ from engine.dry_run import NON_FINITE_EXIT
 from engine.figures import draw_curve
 from engine.files import read_json, write_text_aside
 from engine.logs import RunLog
-from engine.machine import Stop, interruptible
 from engine.optimization import NonFiniteError
 from engine.ownership import RECORD
 from engine.report import Card, Report, closing_words, stamped
 from engine.state import CONFIG
+from engine.stopping import Stop, interruptible
 from grpo.measure import Change, Measured, change_table, measure
 from grpo.problems import training_problems
 from grpo.progress import PROGRESS, GrpoProgress, Metrics, conditions_of

@@ -17,6 +17,7 @@ from engine.intervals import wilson
 from engine.machine import Machine
 from engine.optimization import BaseTrainer
 from engine.report import Report, metric_row, percent, prediction_line, text_table
+from engine.stopping import stop_point
 from engine.system import Evaluator
 from hybrid.data import SYNTHETIC, HybridData, validation_batches
 from hybrid.model import HybridModel
@@ -182,6 +183,7 @@ class HybridEvaluator(Evaluator):
         tokens = 0
         rows: list[tuple[float, ...]] = []  # (cycles, gate, halting sum, norm of z_H) of each sample
         for batch in batches:
+            stop_point()
             losses, labelled, diagnostics = self._batch_loss(batch)
             loss_sum += losses
             tokens += labelled

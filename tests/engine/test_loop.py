@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import options
+from engine.batches import by_length
 from engine.limits import Limits, limits_of
 from engine.loop import RunLoop
 from engine.machine import machine_problems, start_machine
@@ -316,6 +318,62 @@ def test_a_run_that_ended_early_and_died_while_it_closed_evaluates_once(build, t
     assert [step for _, step in steps_in(tmp_path / "run" / "eval.csv")] == ["2"]
     build(Told(end_after=0), **flags).go()
     assert [step for _, step in steps_in(tmp_path / "run" / "eval.csv")] == ["2"]
+
+
+def signals_at(function, calls: int):
+    """`function`, which at its call number `calls` is told to stop amid work of several batches."""
+    counted = iter(range(1, 10**6))
+
+    def signalled(*arguments):
+        if next(counted) == calls:
+            signal.raise_signal(signal.SIGTERM)
+            by_length([1, 2], [1, 1], 1, list)
+        return function(*arguments)
+
+    return signalled
+
+
+def test_a_signal_amid_an_evaluation_ends_it_and_the_run_that_goes_on_makes_up_for_it(build, capsys, tmp_path):
+    hooks = Told()
+    build(run_name="whole").go()
+    loop = build(hooks)
+    loop.evaluator.evaluate = signals_at(loop.evaluator.evaluate, 1)
+    assert loop.go() == 143 and loop.trainer.steps == [0, 1] and not rows_of(tmp_path / "run")
+    assert "stopped at step 2, saved" in capsys.readouterr().err
+    assert hooks.calls == [("alarms", 1), ("alarms", 2)]
+
+    # Told again before it is done, it still owes it.
+    loop = build()
+    loop.evaluator.evaluate = signals_at(loop.evaluator.evaluate, 1)
+    assert loop.go() == 143 and loop.trainer.steps == []
+    hooks = Told()
+    loop = build(hooks)
+    assert loop.go() == 0 and loop.trainer.steps == [2, 3]
+    assert hooks.calls[1:3] == [("after_evaluation", 2, 0.5), ("alarms", 3)]
+    assert [row[:4] for row in rows_of(tmp_path / "run")] == [row[:4] for row in rows_of(tmp_path / "whole")]
+
+
+def test_a_signal_amid_the_drawing_of_a_batch_ends_it_at_the_position_before(build, capsys, tmp_path):
+    loop = build(save_every=0)
+    draw = loop.data.next_batches
+    loop.data.next_batches = lambda: [*draw(), *signals_at(list, 1 if loop.step == 2 else 0)()]
+    assert loop.go() == 143 and "stopped at step 2, saved" in capsys.readouterr().err
+    loop = build()
+    assert (loop.step, loop.data.next) == (2, 2)
+    assert loop.go() == 0 and loop.report.value == 6
+
+
+def test_a_signal_amid_the_first_draw_has_nothing_to_save(build, capsys, tmp_path):
+    loop = build()
+    loop.data.next_batches = signals_at(loop.data.next_batches, 1)
+    assert loop.go() == 143
+    assert "stopped before the first step" in capsys.readouterr().err and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_work_amid_a_step_is_not_left(build):
+    loop = build()
+    loop.trainer.step = signals_at(loop.trainer.step, 1)
+    assert loop.go() == 143 and loop.step == 1
 
 
 def dies_after(function, calls: int):
