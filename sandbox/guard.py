@@ -227,6 +227,21 @@ def arithmetic(name: str, left: Any, right: Any) -> Any:
     return result
 
 
+def run_cases(call: str, scope: dict[str, Any]) -> None:
+    """Stands for a test's `unittest.main()`: runs the cases of its namespace, raises what the first failure raises."""
+    import unittest
+
+    suite = unittest.TestSuite()
+    for value in list(scope.values()):
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            suite.addTests(unittest.defaultTestLoader.loadTestsFromTestCase(value))
+    if suite.countTestCases() == 0:
+        raise AssertionError(f"{call}: no test to run")
+
+    # Collecting the failures instead, unittest forgets some exceptions that the code may raise.
+    suite.debug()
+
+
 # --- is it to be believed ---------------------------------------------------------------------------------------------
 
 

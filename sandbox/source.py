@@ -17,6 +17,7 @@ ONLY_AST = 0x400  # ast.PyCF_ONLY_AST: compile() to a syntax tree, without impor
 COMPARE = "\0compare"
 ARITHMETIC = "\0arithmetic"
 SOLUTION = "\0solution"
+CASES = "\0cases"
 
 # What a test may name without importing it.
 MODULES = frozenset(
@@ -120,7 +121,7 @@ def guarded(tree: Any, filename: str, solution: Any, shared: set[str]) -> CodeTy
             is_function = isinstance(child, (*DEFINITIONS, _ast.Lambda))
             waiting.append((holder[key], set() if is_function else names))
 
-    tools = {COMPARE: guard.compare, ARITHMETIC: guard.arithmetic, SOLUTION: solution}
+    tools = {COMPARE: guard.compare, ARITHMETIC: guard.arithmetic, SOLUTION: solution, CASES: guard.run_cases}
     return _bound(compile(tree, filename, "exec", dont_inherit=True), tools)
 
 
@@ -131,9 +132,18 @@ def _guarded(node: Any, shared: set[str]) -> Any:
         return _call(node, COMPARE, names, [node.left, *node.comparators])
     if isinstance(node, _ast.BinOp) and type(node.op).__name__ in guard.ARITHMETIC:
         return _call(node, ARITHMETIC, type(node.op).__name__, [node.left, node.right])
+    if isinstance(node, _ast.Call) and _is_unittest_main(node.func):
+        scope = _ast.Call(_ast.Name("globals", _ast.Load(), **_location(node)), [], [], **_location(node))
+        return _call(node, CASES, "unittest.main", [scope])
     if isinstance(node, _ast.Name) and isinstance(node.ctx, _ast.Store) and node.id in shared:
         return _ast.Attribute(_constant(SOLUTION, node), node.id, node.ctx, **_location(node))
     return node
+
+
+def _is_unittest_main(node: Any) -> bool:
+    if not isinstance(node, _ast.Attribute) or not isinstance(node.value, _ast.Name):
+        return False
+    return (node.value.id, node.attr) == ("unittest", "main")
 
 
 def _call(node: Any, tool: str, first: Any, others: list[Any]) -> Any:

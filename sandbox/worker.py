@@ -95,7 +95,7 @@ def prepare(setup: str, code: str, tests: list[str]) -> SimpleNamespace:
 
     # Names of the tests' own, whatever the code defines.
     loaded = load_modules(modules - {"builtins"})  # the code has its own
-    scope = {**ALL_BUILTINS, "isinstance": guard.is_instance, "__name__": "tests", "__builtins__": vars(solution)}
+    scope = {**ALL_BUILTINS, "isinstance": guard.is_instance, "__name__": "__main__", "__builtins__": vars(solution)}
     scope.update({name: loaded[name] for name in source.MODULES & set(loaded)})
     if "*" in names:
         names.update(*map(vars, loaded.values()))

@@ -281,9 +281,9 @@ def _needs(node: ast.stmt) -> set[str]:
         table = tables.pop()
         tables += table.get_children()
         is_top = table.get_type() == "module"
-        names |= {
-            each.get_name() for each in table.get_symbols() if each.is_referenced() and (is_top or each.is_global())
-        }
+        for each in table.get_symbols():
+            if each.is_referenced() if is_top else each.is_global():
+                names.add(each.get_name())
     return names
 
 
@@ -307,21 +307,25 @@ def _without_use(code: str, needed: set[str]) -> str:
     relevant = _relevant(tree, needed)
     last = max(place for place, node in enumerate(tree.body) if _bound(node) & needed)
     variables: set[str] = set()
-    modules: set[str] = set()
     for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            modules |= _bound(node)
-        elif not isinstance(node, _DEFINITIONS):
+        if not isinstance(node, _DEFINITIONS):
             variables |= _bound(node) & relevant
+
+    # What may change them when it is called: modules, and functions that use the variables.
+    callers: set[str] = set()
+    for node in tree.body:
+        is_import = isinstance(node, ast.Import | ast.ImportFrom)
+        if is_import or (isinstance(node, _DEFINITIONS) and _needs(node) & variables and not _leaves(node)):
+            callers |= _bound(node) - needed
 
     # A line that a kept statement shares stays.
     dropped: set[int] = set()
     kept: set[int] = set()
     for place, node in enumerate(tree.body):
         lines = range(node.lineno, node.end_lineno + 1)
-        is_used = place > last or _leaves(node)
+        is_used = place > last or _leaves(node) or (isinstance(node, ast.Assert) and _read(node) & needed)
         is_prose = isinstance(node, ast.Expr) and isinstance(node.value, ast.Name | ast.List)
-        if is_prose or _is_idle_import(node, relevant) or (is_used and not _feeds(node, relevant, variables, modules)):
+        if is_prose or _is_idle_import(node, relevant) or (is_used and not _feeds(node, relevant, variables, callers)):
             dropped.update(lines)
         else:
             kept.update(lines)
@@ -351,14 +355,14 @@ def _is_idle_import(node: ast.stmt, relevant: set[str]) -> bool:
     return not any(module.partition(".")[0] in sys.stdlib_module_names for module in modules)
 
 
-def _feeds(node: ast.stmt, relevant: set[str], variables: set[str], modules: set[str]) -> bool:
+def _feeds(node: ast.stmt, relevant: set[str], variables: set[str], callers: set[str]) -> bool:
     """Whether a top-level statement defines or changes what the relevant definitions read.
 
     Args:
         node: the statement.
         relevant: names that matter.
         variables: those of them that statements bind.
-        modules: names that imports bind.
+        callers: names whose call may change them.
     """
     if isinstance(node, _DEFINITIONS) or _bound(node) & relevant:
         return True
@@ -371,6 +375,9 @@ def _feeds(node: ast.stmt, relevant: set[str], variables: set[str], modules: set
         if stored and _read(each) & relevant:
             return True
 
-    # A call of a module's function, such as sys.setrecursionlimit.
+    # A call that builds them or sets up a module, such as build() or sys.setrecursionlimit(9999).
     call = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(call, ast.Call) and bool(_read(call.func) & modules) and not _leaves(node)
+    if not isinstance(call, ast.Call) or _leaves(node):
+        return False
+    called = _read(call.func)
+    return bool(called & callers) or (called == {"setattr"} and bool(_read(call) & relevant))

@@ -106,6 +106,12 @@ RIGHT = {
     "indented block below prose": f"The function is:\n\n{textwrap.indent(ADD, '    ')}\nIt returns the sum.",
     "notebook": f"```python\n%matplotlib inline\n!pip install nothing\n{ADD}```",
     "sketch behind": f"```python\n{ADD}```\nIn general:\n```python\ndef add(*numbers):\n    ...\n```",
+    "own test first": f"assert add(1, 2) == 3\n\n{ADD}",
+    "attribute by name": "def add(a, b):\n    return a + b + add.start\n\nsetattr(add, 'start', 0)",
+    "built by a call": "table = []\n\ndef add(a, b):\n    return table[a] + b\n\ndef build():\n"
+    "    table.extend(range(9))\n\nbuild()\nprint(add(1, 2))",
+    "global set by a call": "start = None\n\ndef add(a, b):\n    return start + a + b\n\ndef begin():\n"
+    "    global start\n    start = 0\n\nbegin()",
     "package nobody has": f"import nobody_has_this as plt\n{ADD}",
 }  # fmt: skip
 
@@ -120,7 +126,8 @@ def test_the_right_program_is_found(name):
 
 
 @pytest.mark.parametrize("name", [name for name in RIGHT if name not in ("input", "input first", "main", "exit",
-    "own wrong test", "input of the arguments' names")])
+    "own wrong test", "input of the arguments' names",
+    "own test first")])
 def test_the_program_of_a_program_is_itself(name):
     code = program_of(RIGHT[name], TESTS)
     assert program_of(code, TESTS) == code
