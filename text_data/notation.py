@@ -213,13 +213,13 @@ ALTERED_AFTER = re.compile(
 DOUBTFUL_BEFORE = re.compile(
     r"(?:[<>≤≥≠∞|~^]=?|!=|(?<=\w)\(|[\w)\]]\s?[*+]|/"
     r"|\b(?:(?:more|less|greater|fewer|larger|smaller|bigger|higher|lower) than|over"
-    rf"|under|above|below|between|beyond|exceeds|up to|at least|at most|no)){_OPENING}",
+    rf"|under|above|below|between|beyond|exceeds|(?:anything|everything|all) but|up to|at least|at most|no)){_OPENING}",
     re.I,
 )
 DOUBTFUL_AFTER = re.compile(
-    r"\s?!(?!=)|\.{2,}|[+∞|‾]|-(?!\w)|\s?/|\s?\*+\s?[\w(]|\(|\s?[<>≤≥≠±√π]|\s?!="
+    r"\s?!(?!=)|\.{2,}|[+∞|‾‰]|_\w|-(?!\w)|\s?/|\s?\*+\s?[\w(]|\(|\s?[<>≤≥≠±√π]|\s?!="
     r"|\s?(?:[A-Za-z]+\s)?or\b|\s(?:less|more) than\b|\s?-?(?:halves|thirds|fourths|quarters|fifths|sixths|sevenths"
-    r"|eighths|ninths|tenths|hundredths|thousandths|percentage points|mod|modulo|choose|pi"
+    r"|eighths|ninths|tenths|hundredths|thousandths|percentage points|mod|modulo|choose|pi|tens|plus|minus|below zero"
     r"|too (?:many|few|much|little))(?!\w)"
     r"|\s?(?:is|was|are|would be)\s(?:not|wrong|incorrect|false|too)\b"
     r"|\s?(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|gross)s?\b|\s?(?:mn|bn)\b",

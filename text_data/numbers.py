@@ -43,7 +43,9 @@ TRIES = 20  # announcements that are looked at, from the last
 
 # What announces the number of a worked answer, and what ends the announced part.
 _ANNOUNCED = re.compile(r"\banswer\s*(?:is|would be|should be|[:=])\s*[:=]?", re.I)
-_ANNOUNCED_END = re.compile(r"\n|[.!?;](?=\s|\Z)|\(|\b(?:because|since|where|as)\b", re.I)
+_ANNOUNCED_END = re.compile(
+    r"\n|[.!?;](?=\s|\Z)|\(|\b(?:because|since|where|as)\b|(?<=\d),?\s(?:and\s)?(?:not|rather than|instead of)\b", re.I
+)
 _EQUALS = re.compile(r"(?<![<>!=])=(?!=)")
 # What stands between the first number of a line and the equals sign behind which its value follows.
 _EXPRESSION = re.compile(r"[^,;()\n]{0,200}=")

@@ -72,6 +72,8 @@ def test_a_number_is_read_however_it_is_written(text, number):
     ("#### 18 (x = 3)", "18"), ("####\n18", "18"), ("##### 18", "18"), ("### 18 #### 20", "20"),
     ("#### Answer\nQ1: 18", "18"),
     (r"so \boxed{18}. It took 3 steps", "18"), ("<answer>18</answer> in 3 steps", "18"), ("#### 1/3", "1/3"),
+    ("The answer is 18, not 19.", "18"), ("The answer is 18 rather than 19", "18"),
+    ("The answer is 18<|im_end|> 19", "18"),
     ("The answer is 18 because 3 * 6 is that.", "18"), ("The answer is 3 + 4 = 7", "7"),
     ("The answer is 5. No: the answer is 6.", "6"),
     ("Steps:\n- 3 apples\n- 4 pears", "4"), ("Q: what is 5?\nA: 6\nQ: more 7", "6"), ("#### -\u00a35", "-5"),
@@ -93,7 +95,7 @@ def test_where_the_final_number_stands(text, number):
     "10\u00b2", "10^2", "5**2", "5x", "5 x", "x5", "5i", "5(x+1)", "f(5)", r"\log 5", "|5|", "\u00b15", r"\pm 5",
     "x < 5", "x <= 5",
     "more than 5", "at least 5", "5 or more", "5+", "5...", "0.333\u2026", "5/0", "10/12/2024", "5 and a half",
-    "5 thirds", "0x10",
+    "5 thirds", "0x10", "5 halves", "5 tens", "5\u2030", "5 plus", "anything but 5", "5 below zero", "5_x",
     "1e400", "COVID-19", "Total - 5", "3 + 2 = 5", "3 = 2", "x = 5, y = 5", "zero", "", "1" * 401, "no 5", "5 \u03c0",
     "5/x"])
 def test_what_may_be_another_number_is_not_read_as_one(text):
