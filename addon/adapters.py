@@ -19,7 +19,7 @@ from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
 from host import HostConfig, HostError
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
-from text_data.frames import Frame, render_frame
+from text_data.frames import Frame, kept_frame
 
 ADAPTER = "adapter_model"  # file stem of the weights in a checkpoint
 ADAPTER_CONFIG = "adapter_config.json"
@@ -125,31 +125,11 @@ def saved_format(
     trained = PromptConfig(**document["prompt"])
     config = config or trained
 
-    # Older checkpoints keep no frame: their prompts are rendered, and their targets end with the end of sequence.
     same_wish = (config.prompt_style, config.system_header) == (trained.prompt_style, trained.system_header)
     if not same_wish:
         return PromptFormat(tokenizer, config, rows), None
-    if "frame" not in document:
-        today = PromptFormat(tokenizer, config).frame
-        frame = dataclasses.replace(today, end=tokenizer.eos_token_id)
-        return PromptFormat(tokenizer, config, rows, frame), None
-
-    frame = Frame(**document["frame"])
-    return PromptFormat(tokenizer, config, rows, frame), _drift(tokenizer, config, frame)
-
-
-def _drift(tokenizer: Any, config: PromptConfig, frame: Frame) -> str | None:
-    """A note where `frame`, which a checkpoint keeps, is not what the tokenizer's template writes today."""
-    try:
-        today = render_frame(tokenizer, config.prompt_style, config.system_header)
-    except ValueError as error:
-        return f"the prompts stay as they were in training; today they could not be rendered: {error}"
-    if today.same_text(frame):
-        return None
-    return (
-        "the tokenizer's chat template writes another frame around a question today than in training: the prompts "
-        "stay as they were in training"
-    )
+    frame, note = kept_frame(document.get("frame"), tokenizer, config.prompt_style, config.system_header)
+    return PromptFormat(tokenizer, config, rows, frame), note
 
 
 def adapter_of(document: dict[str, Any]) -> str:

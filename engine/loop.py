@@ -58,8 +58,8 @@ LONGEST_LABEL = 60  # characters of it in a folder's name
 
 
 @dataclass(eq=False)
-class RunLoop:
-    """A run, new or going on from `checkpoint`.
+class KeptRun:
+    """A run's parts and how far it is; what it writes down of itself, and how it comes back from `checkpoint`.
 
     Raises:
         ValueError: the user's mistakes, before anything is written.
@@ -97,6 +97,83 @@ class RunLoop:
         if self.log is None:
             return self._elapsed_before
         return self.log.elapsed_s
+
+    def _share(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        return self.limits.share(self.step, self.elapsed_s)
+
+    # --- evaluation and checkpoints ---
+
+    def _evaluate(self, share: float | None = None) -> Report:
+        """Measures, writes the figures down and tells the hooks; `share` as in `Hooks.after_evaluation`.
+
+        Raises StopRequested, before anything is written down.
+        """
+        with leavable(self._alone):
+            report = self.evaluator.evaluate(self.step)
+        self.record(report)
+        self.report = report
+        self._evaluated_at = self.step
+        self.hooks.after_evaluation(self.step, report, share)
+        return report
+
+    def record(self, report: Report) -> None:
+        """Writes rows and predictions at this step."""
+        self.log.eval_rows(stamped(report.rows, self.step, self.log.elapsed_s))
+        self.log.predictions(stamped(report.predictions, self.step))
+
+    def _is_best(self, report: Report) -> bool:
+        if not self.config.save_best_model or not math.isfinite(report.value):
+            return False
+        return self.best is None or report.value > self.best
+
+    def save(self, report: Report | None = None, position: dict[str, Any] | None = None) -> None:
+        """Writes the whole state of the run at this step, with the evaluation of this step where there is one.
+
+        `position` is that in the training items; None = where they are now.
+        """
+        if not self.machine.is_main:
+            return
+        is_best = report is not None and self._is_best(report)
+        if is_best:
+            self.best = report.value
+
+        stream = self.data.state() if position is None else position
+        state = RunState(
+            self.step, self.elapsed_s, self.best, stream, self.hooks.extra, self.warmup.document(),
+            self._owes_evaluation,
+        )
+        table = ""
+        if report:
+            table = report.table
+        card = self.facts.card.text(self.step, table)
+        owner = self.log.claim.document()
+        save_run(self.folder, self.config, self.trainer, state, card, owner, self.facts.metric, is_best)
+
+    def _restore(self, folder: Path) -> None:
+        """Weights and state of the checkpoint in `folder`; the weights alone with --eval_only and --reset_progress."""
+        saved = load_run(folder, self.config, self.trainer)
+        self.step = saved.state.step
+        self.best = saved.state.best
+        self._elapsed_before = saved.state.elapsed_s
+        self.warmup.seconds = saved.state.warmup_s
+        self._owes_evaluation = saved.state.owes_evaluation and is_due(self.config.eval_every, self.step)
+        self.hooks.extra = saved.state.extra
+        notes = saved.notes + self.hooks.restored(saved.flags)
+
+        # The hooks come first: a position in the data may be one of a curriculum's level.
+        if saved.state.stream and not self.config.eval_only:
+            self.data.load_state(saved.state.stream)
+        for note in notes:
+            self.machine.say(note)
+
+
+class RunLoop(KeptRun):
+    """A run, new or going on from `checkpoint`: what it does, batch after batch.
+
+    Raises:
+        ValueError: the user's mistakes, before anything is written.
+    """
 
     # --- commands ---
 
@@ -155,10 +232,6 @@ class RunLoop:
             tell_end(report, self.log, newest, self.facts.compare, next_stage)
 
     # --- training ---
-
-    def _share(self) -> float:
-        """How much of the run is done, 0 to 1."""
-        return self.limits.share(self.step, self.elapsed_s)
 
     def _train(self) -> int:
         """Batch after batch. Returns 0 when done, or the exit status of an early but orderly end."""
@@ -280,71 +353,6 @@ class RunLoop:
             f"{options.PROG}: {error}: stopped before the step; the weights are saved, the batch is in {path}"
         )
         return NON_FINITE_EXIT
-
-    # --- evaluation and checkpoints ---
-
-    def _evaluate(self, share: float | None = None) -> Report:
-        """Measures, writes the figures down and tells the hooks; `share` as in `Hooks.after_evaluation`.
-
-        Raises StopRequested, before anything is written down.
-        """
-        with leavable(self._alone):
-            report = self.evaluator.evaluate(self.step)
-        self.record(report)
-        self.report = report
-        self._evaluated_at = self.step
-        self.hooks.after_evaluation(self.step, report, share)
-        return report
-
-    def record(self, report: Report) -> None:
-        """Writes rows and predictions at this step."""
-        self.log.eval_rows(stamped(report.rows, self.step, self.log.elapsed_s))
-        self.log.predictions(stamped(report.predictions, self.step))
-
-    def _is_best(self, report: Report) -> bool:
-        if not self.config.save_best_model or not math.isfinite(report.value):
-            return False
-        return self.best is None or report.value > self.best
-
-    def save(self, report: Report | None = None, position: dict[str, Any] | None = None) -> None:
-        """Writes the whole state of the run at this step, with the evaluation of this step where there is one.
-
-        `position` is that in the training items; None = where they are now.
-        """
-        if not self.machine.is_main:
-            return
-        is_best = report is not None and self._is_best(report)
-        if is_best:
-            self.best = report.value
-
-        stream = self.data.state() if position is None else position
-        state = RunState(
-            self.step, self.elapsed_s, self.best, stream, self.hooks.extra, self.warmup.document(),
-            self._owes_evaluation,
-        )
-        table = ""
-        if report:
-            table = report.table
-        card = self.facts.card.text(self.step, table)
-        owner = self.log.claim.document()
-        save_run(self.folder, self.config, self.trainer, state, card, owner, self.facts.metric, is_best)
-
-    def _restore(self, folder: Path) -> None:
-        """Weights and state of the checkpoint in `folder`; the weights alone with --eval_only and --reset_progress."""
-        saved = load_run(folder, self.config, self.trainer)
-        self.step = saved.state.step
-        self.best = saved.state.best
-        self._elapsed_before = saved.state.elapsed_s
-        self.warmup.seconds = saved.state.warmup_s
-        self._owes_evaluation = saved.state.owes_evaluation and is_due(self.config.eval_every, self.step)
-        self.hooks.extra = saved.state.extra
-        notes = saved.notes + self.hooks.restored(saved.flags)
-
-        # The hooks come first: a position in the data may be one of a curriculum's level.
-        if saved.state.stream and not self.config.eval_only:
-            self.data.load_state(saved.state.stream)
-        for note in notes:
-            self.machine.say(note)
 
 
 def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup, step: int) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from batching import PromptConfig, PromptFormat
+from batching import PromptConfig
 from engine.checkpoints import read_checkpoint
 from engine.state import CONFIG
 from enhanced.config import CycleMeter
 from enhanced.model import EnhancedHRMForCausalLM
 from enhanced.reasoning_format import split_completion
+from enhanced.training import trained_format
 from evaluation import AnswerConfig, generate_texts
 from host import load_tokenizer
 from options import read_resolved
@@ -27,9 +29,12 @@ class EnhancedAnswerer:
     def __init__(self, config: AnswerConfig, folder: Path, device: str):
         self.config = config
         self.model = EnhancedHRMForCausalLM.from_pretrained(folder).to(device).eval()
-        settings = read_resolved(read_checkpoint(folder, stems=[]).documents[CONFIG])
+        documents = read_checkpoint(folder, stems=[]).documents
+        settings = read_resolved(documents[CONFIG])
         prompt = PromptConfig(max_seq_len=settings.get("max_seq_len", 0))
-        self.format = PromptFormat(load_tokenizer(str(folder)), prompt)
+        self.format, note = trained_format(load_tokenizer(str(folder)), prompt, documents)
+        if note:
+            print(note, file=sys.stderr)
         self.cycles = {}  # as trained
         if config.eval_segments:
             self.cycles["max_cycles"] = config.eval_segments

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batching import PromptFormat, pad
+from batching import PromptConfig, PromptFormat, pad
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import (
@@ -26,8 +27,10 @@ from engine.optimization import (
     model_weights,
 )
 from enhanced.model import EnhancedHRMForCausalLM
+from text_data.frames import kept_frame
 
 CONFIG_JSON = "config.json"
+FRAME_JSON = "frame.json"  # what was written around each question
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,17 @@ def model_documents(model: Any, tokenizer: Any) -> dict[str, str]:
     return {CONFIG_JSON: model.config.to_json_string(use_diff=False), **texts}
 
 
+def trained_format(
+    tokenizer: Any, config: PromptConfig, documents: Mapping[str, str]
+) -> tuple[PromptFormat, str | None]:
+    """(the prompt format that a checkpoint of these documents was trained with, a note as `kept_frame` gives it)."""
+    kept = None
+    if FRAME_JSON in documents:
+        kept = json.loads(documents[FRAME_JSON])
+    frame, note = kept_frame(kept, tokenizer, config.prompt_style, config.system_header)
+    return PromptFormat(tokenizer, config, frame=frame), note
+
+
 def _loss(model: EnhancedHRMForCausalLM, batch: dict[str, Tensor], items: float) -> Any:
     """The model's output on a batch, its loss a share of that of `items` scored tokens."""
     return model(**batch, num_items_in_batch=items)
@@ -116,8 +130,9 @@ class EnhancedTrainer(BaseTrainer):
         return model_weights(self.model)
 
     def documents(self) -> dict[str, str]:
-        """transformers' own files, so that `from_pretrained` loads a checkpoint folder."""
-        return model_documents(self.model, self.format.tokenizer)
+        """transformers' own files, so that `from_pretrained` loads a checkpoint folder, and the prompts' frame."""
+        frame = json.dumps(dataclasses.asdict(self.format.frame))
+        return {**model_documents(self.model, self.format.tokenizer), FRAME_JSON: frame}
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another shape or another tokenizer."""

@@ -25,7 +25,7 @@ from engine.state import CONFIG
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
-from enhanced.training import EnhancedStepConfig, EnhancedTrainer
+from enhanced.training import EnhancedStepConfig, EnhancedTrainer, trained_format
 from grpo.measure import Measured, measure
 from grpo.stages import HeldOut, Stage, StagesConfig, check_texts, hold_out, rewards_of, stages_of
 from grpo.worked_examples import ExampleData, ExamplesConfig
@@ -158,7 +158,7 @@ class EnhancedRun:
             raise ValueError("; ".join(lines))
 
         # Questions for evaluation come first: no example may show one.
-        self.format = PromptFormat(reasoning_tokenizer(opts.tokenizer), PromptConfig(max_seq_len=opts.max_seq_len))
+        self.format = self._format(checkpoint)
         held_out = hold_out(self.stages, opts.eval_seed)
         place = f"--tokenizer {opts.tokenizer or DEFAULT_HOST}"
         check_texts(held_out, self.format.tokenizer, opts.min_roundtrip, place, self.machine.say)
@@ -190,6 +190,19 @@ class EnhancedRun:
         hooks = FinishedHooks() if next_stage else Hooks()
         facts = self._facts(next_stage)
         self.loop = RunLoop(config, self.machine, self.data, self.trainer, evaluator, facts, hooks, checkpoint)
+
+    def _format(self, checkpoint: Path | None) -> PromptFormat:
+        """How questions are shown: as in the checkpoint's training, since a template may write today's date."""
+        tokenizer = reasoning_tokenizer(self.opts.tokenizer)
+        config = PromptConfig(max_seq_len=self.opts.max_seq_len)
+        if checkpoint is None:
+            return PromptFormat(tokenizer, config)
+
+        documents = read_checkpoint(checkpoint, stems=[]).documents
+        prompt_format, note = trained_format(tokenizer, config, documents)
+        if note:
+            self.machine.say(note)
+        return prompt_format
 
     @classmethod
     def weights_of(cls, opts: Options, checkpoint: Path) -> EnhancedRun:

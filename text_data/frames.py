@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 PLAIN_CUE = "\nAnswer:"
@@ -66,6 +66,36 @@ def render_frame(tokenizer: Any, style: str, header: str | None) -> Frame:
         raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
     prefix, suffix = text.split(_QUESTION)
     return Frame(prefix, suffix, chat=True, end=_end_of_turn(tokenizer, turns))
+
+
+def kept_frame(
+    kept: Mapping[str, Any] | None, tokenizer: Any, style: str, header: str | None
+) -> tuple[Frame, str | None]:
+    """(the frame that a checkpoint was trained with, a note where the template writes another one today).
+
+    Args:
+        kept: the frame's fields as the checkpoint keeps them. None: it is of an earlier version, which kept no frame;
+            its prompts are rendered, and its targets end with the end of sequence.
+        tokenizer, style, header: as `render_frame` takes them.
+
+    Raises:
+        ValueError: as `render_frame`, where no frame was kept.
+    """
+    if kept is None:
+        return replace(render_frame(tokenizer, style, header), end=tokenizer.eos_token_id), None
+
+    # A template that fails today does no harm.
+    frame = Frame(**kept)
+    try:
+        today = render_frame(tokenizer, style, header)
+    except ValueError as error:
+        return frame, f"the prompts stay as they were in training; today they could not be rendered: {error}"
+    if today.same_text(frame):
+        return frame, None
+    return frame, (
+        "the tokenizer's chat template writes another frame around a question today than in training: the prompts "
+        "stay as they were in training"
+    )
 
 
 def _end_of_turn(tokenizer: Any, turns: list[dict[str, str]]) -> int:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import engine.loop
+import generate
 import options
 import train
 from engine.files import json_lines
@@ -194,3 +195,30 @@ def test_all_five_stages_run_as_a_command_with_what_each_leaves_behind(tmp_path,
                     script="generate.py")
     out, _ = shown.communicate(timeout=HANG_S)
     assert shown.returncode == 0 and "thought" in out and "solution" in out
+
+
+def test_the_frame_of_a_template_that_writes_the_time_is_that_of_training(tiny_host, tmp_path, capsys):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for path in tiny_host.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    dated = "{{ strftime_now('%f') }}{% for m in messages %}|{{ m['role'] }}|{{ m['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(
+        dated + "{% if add_generation_prompt %}|assistant|{% endif %}", encoding="utf-8"
+    )
+    note = "the prompts stay as they were in training"
+    stages = json.dumps({"format": {"size": 4, "eval_n": 2, "levels": [SUMS], "rewards": {"format": 1}}})
+    words = [*ENHANCED, "--objective", "ce", "--tokenizer", str(folder), "--stages", stages, "--save_dir",
+             str(tmp_path / "runs"), "--run_name", "run", "--warmup_steps", "0"]
+    assert train.main(words) == 0 and note not in "".join(capsys.readouterr())
+    first = newest(tmp_path / "runs" / "run")
+    kept = (first / "frame.json").read_text(encoding="utf-8")
+    assert json.loads(kept)["prefix"].endswith("|user|")
+
+    # Going on, evaluating and answering ask in the words of training.
+    assert train.main(["--resume", str(first), "--max_steps", "3"]) == 0 and note in capsys.readouterr().err
+    later = newest(tmp_path / "runs" / "run")
+    assert later != first and (later / "frame.json").read_text(encoding="utf-8") == kept
+    assert train.main(["--resume", str(later), "--eval_only"]) == 0 and note in capsys.readouterr().err
+    assert generate.main(["--checkpoint", str(later), "--prompt", "1 + 1", "--device", "cpu"]) == 0
+    assert note in capsys.readouterr().err
