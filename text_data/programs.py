@@ -49,18 +49,24 @@ def program_of(text: str, tests: Sequence[str] = ()) -> str:
     if len(text) > LONGEST:
         return text
     needed = called_names(tests)
-    code = _program_of(text, needed)
-    if _is_python(code):
-        return code
 
-    # What a chat or a web page leaves in a text.
+    # The mark that ends a turn may stand at the code; what a chat or a web page leaves in a text is taken off last.
+    code = _program_of(text, needed)
+    for variant in (before_turn_end(text), text, _plain(text)):
+        program = code if variant == text else _program_of(variant, needed)
+        if _defined(program) & needed or (not needed and _is_python(program)):
+            return program
+    return code
+
+
+def _plain(text: str) -> str:
+    """The text without odd spaces, labels and tags before code, and quotation marks of Markdown."""
     plain = _LABEL.sub("", before_turn_end(text).translate(_SPACES))
     if plain.lstrip().startswith("> "):
         plain = _QUOTED.sub("", plain)
     if re.fullmatch(r"\s*`[^`]+`\s*", plain):
         plain = plain.strip().strip("`")
-    plain = _program_of(plain, needed)
-    return plain if _defined(plain) & needed else code
+    return plain
 
 
 def _program_of(text: str, needed: set[str]) -> str:
@@ -84,7 +90,7 @@ def _program_of(text: str, needed: set[str]) -> str:
 
 
 def called_names(tests: Iterable[str]) -> set[str]:
-    """Names that tests read and do not define, builtins aside: what the program must define."""
+    """Names that tests read and do not define, builtins only where there is nothing else: what the program defines."""
     read: set[str] = set()
     own: set[str] = set()
     for test in tests:
@@ -96,7 +102,8 @@ def called_names(tests: Iterable[str]) -> set[str]:
                 own.add(node.arg)
             elif isinstance(node, _DEFINITIONS):
                 own |= _bound(node)
-    return read - own - set(dir(builtins))
+    names = read - own
+    return names - set(dir(builtins)) or names
 
 
 def _is_python(code: str) -> bool:

@@ -94,6 +94,7 @@ RIGHT = {
     "console below code": f"```python\n{ADD}\n>>> add(1, 2)\n3\n```",
     "input of the arguments' names": f"{ADD}\na = int(input('a'))\nb = int(input('b'))\nprint(add(a, b))",
     "end of a turn": f"{ADD.rstrip()}<|im_end|>\n",
+    "end of a turn at a body": "def add(a, b):\n    total = a + b\n    return total<|im_end|>",
     "end of a text": f"```python\n{ADD}```</s>\nadd",
     "helper behind": "```python\ndef add(a, b):\n    return _plus(a, b)\n```\nwith\n```python\n"
     "def _plus(a, b):\n    return a + b\n\nprint(_plus(1, 2))\n```",
@@ -152,7 +153,7 @@ def test_without_tests_the_last_python_counts(text, code):
 def test_names_that_tests_call():
     assert called_names(["assert add(1, x) == sum([y for y in z])", "import math\nassert math.isclose(f(), 1)"]) == {
         "add", "x", "z", "f"}
-    assert called_names(["not python ("]) == set()
+    assert called_names(["not python ("]) == set() and called_names(["assert sum(10, 15) == 6"]) == {"sum"}
 
 
 @given(st.text(st.sampled_from(list("`~ \n>def():x=1'\"#")), max_size=60))
