@@ -23,7 +23,7 @@ FUNCTIONS = frozenset(
      "asec", "acsc", "sinh", "cosh", "tanh", "coth", "sech", "csch", "asinh", "acosh", "atanh", "acoth"}
 )
 CONSTANTS = frozenset({"E", "pi", "A", "D", "const", "constant"})
-OF_INTEGRATION = re.compile(r"[CcKk](?:_?\d{1,2})?", re.A)
+OF_INTEGRATION = re.compile(r"[CcKk](?:1|_\d)?", re.A)  # not C7: that may be C with a wrong digit behind
 Monomial = tuple[tuple[str, int], ...]
 
 
