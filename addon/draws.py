@@ -50,7 +50,7 @@ class Draws:
     def prepare(self, task: Task) -> None:
         """Tells a task what it passed over before."""
         known = self.passed_over.get(_key(task), {})
-        task.passed_over = {int(seed): list(indices) for seed, indices in known.items()}
+        task.passed_over |= {int(seed): list(indices) for seed, indices in known.items()}
 
     def note(self, tasks: Sequence[Task]) -> None:
         """Takes down what these tasks have passed over by now."""

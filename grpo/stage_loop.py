@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import options
+from addon.draws import Draws
 from engine.checkpoints import rotate, step_folder, write_checkpoint
 from engine.dry_run import NON_FINITE_EXIT
 from engine.figures import draw_curve
@@ -22,7 +23,7 @@ from engine.report import Card, Report, closing_words, stamped
 from engine.state import CONFIG
 from engine.stopping import Stop, interruptible
 from grpo.measure import Change, Measured, change_table, measure
-from grpo.problems import training_problems
+from grpo.problems import Problem, training_problems
 from grpo.progress import PROGRESS, GrpoProgress, Metrics, conditions_of
 from grpo.stages import HeldOut, Stage, rewards_of
 from grpo.trained import TrainedModel
@@ -123,10 +124,10 @@ class StageLoop:
         # All of a stage follows from the flags and its number, so an interrupted one goes on with the same questions.
         functions, weights = rewards_of(stage, tags=self.trained.has_tags)
         seed = train_seed(self.config.seed + SEED_OF_STAGE + index)
-        problems = training_problems(stage.levels, stage.size, seed, self.held_out.reserved)
+        self._open_folder(place)
+        problems = stage_problems(stage, seed, self.held_out.reserved, place / "draws.json")
 
         # Where an interrupted call stopped; what it recorded after that is recorded again.
-        self._open_folder(place)
         state = newest_state(place)
         steps = step_of_state(state) if state else 0
         self.log.truncate_after(base + steps, evaluate=steps > 0)
@@ -308,6 +309,25 @@ def read_own(path: Path) -> Any:
         return read_json(path)
     except ValueError:
         return None
+
+
+def stage_problems(stage: Stage, seed: int, reserved: set[str], record: Path) -> list[Problem]:
+    """What a stage trains on. The items that took too long to make are kept in `record`, and stay passed over.
+
+    Raises:
+        ValueError: as `training_problems`.
+    """
+    tasks = [task for level in stage.levels for task in getattr(level, "tasks", ())]
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    draws = Draws.of(known, repeats=False)
+    for task in tasks:
+        draws.prepare(task)
+
+    problems = training_problems(stage.levels, stage.size, seed, reserved)
+    draws.note(tasks)
+    if draws.document() != known:
+        write_text_aside(record, json.dumps(draws.document()))
+    return problems
 
 
 def step_line(stage: str, step: int, numbers: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ import math
 import operator
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from batching import PromptFormat, pad
 from engine.files import json_lines
 from engine.records import normalise
 from engine.report import stamped
+from engine.time_limit import TimeLimitError
 from enhanced.config import EnhancedHRMConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.reasoning_format import REASONING_TOKENS, format_score, split_completion
@@ -42,7 +44,7 @@ from grpo.rewards import build_rewards
 from grpo.stages import PUBLISHED, GrpoConfig, Stage, StagesConfig, hold_out, rewards_of, stages_of
 from model import HRMController
 from patience import HANG_S
-from reasoning_gym_wrapper import Reserve, for_evaluation
+from reasoning_gym_wrapper import Reserve, Task, for_evaluation
 from sandbox.runner import confinement
 from tiny_runs import error_lines, tiny_model
 
@@ -882,7 +884,6 @@ def test_a_stopped_command_goes_on_inside_its_stage_and_ends(tmp_path, tiny_host
 
 
 def test_a_problem_that_names_control_tokens_stays_text_in_rollouts_and_examples(tokenizer, tiny_host):
-    from types import SimpleNamespace
 
     from grpo.stage_trainer import StageTrainer
 
@@ -903,3 +904,27 @@ def test_a_problem_that_names_control_tokens_stays_text_in_rollouts_and_examples
         assert target.count(prompt.frame.end) == 1 and each.decode(target[:-1]).strip() == example
     tags = [each.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>", "<SOLUTION>", "</SOLUTION>")]
     assert [number for number in target if number in tags] == tags
+
+
+def test_a_stage_that_goes_on_asks_what_it_asked_whatever_the_clock_says(tmp_path, monkeypatch):
+    from grpo.stage_loop import stage_problems
+
+    real = Task._draw
+    now = SimpleNamespace(slow=True)
+
+    def draw(self, chunk, offset, seed):
+        if offset == 2 and now.slow:
+            raise TimeLimitError
+        return real(self, chunk, offset, seed)
+
+    def asked():
+        stage = SimpleNamespace(levels=(task_source({"toy_add": {}}), CodeSource()), size=8)
+        problems = stage_problems(stage, 7, set(), tmp_path / "draws.json")
+        return [problem.question for problem in problems]
+
+    monkeypatch.setattr(Task, "_draw", draw)
+    first = asked()
+    now.slow = False
+    assert asked() == first
+    (tmp_path / "draws.json").unlink()
+    assert asked() != first and not (tmp_path / "draws.json").exists()
