@@ -352,7 +352,7 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
     assert told == [
         "unknown flag --d_hh; did you mean --d_h?",
         "unexpected argument stray: every value follows its --flag",
-        "--batch_size many is not legal: expected an integer >= 1",
+        "--batch_size many is not legal: expected an integer >= 1 and <= 1048576",
         "--use_act maybe is not legal: expected 0, 1, true or false",
         "--cab_mem -1e-3 is not legal: expected an integer >= 0",
         "--seed needs a value: expected an integer >= 0 and < 2147483648",
@@ -617,7 +617,7 @@ def test_all_problems_of_a_yaml_file_are_told_with_those_of_the_command_line(con
         f"{path}: unknown key modl; did you mean d_model?",
         f"{path}: n_heads four is not legal: expected an integer >= 1",
         "--eval_n 0 is not legal: expected an integer >= 1",
-        "--batch_size 0 is not legal: expected an integer >= 1",
+        "--batch_size 0 is not legal: expected an integer >= 1 and <= 1048576",
     ]
 
 

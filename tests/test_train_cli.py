@@ -42,7 +42,7 @@ def refused(call, tmp_path):
     ("--injector cba", "--injector cba is not legal: expected one of cab, grb"),
     ("--eval_n -3", "--eval_n -3 is not legal: expected an integer >= 1"),
     ("--max_steps -1", "--max_steps -1 is not legal: expected an integer >= 0"),
-    ("--batch_size 0", "--batch_size 0 is not legal: expected an integer >= 1"),
+    ("--batch_size 0", "--batch_size 0 is not legal: expected an integer >= 1 and <= 1048576"),
     ("--d_h 18 --n_heads 4", "--d_h 18 is not divisible by --n_heads 4: choose a multiple of 8, such as 24"),
     ("--task chain_sun", "unknown task 'chain_sun': the nearest names are chain_sum, "),
     ("--task none --tasks toy_add,bix", "unknown task 'bix': the nearest names are "),
