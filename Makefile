@@ -4,10 +4,10 @@ RUN := $(VENV)/bin/python
 
 .PHONY: train test slow lint host audit clean
 
-train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 6 minutes on 2 cores with bf16 instructions, 170 without
+train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 6 minutes on 2 cores with bf16 instructions, 15 without
 	$(RUN) train.py
 
-test: $(VENV)/ready             ## the fast test suite, about 16 minutes of CPU time
+test: $(VENV)/ready             ## the fast test suite, about 18 minutes of CPU time
 	$(RUN) -m pytest -q -n 2 -m "not slow"
 
 slow: $(VENV)/ready             ## the slow checks, hours on a slow machine
