@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 MADE_UP = 36  # values beside the real one that an operator is asked about: of numbers, 9 steps near and far, both ways
+TIMES_ASKED = 3  # times that an operator is asked about the real value
 SMALLEST_MODULUS = 7  # of numbers that may be called equal because they leave the same remainder
 DEEPEST = 200  # levels of containers that are searched for objects of the code's
 IMMUTABLE_TYPE = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: a class of C's, which no code can change
@@ -263,24 +264,39 @@ def believed(
     if only_one and (left is None or right is None):
         return left is right
 
-    # The real value stands among the made-up ones, never first: what says yes to whatever comes first has no chance.
+    # The real value stands several times among the made-up ones, never first: what says yes to whatever comes first has
+    # no chance, and what says yes once, at a moment of its choice, contradicts itself.
     real = right if own_left else left
     values = [object()] if own_left and own_right else made_up(real)
     if not values and not only_one:
         values = [object()]
-    place = 1 + draw() % max(len(values), 1)
-    values.insert(place, real)
-    answers = answers_to(ask, left, right, own_left, values)
+    is_real = shuffled([False] * (len(values) - 1) + [True] * TIMES_ASKED)
+    if values:
+        is_real.insert(0, False)
+    others = iter(values)
+    asked = [real if mark else next(others) for mark in is_real]
+    answers = answers_to(ask, left, right, own_left, asked)
 
-    place = min(place, len(values) - 1)
-    answer = answers.pop(place)
-    values.pop(place)
-    if isinstance(answer, Exception):
-        raise answer
-    said_yes = [bool(not isinstance(other, Exception) and other) for other in answers]
+    # It must say the same of the real value each time.
+    real_answers = [answer for answer, mark in zip(answers, is_real, strict=True) if mark]
+    for answer in real_answers:
+        if isinstance(answer, Exception):
+            raise answer
+    answer = real_answers[0]
+    if len({bool(again) for again in real_answers}) > 1:
+        raise AssertionError(REFUSED)
+
+    said = [answer for answer, mark in zip(answers, is_real, strict=True) if not mark]
+    said_yes = [bool(not isinstance(other, Exception) and other) for other in said]
     if answer and (all(said_yes) or (only_one and any(said_yes) and not _is_remainder(real, values, said_yes))):
         raise AssertionError(REFUSED)
     return answer
+
+
+def shuffled(items: list[Any]) -> list[Any]:
+    """The items in an order that nobody can foresee."""
+    places = sorted((draw(), place) for place in range(len(items)))
+    return [items[place] for _, place in places]
 
 
 def _is_remainder(real: Any, values: list[Any], said_yes: list[bool]) -> bool:
