@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from batching import Batch, PromptConfig, PromptFormat
+from engine.memory import free_memory
 from hrm_blocks import token_positions
 from model import HostStates, HRMController
 from reasoning_gym_wrapper import EVAL_SEED, Example
@@ -99,7 +100,7 @@ class CachePlan:
     def check(self, most_gb: float) -> None:
         """Raises ValueError when it is larger than `most_gb` allows, or than the machine's free memory."""
         needed = self.bytes * self.processes
-        free = psutil.virtual_memory().available
+        free = free_memory()
         if needed > most_gb * GB:
             raise ValueError(
                 f"--cache_hidden ram needs {self.size_text()}: more than --cache_max_gb {most_gb:g}; raise it, lower "

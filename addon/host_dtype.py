@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from engine.hardware import free_memory, multiplies_bf16
+from engine.hardware import multiplies_bf16
+from engine.memory import free_memory
 from host import DTYPES, HostConfig, load_config
 
 MOST_OF_MEMORY = 0.8  # share of the free memory that weights held in float32 may take

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 
-import psutil
 import torch
 
 TRIALS = 8  # products that are timed with each number of threads, about a millisecond each
@@ -26,13 +25,6 @@ def multiplies_bf16(device: str) -> bool:
 
     instructions = torch.cpu.get_capabilities()
     return any(instructions.get(name, False) for name in BF16_INSTRUCTIONS)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that are free on `device`: the GPU's own memory, else the machine's."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
 
 
 def best_threads() -> int:

@@ -15,8 +15,10 @@ BYTES = 4  # of a number in float32
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def free_memory() -> float:
-    """Bytes that this process may still take: of the machine, of its control group, of its own limit."""
+def free_memory(device: str = "cpu") -> float:
+    """Bytes that this process may still take: of the GPU, else of the machine, its control group and its own limit."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
     free = float(psutil.virtual_memory().available)
 
     # A container sees the whole machine's memory and may use a part of it.
