@@ -9,7 +9,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
 
 from verify.forms import fraction, number, parts, shortened, whole
-from verify.table import Entry, strict
+from verify.table import Entry, strict, strict_form
 
 COIN_DECIMALS = 4  # as many as the scorer's tolerance
 COIN_SHARE = Fraction(1, 20)  # of the probability itself, so that 0 is not near a small one
@@ -144,14 +144,8 @@ def one_fraction(answer: str, entry: Entry) -> bool:
     return (numerator, denominator) == (facts["simplified_numerator"], facts["simplified_denominator"])
 
 
-@strict("prime_factorization", name="factors with × between")
-def only_factors(answer: str, entry: Entry) -> bool:
-    return FACTORS.fullmatch(answer) is not None
-
-
-@strict("bitwise_arithmetic", name="one integer, in hexadecimal or another base")
-def one_integer(answer: str, entry: Entry) -> bool:
-    return INTEGER.fullmatch(answer) is not None
+strict_form("prime_factorization", FACTORS, name="factors with × between")
+strict_form("bitwise_arithmetic", INTEGER, name="one integer, in hexadecimal or another base")
 
 
 @strict("calendar_arithmetic", name="the gold number or word", one_answer=True)

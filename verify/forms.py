@@ -8,6 +8,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+from engine.files import parse_json
+
 # A number as people and programs write it: a sign, commas between thousands, a point, an exponent.
 UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 NUMBER = re.compile(rf"[+-]?\s?(?:{UNSIGNED})(?:[eE][+-]?[0-9]{{1,3}})?", re.A)
@@ -82,15 +84,8 @@ def parts(text: str, mark: str = ",") -> list[str]:
 
 
 def from_json(text: str) -> Any:
-    """The value of a whole JSON text. Raises ValueError; an object that has a key twice is one mistake more."""
-    return json.loads(text, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key stands twice")
-    return value
+    """The value of a whole JSON text. Raises ValueError, as `parse_json`: also for a key that stands twice."""
+    return parse_json(text, strict=True)
 
 
 def same_json(one: Any, other: Any) -> bool:

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from verify.forms import from_json, is_text_list, words
-from verify.table import Entry, strict
+from verify.table import Entry, strict, strict_form
 
 CELLS = re.compile(r"[01\s,\[\]]{1,5000}")
 WALK = re.compile(r"[LDUR]{1,20000}|[LDUR](?:,? [LDUR]){0,10000}")
@@ -28,19 +28,9 @@ MOVE = re.compile(r"move\((box_\w+), (?:(target_\w+)|square\[(\d+\.\d+), ?(\d+\.
 Board = dict[str, list[str]]
 
 
-@strict("kakurasu", name="a grid of 0 and 1 alone")
-def only_cells(answer: str, entry: Entry) -> bool:
-    return CELLS.fullmatch(answer) is not None
-
-
-@strict("sokoban", name="the letters L, D, U and R alone")
-def only_steps(answer: str, entry: Entry) -> bool:
-    return WALK.fullmatch(answer) is not None
-
-
-@strict("quantum_lock", name="buttons alone")
-def only_buttons(answer: str, entry: Entry) -> bool:
-    return PRESSES.fullmatch(answer) is not None
+strict_form("kakurasu", CELLS, name="a grid of 0 and 1 alone")
+strict_form("sokoban", WALK, name="the letters L, D, U and R alone")
+strict_form("quantum_lock", PRESSES, name="buttons alone")
 
 
 @strict("tower_of_hanoi", name="one move a line, nothing else")

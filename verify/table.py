@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,3 +55,11 @@ def strict(*tasks: str, name: str, **more: Any) -> Callable[[Check], Check]:
         return check
 
     return enter
+
+
+def strict_form(task: str, form: re.Pattern[str], name: str) -> None:
+    """Enters the rule that the whole answer to a task must have a form."""
+
+    @strict(task, name=name)
+    def has_form(answer: str, entry: Entry) -> bool:
+        return form.fullmatch(answer) is not None
