@@ -395,8 +395,9 @@ class Reserve:
         until = time.monotonic() + self.seconds
         stream = task.items(seed)
         while len(drawn) < n and rejected < MAX_REJECTED:
+            limit_s = max(until - time.monotonic(), 1e-3) if self.seconds else 0.0  # 0 is no limit
             try:
-                example = call_within(max(until - time.monotonic(), 1e-3) * bool(self.seconds), next, stream)[1]
+                example = call_within(limit_s, next, stream)[1]
             except TimeLimitError:
                 self.ran_out = True
                 break
