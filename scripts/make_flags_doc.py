@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "flags.md"
 INTRODUCTION = """# Flags of train.py
 
 Every flag of `train.py`, with its default, its legal values and what it does. `scripts/make_flags_doc.py` writes this
-page from the table in `flags.py`.
+page from the table in `flag_table/`.
 
 - **Where values come from.** A value on the command line wins over one in the YAML file of `--config`, which wins over
   the options of the checkpoint that a run goes on from (`--resume`, or an existing `--run_name`), which win over the

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,9 +158,9 @@ def test_a_system_s_help_shows_its_flags_with_its_defaults(arch, monkeypatch):
 # --- a flag is one line in one table
 
 
-NEW = """    "model": (
-        addon("new_width", "int", 3, "width of something new", low=1, adapters=("hrm", "mlp"), shape=True,
-              common=True, before=2, by_arch={"hybrid": 5}),
+NEW = """TABLE = (
+    addon("new_width", "int", 3, "width of something new", low=1, adapters=("hrm", "mlp"), shape=True,
+          common=True, before=2, by_arch={"hybrid": 5}),
 """
 USE = """
 import sys
@@ -189,9 +190,11 @@ assert "--new_width" not in train.help_text("hybrid")
 
 def test_a_new_flag_is_one_line_in_one_table(tmp_path):
     """In a copy of the table: parser, record, checks of range, adapter, system and shape, and help know the flag."""
-    table = (ROOT / "flags.py").read_text(encoding="utf-8")
-    assert table.count('    "model": (\n') == 1
-    (tmp_path / "flags.py").write_text(table.replace('    "model": (\n', NEW), encoding="utf-8")
+    shutil.copytree(ROOT / "flag_table", tmp_path / "flag_table")
+    table = tmp_path / "flag_table" / "model.py"
+    text = table.read_text(encoding="utf-8")
+    assert text.count("TABLE = (\n") == 1
+    table.write_text(text.replace("TABLE = (\n", NEW), encoding="utf-8")
     code = USE.format(place=str(tmp_path), root=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

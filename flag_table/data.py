@@ -1,0 +1,58 @@
+"""Flags under the heading `data`: tasks, items, how text becomes tokens. A new flag is one line here."""
+
+from __future__ import annotations
+
+from flag_table.flag import Flag, addon, hybrid, reasoner
+
+TABLE = (
+    # Prepared triples.
+    hybrid("dataset", "path", None, "training data: synthetic (two-digit addition) or a folder of prepared "
+           "triples", nullable=True, common=True),
+    hybrid("dev_sets", "str", None, "further prepared folders scored at each validation", nullable=True,
+           pattern=r"[\w.-]+=[^,].*(?<!,)", form="NAME=DIR,NAME=DIR"),
+    hybrid("dataset_workers", "int", 0, "threads that read ahead; capped to the machine's cores", low=0),
+    hybrid("max_val_samples", "int", 0, "most validation samples; 0 = the whole split", low=0),
+    hybrid("on_bad_line", "str", "error", "what to do at a broken line of a prepared file",
+           choices=("error", "skip")),
+    # Reasoning Gym tasks.
+    addon("task", "str", None, "one Reasoning Gym task by name, or toy_add", nullable=True, common=True),
+    addon("tasks", "list", None, "several tasks, mixed in equal parts", nullable=True, common=True),
+    addon("task_config", "json", None, "settings of the tasks; none = small when no task is named, else default",
+          nullable=True, form="small, default, a file or a JSON object", common=True),
+    addon("train_n", "int", 0, "training items; 0 = fresh items without end", low=0, common=True),
+    Flag("eval_n", "int", 256, "evaluation items of each task", low=1, common=True),
+    addon("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are "
+          "never trained on, beside questions"),
+    reasoner("verifier_strict", "bool", True, "judge answers by a strict rule of the task beside its scorer, "
+             "and leave out items whose gold answer fails", before=False),
+    # Saving forward passes of the frozen LLM.
+    addon("cache_hidden", "str", "off", "where to keep the frozen LLM's hidden states of the train_n items",
+          choices=("off", "ram")),
+    addon("cache_max_gb", "float", 4.0, "largest such cache in GB; a larger one is refused", low=0,
+          exclusive_low=True),
+    addon("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code"),
+    reasoner("draw_timeout_s", "float", 60.0, "most seconds to make one item; a slower one is passed over; 0 = no "
+             "limit", low=0),
+    reasoner("score_timeout_s", "float", 10.0, "most seconds to score one answer; a slower one is wrong; 0 = no "
+             "limit", low=0),
+    # Difficulty that rises with what is solved.
+    addon("curriculum", "bool", False, "raise each task through Reasoning Gym's levels of difficulty"),
+    addon("curriculum_threshold", "float", 0.8, "held-out solved rate at which a task goes up a level", low=0,
+          high=1, exclusive_low=True),
+    addon("curriculum_levels", "int", 0, "highest level; 0 = the task's last", low=0),
+    addon("curriculum_draw_s", "float", 60.0, "most seconds to draw the questions of one level; 0 = no limit",
+          low=0),
+    # How text becomes tokens.
+    addon("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True),
+    addon("system_header", "str", None, "text put before every prompt", nullable=True, pattern=r".*", form="text"),
+    addon("prompt_style", "str", "auto", "how a question is put to the LLM; auto = chat if it has a template",
+          choices=("auto", "chat", "plain")),
+    Flag("max_seq_len", "int", 512, "most tokens of a prompt; the hybrid cuts longer ones", low=8,
+         by_arch={"enhanced": 1024}),
+    addon("overlong", "str", "error", "what to do with longer prompts", choices=("error", "drop")),
+    # Training seeds and evaluation seeds never meet.
+    Flag("seed", "int", 0, "seed of weights, training items and order", low=0, high=2**31, exclusive_high=True,
+         common=True),
+    Flag("eval_seed", "int", 10**9, "evaluation items are drawn from it; every training seed lies far below",
+         low=10**9, high=2**32, exclusive_high=True),
+)
