@@ -1,7 +1,7 @@
 """Reasoning Gym tasks as `Example`s: question, target, verifier, task.
 
 Evaluation items are drawn and deduplicated first; every source of training text rejects their questions
-(`batching.TrainStream`, and `scripts/pretrain_host.py` for the embedded LLM). Items of one data set are drawn with
+(`addon.streams.TrainStream`, and `scripts/pretrain_host.py` for the embedded LLM). Items of one data set are drawn with
 `Random(seed + index)`, so neighbouring seeds share almost all of their items: training and evaluation seeds stay 10
 million and more apart, and because small tasks collide all the same, questions are compared as normalised text as well.
 Where a task has few solutions (`GROUPS`), items are split by solution too: a fixed share of the solutions is for

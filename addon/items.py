@@ -9,7 +9,8 @@ from typing import Any
 
 from addon.curriculum import ENOUGH, Curriculum, CurriculumConfig
 from addon.draws import DrawProgress, Draws, agreed
-from batching import Batch, EpochStream, PromptFormat, TrainBatches, TrainStream, training_examples
+from addon.streams import EpochStream, TrainStream, training_examples
+from batching import Batch, PromptFormat, TrainBatches
 from engine.machine import Machine
 from engine.progress import clock_text
 from evaluation import answer_budget

@@ -41,7 +41,8 @@ import options  # noqa: E402
 from addon.baselines import BaselineConfig, BaselineController  # noqa: E402
 from addon.hidden_cache import GB, CacheConfig, HiddenCache, ItemsConfig, cache_key, plan_cache  # noqa: E402
 from addon.param_matching import lora_parameters  # noqa: E402
-from batching import Batch, PromptConfig, PromptFormat, TrainBatches, training_examples  # noqa: E402
+from addon.streams import training_examples  # noqa: E402
+from batching import Batch, PromptConfig, PromptFormat, TrainBatches  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.optimization import OptimConfig  # noqa: E402

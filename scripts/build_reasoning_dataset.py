@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from batching import TrainStream  # noqa: E402
+from addon.streams import TrainStream  # noqa: E402
 from engine.files import staged  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from engine.records import normalise  # noqa: E402

@@ -10,16 +10,14 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from addon.streams import EpochStream, TrainStream, training_examples
 from batching import (
     PLAIN_CUE,
     Batch,
-    EpochStream,
     PromptConfig,
     PromptFormat,
     TrainBatches,
-    TrainStream,
     pad,
-    training_examples,
 )
 from conftest import SPECIAL, build_tokenizer
 from engine.batches import IGNORE

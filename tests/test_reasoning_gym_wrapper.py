@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import options
 import reasoning_gym_wrapper as rg
-from batching import EpochStream, TrainStream, training_examples
+from addon.streams import EpochStream, TrainStream, training_examples
 from engine.records import normalise
 from patience import HANG_S
 from reasoning_gym_wrapper import EVAL_SEED, SEED_GAP, Example, Reserve, Task, TaskError, train_seed
@@ -184,6 +184,27 @@ def test_every_prefix_of_the_stream_is_balanced_to_within_one(published):
     for length in range(len(drawn) + 1):
         of = counts(drawn[:length], tasks)
         assert max(of) - min(of) <= 1
+
+
+@pytest.mark.parametrize("weights", [(1, 3), (2.5, 0.5, 1), (1, 1, 1)])
+def test_every_prefix_of_a_weighted_stream_is_near_its_shares(weights):
+    tasks = [Task("toy_add", {"max_value": 90 + place}) for place in range(len(weights))]
+    stream = TrainStream(tasks, Reserve([], 0), 0, weights)
+    drawn = [example.source for example in take(stream, 60)]
+    for length in range(len(drawn) + 1):
+        for task, weight in zip(tasks, weights, strict=True):
+            assert abs(drawn[:length].count(task) - length * weight / sum(weights)) < len(weights)
+
+
+def test_a_weighted_stream_resumes_exactly_at_any_point():
+    tasks, weights = [toy(), Task("toy_add", {"max_value": 5})], (1, 3)
+    stream, resumed = (TrainStream(tasks, Reserve([], 0), 0, weights) for _ in range(2))
+    for _ in range(9):
+        take(stream, 1)
+        resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        ahead = TrainStream(tasks, Reserve([], 0), 0, weights)
+        ahead.load_state_dict(stream.state_dict())
+        assert text_of(take(resumed, 7)) == text_of(take(ahead, 7))
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 103])

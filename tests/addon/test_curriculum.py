@@ -12,7 +12,7 @@ import pytest
 import options
 import train
 from addon.curriculum import Curriculum, CurriculumConfig, curriculum_problems, ladder, level_configs
-from batching import TrainStream
+from addon.streams import TrainStream
 from engine.records import normalise
 from engine.report import stamped
 from reasoning_gym_wrapper import Reserve, Task, TaskError

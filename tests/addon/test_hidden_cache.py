@@ -14,7 +14,8 @@ import torch
 import options
 from addon import hidden_cache
 from addon.hidden_cache import CacheConfig, HiddenCache, ItemsConfig, cache_key, plan_cache, weights_digest
-from batching import EpochStream, PromptConfig, PromptFormat, TrainBatches, training_examples
+from addon.streams import EpochStream, training_examples
+from batching import PromptConfig, PromptFormat, TrainBatches
 from host import load_tokenizer
 from patience import HANG_S
 from reasoning_gym_wrapper import Reserve, make_tasks
