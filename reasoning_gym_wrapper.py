@@ -27,8 +27,8 @@ from typing import Any
 from engine.files import read_text
 from engine.records import normalise
 from engine.time_limit import TimeLimitError, call_within
+from tasks.built_in import BUILT_IN
 from tasks.limits import USUAL, JudgeConfig
-from tasks.toy_add import ToyAddConfig, ToyAddDataset
 from verify.judge import Verdict, gold_fails, verdict
 
 EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
@@ -56,8 +56,7 @@ HASH_DEPENDENT = frozenset(
     {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
 )
 
-# What items of a task have in common though their questions differ: there are only 288 solved 4x4 grids, so without a
-# split by grid a model may know every answer by heart.
+# What items of a task share though questions differ: there are 288 solved 4x4 grids, easily known by heart.
 GROUPS: dict[str, Callable[[dict[str, Any]], str]] = {"mini_sudoku": lambda entry: " ".join(entry["answer"].split())}
 GROUP_SHARE = 5  # one group in so many is for evaluation
 
@@ -97,8 +96,8 @@ class Example:
 
 @functools.cache
 def registry() -> dict[str, tuple[type, type]]:
-    """Name -> (data set class, config class) of every task at hand; only `toy_add` without reasoning-gym."""
-    tasks: dict[str, tuple[type, type]] = {"toy_add": (ToyAddDataset, ToyAddConfig)}
+    """Name -> (data set class, config class) of every task at hand; the built-in ones alone without reasoning-gym."""
+    tasks = dict(BUILT_IN)
     try:
         import reasoning_gym  # noqa: F401 - importing fills the registry
         from reasoning_gym.factory import DATASETS
@@ -234,7 +233,8 @@ class Task:
 def unknown_task(name: str) -> str:
     """One line that names the three nearest tasks."""
     near = difflib.get_close_matches(name, registry(), n=3, cutoff=0.0)
-    hint = "" if len(registry()) > 1 else " (reasoning-gym is not installed: pip install reasoning-gym==0.1.25)"
+    has_all = len(registry()) > len(BUILT_IN)
+    hint = "" if has_all else " (reasoning-gym is not installed: pip install reasoning-gym==0.1.25)"
     return f"unknown task {name!r}: the nearest names are {', '.join(near)}{hint}"
 
 

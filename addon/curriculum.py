@@ -1,8 +1,12 @@
-"""`--curriculum`: each task climbs Reasoning Gym's own levels of difficulty as its held-out solved rate allows.
+"""`--curriculum`: each task climbs its levels of difficulty as its held-out solved rate allows.
 
-A level sets every attribute of the task's curriculum to that level (attributes with fewer levels stay at their last).
+The levels are Reasoning Gym's, or those that the config of a built-in task says itself (`levels`). A level sets every
+attribute of the task's curriculum to that level (attributes with fewer levels stay at their last).
 Ranges run from the easiest value to the level's, so nothing learnt drops out. The evaluation items of ALL levels are
 reserved before anything is trained: otherwise a question trained on at one level could be evaluated at the next.
+
+A depth probe goes up when it solves the items with the most steps of its level (`is_new`). All items of a level of many
+steps would mostly be items of the levels below, and pass the threshold by themselves.
 
 A task begins at its first level of at least `ENOUGH` distinct questions. chain_sum's first level has 200, half of them
 held out; a model learns the rest by heart, and the held-out rate never rises. Where making items is slow, a level is
@@ -13,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from addon.draws import DrawProgress, Draws
 from engine.records import normalise
 from engine.report import metric_row
-from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError
+from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError, registry
 
+AnyAnswer = TypeVar("AnyAnswer")  # has the `example` that it answers
 Fits = Callable[[list[Example]], list[Example]]
 
 ENOUGH = 1000  # distinct questions: with a few hundred, training repeats them within minutes and learns nothing else
@@ -48,6 +53,9 @@ class CurriculumConfig:
 
 def curriculum_problems(names: Sequence[str]) -> list[str]:
     """One line where some of the tasks have no curriculum; an empty list when all have one."""
+    names = [name for name in names if not hasattr(registry().get(name, (None, None))[1], "levels")]
+    if not names:
+        return []
     try:
         from reasoning_gym.factory import has_curriculum
     except ImportError:
@@ -61,6 +69,11 @@ def curriculum_problems(names: Sequence[str]) -> list[str]:
 
 def level_configs(task: Task, highest: int = 0) -> list[dict[str, Any]]:
     """The task's config at each level, up to `highest` (0: the last); levels that change nothing are left out."""
+    own = getattr(task.scorer.config, "levels", None)
+    if own is not None:
+        configs = [task.config | fields for fields in own()]
+        return configs[: highest + 1] if highest else configs
+
     from reasoning_gym.factory import create_curriculum
 
     curriculum = create_curriculum(task.name)
@@ -242,6 +255,14 @@ class Curriculum:
     def examples(self) -> list[Example]:
         """The evaluation items of the levels of now."""
         return [example for name, level in self.levels.items() for example in self.held_out[name][level]]
+
+    def judged(self, name: str, answers: Sequence[AnyAnswer]) -> list[AnyAnswer]:
+        """The answers to a task's items that decide whether it goes up: those its level adds, where it knows them."""
+        is_new = getattr(self.ladders[name][self.levels[name]].scorer.config, "is_new", None)
+        if is_new is None:
+            return list(answers)
+        added = [answer for answer in answers if is_new(answer.example.entry["metadata"])]
+        return added or list(answers)
 
     def update(self, rates: Mapping[str, float]) -> list[str]:
         """Raises by one level each task whose solved rate reaches the threshold; returns those tasks."""

@@ -65,7 +65,9 @@ class AddonHooks(Hooks):
         if not curriculum:
             return
         if share < 1:
-            rates = {name: solved_rate(evaluation.of(name)) for name in curriculum.levels}
+            rates = {}
+            for name in curriculum.levels:
+                rates[name] = solved_rate(curriculum.judged(name, evaluation.of(name)))
             if curriculum.update(rates):
                 self.machine.say(f"step {step}: curriculum goes up to level {curriculum.summary()}")
                 self.data.to_levels()

@@ -15,7 +15,7 @@ TABLE = (
     hybrid("on_bad_line", "str", "error", "what to do at a broken line of a prepared file",
            choices=("error", "skip")),
     # Reasoning Gym tasks.
-    addon("task", "str", None, "one Reasoning Gym task by name, or toy_add", nullable=True, common=True),
+    addon("task", "str", None, "one task by name: Reasoning Gym's or a built-in one", nullable=True, common=True),
     addon("tasks", "list", None, "several tasks, mixed in equal parts", nullable=True, common=True),
     addon("task_config", "json", None, "settings of the tasks; none = small when no task is named, else default",
           nullable=True, form="small, default, a file or a JSON object", common=True),
@@ -36,7 +36,7 @@ TABLE = (
     reasoner("score_timeout_s", "float", 10.0, "most seconds to score one answer; a slower one is wrong; 0 = no "
              "limit", low=0),
     # Difficulty that rises with what is solved.
-    addon("curriculum", "bool", False, "raise each task through Reasoning Gym's levels of difficulty"),
+    addon("curriculum", "bool", False, "raise each task through its own levels of difficulty"),
     addon("curriculum_threshold", "float", 0.8, "held-out solved rate at which a task goes up a level", low=0,
           high=1, exclusive_low=True),
     addon("curriculum_levels", "int", 0, "highest level; 0 = the task's last", low=0),

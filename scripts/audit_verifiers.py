@@ -34,6 +34,7 @@ from engine.files import write_text_aside  # noqa: E402
 from engine.progress import Progress, clock_text  # noqa: E402
 from reasoning_gym_wrapper import registry, unknown_task  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
+from tasks.built_in import BUILT_IN  # noqa: E402
 
 ROWS = ROOT / "docs" / "results" / "tasks" / "tasks.jsonl"
 PAGE = ROOT / "docs" / "tasks.md"
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen_tasks(text: str | None) -> list[str]:
     """The named tasks, or all but those that run programs. Raises ValueError."""
-    existing = [name for name in registry() if name != "toy_add"]
+    existing = [name for name in registry() if name not in BUILT_IN]
     if text is None:
         return sorted(name for name in existing if name not in RUNS_PROGRAMS)
     names = [name.strip() for name in text.split(",")]
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return check(options, names)
 
     rows = measure_all(options, names)
-    existing = [name for name in registry() if name != "toy_add"]
+    existing = [name for name in registry() if name not in BUILT_IN]
     write_text_aside(options.page, page(rows, existing))
     print(f"{options.page}: {len(rows)} tasks, {sum(row['seconds'] for row in rows.values()) / 60:.0f} minutes in all",
           file=sys.stderr)

@@ -1,0 +1,90 @@
+"""What the built-in tasks share: Reasoning Gym's interface, and one knob for the number of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST_PAIRS = 18  # pairs `A>B,` of four tokens each: more would take a prompt to 80 tokens of the embedded LLM
+
+
+class ToyDataset:
+    """The items of a built-in task: `draw` makes one from a generator that depends on seed + index alone.
+
+    A subclass sets `name` and writes `draw`.
+    """
+
+    name = ""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.seed = config.seed or 0
+        self.size = config.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        question, answer, facts = self.draw(random.Random(self.seed + index))
+        metadata = {"source_dataset": self.name, "source_index": index, **facts}
+        return {"question": question, "answer": answer, "metadata": metadata}
+
+    def draw(self, generator: random.Random) -> tuple[str, str, dict[str, Any]]:
+        """Question, answer, and what the metadata hold beside their source."""
+        raise NotImplementedError
+
+    def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
+        """1.0 for the answer itself, white space around it aside, else 0.0."""
+        return float(answer is not None and answer.strip() == entry["answer"])
+
+
+@dataclass
+class StepsConfig:
+    """The knob of every depth probe: how many steps an item needs, drawn uniformly from `min_steps` to `max_steps`."""
+
+    min_steps: int = 1
+    max_steps: int = 4
+    seed: int | None = None
+    size: int = 500
+
+    def validate(self) -> None:
+        """Raises AssertionError, one line for the user."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                is_whole = isinstance(value, int) and not isinstance(value, bool)
+                assert is_whole, f"{field.name} must be a whole number, got {value!r}"
+        assert 1 <= self.min_steps <= self.max_steps, (
+            f"need 1 <= min_steps <= max_steps, got {self.min_steps} and {self.max_steps}"
+        )
+
+    def levels(self) -> list[dict[str, Any]]:
+        """The fields that each level of a curriculum sets: one more step at each, up to `max_steps`."""
+        return [{"max_steps": most} for most in range(self.min_steps, self.max_steps + 1)]
+
+    def is_new(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether an item is of those that this level adds to the one below."""
+        return metadata["steps"] == self.max_steps
+
+
+class StepsDataset(ToyDataset):
+    """Items of a depth probe. A subclass writes `draw_steps`."""
+
+    def draw(self, generator: random.Random) -> tuple[str, str, dict[str, Any]]:
+        low = self.config.min_steps
+        high = self.config.max_steps
+        steps = generator.randint(low, high)
+        question, answer = self.draw_steps(generator, steps)
+        return question, answer, {"steps": steps, "difficulty": {"steps": (low, high)}}
+
+    def draw_steps(self, generator: random.Random, steps: int) -> tuple[str, str]:
+        """Question and answer of an item that needs so many steps."""
+        raise NotImplementedError
+
+
+def pairs_text(pairs: list[tuple[str, str]], generator: random.Random) -> str:
+    """`A>B,C>D`: the pairs in random order."""
+    shuffled = list(pairs)
+    generator.shuffle(shuffled)
+    return ",".join(f"{source}>{target}" for source, target in shuffled)

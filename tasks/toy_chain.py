@@ -1,0 +1,84 @@
+"""Depth probe: follow pointers from a start to the end of its chain."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tasks.toy_base import LETTERS, MOST_PAIRS, StepsConfig, StepsDataset, pairs_text
+
+ENDS = ("none", "self")
+
+
+@dataclass
+class ToyChainConfig(StepsConfig):
+    """Chains of pointers; the start lies `steps` pointers before the end of its own.
+
+    nodes: letters in all chains together.
+    chains: how many there are; a guess among their ends solves one item in so many.
+    ends: none = an end points nowhere; self = an end points at itself, one pair more for each chain.
+    """
+
+    nodes: int = 24
+    chains: int = 6
+    ends: str = "none"
+
+    @property
+    def fewest(self) -> int:
+        """Nodes that a chain needs to stand in the question at all."""
+        return 1 if self.ends == "self" else 2
+
+    def validate(self) -> None:
+        super().validate()
+        assert self.ends in ENDS, f"ends must be {' or '.join(ENDS)}, got {self.ends!r}"
+        assert self.chains >= 1, f"chains must be 1 or more, got {self.chains}"
+        assert self.nodes <= len(LETTERS), f"nodes must be {len(LETTERS)} or fewer letters, got {self.nodes}"
+        assert self.nodes >= self.fewest * self.chains, (
+            f"{self.chains} chains with ends {self.ends} need {self.fewest * self.chains} nodes, got {self.nodes}"
+        )
+
+        # An end that points nowhere takes no pair.
+        pairs = self.nodes if self.ends == "self" else self.nodes - self.chains
+        assert pairs <= MOST_PAIRS, (
+            f"{self.nodes} nodes in {self.chains} chains with ends {self.ends} are {pairs} pairs, and prompts take at "
+            f"most {MOST_PAIRS}: lower nodes by {pairs - MOST_PAIRS}"
+        )
+        most = self.nodes - self.fewest * (self.chains - 1) - 1
+        assert self.max_steps <= most, (
+            f"{self.nodes} nodes in {self.chains} chains with ends {self.ends} leave room for {most} steps, got "
+            f"max_steps {self.max_steps}"
+        )
+
+
+class ToyChainDataset(StepsDataset):
+    """`B>D,A>Q,...:S>`, answered with the letter where the chain of S ends.
+
+    The start's chain has as many nodes as the others while `steps` allows that, so its length says nothing.
+    """
+
+    name = "toy_chain"
+
+    def draw_steps(self, generator: random.Random, steps: int) -> tuple[str, str]:
+        letters = generator.sample(LETTERS, self.config.nodes)
+        pairs = []
+        own: list[str] = []
+        for size in self._sizes(steps):
+            chain = letters[:size]
+            letters = letters[size:]
+            own = own or chain  # the first is the start's
+            pairs += list(zip(chain, chain[1:], strict=False))
+            if self.config.ends == "self":
+                pairs.append((chain[-1], chain[-1]))
+
+        start = own[-1 - steps]
+        return f"{pairs_text(pairs, generator)}:{start}>", own[-1]
+
+    def _sizes(self, steps: int) -> list[int]:
+        """Nodes of the start's chain, then of the others, which share the rest as equally as possible."""
+        config = self.config
+        own = max(steps + 1, config.nodes // config.chains)
+        if config.chains == 1:
+            return [config.nodes]
+        share, more = divmod(config.nodes - own, config.chains - 1)
+        others = [share + 1] * more + [share] * (config.chains - 1 - more)
+        return [own, *others]
