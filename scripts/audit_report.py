@@ -52,17 +52,31 @@ stay under 80 tokens. Other tokenizers may read several letters as one token.
 |---|---|---|---|
 | toy_chain | `B>D,A>Q,...:S>` | the letter where the chain of pointers from S ends | `nodes` 24, `chains` 6, \
 `ends` none |
+| toy_chase | `A>C,B>F,...:S7>` | the letter 7 hops from S | `nodes` 18, `map` cycle |
+| toy_automaton | `KABFE:20134>` | the letters after these moves | `objects` 5 |
+| toy_rewrite | `ABBDDFA...>` | what is left when no two neighbours are equal | `pairs` 16, `kept` 3 |
 
 Chance, measured on 2,000 items each, in % of them:
 
 | task | best constant, 4 steps at most | best constant, most steps | better guess |
 |---|---|---|---|
-| toy_chain | 4.6 | 5.0 (13 steps) | the end of any chain: 16.7, one in `chains` |
+| toy_chain | 4.5 | 5.0 (13 steps) | the end of any chain: 16.7, one in `chains` |
+| toy_chase | 4.6 | 4.8 (17 steps) | any letter but the start: 5.9, one in `nodes` - 1 |
+| toy_automaton | 0.1 | 0.1 (16 steps) | the order it began with: 0.5; most steps: 0.9 |
+| toy_rewrite | 1.9 | 1.8 (16 steps) | the letters that occur an odd number of times, in a likely order: 18.8 |
 
 - **toy_chain.** The chain that holds the start has as many nodes as the others, `nodes // chains`, while the steps
   allow it: up to 3 steps by default nothing tells it from the others. From there on it is the longest, as the others
   share the nodes that are left; at 9 steps and more all others have 2 or 3 nodes, so whoever finds an end with three
   nodes before it needs no start. `ends` self gives each end a pair that points at itself; 18 nodes are then the most.
+- **toy_chase.** The hops must be counted as well. `map` cycle is one cycle through all letters: no hop returns before
+  `nodes` of them, which are therefore too many; near that number the way back is shorter. `map` permutation and
+  function take up to 99 steps, and have short cycles, around which hops may be counted modulo their length.
+- **toy_automaton.** Move 0 takes the first letter to the end, move i swaps the letters at places i and i + 1; no swap
+  stands twice in a row. `objects` 3 has 6 orders, 5 has 120, and their group is not solvable.
+- **toy_rewrite.** A step is a round: from left to right each letter cancels with its right neighbour where the two are
+  equal. Whatever the order, the same letters are left. Pairs inside pairs go first, so the rounds are the depth of the
+  deepest pair. All words have `2 * pairs + kept` letters. Near `pairs` steps most of a word is one palindrome.
 """
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MOST_PAIRS = 18  # pairs `A>B,` of four tokens each: more would take a prompt to 80 tokens of the embedded LLM
+MOST_TOKENS = 76  # characters of a question, one token each: with the chat template under 80 of the embedded LLM
+MOST_PAIRS = 18  # pairs `A>B,` of four tokens each, and up to five more for what is asked
 
 
 class ToyDataset:
@@ -75,7 +76,10 @@ class StepsDataset(ToyDataset):
         low = self.config.min_steps
         high = self.config.max_steps
         steps = generator.randint(low, high)
-        question, answer = self.draw_steps(generator, steps)
+
+        # Items of other steps must differ in more than these, or levels evaluate variants of the same few items.
+        own = random.Random(f"{generator.getrandbits(64)} {steps}")
+        question, answer = self.draw_steps(own, steps)
         return question, answer, {"steps": steps, "difficulty": {"steps": (low, high)}}
 
     def draw_steps(self, generator: random.Random, steps: int) -> tuple[str, str]:

@@ -9,14 +9,17 @@ from types import SimpleNamespace
 import pytest
 
 from addon.curriculum import Curriculum, CurriculumConfig, curriculum_problems
-from batching import PromptFormat, TrainStream
+from addon.streams import TrainStream
+from batching import PromptFormat
 from engine.records import normalise
 from host import DEFAULT_HOST, load_tokenizer
 from reasoning_gym_wrapper import Example, Reserve, Task, TaskError
 from tasks.chance import task_chances
 from tasks.toy_base import StepsConfig
+from tasks.toy_rewrite import rounds
 
-PROBES = {"toy_chain": 13}  # name -> most steps at its default size
+# Name -> most steps that are tried at its default size.
+PROBES = {"toy_chain": 13, "toy_chase": 17, "toy_automaton": 60, "toy_rewrite": 16}
 
 
 def drawn(name: str, n: int = 200, seed: int = 0, **config) -> list[Example]:
@@ -187,3 +190,101 @@ def test_chains_of_trained_lengths_are_all_as_long_so_that_length_says_nothing()
 def test_chains_that_do_not_fit_are_refused_with_what_would(config, told):
     with pytest.raises(TaskError, match=told):
         Task("toy_chain", config)
+
+
+# --- toy_chase --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "most"), [("cycle", 17), ("permutation", 40), ("function", 40)])
+def test_the_answer_is_so_many_hops_from_the_start(kind, most):
+    for example in drawn("toy_chase", 200, max_steps=most, map=kind):
+        text, asked = example.question.removesuffix(">").split(":")
+        pairs = pointers(text)
+        node = asked[0]
+        assert int(asked[1:]) == steps_of(example) and len(pairs) == 18
+        for _ in range(steps_of(example)):
+            node = pairs[node]
+        assert node == example.target
+        assert kind == "function" or set(pairs.values()) == set(pairs)
+
+
+def test_a_cycle_passes_through_all_letters_before_it_returns():
+    for example in drawn("toy_chase", 50):
+        text, asked = example.question.removesuffix(">").split(":")
+        pairs = pointers(text)
+        seen = [asked[0]]
+        while pairs[seen[-1]] != seen[0]:
+            seen.append(pairs[seen[-1]])
+        assert len(seen) == 18
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [({"max_steps": 18}, "a cycle of 18 nodes is back at its start after 18 steps, got max_steps 18: lower it"),
+     ({"max_steps": 100, "map": "function"}, "max_steps must be 99 or fewer, got 100"),
+     ({"nodes": 19}, "nodes must be from 2 to 18, got 19"),
+     ({"map": "loop"}, "map must be cycle, permutation or function, got 'loop'")],
+)
+def test_a_chase_that_cannot_be_is_refused(config, told):
+    with pytest.raises(TaskError, match=told):
+        Task("toy_chase", config)
+
+
+# --- toy_automaton ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("objects", "orders"), [(3, 6), (5, 120)])
+def test_the_answer_is_the_order_after_all_moves(objects, orders):
+    reached = set()
+    for example in drawn("toy_automaton", 2000, max_steps=20, objects=objects):
+        start, moves = example.question.removesuffix(">").split(":")
+        assert len(moves) == steps_of(example) and len(set(start)) == objects
+        row = start
+        for move in map(int, moves):
+            row = row[1:] + row[0] if move == 0 else row[: move - 1] + row[move] + row[move - 1] + row[move + 1 :]
+        assert row == example.target
+        assert not any(a == b != "0" for a, b in itertools.pairwise(moves))
+        reached.add(tuple(start.index(letter) for letter in row))
+    assert len(reached) == orders
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [({"objects": 2}, "objects must be from 3 to 9, got 2"), ({"max_steps": 70}, "must be 69 or fewer")],
+)
+def test_an_automaton_that_cannot_be_is_refused(config, told):
+    with pytest.raises(TaskError, match=told):
+        Task("toy_automaton", config)
+
+
+# --- toy_rewrite ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_of_a_word_is_the_same_in_any_order_and_takes_so_many_rounds():
+    for example in drawn("toy_rewrite", 300, max_steps=16):
+        word = example.question.removesuffix(">")
+        assert len(word) == 2 * 16 + 3
+        stack: list[str] = []
+        for letter in word:
+            if stack[-1:] == [letter]:
+                stack.pop()
+            else:
+                stack.append(letter)
+        assert "".join(stack) == example.target and len(stack) == 3
+        assert rounds(word) == (steps_of(example), example.target)
+
+
+@pytest.mark.parametrize(("word", "expected"), [("", (0, "")), ("AB", (0, "AB")), ("ABBA", (2, "")), ("AAA", (1, "A")),
+                                                ("BAADDB", (2, "")), ("DAAEABBAEF", (3, "DF"))])
+def test_a_round_cancels_what_is_equal_now(word, expected):
+    assert rounds(word) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [({"max_steps": 17}, "16 pairs take 16 steps at most, got max_steps 17"), ({"kept": 0}, "kept must be 1 or more"),
+     ({"pairs": 37}, "pairs must be 36 or fewer beside 3 kept letters, got 37")],
+)
+def test_a_word_that_cannot_be_is_refused(config, told):
+    with pytest.raises(TaskError, match=told):
+        Task("toy_rewrite", config)
