@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from accelerate.utils import set_seed
 
 import options
-from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, saved_format
+from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, record_of, saved_format
 from addon.curriculum import curriculum_problems
 from addon.draws import draws_of
 from addon.evaluator import AddonEvaluator
 from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
 from addon.hooks import AddonHooks
-from addon.host_dtype import pick_dtype
+from addon.host_dtype import host_parameters, pick_dtype
 from addon.items import AddonData, AddonDataConfig
 from addon.param_matching import check_size
+from addon.peft_files import library_of
 from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
@@ -235,7 +235,7 @@ class AddonRun:
         """Names and sizes for the introduction, the folder and the checkpoints' README."""
         opts = self.opts
         count = sum(p.numel() for p in self.model.addon_parameters().values())
-        host = sum(p.numel() for p in self.model.host.parameters() if not p.requires_grad)
+        host = host_parameters(self.model.host)
         tasks = ", ".join(task_names(opts))
         metric = "solved"
         if self.data.curriculum:
@@ -249,7 +249,7 @@ class AddonRun:
             introduction=f"{opts.model_name} ({host / 1e6:.1f} M frozen) + {self.model.title} ({count / 1e6:.2f} M "
             f"trainable) on {self.machine.device}, {self.machine.precision} autocast; {tasks}",
             card=Card(
-                "peft",
+                library_of(opts.adapter),
                 [opts.adapter],
                 f"{self.model.title} for {opts.model_name}",
                 f"; tasks {tasks} at `{opts.task_config}` difficulty.",
@@ -294,7 +294,7 @@ def prompt_format(opts: argparse.Namespace, checkpoint: Path | None) -> tuple[Pr
     documents = read_checkpoint(checkpoint, stems=[]).documents
     if ADAPTER_CONFIG not in documents:
         return PromptFormat(tokenizer, config, rows), None
-    return saved_format(json.loads(documents[ADAPTER_CONFIG]), tokenizer, rows, config)
+    return saved_format(record_of(documents), tokenizer, rows, config)
 
 
 def decoding(opts: argparse.Namespace) -> Decoding:

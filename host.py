@@ -10,9 +10,11 @@ import contextlib
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -322,15 +324,40 @@ def _is_product(module: nn.Module) -> bool:
         return False
 
 
-def add_lora(host, layers: int, rank: int) -> None:
+def add_lora(host, layers: int, rank: int, base_model_name: str = "") -> Any:
     """Puts peft LoRA on every linear map of the host's top `layers` layers, in place; base weights stay as they are.
 
     The factors have `rank` and are kept in float32; LoRA's alpha is twice the rank (arXiv 2106.09685).
 
+    Returns peft's own model around the host (PeftModel), which writes the factors as peft reads them;
+    `base_model_name` is the name of the LLM that it writes.
+
     Raises:
-        HostError: more layers asked for than the host has.
+        HostError: more layers asked for than the host has; peft is not installed.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    try:  # one who loads an exported add-on without LoRA needs no peft
+        from peft import LoraConfig, PeftModelForCausalLM
+    except ImportError as error:
+        raise HostError("LoRA needs the package peft: install it (pip install peft)") from error
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=_lora_targets(host, layers), bias="none",
+        task_type="CAUSAL_LM", base_model_name_or_path=base_model_name,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers will drop
+        model = PeftModelForCausalLM(host, config)
+
+    for parameter_name, parameter in host.named_parameters():
+        trained = "lora_" in parameter_name
+        parameter.requires_grad_(trained)
+        if trained:  # peft takes the base weight's dtype, in which small updates may round to none
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _lora_targets(host, layers: int) -> list[str]:
+    """Full names of the linear maps of the host's top `layers` layers. Raises HostError where it has fewer layers."""
     from transformers.pytorch_utils import Conv1D
 
     stack = lora_layers(host)
@@ -345,14 +372,7 @@ def add_lora(host, layers: int, rank: int) -> None:
             kernel_read = inner.endswith("out_proj") and host.config.model_type in MAMBA_MIXERS
             if isinstance(module, nn.Linear | Conv1D) and not kernel_read and _is_product(module):
                 targets.append(f"{name}.{inner}")
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, bias="none")
-    inject_adapter_in_model(config, host)
-
-    for parameter_name, parameter in host.named_parameters():
-        trained = "lora_" in parameter_name
-        parameter.requires_grad_(trained)
-        if trained:  # peft takes the base weight's dtype, in which small updates may round to none
-            parameter.data = parameter.data.float()
+    return targets
 
 
 @contextlib.contextmanager

@@ -693,7 +693,7 @@ class HRMController(AdapterController):
 
     def shape(self) -> dict[str, Any]:
         """What of an adapter document says how to build this add-on anew."""
-        return {"peft_type": "HRM", "hrm": self.config.settings()}
+        return {"hrm": self.config.settings()}
 
     # --- training ---
 

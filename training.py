@@ -7,7 +7,6 @@ without gradient (a burn-in), which costs no memory and little time.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from addon.adapters import ADAPTER, ADAPTER_CONFIG, adapter_document, check_adapter, check_fingerprint
+from addon.adapters import (
+    ADAPTER,
+    adapter_documents,
+    adapter_weights,
+    check_adapter,
+    check_fingerprint,
+    record_of,
+)
+from addon.peft_files import own_names
 from batching import Batch, PromptConfig
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
@@ -135,19 +142,19 @@ class Trainer(BaseTrainer):
         self.encode = controller.encode  # what a batch becomes before its segments; a cache may stand in
 
     def weights(self) -> dict[str, Tensor]:
-        """The add-on's, never the LLM's."""
-        return self.controller.addon_state()
+        """The adapter's, never the LLM's, by the names that a checkpoint has for them."""
+        return adapter_weights(self.controller)
 
     def documents(self) -> dict[str, str]:
         """The adapter's description, from which it can be rebuilt."""
-        return {ADAPTER_CONFIG: adapter_document(self.controller, self.prompt, self.frame)}
+        return adapter_documents(self.controller, self.prompt, self.frame)
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another base model or another shape."""
-        document = json.loads(saved.documents[ADAPTER_CONFIG])
+        document = record_of(saved.documents)
         check_fingerprint(self.controller.host, document, folder)
         check_adapter(self.controller, document, folder)
-        self.controller.load_addon_state(saved.tensors[ADAPTER])
+        self.controller.load_addon_state(own_names(saved.tensors[ADAPTER]))
 
     # --- a step ---
 

@@ -1,10 +1,15 @@
-"""Adapters of every kind: built, described in a checkpoint's `adapter_config.json`, loaded from there."""
+"""Adapters of every kind: built, described in a checkpoint's record, loaded from there.
+
+The record is `adapter_config.json`. Where the adapter is peft's own kind, peft writes that file and the weights, and
+the record is `adapter_record.json` beside them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import options
 from addon.baselines import BaselineConfig, BaselineController
-from addon.host_dtype import host_dtype, pick_dtype
+from addon.host_dtype import host_dtype, load_in, pick_dtype
+from addon.peft_files import PEFT_CONFIG, is_pefts, own_names, peft_files
 from batching import PromptConfig, PromptFormat
 from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
@@ -22,7 +29,8 @@ from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig
 from text_data.frames import Frame, kept_frame
 
 ADAPTER = "adapter_model"  # file stem of the weights in a checkpoint
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = PEFT_CONFIG  # the record of HRM and of checkpoints of earlier versions
+ADAPTER_RECORD = "adapter_record.json"  # the record beside peft's own file of the name above
 CONTROLLERS = {HRMAddonConfig: HRMController, BaselineConfig: BaselineController}
 
 
@@ -90,21 +98,55 @@ def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
 
 
 def adapter_document(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None) -> str:
-    """JSON text from which an adapter can be rebuilt: base model, its fingerprint and dtype, shape, prompt format.
+    """JSON text from which an adapter can be rebuilt: its shape, the LLM and all that its numbers depend on.
 
     `frame` is what was written around each question; None leaves it to the tokenizer's template.
     """
     document = {
         **controller.shape(),
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": controller.config.base_model_name,
+        "base_revision": getattr(controller.host.config, "_commit_hash", None),  # of the hub; None for a folder
         "base_fingerprint": host_fingerprint(controller.host),
         "host_dtype": host_dtype(controller.host),
+        "load_in": load_in(controller.host),
         "prompt": dataclasses.asdict(prompt),
     }
     if frame is not None:
         document["frame"] = dataclasses.asdict(frame)
     return json.dumps(document, indent=2)
+
+
+def adapter_documents(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None
+                      ) -> dict[str, str]:
+    """File name -> text of a checkpoint's record, and of the file that peft writes of its own kinds.
+
+    Raises:
+        CheckpointError: as `peft_files`.
+    """
+    record = adapter_document(controller, prompt, frame)
+    if not is_pefts(controller.config):
+        return {ADAPTER_CONFIG: record}
+    _, text = peft_files(controller)
+    return {ADAPTER_CONFIG: text, ADAPTER_RECORD: record}
+
+
+def adapter_weights(controller: AdapterController) -> dict[str, Tensor]:
+    """What a checkpoint keeps of an adapter, by peft's names where it is peft's kind. Raises as `peft_files`."""
+    if is_pefts(controller.config):
+        return peft_files(controller)[0]
+    return controller.addon_state()
+
+
+def record_of(documents: Mapping[str, str]) -> dict[str, Any]:
+    """The record among a checkpoint's documents.
+
+    An older one does not say how the LLM was quantised: the flags of its run do.
+    """
+    record = json.loads(documents[ADAPTER_RECORD] if ADAPTER_RECORD in documents else documents[ADAPTER_CONFIG])
+    if "load_in" not in record:
+        flags = options.read_resolved(documents["config.resolved.yaml"]) if "config.resolved.yaml" in documents else {}
+        record["load_in"] = flags.get("load_in", "none")
+    return record
 
 
 def saved_format(
@@ -169,9 +211,9 @@ def check_fingerprint(host: PreTrainedModel, document: dict[str, Any], folder: P
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(adapter document, add-on tensors) of a verified checkpoint. Raises ValueError (CheckpointError)."""
+    """(record, tensors by the controller's names) of a verified checkpoint. Raises ValueError (CheckpointError)."""
     saved = read_checkpoint(folder, stems=[ADAPTER])
-    return json.loads(saved.documents[ADAPTER_CONFIG]), saved.tensors[ADAPTER]
+    return record_of(saved.documents), own_names(saved.tensors[ADAPTER])
 
 
 def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool = False
@@ -210,6 +252,7 @@ def _controller(folder: Path, document: dict[str, Any], tensors: dict[str, Tenso
         config = BaselineConfig(**document["baseline"])
     host = HostConfig(
         document["base_model_name_or_path"],
+        load_in=document["load_in"],
         host_dtype=document.get("host_dtype", "stored"),  # older versions kept what is saved
         trust_remote_code=trust_remote_code,
     )

@@ -32,7 +32,8 @@ class AddonAnswerer:
         self.format, note = saved_format(document, tokenizer, rows)
         if note:
             print(note, file=sys.stderr)
-        self.title = f"{folder}: {base} + {self.model.title} on {device}"
+        packed = "" if document["load_in"] == "none" else f" in {document['load_in']}"
+        self.title = f"{folder}: {base}{packed} + {self.model.title} on {device}"
 
     def check_length(self, question: str) -> None:
         """Raises ValueError when prompt and answer may outgrow the LLM's positions."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from batching import Batch
 from engine.batches import IGNORE
 from engine.past_tokens import cached_tokens, position_arguments, run_decoder
 from host import (
+    HostError,
     add_lora,
     freeze,
     host_logits,
@@ -36,8 +38,6 @@ from host import (
 )
 from hrm_blocks import all_correct, token_positions
 from model import AdapterConfig, AdapterController, ControllerOutput, causal_loss
-
-PEFT_TYPES = {"lora": "LORA", "prompt": "PROMPT_TUNING", "none": "NONE"}
 
 
 class BaselineConfig(AdapterConfig):
@@ -72,7 +72,8 @@ class BaselineController(AdapterController):
         self.post_init()
         freeze(host)
         if config.adapter == "lora":
-            add_lora(host, len(lora_layers(host)), config.lora_rank)
+            # Beside the modules: its parameters are the host's, and would be counted twice.
+            self.__dict__["_lora"] = add_lora(host, len(lora_layers(host)), config.lora_rank, config.base_model_name)
         elif config.adapter == "prompt":
             self.prompt = prompt_embedding(host, config.virtual_tokens)
 
@@ -109,7 +110,16 @@ class BaselineController(AdapterController):
 
     def shape(self) -> dict[str, Any]:
         """What of an adapter document says how to build this baseline anew."""
-        return {"peft_type": PEFT_TYPES[self.config.adapter], "baseline": self.config.settings()}
+        return {"baseline": self.config.settings()}
+
+    def peft_model(self) -> Any:
+        """LLM and adapter as peft's own model (PeftModel), with the weights of now; None where there is no adapter."""
+        if self.prompt is None:
+            return self.__dict__.get("_lora")
+
+        # Made when it is asked for: in training, virtual tokens are read at other positions than peft's.
+        with torch.random.fork_rng(devices=[]):
+            return peft_prompt_model(self.host, self.prompt, self.config)
 
     # --- running the host ---
 
@@ -212,13 +222,39 @@ def columns_behind_pads(mask: Tensor, virtual: int) -> Tensor:
     return torch.where(places < pads, places + virtual, behind_pads)
 
 
+def prompt_config(host: PreTrainedModel, tokens: int, **settings: Any) -> Any:
+    """peft's PromptTuningConfig of `tokens` virtual tokens for this host. Raises HostError where peft is missing."""
+    try:  # one who loads an exported add-on of another kind needs no peft
+        from peft import PromptTuningConfig
+    except ImportError as error:
+        raise HostError("prompt tuning needs the package peft: install it (pip install peft)") from error
+
+    # Sizes that peft would look for in the config, under names that not every family has.
+    text = host.config.get_text_config()
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=tokens, token_dim=host.get_input_embeddings().weight.shape[-1],
+        num_transformer_submodules=1, prompt_tuning_init="SAMPLE_VOCAB", num_layers=text.num_hidden_layers,
+        num_attention_heads=getattr(text, "num_attention_heads", None) or 1, **settings,
+    )
+
+
 def prompt_embedding(host: PreTrainedModel, tokens: int) -> nn.Module:
     """peft's table of `tokens` virtual tokens in float32, which starts as the embeddings of random tokens."""
-    from peft import PromptEmbedding, PromptTuningConfig
+    config = prompt_config(host, tokens)
+    from peft import PromptEmbedding
 
-    table = host.get_input_embeddings()
-    config = PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=tokens, token_dim=table.weight.shape[-1],
-        num_transformer_submodules=1, prompt_tuning_init="SAMPLE_VOCAB",
-    )
-    return PromptEmbedding(config, table).requires_grad_(True)
+    return PromptEmbedding(config, host.get_input_embeddings()).requires_grad_(True)
+
+
+def peft_prompt_model(host: PreTrainedModel, prompt: nn.Module, config: BaselineConfig) -> Any:
+    """The host as peft's own model (PeftModel) whose virtual tokens are those of `prompt`."""
+    name = config.base_model_name
+    peft_config = prompt_config(host, config.virtual_tokens, base_model_name_or_path=name, inference_mode=True)
+    from peft import PeftModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a name that transformers will drop
+        model = PeftModelForCausalLM(host, peft_config)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(prompt.embedding.weight)
+    return model

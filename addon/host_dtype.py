@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -67,3 +68,34 @@ def host_dtype(host: PreTrainedModel) -> str:
     if getattr(host, "is_quantized", False):
         return "stored"
     return dtype_name(host.get_output_embeddings().weight.dtype)
+
+
+def load_in(host: PreTrainedModel) -> str:
+    """How `--load_in` names what was done to the weights while loading; none where they are held as they are saved."""
+    quantizer = getattr(host, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return "none"
+    config = quantizer.quantization_config
+    for name in ("4bit", "8bit"):
+        if getattr(config, f"load_in_{name}", False):
+            return name
+    return "none"
+
+
+def host_parameters(host: PreTrainedModel) -> int:
+    """Parameters of the LLM without what an adapter put into it; packed weights count as many as they stand for."""
+    if not getattr(host, "is_quantized", False):
+        return sum(parameter.numel() for parameter in host.parameters() if not parameter.requires_grad)
+
+    # A packed tensor holds several weights in a byte, each method in its own way: the config tells the shapes.
+    with torch.device("meta"):
+        whole = type(host)(plain_config(host))
+    return sum(parameter.numel() for parameter in whole.parameters())
+
+
+def plain_config(host: PreTrainedModel) -> Any:
+    """A copy of a host's config that says nothing of quantisation."""
+    config = copy.deepcopy(host.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config

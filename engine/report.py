@@ -28,7 +28,7 @@ class Report:
 class Card:
     """The README.md of a checkpoint: what the weights are, how far they are trained, how they load."""
 
-    library: str  # peft or transformers
+    library: str  # peft or transformers; "" where no library loads the folder
     tags: Sequence[str]
     title: str
     trained: str  # follows "Step N" at once, so it begins with its own space or punctuation
@@ -36,7 +36,8 @@ class Card:
 
     def text(self, step: int, table: str = "") -> str:
         """The file's text after `step` batches, with the newest evaluation where there is one."""
-        head = f"---\nlibrary_name: {self.library}\ntags: [{', '.join(self.tags)}]\n---\n\n# {self.title}\n\n"
+        library = f"library_name: {self.library}\n" if self.library else ""
+        head = f"---\n{library}tags: [{', '.join(self.tags)}]\n---\n\n# {self.title}\n\n"
 
         # Every part but the first line may be missing.
         body = f"Step {step}{self.trained}\n"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from addon.peft_files import library_of
 from addon_run import AddonRun
 from batching import PromptFormat
 from engine.checkpoints import newest_checkpoint
@@ -32,7 +33,7 @@ class TrainedModel:
         step: batches trained.
         elapsed_s: seconds of the run.
         title: the model's name in a checkpoint's card.
-        library: the library that loads a checkpoint.
+        library: the library that loads a checkpoint; "" where none but this program does.
         resume: how the user goes on with an interrupted stage.
         has_tags: whether answers stand in reasoning tags.
         tasks: the tasks that the run trained on, for stages that name none of their own.
@@ -74,7 +75,7 @@ def trained_addon(run: AddonRun, checkpoint: Path | None) -> TrainedModel:
         step=run.loop.step,
         elapsed_s=run.loop.elapsed_s,
         title=f"HRM add-on for {run.model.config.base_model_name}",
-        library="peft",
+        library=library_of(run.model.config.adapter),
         resume="the same command",
         has_tags=False,
         tasks=run.data.tasks,

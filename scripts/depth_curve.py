@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
-from addon.adapters import ADAPTER_CONFIG, load_adapter, saved_format  # noqa: E402
+from addon.adapters import ADAPTER_CONFIG, load_adapter, record_of, saved_format  # noqa: E402
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon_run import task_config, task_names  # noqa: E402
 from batching import PromptConfig, PromptFormat  # noqa: E402
@@ -101,7 +101,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     """
     folder = resolve_resume(args.checkpoint, Path("runs"), "the checkpoint")
     documents = read_checkpoint(folder, stems=[]).documents
-    if ADAPTER_CONFIG not in documents or "hrm" not in json.loads(documents[ADAPTER_CONFIG]):
+    if ADAPTER_CONFIG not in documents or "hrm" not in record_of(documents):
         raise ValueError(f"{folder} holds no HRM add-on: depth curves are of --arch addon alone")
 
     # A checkpoint from before a flag was there gets the flag's default.

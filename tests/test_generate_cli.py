@@ -149,9 +149,9 @@ def test_ctrl_c_ends_quietly(ask, monkeypatch):
     assert status == 130 and "Traceback" not in err
 
 
-def test_a_run_on_a_quantised_model_answers_on_the_whole_one(ask, tmp_path):
+def test_a_run_on_a_packed_model_is_answered_by_a_packed_one(ask, tmp_path):
     flags = ["--load_in", "8bit", "--max_steps", "1"]
     assert train.main(arguments(ROOT / "assets" / "tiny_host", tmp_path, *flags)) == 0
     status, out, err = ask("--save_dir", str(tmp_path), "--prompt", QUESTION, "--max_new_tokens", "4")
     assert status == 0, err
-    assert out.startswith(f"> {QUESTION}\nLLM + HRM")
+    assert out.startswith(f"> {QUESTION}\nLLM + HRM") and " in 8bit + HRM on cpu" in err

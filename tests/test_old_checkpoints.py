@@ -75,6 +75,27 @@ def test_an_old_add_on_keeps_its_recurrence():
     assert document["base_model_name_or_path"] == "assets/tiny_host"
 
 
+@pytest.mark.parametrize("adapter", ["lora", "prompt"])
+def test_a_baseline_from_before_peft_wrote_its_folder_answers_and_is_trained_on(adapter, tmp_path):
+    """Its tensors have the controller's names, and `adapter_config.json` is the record."""
+    from addon.adapters import load_controller
+    from engine.checkpoints import read_checkpoint
+
+    run = shutil.copytree(OLD / adapter, tmp_path / adapter)
+    model, document = load_controller(newest(run))
+    saved = tensors(newest(run), "adapter_model")
+    state = model.addon_state()
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+    assert document["load_in"] == "none"
+    assert train.main(["--resume", str(run), "--eval_only", "--device", "cpu"]) == 0
+    assert train.main(["--resume", str(run), "--max_steps", "3", "--device", "cpu"]) == 0
+    assert newest(run).name == "step-00000003"
+    documents = read_checkpoint(newest(run)).documents
+    assert {"adapter_config.json", "adapter_record.json"} <= documents.keys()
+    kind = {"lora": "LORA", "prompt": "PROMPT_TUNING"}[adapter]
+    assert json.loads(documents["adapter_config.json"])["peft_type"] == kind
+
+
 def addon_record(folder: Path, without: tuple[str, ...], **settings) -> Path:
     """A checkpoint of the add-on in `folder` whose record of its shape lacks some settings."""
     from engine.checkpoints import read_checkpoint, step_folder, write_checkpoint

@@ -10,10 +10,13 @@ import torch
 import options
 from addon import host_dtype as host
 from addon.adapters import ADAPTER_CONFIG, load_controller
-from addon.host_dtype import pick_dtype
-from engine.checkpoints import read_checkpoint
-from host import HostConfig, load_host
-from tiny_runs import error_lines, newest, only_run
+from addon.host_dtype import host_parameters, load_in, pick_dtype
+from engine.checkpoints import read_checkpoint, step_folder, write_checkpoint
+from host import HostConfig, add_lora, load_host
+from tiny_runs import ROOT, error_lines, newest, only_run
+
+SHIPPED = str(ROOT / "assets" / "tiny_host")  # 4 bits need a width of 64
+NUMBER_SHIPPED = "3.6"  # millions of parameters
 
 
 @pytest.fixture
@@ -125,3 +128,38 @@ def test_a_quantised_llm_has_no_other_dtype(call):
     status, _, err = call("--load_in", "8bit", "--host_dtype", "fp32")
     (line,) = error_lines(err)
     assert status == 2 and "--host_dtype fp32 and --load_in 8bit are both set" in line
+
+
+@pytest.mark.parametrize("how", ["8bit", "4bit"])
+def test_what_was_trained_on_a_packed_llm_is_answered_by_a_packed_one(call, tmp_path, how):
+    """In evaluation, in `generate.py`, and with a checkpoint whose record does not tell, as those of before."""
+    flags = ("--model_name", SHIPPED, "--load_in", how, "--run_name", "A", "--max_steps", "1")
+    status, _, err = call(*flags)
+    assert status == 0 and f"({NUMBER_SHIPPED} M frozen)" in err, err
+    folder = newest(only_run(tmp_path / "runs"))
+    saved = read_checkpoint(folder)
+    record = json.loads(saved.documents[ADAPTER_CONFIG])
+    assert record["load_in"] == how
+
+    del record["load_in"]
+    older = step_folder(tmp_path / "older", 1)
+    write_checkpoint(older, saved.tensors, saved.documents | {ADAPTER_CONFIG: json.dumps(record)})
+    for place in (folder, older):
+        packed = load_controller(place)[0].host
+        assert packed.is_quantized and load_in(packed) == how
+
+
+def test_an_llm_that_is_not_packed_says_so(tiny_host):
+    plain = load_host(str(tiny_host))
+    assert load_in(plain) == "none"
+    assert host_parameters(plain) == sum(parameter.numel() for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize("how", ["none", "8bit", "4bit"])
+def test_an_llm_has_as_many_parameters_packed_or_not(how):
+    plain = load_host(SHIPPED)
+    whole = sum(parameter.numel() for parameter in plain.parameters())
+    packed = load_host(SHIPPED, load_in=how)
+    assert host_parameters(packed) == whole
+    add_lora(packed, 1, 2)
+    assert host_parameters(packed) == whole
