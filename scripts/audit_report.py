@@ -47,6 +47,9 @@ to the configured one. Letters stand for themselves in the embedded LLM's tokeni
 stay under 80 tokens. Other tokenizers may read several letters as one token.
 
     python train.py --task toy_chain --task_config '{"max_steps": 4}' --curriculum
+    python scripts/depth_curve.py RUN --steps 1-12 --segments 1,2,4,8,16
+
+The second command draws solved against steps, one line for each number of segments, steps beyond training among them.
 
 | task | question | answer | other fields of `--task_config` |
 |---|---|---|---|

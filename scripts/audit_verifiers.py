@@ -59,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen_tasks(text: str | None) -> list[str]:
-    """The named tasks, or all but those that run programs. Raises ValueError."""
-    existing = [name for name in registry() if name not in BUILT_IN]
+    """The named tasks, or all but the built-in ones and those that run programs. Raises ValueError."""
+    existing = registry()
     if text is None:
-        return sorted(name for name in existing if name not in RUNS_PROGRAMS)
+        return sorted(name for name in existing if name not in RUNS_PROGRAMS and name not in BUILT_IN)
     names = [name.strip() for name in text.split(",")]
     unknown = [unknown_task(name) for name in names if name not in existing]
     if unknown:

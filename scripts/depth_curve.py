@@ -2,6 +2,7 @@
 
     python scripts/depth_curve.py runs/NAME --segments 1,2,4,8,16
     python scripts/depth_curve.py runs/NAME/checkpoints/step-00004000 --eval_n 512 --difficulty num_terms
+    python scripts/depth_curve.py runs/NAME --steps 1-12,16 --segments 1,4,16
 
 Each number of segments answers the same evaluation items, per task and per difficulty, with Wilson 95 % bands; `last`
 is the readout with halting off. A checkpoint with --use_act is also measured with halting `on` (at most so many
@@ -13,6 +14,10 @@ less than the share X of its norm.
 Difficulty groups items by a whole number that the task itself gives each item (`num_terms`, `num_empty`), the first
 that varies and takes at most 12 values; without one, by quartiles of the prompt's tokens. The `change` columns hold the
 mean over items of ||z_k - z_(k-1)|| / ||z_k||, norms over the whole prompt: a recurrence that settles goes to 0.
+
+`--steps` draws `--eval_n` items of each of these numbers of steps, of tasks whose config has `max_steps` (toy_chain).
+`beyond_training` is 1 where the run had been trained on fewer steps at this checkpoint. This goes with any adapter; one
+without segments answers once, and `segments` is 0.
 
 Output, by default in depth/ of the run: depth.csv, depth.png, and reliability.png with --use_act.
 """
@@ -33,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
-from addon.adapters import ADAPTER_CONFIG, load_adapter, record_of, saved_format  # noqa: E402
+from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_of, saved_format  # noqa: E402
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon_run import task_config, task_names  # noqa: E402
 from batching import PromptConfig, PromptFormat  # noqa: E402
@@ -48,6 +53,7 @@ from depth_measures import (  # noqa: E402
     trajectory,
 )
 from depth_report import draw, draw_reliability, table, verdicts, write  # noqa: E402
+from depth_steps import LAST, add_steps, items_by_steps, note_of_steps, read_steps, steps_table, trained_steps  # noqa: E402
 from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.progress import Progress  # noqa: E402
@@ -62,7 +68,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with status 2 and one line for a mistake."""
     parser = ScriptParser(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder (its newest checkpoint)")
-    parser.add_argument("--segments", default="1,2,4,8,16", help="comma list")
+    parser.add_argument("--segments", "--eval_segments", default="1,2,4,8,16", help="comma list")
+    parser.add_argument("--steps", default="", help="of depth probes: a comma list with ranges, 1-12,16")
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task (default: as in the run)")
     parser.add_argument("--difficulty", default="auto", help="auto, length, or a name in the items' metadata")
     parser.add_argument("--halt_settled", type=float, default=0.0, help="share of change under which an example stops")
@@ -77,6 +84,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.segments = sorted({int(part) for part in args.segments.split(",")})
     except ValueError:
         parser.error(f"--segments {args.segments!r} is not legal: expected whole numbers with commas")
+    try:
+        args.steps = read_steps(args.steps)
+    except ValueError as error:
+        parser.error(str(error))
     for name, value, low in (
         ("segments", min(args.segments), 1),
         ("eval_n", args.eval_n, 0),
@@ -101,21 +112,24 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     """
     folder = resolve_resume(args.checkpoint, Path("runs"), "the checkpoint")
     documents = read_checkpoint(folder, stems=[]).documents
-    if ADAPTER_CONFIG not in documents or "hrm" not in record_of(documents):
-        raise ValueError(f"{folder} holds no HRM add-on: depth curves are of --arch addon alone")
+    if ADAPTER_CONFIG not in documents:
+        raise ValueError(f"{folder} holds no add-on: depth curves are of --arch addon alone")
+    adapter = adapter_of(record_of(documents))
+    if adapter != "hrm" and not args.steps:
+        raise ValueError(f"{folder} holds an adapter without segments ({adapter}): it has a curve over --steps alone")
 
     # A checkpoint from before a flag was there gets the flag's default.
     saved = options.read_resolved(documents["config.resolved.yaml"])
     opts = options.Options(**{flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS})
     device = pick_device(args.device)
-    model, document = load_adapter(folder, device, args.trust_remote_code)
+    model, document = load_controller(folder, device, args.trust_remote_code)
     tokenizer = load_tokenizer(document["base_model_name_or_path"], args.trust_remote_code)
     rows = model.host.get_input_embeddings().weight.shape[0]
     prompt, note = saved_format(document, tokenizer, rows, options.part(PromptConfig, opts))
     if note:
         print(note, file=sys.stderr)
 
-    examples = held_out(opts, args.eval_n or opts.eval_n, prompt, documents)
+    examples, trained = held_out(opts, args, prompt, documents)
     decoding = Decoding(
         opts.decode_temperature,
         opts.decode_top_p,
@@ -125,27 +139,42 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
         opts.seed,
     )
     precision = pick_precision(opts.mixed_precision, device)
-    return Loaded(folder, model, prompt, examples, bool(opts.use_act), decoding, precision), opts
+    loaded = Loaded(
+        folder, model, prompt, examples, bool(opts.use_act), decoding, precision, adapter == "hrm", trained
+    )
+    return loaded, opts
 
 
-def held_out(opts: options.Options, n: int, prompt: PromptFormat, documents: dict[str, str]) -> list[Example]:
-    """The run's evaluation items: the first n of each task, at the level its curriculum had reached.
+def held_out(
+    opts: options.Options, args: argparse.Namespace, prompt: PromptFormat, documents: dict[str, str]
+) -> tuple[list[Example], dict[str, int]]:
+    """Items to measure, and the most steps that each task with that knob is trained on.
+
+    The items are the first --eval_n of the run's own of each task, at the level its curriculum had reached; with
+    --steps so many of each number of steps.
 
     Raises:
         ValueError: a task has fewer items, or one is too long for the run's --max_seq_len.
     """
+    n = args.eval_n or opts.eval_n
 
     def fitting(examples: list[Example]) -> list[Example]:
         return prompt.fitting(examples, opts.overlong, "evaluation")
 
     tasks = make_tasks(task_names(opts), task_config(opts), options.part(JudgeConfig, opts))
-    if not opts.curriculum:
-        return fitting(Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split).examples)
+    curriculum = None
+    if opts.curriculum:
+        # Built as the run built it: which items a level has depends on --eval_n where the level is small.
+        curriculum = Curriculum(tasks, options.part(CurriculumConfig, opts), fitting)
+        state = json.loads(documents.get("training_state.json", "{}"))
+        curriculum.restore(state.get("extra", {}).get("curriculum", {}))
+        tasks = curriculum.tasks()
 
-    # Built as the run built it: which items a level has depends on --eval_n where the level is small.
-    curriculum = Curriculum(tasks, options.part(CurriculumConfig, opts), fitting)
-    state = json.loads(documents.get("training_state.json", "{}"))
-    curriculum.restore(state.get("extra", {}).get("curriculum", {}))
+    trained = trained_steps(tasks)
+    if args.steps:
+        return fitting(items_by_steps(tasks, args.steps, n, opts.eval_seed)), trained
+    if curriculum is None:
+        return fitting(Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split).examples), trained
 
     taken: dict[str, int] = {}
     kept = []
@@ -153,7 +182,7 @@ def held_out(opts: options.Options, n: int, prompt: PromptFormat, documents: dic
         taken[example.task] = taken.get(example.task, 0) + 1
         if taken[example.task] <= n:
             kept.append(example)
-    return kept
+    return kept, trained
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -162,7 +191,7 @@ def held_out(opts: options.Options, n: int, prompt: PromptFormat, documents: dic
 class Curve:
     """The rows of every readout at every number of segments, and what the halting head said of each answer."""
 
-    def __init__(self, loaded: Loaded, labels: list[str], walk: Trajectory, settled: float):
+    def __init__(self, loaded: Loaded, labels: list[str], walk: Trajectory | None, settled: float):
         self.loaded = loaded
         self.walk = walk
         self.settled = settled
@@ -177,23 +206,26 @@ class Curve:
         answers = answers_at(self.loaded, readout, segments, self.settled)
         seconds = time.monotonic() - began
         self.rows += rows_of(answers, self._places, self.walk, readout, segments, seconds, self.loaded.use_act)
-        if self.loaded.use_act and readout == "last":
+        if self.loaded.use_act and self.walk is not None and readout == LAST:
             self.chances += self.walk.halt_probability[segments - 1].tolist()
             self.right += [a.solved for a in answers]
 
 
 def measure(loaded: Loaded, args: argparse.Namespace) -> Curve:
     """Every readout that the checkpoint and the command line allow, with a line of progress."""
-    readouts = ["last"]
-    if loaded.use_act:
+    readouts = [LAST]
+    if not loaded.has_segments:
+        args.segments = [0]
+    elif loaded.use_act:
         readouts += ["on", "best_halt"]
-    if args.halt_settled > 0:
+    if args.halt_settled > 0 and loaded.has_segments:
         readouts.append("settled")
 
-    labels = difficulties(loaded.examples, loaded.format, args.difficulty)
+    difficulty = "steps" if args.steps else args.difficulty
+    labels = difficulties(loaded.examples, loaded.format, difficulty)
     total = len(readouts) * len(args.segments) + 1
     with Progress(total, "measurement", "measurement") as progress:
-        walk = trajectory(loaded, max(args.segments), args.batch_size)
+        walk = trajectory(loaded, max(args.segments), args.batch_size) if loaded.has_segments else None
         curve = Curve(loaded, labels, walk, args.halt_settled)
         done = 1
         for readout in readouts:
@@ -202,6 +234,7 @@ def measure(loaded: Loaded, args: argparse.Namespace) -> Curve:
                 curve.measure(readout, segments)
                 done += 1
         progress.update(total)
+    add_steps(curve.rows, loaded.trained)
     return curve
 
 
@@ -218,16 +251,20 @@ def main(argv: list[str] | None = None) -> int:
     if run.parent.name == FOLDER:
         run = run.parent.parent
     output = args.output or run / "depth"
-    if args.eval_n > opts.eval_n and not opts.curriculum:  # a curriculum's items are all reserved
+    if args.steps:
+        print(note_of_steps(loaded.trained), file=sys.stderr)
+    elif args.eval_n > opts.eval_n and not opts.curriculum:  # a curriculum's items are all reserved
         for line in beyond_reserve(task_names(opts), opts.eval_n, opts.group_split):
             print(line, file=sys.stderr)
 
     curve = measure(loaded, args)
     write(curve.rows, output / "depth.csv")
-    draw(curve.rows, curve.walk, opts.segments, output / "depth.png")
-    print(table(curve.rows))
-    print("\n".join(verdicts(curve.rows)))
-    if loaded.use_act:
+    draw(curve.rows, curve.walk, opts.segments, loaded.trained, output / "depth.png")
+    lines = [table(curve.rows)]
+    if loaded.has_segments:
+        lines += verdicts(curve.rows)
+    print("\n".join([*lines, *steps_table(curve.rows)]))
+    if loaded.use_act and loaded.has_segments:
         path = output / "reliability.png"
         draw_reliability(curve.chances, curve.right, path)
         error = calibration_error(curve.chances, curve.right)

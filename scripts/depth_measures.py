@@ -6,8 +6,8 @@ import contextlib
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from calibration import calibration_error  # noqa: E402
 from engine.intervals import wilson  # noqa: E402
 from evaluation import OVERALL, Answer, Decoding, answer  # noqa: E402
 from hrm_blocks import relative_change  # noqa: E402
-from model import HRMController  # noqa: E402
+from model import AdapterController, HRMController  # noqa: E402
 from reasoning_gym_wrapper import Example  # noqa: E402
 
 ALL = "all"  # every difficulty
@@ -31,20 +31,24 @@ READOUT_FIELDS = ("use_act", "eval_readout", "segments", "halt_max_segments", "h
 
 @dataclass
 class Loaded:
-    """A checkpoint ready to be measured, with the evaluation items of its run.
+    """A checkpoint ready to be measured, with the items that it is measured on.
 
+    has_segments: False of an adapter without a recurrence, which answers in one way alone.
+    trained: task -> most steps that it is trained on, of tasks with that knob.
     use_act: the run trained a halting head.
     decoding: how its run decodes answers; the budget of new tokens is set.
     precision: none, bf16 or fp16.
     """
 
     folder: Path
-    model: HRMController
+    model: AdapterController
     format: PromptFormat
     examples: list[Example]
     use_act: bool
     decoding: Decoding
     precision: str
+    has_segments: bool = True
+    trained: Mapping[str, int] = field(default_factory=dict)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of every forward pass."""
@@ -235,14 +239,17 @@ def answers_at(loaded: Loaded, readout: str, segments: int, settled: float = 0.0
 
     `settled` is the share of change under which an example stops, with the readout of that name.
     """
-    with readout_config(loaded, readout, segments, settled), loaded.autocast():
+    setting: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if loaded.has_segments:
+        setting = readout_config(loaded, readout, segments, settled)
+    with setting, loaded.autocast():
         return answer(loaded.model, loaded.format, loaded.examples, loaded.decoding)
 
 
 def rows_of(
     answers: Sequence[Answer],
     places_of: dict[tuple[str, str], list[int]],
-    walk: Trajectory,
+    walk: Trajectory | None,
     readout: str,
     segments: int,
     seconds: float,
@@ -253,7 +260,7 @@ def rows_of(
     Args:
         answers: one for each item.
         places_of: `groups` of the items.
-        walk: what the recurrence did on them.
+        walk: what the recurrence did on them; None without one.
         readout: its name.
         segments: how many were run, at most.
         seconds: what answering took.
@@ -277,7 +284,7 @@ def rows_of(
         }
 
         # Only `last` reads the state after exactly so many segments, which is what the trajectory is of.
-        if readout == "last":
+        if readout == "last" and walk is not None:
             for name in ("z_high_change", "z_low_change"):
                 row[name] = float(getattr(walk, name)[segments - 1, places].mean())
             if calibrated:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from calibration import calibration_error, reliability  # noqa: E402
 from depth_measures import ALL, Trajectory  # noqa: E402
+from depth_steps import LAST, by_task, draw_steps  # noqa: E402
 from engine.figures import new_figure, save_figure, style  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.intervals import wilson  # noqa: E402
@@ -21,7 +23,7 @@ from script_tools import csv_text  # noqa: E402
 Row = dict[str, Any]
 COLUMNS = (
     *("task", "difficulty", "readout", "segments", "n", "solved", "ci_low", "ci_high", "segments_used"),
-    *("z_high_change", "z_low_change", "halt_probability", "ece", "seconds"),
+    *("z_high_change", "z_low_change", "halt_probability", "ece", "seconds", "steps", "beyond_training"),
 )
 # Readouts that may stop early, and what the terminal calls them.
 STOPPING = {"on": "halting", "settled": "stopping what has settled (and halting)"}
@@ -83,27 +85,32 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def draw(rows: Sequence[Row], walk: Trajectory, trained: int, path: Path) -> None:
-    """Per task: readouts, and difficulties with halting off; then the change of z by segment.
+def draw(rows: Sequence[Row], walk: Trajectory | None, trained: int, most_steps: Mapping[str, int], path: Path) -> None:
+    """Per task: solved over the steps needed, readouts, difficulties with halting off; then the change of z by segment.
 
-    `trained` is the number of segments in training, where each panel has a dotted line.
+    `trained` is the number of segments in training, where each panel has a dotted line; `most_steps` the most steps of
+    each task there. Without a recurrence (`walk` None) there are the panels over steps alone.
     """
-    # One panel for each task, one more for a task whose items differ in difficulty, one for the states.
-    tasks = tasks_of(rows)
-    split = []
-    for task in tasks:
-        if len(where(rows, task=task)) > len(where(rows, task=task, difficulty=ALL)):
-            split.append(task)
-    figure, panels = new_figure(len(tasks) + len(split) + 1)
-    left = iter(panels)
+    panels: list[Callable[[Any], None]] = []
+    steps = by_task(rows)
+    for task, members in steps.items():
+        panels.append(partial(draw_steps, task=task, rows=members, trained=most_steps[task]))
 
-    for task in tasks:
-        members = where(rows, task=task, difficulty=ALL)
-        _curves(next(left), members, "readout", f"{task}: readouts", trained)
-    for task in split:
-        members = [row for row in where(rows, task=task, readout="last") if row["difficulty"] != ALL]
-        _curves(next(left), members, "difficulty", f"{task}: by difficulty", trained)
-    _draw_change(next(left), walk)
+    # One panel for each task, one more for a task whose items differ in another difficulty, one for the states.
+    if walk is not None:
+        for task in tasks_of(rows):
+            own = where(rows, task=task)
+            whole = where(own, difficulty=ALL)
+            panels.append(partial(_curves, rows=whole, by="readout", title=f"{task}: readouts", trained=trained))
+            parts = [row for row in where(own, readout=LAST) if row["difficulty"] != ALL]
+            if parts and task not in steps:
+                title = f"{task}: by difficulty"
+                panels.append(partial(_curves, rows=parts, by="difficulty", title=title, trained=trained))
+        panels.append(partial(_draw_change, walk=walk))
+
+    figure, places = new_figure(len(panels))
+    for axes, panel in zip(places, panels, strict=True):
+        panel(axes)
     save_figure(figure, [path])
 
 

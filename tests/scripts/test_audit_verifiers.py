@@ -14,6 +14,7 @@ import audit_verifiers as script
 import reasoning_gym_wrapper as rg
 from audit_probes import probes_of, says
 from patience import HANG_S
+from tasks.built_in import BUILT_IN
 from tasks.toy_add import ToyAddConfig, ToyAddDataset
 from verify.table import RULES, Rule
 
@@ -175,7 +176,8 @@ def test_a_table_that_is_not_there_cannot_be_compared_with(tmp_path):
 def test_programs_run_only_when_they_are_named():
     names = script.chosen_tasks(None)
     assert "codeio" not in names and "toy_add" not in names and len(names) > 100
-    assert script.chosen_tasks("codeio, maze") == ["codeio", "maze"]
+    assert script.chosen_tasks("codeio, maze, toy_chain") == ["codeio", "maze", "toy_chain"]
+    assert not set(names) & set(BUILT_IN)
     with pytest.raises(ValueError, match="unknown task 'chain_sun'"):
         script.chosen_tasks("chain_sun")
 
