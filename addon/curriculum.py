@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from addon.draws import DrawProgress, Draws
+from engine.intervals import wilson
 from engine.records import normalise
 from engine.report import metric_row
 from reasoning_gym_wrapper import EVAL_SEED, Example, Reserve, Task, TaskError, registry
@@ -287,6 +288,18 @@ class Curriculum:
         rows = []
         for name, level in self.levels.items():
             rows.append(metric_row(name, "curriculum_level", level, len(self.held_out[name][level])))
+        return rows
+
+    def added_rows(self, answers_of: Callable[[str], Sequence[Any]]) -> list[dict[str, Any]]:
+        """CSV rows: solved of the items that decide whether a task goes up, where these are not all of its items."""
+        rows = []
+        for name in self.levels:
+            answers = answers_of(name)
+            added = self.judged(name, answers)
+            if len(added) < len(answers):
+                solved = sum(answer.solved for answer in added)
+                interval = wilson(solved, len(added))
+                rows.append(metric_row(name, "solved_added", solved / len(added), len(added), interval=interval))
         return rows
 
     def summary(self) -> str:

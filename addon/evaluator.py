@@ -85,6 +85,10 @@ class AddonEvaluator(Evaluator):
             rows += levels
             value += sum(row["value"] for row in levels) / max(len(levels), 1)
             notes.append(f"curriculum level: {curriculum.summary()}")
+            added = curriculum.added_rows(evaluation.of)
+            rows += added
+            for row in added:
+                notes.append(f"{row['task']}: {100 * row['value']:.1f} % of the {row['n']} items that its level adds")
 
         # What makes a rate look worse than the model is.
         cut = sum(not answer.finished for answer in evaluation.answers)

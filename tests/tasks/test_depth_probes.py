@@ -122,13 +122,17 @@ def test_a_level_is_solved_by_the_items_that_it_adds():
     curriculum = Curriculum([Task("toy_chain", {"max_steps": 10}), Task("gcd")], CurriculumConfig(eval_n=64))
     curriculum.restore({"toy_chain": 9})
     examples = curriculum.examples()
-    answers = [SimpleNamespace(example=example) for example in examples if example.task == "toy_chain"]
+    answers = [SimpleNamespace(example=example, solved=steps_of(example) < 10) for example in examples
+               if example.task == "toy_chain"]
     judged = curriculum.judged("toy_chain", answers)
     assert {steps_of(answer.example) for answer in judged} == {10} and 1 <= len(judged) < 20
     without = [answer for answer in answers if steps_of(answer.example) < 10]
     assert curriculum.judged("toy_chain", without) == without
-    others = [SimpleNamespace(example=example) for example in examples if example.task == "gcd"]
+    others = [SimpleNamespace(example=example, solved=True) for example in examples if example.task == "gcd"]
     assert curriculum.judged("gcd", others) == others
+    (row,) = curriculum.added_rows({"toy_chain": answers, "gcd": others}.__getitem__)
+    assert (row["task"], row["metric"], row["value"], row["n"]) == ("toy_chain", "solved_added", 0.0, len(judged))
+    assert 0.0 == row["ci_low"] < row["ci_high"] < 1.0
 
 
 # --- toy_chain --------------------------------------------------------------------------------------------------------
