@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 
 import options
 from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, record_of, saved_format
+from addon.bare import BareConfig, BareLLM, bare_problems
 from addon.curriculum import curriculum_problems
 from addon.draws import draws_of
 from addon.evaluator import AddonEvaluator
@@ -34,6 +35,7 @@ from suite.after_run import Subject
 from suite.spec import spec_problems
 from tasks.chance import chance_warnings
 from tasks.limits import JudgeConfig
+from text_data.frames import header_text
 from text_data.roundtrip import ROWS_TRIED, check_round_trip
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
@@ -70,6 +72,8 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     lines = task_problems(chosen, task_config(opts), opts.allow_code_tasks, not opts.eval_only)
     if opts.curriculum and not lines:
         lines += curriculum_problems(chosen)
+    lines += bare_problems(chosen, opts.few_shot)
+    lines += errors_of(header_text, opts.system_header)
 
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
     lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
@@ -138,6 +142,8 @@ class AddonRun:
         if self.machine.is_main:
             for warning in chance_warnings(self.data.chances()):
                 self.machine.say(f"WARNING: {warning}")
+        self.bare = BareLLM(options.part(BareConfig, opts), self.data)
+        self.bare.formats()
         self._check_roundtrip()
         self.plan = self._plan()
 
@@ -150,7 +156,9 @@ class AddonRun:
         self.trainer = self._trainer()
 
         # --verifier_weight asks the evaluator for verdicts while it trains.
-        self.evaluator = AddonEvaluator(self.data, self.model, self.trainer, decoding(opts), self.machine)
+        self.evaluator = AddonEvaluator(
+            self.data, self.model, self.trainer, decoding(opts), self.machine, self.bare
+        )
         self.trainer.answer_verdicts = self.evaluator.verdicts
         self.loop = RunLoop(
             config, self.machine, self.data, self.trainer, self.evaluator, self._facts(), self._hooks(), checkpoint
@@ -183,6 +191,14 @@ class AddonRun:
             raise ValueError(
                 f"a prompt of {longest} tokens and an answer of {self.data.budget} pass the {positions} positions of "
                 f"{self.opts.model_name}: lower --max_new_tokens, or --max_seq_len with --overlong drop"
+            )
+
+        # The bare LLM may be given solved examples and more room.
+        longest = self.bare.longest()
+        if positions and longest > positions:
+            raise ValueError(
+                f"a prompt and an answer of the bare LLM may take {longest} tokens, which pass the {positions} "
+                f"positions of {self.opts.model_name}: lower --bare_max_new_tokens or --few_shot"
             )
 
     def _plan(self) -> CachePlan | None:

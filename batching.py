@@ -48,18 +48,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How questions are shown to the LLM; each field is the flag of its name.
+    """How questions are shown to the LLM and its answers are read; each field is the flag of its name.
 
     prompt_style: auto (chat where the tokenizer has a template), chat or plain.
-    system_header: text before every prompt; None = none.
+    system_header: text before every prompt, or `rg:` and the name of a prompt of Reasoning Gym's; None = none.
     sentinel: text that ends every target, at which generation stops; None = none.
     max_seq_len: most tokens of a prompt, 8 or more.
+    answer_from: how the answer is taken out of a generated text, see `text_data.taken`.
     """
 
     prompt_style: str = "auto"
     system_header: str | None = None
     sentinel: str | None = None
     max_seq_len: int = 512
+    answer_from: str = "text"
 
 
 class PromptFormat:
@@ -85,6 +87,8 @@ class PromptFormat:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-sequence token, so no answer could end: choose another model")
         self.tokenizer = tokenizer
+        self.config = config
+        self.answer_from = config.answer_from
         self.sentinel = config.sentinel
         self.max_seq_len = config.max_seq_len
         self.frame = frame or render_frame(tokenizer, config.prompt_style, config.system_header)
@@ -133,6 +137,10 @@ class PromptFormat:
                 f"a text holds the token {token!r} (id {highest}), but the LLM has {self.rows} embeddings, which end "
                 f"before it: keep that token out of the texts, or choose a model whose tokenizer fits"
             )
+
+    def names_special(self, text: str) -> bool:
+        """Whether the text names a special token, which in a frame would be one."""
+        return self._guard.names_one(text)
 
     @property
     def ends(self) -> frozenset[int]:

@@ -1,7 +1,9 @@
 """Generate, verify, count: solved rate with its Wilson interval, per task and overall, beside the bare LLM.
 
 Accuracy is what the model GENERATES, judged by the task's strict rule and its own scorer; solved means that the rule
-accepts it at a score of exactly 1.0. Nothing here sees a gold answer before the verifier does.
+accepts it at a score of exactly 1.0. Every text is judged as a whole (strict) and by the answer taken out of it
+(extracted); `--answer_from` says which of them `solved` is. Of a gold answer nothing is known before the verifier sees
+it but whether it is a number.
 """
 
 from __future__ import annotations
@@ -16,66 +18,25 @@ import torch
 
 from batching import PromptFormat, answer_length, pad
 from engine.batches import by_length
+from engine.decoding import AnswerConfig, Decoding
 from engine.intervals import wilson
-from engine.report import metric_row, prediction_line
+from engine.report import AnswerLine, TaskLines, metric_row, prediction_line
 from host import end_ids
 from reasoning_gym_wrapper import Example
 from tasks.chance import Chance, overall
+from verify.reading import read_answer
+
+__all__ = ["AnswerConfig", "Decoding"]  # as most that use them know this module
 
 TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
 NO_GOLD_BUDGET = 64  # tokens of an answer where no item has a gold target
 OVERALL = "overall"
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded.
-
-    temperature: of sampling; 0 = greedy, whatever top_p and top_k say.
-    top_p: sample among the likeliest tokens that hold this probability together, above 0; 1 = among all.
-    top_k: sample among so many of the likeliest tokens; 0 = among all.
-    max_new_tokens: longest answer; 0 = the longest gold target plus `TARGET_MARGIN`.
-    batch_size: questions that are answered together.
-    seed: of the random numbers of one call of `answer`.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 0
-    batch_size: int = 128
-    seed: int = 0
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for `generate`; every sampling field is set, so no host default sneaks in."""
-        arguments: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-        if self.temperature == 0:
-            # transformers' own values of the fields that greedy decoding does not read: others make it warn.
-            return arguments | {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return arguments | {"do_sample": True} | sampling
-
-
-@dataclass(frozen=True)
-class AnswerConfig:
-    """How `generate.py` puts questions to a checkpoint.
-
-    decoding: how answers are generated, and their greatest length in tokens.
-    eval_segments: HRM segments or cycles of an answer; 0 = as trained.
-    compare: also answer with what the model is compared with.
-    trust_remote_code: run Python code that comes with a hub model.
-    """
-
-    decoding: Decoding = Decoding()
-    eval_segments: int = 0
-    compare: bool = False
-    trust_remote_code: bool = False
+READINGS = ("strict", "extracted")  # how a text is judged: as a whole, and by the answer taken out of it
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer and its verdict."""
+    """One generated answer and its verdict, by the way that --answer_from names."""
 
     example: Example
     text: str
@@ -85,6 +46,13 @@ class Answer:
     segments: int  # HRM segments spent on it; 0 for the bare LLM
     timed_out: bool = False  # scoring took longer than it may; the score is 0
     refused: bool = False  # the score is full, and the task's strict rule refuses the answer
+    strict: bool | None = None  # the whole text is solved; None: as `solved`
+    extracted: bool | None = None  # the answer taken out of it is solved; None: as `solved`
+
+    def solved_by(self, reading: str) -> bool:
+        """Whether it is solved by one of `READINGS`."""
+        value = getattr(self, reading)
+        return self.solved if value is None else value
 
     @property
     def solved(self) -> bool:
@@ -99,6 +67,8 @@ class Evaluation:
     answers: list[Answer]
     bare: list[Answer] = field(default_factory=list)
     chances: Mapping[str, Chance] = field(default_factory=dict)  # task -> what a constant solves of its items
+    few_shot: list[Answer] = field(default_factory=list)  # the bare LLM's behind solved examples
+    shots: int = 0  # how many of them
 
     def tasks(self) -> list[str]:
         """Task names in order of first appearance, then `overall` where there are several."""
@@ -109,11 +79,10 @@ class Evaluation:
 
     def of(self, task: str, bare: bool = False) -> list[Answer]:
         """The answers to one task's items, or to all with `overall`; with `bare` those of the bare LLM."""
-        answers = self.bare if bare else self.answers
-        return [answer for answer in answers if task in (OVERALL, answer.example.task)]
+        return of_task(self.bare if bare else self.answers, task)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Long-form CSV rows: solved, mean_score, truncated and scorer_errors of each task.
+        """Long-form CSV rows of each task: a row for each of `METRICS`, for the bare LLM's few-shot prompt, and `gain`.
 
         A task whose scorer ran out of time has `scorer_timeouts` as well, the share of such answers. `solved` has the
         level of chance beside it where it is known.
@@ -125,17 +94,47 @@ class Evaluation:
             n = len(ours)
             used = mean(ours, "segments")
             for metric, measure in METRICS.items():
-                # Only a count of successes has Wilson's interval.
-                interval = wilson(count_solved(ours), n) if metric == "solved" else None
                 value = measure(ours)
                 bare_value = measure(bare) if bare else None
                 if metric == "scorer_timeouts" and not (value or bare_value):
                     continue
+                # Only a count of successes has Wilson's interval.
+                interval = wilson(round(value * n), n) if metric.startswith("solved") else None
                 row = metric_row(task, metric, value, n, interval=interval, bare=bare_value, segments_used=used)
                 if self.chances and metric == "solved":
                     row["chance"] = self.chance(task)
                 rows.append(row)
+            rows += self._bare_rows(task)
         return rows
+
+    def _bare_rows(self, task: str) -> list[dict[str, Any]]:
+        """Rows of what the bare LLM alone was given, and of the gain over its best protocol."""
+        if not self.bare:
+            return []
+        rows = []
+        shown = of_task(self.few_shot, task)
+        for reading in READINGS if shown else ():
+            value = rate_by(shown, reading)
+            interval = wilson(round(value * len(shown)), len(shown))
+            rows.append(metric_row(task, f"bare_few_shot_{reading}", value, len(shown), interval=interval))
+        if shown:
+            rows.append(metric_row(task, "bare_few_shot_truncated", truncated_rate(shown), len(shown)))
+
+        ours = self.of(task)
+        _, best = self.best_bare(task)
+        gain = solved_rate(ours) - best
+        rows.append(metric_row(task, "gain", gain, len(ours), bare=best, segments_used=mean(ours, "segments")))
+        return rows
+
+    def best_bare(self, task: str) -> tuple[str, float]:
+        """(name, rate) of the bare LLM's best protocol: a prompt, and a reading of its answers. The first wins ties."""
+        protocols: dict[str, float] = {}
+        for prompt, answers in (("", self.bare), (f"{self.shots}-shot ", self.few_shot)):
+            given = of_task(answers, task)
+            if given:
+                protocols |= {prompt + reading: rate_by(given, reading) for reading in READINGS}
+        name = max(protocols, key=protocols.__getitem__)
+        return name, protocols[name]
 
     def chance(self, task: str) -> float:
         """Share of a task's items, or of all with `overall`, that the best constant answers solve."""
@@ -143,29 +142,33 @@ class Evaluation:
             return overall(self.chances)
         return self.chances[task].rate
 
-    def table(self) -> list[dict[str, Any]]:
-        """Rows of the closing table, rates in 0..1."""
-        rows = []
+    def table(self, label: str = "LLM + HRM") -> list[TaskLines]:
+        """The closing table; `label` names the model."""
+        tasks = []
         for task in self.tasks():
-            ours = self.of(task)
-            bare = self.of(task, bare=True)
+            given = {"bare LLM": self.bare, f"bare, {self.shots}-shot": self.few_shot, label: self.answers}
+            lines = []
+            for name, answers in given.items():
+                mine = of_task(answers, task)
+                if mine:
+                    lines.append(counted(name, mine))
 
-            low, high = wilson(count_solved(ours), len(ours))
-            row = {"task": task, "n": len(ours), "low": low, "high": high, "value": solved_rate(ours)}
-            if bare:
-                low, high = wilson(count_solved(bare), len(bare))
-                row |= {"bare_low": low, "bare_high": high, "bare": solved_rate(bare)}
-            if self.chances:
-                row["chance"] = self.chance(task)
-            rows.append(row)
-        return rows
+            chance = self.chance(task) if self.chances else None
+            gain, over = None, ""
+            if self.bare:
+                over, best = self.best_bare(task)
+                gain = solved_rate(self.of(task)) - best
+            tasks.append(TaskLines(task, lines, gain, over, chance))
+        return tasks
 
     def predictions(self) -> list[dict[str, Any]]:
         """One line per item, for paired statistics; `refused` stands in lines of full scores that are refused."""
         lines = []
         seen: dict[str, int] = {}  # items of each task so far
-        bare: Sequence[Answer | None] = self.bare or [None] * len(self.answers)
-        for answer, other in zip(self.answers, bare, strict=True):
+        nothing: list[Answer | None] = [None] * len(self.answers)
+        for answer, other, shown in zip(
+            self.answers, self.bare or nothing, self.few_shot or nothing, strict=True
+        ):
             task = answer.example.task
             index = seen.get(task, 0)
             seen[task] = index + 1
@@ -179,7 +182,9 @@ class Evaluation:
                     bare_score=other.score if other else None,
                     segments_used=answer.segments,
                     finished=answer.finished,
-                    **refusals(answer, other),
+                    **remarks("", answer),
+                    **remarks("bare_", other),
+                    **({"few_shot_score": shown.score} | remarks("few_shot_", shown) if shown else {}),
                 )
             )
         return lines
@@ -189,14 +194,34 @@ class Evaluation:
         return solved_rate(self.bare if bare else self.answers)
 
 
-def refusals(answer: Answer, bare: Answer | None) -> dict[str, bool]:
-    """Fields of an item's prediction line that say whose full score the strict rule refuses; mostly none."""
+def remarks(whose: str, answer: Answer | None) -> dict[str, bool]:
+    """Fields of a prediction line that are mostly absent; `whose` begins their names.
+
+    They say that the strict rule refuses a full score, and that an answer is solved once it is taken out of its text.
+    """
     fields = {}
-    if answer.refused:
-        fields["refused"] = True
-    if bare is not None and bare.refused:
-        fields["bare_refused"] = True
+    if answer is not None and answer.refused:
+        fields[f"{whose}refused"] = True
+    if answer is not None and answer.solved_by("extracted") and not answer.solved_by("strict"):
+        fields[f"{whose}extracted"] = True
     return fields
+
+
+def of_task(answers: Sequence[Answer], task: str) -> list[Answer]:
+    """The answers to one task's items, or all with `overall`."""
+    return [answer for answer in answers if task in (OVERALL, answer.example.task)]
+
+
+def counted(name: str, answers: Sequence[Answer]) -> AnswerLine:
+    """The line of the closing table of these answers, given by what `name` says."""
+    strict, extracted = (sum(answer.solved_by(reading) for answer in answers) for reading in READINGS)
+    cut = sum(not answer.finished for answer in answers)
+    return AnswerLine(name, len(answers), strict, extracted, cut)
+
+
+def rate_by(answers: Sequence[Answer], reading: str) -> float:
+    """Share of answers that are solved by one of `READINGS`."""
+    return sum(answer.solved_by(reading) for answer in answers) / len(answers)
 
 
 def mean(answers: Sequence[Answer], name: str) -> float:
@@ -225,6 +250,8 @@ METRICS: dict[str, Callable[[Sequence[Answer]], float]] = {
     "truncated": truncated_rate,
     "scorer_errors": functools.partial(mean, name="raised"),
     "scorer_timeouts": functools.partial(mean, name="timed_out"),
+    "solved_strict": functools.partial(rate_by, reading="strict"),
+    "solved_extracted": functools.partial(rate_by, reading="extracted"),
 }
 
 
@@ -302,11 +329,12 @@ def _answer_batch(
 
     answers = []
     for example, generated, segments in zip(examples, texts, used, strict=True):
-        verdict = example.verify(generated.text)
+        read = read_answer(example.verify, generated.text, example.target, prompt_format.answer_from)
+        verdict = read.verdict
         answers.append(
             Answer(
                 example, generated.text, verdict.score, generated.finished, verdict.raised, segments,
-                verdict.timed_out, verdict.refused,
+                verdict.timed_out, verdict.refused, read.strict, read.extracted,
             )
         )
     return answers

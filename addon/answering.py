@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from addon.adapters import load_controller, saved_format
 from evaluation import AnswerConfig, generate_texts
 from host import load_tokenizer
+from text_data.taken import taken_answer
 
 
 class AddonAnswerer:
@@ -48,12 +50,20 @@ class AddonAnswerer:
             )
 
     def answers(self, question: str) -> list[tuple[str, str]]:
-        """(label, answer) of the LLM with its adapter, and before it of the bare LLM where both are compared."""
+        """(label, answer) of the LLM with its adapter, and before it of the bare LLM where both are compared.
+
+        Behind a text that holds more than the answer stands what --answer_from takes out of it.
+        """
         pairs = []
         if self.config.compare:
             with self.model.bare() as host:
-                text = generate_texts(host, self.format, [question], self.config.decoding)[0]
-            pairs.append(("bare LLM", text))
+                pairs += self._answer("bare LLM", host, question)
+        return pairs + self._answer(f"LLM + {self.model.title}", self.model, question)
 
-        text = generate_texts(self.model, self.format, [question], self.config.decoding)[0]
-        return [*pairs, (f"LLM + {self.model.title}", text)]
+    def _answer(self, label: str, model: Any, question: str) -> list[tuple[str, str]]:
+        """The labelled text of one model, and the answer taken out of it where that is another text."""
+        text = generate_texts(model, self.format, [question], self.config.decoding)[0]
+        taken = taken_answer(text, self.format.answer_from, numeric=True)
+        if taken == text:
+            return [(label, text)]
+        return [(label, text), ("read as", taken)]

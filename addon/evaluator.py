@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from accelerate.utils import gather_object
 
+from addon.bare import BareAnswers, BareLLM
 from addon.items import AddonData
 from batching import Batch
 from engine.machine import Machine
@@ -17,6 +18,16 @@ from evaluation import Answer, Decoding, Evaluation, answer, evaluate
 from model import AdapterController
 from reasoning_gym_wrapper import Example
 from tasks.chance import chance_notes
+from text_data.taken import TEXT
+
+GENERIC = "its last number did (no number asked for: its box, tag or bare text)"
+# What is taken out of a text by --answer_from, for people.
+TAKEN = {
+    "text": GENERIC,
+    "last_number": GENERIC,
+    "tags": "what its last <answer> tag holds did",
+    "boxed": r"what its last \boxed{} holds did",
+}
 
 
 class AddonEvaluator(Evaluator):
@@ -26,58 +37,67 @@ class AddonEvaluator(Evaluator):
     """
 
     def __init__(
-        self, data: AddonData, model: AdapterController, trainer: BaseTrainer, decoding: Decoding, machine: Machine
+        self, data: AddonData, model: AdapterController, trainer: BaseTrainer, decoding: Decoding, machine: Machine,
+        bare: BareLLM,
     ):
         self.data = data
+        self.bare = bare
         self.model = model
         self.trainer = trainer
         self.decoding = decoding
         self.machine = machine
-        self._bare: list[Answer] | None = None
+        self._bare = BareAnswers()  # of all ranks
         self._bare_examples: list[Example] | None = None  # the items that `_bare` answers
 
     def evaluate(self, step: int) -> Report:
         """Generates and verifies on the whole evaluation set, shared among ranks."""
-        # A curriculum that went up has other items, whose bare answers nobody knows yet.
         examples = self.data.eval_examples
         mine = slice(self.machine.rank, None, self.machine.world)
-        own_bare = None
-        if self._bare is not None and self._bare_examples is examples:
-            own_bare = self._bare[mine]
+        self._ask_bare(examples, mine)
 
         # One limit for all ranks, whose shares of the items have different longest targets.
         decoding = replace(self.decoding, max_new_tokens=self.data.budget)
         with self.trainer.evaluation_weights():
             part = evaluate(
-                self.model, self.data.format, examples[mine], decoding, own_bare, self.trainer.autocast()
+                self.model, self.data.format, examples[mine], decoding, self._bare.plain[mine], self.trainer.autocast()
             )
 
-        self._bare = self._gathered(part.bare)
-        self._bare_examples = examples
         chances = self.data.chances() if self.machine.is_main else {}
-        return self._report(Evaluation(self._gathered(part.answers), self._bare, chances))
+        answers = self._gathered(part.answers)
+        shots = self.bare.config.few_shot
+        return self._report(Evaluation(answers, self._bare.plain, chances, self._bare.few_shot, shots))
+
+    def _ask_bare(self, examples: list[Example], mine: slice) -> None:
+        """Asks the bare LLM, unless it has answered these items; a curriculum that went up has others."""
+        if self._bare_examples is examples:
+            return
+        with self.trainer.evaluation_weights():
+            part = self.bare.answers(self.model, examples[mine], self.decoding)
+        few_shot = self._gathered(part.few_shot) if self.bare.config.few_shot else []
+        self._bare = BareAnswers(self._gathered(part.plain), few_shot)
+        self._bare_examples = examples
 
     def _gathered(self, answers: list[Answer]) -> list[Answer]:
         """The answers of all ranks in the order of the evaluation set, given those of this rank."""
         if self.machine.world == 1:
             return answers
 
-        # Examples hold verifiers, which do not travel between processes: their numbers do.
+        # Examples hold verifiers, which do not travel between processes: everything else does.
         examples = self.data.eval_examples
         mine = range(self.machine.rank, len(examples), self.machine.world)
+        names = [field.name for field in fields(Answer) if field.name != "example"]
         packed = []
         for index, given in zip(mine, answers, strict=True):
-            verdict = (given.score, given.finished, given.raised, given.segments, given.timed_out, given.refused)
-            packed.append((index, given.text, *verdict))
-        everyone = sorted(gather_object(packed))
-        return [Answer(examples[index], *verdict) for index, *verdict in everyone]
+            packed.append((index, {name: getattr(given, name) for name in names}))
+        everyone = sorted(gather_object(packed), key=lambda pair: pair[0])
+        return [Answer(example=examples[index], **values) for index, values in everyone]
 
     def _report(self, evaluation: Evaluation) -> Report:
         """What the loop writes down and shows of an evaluation."""
         curriculum = self.data.curriculum
         rows = evaluation.rows()
         value = evaluation.solved_rate()
-        notes = ["solved = generated answer scored exactly 1.0 by the task's verifier, Wilson 95 % interval"]
+        notes = self._reading_notes(evaluation)
 
         # A higher level counts more than a better rate below it, so the mean level is added to the rate.
         if curriculum:
@@ -91,11 +111,8 @@ class AddonEvaluator(Evaluator):
                 notes.append(f"{row['task']}: {100 * row['value']:.1f} % of the {row['n']} items that its level adds")
 
         # What makes a rate look worse than the model is.
-        cut = sum(not answer.finished for answer in evaluation.answers)
         errors = sum(answer.raised for answer in evaluation.answers)
         late = sum(answer.timed_out for answer in evaluation.answers)
-        if cut:
-            notes.append(f"{cut} answers were cut at the token limit")
         if errors:
             notes.append(f"the scorer raised on {errors} answers, counted as wrong")
         if late:
@@ -111,8 +128,7 @@ class AddonEvaluator(Evaluator):
             notes += chance_notes(evaluation.chances)
 
         # The heading of the model's column names its adapter.
-        label = f"LLM + {self.model.title}"
-        table = format_table([{**row, "label": label} for row in evaluation.table()])
+        table = format_table(evaluation.table(f"LLM + {self.model.title}"))
         return Report(
             rows=rows,
             predictions=evaluation.predictions(),
@@ -122,6 +138,28 @@ class AddonEvaluator(Evaluator):
             question=self.data.eval_examples[0].question,
             details=evaluation,
         )
+
+    def _reading_notes(self, evaluation: Evaluation) -> list[str]:
+        """What the columns of the table mean, and what would be fairer to the bare LLM."""
+        way = self.data.format.answer_from
+        reading = "strict" if way == TEXT else "extracted"
+        limit = f"{self.data.budget} tokens"
+        if self.bare.budget != self.data.budget:
+            limit += f" (bare LLM: {self.bare.budget})"
+        notes = [
+            "strict = the whole text scored exactly 1.0 by the task's verifier, Wilson 95 % interval",
+            f"extracted = {TAKEN[way]}",
+            f"cut at {limit}",
+            f"gain = {reading} rate over the bare LLM's best",
+        ]
+
+        # An LLM that was never shown the form of the answers explains them, and is cut amid it.
+        cut = sum(not answer.finished for answer in evaluation.bare)
+        if cut > len(evaluation.bare) / 2 and self.bare.budget == self.data.budget:
+            notes.append(
+                f"{cut} of {len(evaluation.bare)} bare answers were cut: --bare_max_new_tokens N gives it more room"
+            )
+        return notes
 
     def samples(self, turn: int, count: int = 2) -> list[str]:
         """Prompt, target and prediction of `count` evaluation items, others each turn."""

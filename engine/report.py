@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.intervals import wilson
 from engine.records import question_hash
 
 
@@ -125,40 +126,68 @@ def percent(value: float, interval: tuple[float, float] | None = None) -> str:
     return f"{text} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Each task's value beside the bare LLM's, as text.
+@dataclass(frozen=True)
+class AnswerLine:
+    """One line of the closing table: how many of a task's items were solved by one who answers.
 
-    A row holds task, n, bare, bare_low, bare_high, value, low, high (shares in 0..1 or None), and may hold `label`, the
-    heading of the value column, and `chance`, a share. The gain is in percentage points.
+    name: who answers, and what it is given.
+    n: items.
+    strict, extracted: items solved by the whole text, and by the answer taken out of it.
+    cut: answers cut off at the limit of tokens.
     """
-    label = next((row["label"] for row in rows if row.get("label")), "LLM + HRM")
-    with_chance = any("chance" in row for row in rows)
-    cells = [["task", "n", "bare LLM", label, "gain"]]
-    if with_chance:
-        cells[0].append("chance")
-    for row in rows:
-        bare = row.get("bare")
-        value = row.get("value")
-        gain = "-"
-        if bare is not None and value is not None:
-            # The sum with 0.0 keeps a rounded -0.0 from showing its sign.
-            gain = f"{round(100 * (value - bare), 1) + 0.0:+.1f}"
 
-        bare_cell = _share_cell(bare, row.get("bare_low"), row.get("bare_high"))
-        value_cell = _share_cell(value, row.get("low"), row.get("high"))
-        cells.append([str(row["task"]), str(row["n"]), bare_cell, value_cell, gain])
-        if with_chance:
-            cells[-1].append(_share_cell(row.get("chance"), None, None))
-    return text_table(cells, "<><<>" + "<" * with_chance, (16, 4))
+    name: str
+    n: int
+    strict: int
+    extracted: int
+    cut: int
 
 
-def _share_cell(value: float | None, low: float | None, high: float | None) -> str:
-    """A share with its interval, where they are known."""
-    if value is None:
+@dataclass(frozen=True)
+class TaskLines:
+    """What the closing table says of a task.
+
+    task: its name.
+    lines: one for each who answers; the last is the model that is measured.
+    gain: the model's solved rate minus that of the bare LLM's best protocol; None = nothing to compare with.
+    over: the name of that protocol.
+    chance: share that the best constant answer solves; None = not known.
+    """
+
+    task: str
+    lines: Sequence[AnswerLine]
+    gain: float | None = None
+    over: str = ""
+    chance: float | None = None
+
+
+def format_table(tasks: Sequence[TaskLines]) -> str:
+    """The closing table as text: each task's answers in lines of their own, the gain in percentage points."""
+    with_chance = any(task.chance is not None for task in tasks)
+    heading = ["task", "n", "answers of", "strict", "extracted", "cut", "gain"]
+    cells = [[*heading, "chance"] if with_chance else heading]
+    for task in tasks:
+        for line in task.lines:
+            is_first = line is task.lines[0]
+            is_last = line is task.lines[-1]
+            row = [task.task, str(line.n)] if is_first else ["", ""]
+            row.append(line.name)
+            for solved in (line.strict, line.extracted):
+                row.append(percent(solved / line.n, wilson(solved, line.n)))
+            row.append(str(line.cut))
+            row.append(_gain_cell(task) if is_last else "")
+            if with_chance:
+                row.append(percent(task.chance) if is_first and task.chance is not None else "")
+            cells.append(row)
+    return text_table(cells, "<><<<><" + "<" * with_chance, (16, 4))
+
+
+def _gain_cell(task: TaskLines) -> str:
+    """The gain, and the protocol of the bare LLM that it is over."""
+    if task.gain is None:
         return "-"
-    if low is None or high is None:
-        return percent(value)
-    return percent(value, (low, high))
+    # The sum with 0.0 keeps a rounded -0.0 from showing its sign.
+    return f"{round(100 * task.gain, 1) + 0.0:+.1f} over {task.over}"
 
 
 def closing_words(

@@ -44,7 +44,8 @@ TABLE = (
           low=0),
     # How text becomes tokens.
     addon("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True),
-    addon("system_header", "str", None, "text put before every prompt", nullable=True, pattern=r".*", form="text"),
+    addon("system_header", "str", None, "text put before every prompt; rg:NAME = that one of Reasoning Gym's "
+          "prompts", nullable=True, pattern=r".*", form="text"),
     addon("prompt_style", "str", "auto", "how a question is put to the LLM; auto = chat if it has a template",
           choices=("auto", "chat", "plain")),
     Flag("max_seq_len", "int", 512, "most tokens of a prompt; the hybrid cuts longer ones", low=8,

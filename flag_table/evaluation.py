@@ -24,6 +24,13 @@ TABLE = (
     addon("decode_top_p", "float", 1.0, "nucleus sampling; 1 = off", low=0, high=1, exclusive_low=True),
     addon("decode_top_k", "int", 0, "sample among the k likeliest tokens; 0 = off", low=0),
     Flag("max_new_tokens", "int", 0, "longest answer; 0 = longest evaluation target and a margin", low=0),
+    # How answers are read, and what the bare LLM is given.
+    addon("answer_from", "str", "text", "how the answer is taken out of a generated text, of the bare LLM and of the "
+          "add-on: the whole text, its last number, the last <answer> tag or \\boxed{}",
+          choices=("text", "last_number", "tags", "boxed")),
+    addon("bare_max_new_tokens", "int", 0, "longest answer of the bare LLM; 0 = as the add-on's", low=0),
+    addon("few_shot", "int", 0, "solved training examples in a second prompt of the bare LLM; 0 = no second prompt",
+          low=0, high=100),
     # Benchmarks.
     Flag("eval_suite", "str", None, "benchmarks measured after training and with eval_only: perplexity=FILE, "
          "gsm8k=FILE, mbpp=FILE, science_qa=FILE, synthetic", nullable=True),

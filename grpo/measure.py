@@ -23,6 +23,8 @@ from evaluation import Decoding, Generated, generate_answers
 from grpo.problems import Problem
 from grpo.rewards import RewardSettings, parse, repetition, same_answer
 from tasks.chance import Chance, chance_of
+from text_data.taken import TEXT
+from verify.reading import verdict_by
 
 RATES = ("solved", "format_rate")  # shares of the questions, which get an interval
 
@@ -266,7 +268,7 @@ def measure(
         if problem.tests:
             solved.append(code_score == 1.0)
         else:
-            solved.append(_solved(problem, text, tags))
+            solved.append(_solved(problem, text, tags, prompt_format.answer_from))
     chance = stage_chance(problems)
     return Measured(stage, problems, texts, lengths, finished, solved, rewards, cycles, chance)
 
@@ -291,9 +293,13 @@ def judge(problems: Sequence[Problem], texts: Sequence[str], functions: Sequence
     return {function.__name__: function(prompts, list(texts), **columns) for function in functions}
 
 
-def _solved(problem: Problem, text: str, tags: bool) -> bool:
-    """The task's own verdict where there is one, else whether the solution is the gold answer."""
+def _solved(problem: Problem, text: str, tags: bool, answer_from: str = TEXT) -> bool:
+    """The task's own verdict where there is one, else whether the solution is the gold answer.
+
+    `answer_from` says how the answer is taken out of the solution that the task judges.
+    """
     solution = parse(text, RewardSettings(tags=tags)).solution
     if problem.example is not None:
-        return problem.example.verify(solution).solved
+        example = problem.example
+        return verdict_by(example.verify, solution, example.target, answer_from).solved
     return same_answer(solution, problem.answer)

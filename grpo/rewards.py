@@ -29,6 +29,8 @@ from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError
 from sandbox.runner import CodeJob, confinement, run_many
 from text_data.equality import same_answer
 from text_data.programs import program_of
+from text_data.taken import TEXT
+from verify.reading import verdict_by
 
 __all__ = ["COLUMNS", "REWARDS", "RewardSettings", "build_rewards", "item_text", "repetition", "same_answer"]
 __all__ += ["Parsed", "format_rate", "split_completion"]  # the parser's, for those who score
@@ -58,6 +60,7 @@ class RewardSettings:
 
     Args:
         tags: False: a completion that holds no reasoning tag is itself thought and solution.
+        answer_from: how the verifier's reward takes the answer out of the solution, see `text_data.taken`.
         free_tokens: a completion of this many tokens or fewer loses nothing for brevity; above 0.
         max_tokens: one of this many tokens or more gets 0 for it; more than free_tokens.
         code_timeout: seconds that one code run may take, above 0.
@@ -69,6 +72,7 @@ class RewardSettings:
     """
 
     tags: bool = True
+    answer_from: str = TEXT
     free_tokens: int = 256
     max_tokens: int = 1024
     code_timeout: float = 5.0
@@ -294,7 +298,8 @@ def _verified(solution: str, name: Any, text: Any, settings: RewardSettings) -> 
     if task is None or entry is None:
         return 0.0
 
-    return Example(entry["question"], entry.get("answer"), name, entry, task).verify(solution).reward
+    example = Example(entry["question"], entry.get("answer"), name, entry, task)
+    return verdict_by(example.verify, solution, example.target, settings.answer_from).reward
 
 
 @functools.cache

@@ -122,7 +122,7 @@ class StageLoop:
         place = self.trained.folder / STAGES / stage.name
 
         # All of a stage follows from the flags and its number, so an interrupted one goes on with the same questions.
-        functions, weights = rewards_of(stage, tags=self.trained.has_tags)
+        functions, weights = rewards_of(stage, self.trained.has_tags, self.trained.prompt_format.answer_from)
         seed = train_seed(self.config.seed + SEED_OF_STAGE + index)
         self._open_folder(place)
         problems = stage_problems(stage, seed, self.held_out.reserved, place / "draws.json")

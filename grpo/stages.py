@@ -157,15 +157,17 @@ class Stage:
         return tuple(task for level in self.levels if isinstance(level, TaskSource) for task in level.tasks)
 
 
-def rewards_of(stage: Stage, tags: bool = True) -> tuple[list[Any], list[float]]:
+def rewards_of(stage: Stage, tags: bool = True, answer_from: str = "text") -> tuple[list[Any], list[float]]:
     """Reward functions and weights of a stage, in the order the stage gives them.
 
-    `tags` False: a completion without reasoning tags is itself the solution.
+    `tags` False: a completion without reasoning tags is itself the solution. `answer_from`: how the verifier's reward
+    takes the answer out of the solution.
     """
     longest = stage.config.max_completion_length
     return build_rewards(
         stage.rewards,
         tags=tags,
+        answer_from=answer_from,
         tasks=stage.tasks,
         free_tokens=max(longest // 4, 1),
         max_tokens=max(longest, 2),

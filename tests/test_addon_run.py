@@ -207,7 +207,7 @@ def test_a_finished_run_goes_on_when_given_more_steps(call, tmp_path):
     assert newest(tmp_path / "runs" / "two").name == "step-00000004"
     assert all(torch.equal(two[name], four[name]) for name in four)
     steps = [row["step"] for row in records(tmp_path / "runs" / "two")["eval"]]
-    assert steps == ["2"] * 4 + ["4"] * 4
+    assert steps == ["2"] * 7 + ["4"] * 7
 
 
 def test_typed_step_limits_hold_after_a_resume(call, tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_evaluation_only_of_an_older_checkpoint_keeps_later_rows(call, done):
     status, out, err = call("--resume", str(older), "--eval_only", "--eval_segments", "1")
     assert status == 0 and "WARNING" not in err and str(older) in out
     assert records(done)["eval"][: len(rows)] == rows
-    assert [(row["step"], row["segments_used"]) for row in records(done)["eval"][len(rows):]] == [("2", "1")] * 4
+    assert [(row["step"], row["segments_used"]) for row in records(done)["eval"][len(rows):]] == [("2", "1")] * 7
 
 
 def test_evaluation_only_needs_the_weights_alone(call, done, tmp_path):
@@ -549,7 +549,7 @@ def test_rows_of_several_runs_share_a_table_on_request(call, tmp_path):
     for name in ("one", "two"):
         assert call("--run_name", name, "--log_csv", str(tmp_path / "deep" / "all.csv"))[0] == 0
     lines = (tmp_path / "deep" / "all.csv").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1 + 2 * 4 and lines[0].startswith("step,task,metric")
+    assert len(lines) == 1 + 2 * 7 and lines[0].startswith("step,task,metric")
     assert not (tmp_path / "runs" / "one" / "eval.csv").exists()
 
 
@@ -560,7 +560,7 @@ def test_records_hold_what_they_promise(call, tmp_path):
     found = records(only_run(tmp_path / "runs"))
     assert [line["step"] for line in found["metrics"]] == [2, 4]
     assert {"loss", "grad_norm", "lr", "segments", "tokens", "answer_loss"} <= set(found["metrics"][0])
-    assert [row["task"] for row in found["eval"][::4]] == ["toy_add", "chain_sum", "overall"]
+    assert [row["task"] for row in found["eval"][::7]] == ["toy_add", "chain_sum", "overall"]
     assert [line["id"] for line in found["predictions"]] == [
         f"{task}/{i:05d}" for task in ("toy_add", "chain_sum") for i in range(3)]
     questions = {line["prompt_hash"] for line in found["predictions"]}

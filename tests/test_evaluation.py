@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from batching import PromptConfig, PromptFormat, pad
 from engine.intervals import wilson
 from engine.records import question_hash
-from engine.report import stamped
+from engine.report import AnswerLine, stamped
 from evaluation import (
     OVERALL,
     TARGET_MARGIN,
@@ -322,8 +322,9 @@ def test_rows_are_long_form_per_task_and_overall():
             given_answer(0.0, "b", raised=True, segments=4), given_answer(1.0, "b", segments=3)]
     bare = [given_answer(0.0, "a", segments=0), *[given_answer(1.0, "b", segments=0)] * 3]
     rows = stamped(Evaluation(ours, bare).rows(), 40, 12.5)
-    assert [row["task"] for row in rows[::4]] == ["a", "b", OVERALL]
-    assert [row["metric"] for row in rows[:4]] == ["solved", "mean_score", "truncated", "scorer_errors"]
+    assert [row["task"] for row in rows[::7]] == ["a", "b", OVERALL]
+    assert [row["metric"] for row in rows[:7]] == ["solved", "mean_score", "truncated", "scorer_errors",
+                                                   "solved_strict", "solved_extracted", "gain"]
     found = {(row["task"], row["metric"]): row for row in rows}
     assert found["b", "solved"] == {
         "step": 40, "task": "b", "metric": "solved", "value": 1 / 3, "n": 3, "ci_low": wilson(1, 3)[0],
@@ -332,19 +333,55 @@ def test_rows_are_long_form_per_task_and_overall():
     assert found[OVERALL, "solved"]["value"] == 0.5 and found[OVERALL, "solved"]["n"] == 4
     assert found[OVERALL, "mean_score"]["bare"] == 0.75 and found[OVERALL, "mean_score"]["ci_low"] is None
     single = Evaluation(ours[1:]).rows()
+    assert "gain" not in {row["metric"] for row in single}, "there is nothing to gain over"
     assert {row["task"] for row in single} == {"b"} and {row["bare"] for row in single} == {None}
 
 
-def test_the_table_shows_both_rates_with_their_intervals():
-    ours = [given_answer(1.0, "a"), given_answer(0.0, "a"), given_answer(1.0, "b")]
-    bare = [given_answer(0.0, "a"), given_answer(0.0, "a"), given_answer(1.0, "b")]
-    first, second, overall = Evaluation(ours, bare).table()
-    low, high = wilson(1, 2)
-    bare_low, bare_high = wilson(0, 2)
-    assert first == {"task": "a", "n": 2, "value": 0.5, "low": low, "high": high, "bare": 0.0,
-                     "bare_low": bare_low, "bare_high": bare_high}
-    assert (second["value"], second["bare"]) == (1.0, 1.0) and (overall["task"], overall["n"]) == (OVERALL, 3)
-    assert "bare" not in Evaluation(ours).table()[0]
+def read(strict: bool, extracted: bool, finished=True, task="a", by="strict") -> Answer:
+    """An answer whose text is solved as a whole or not, and once the answer is taken out of it or not."""
+    score = float(strict if by == "strict" else extracted)
+    return Answer(example("q", "1", task), "text", score, finished, False, 0, strict=strict, extracted=extracted)
+
+
+def test_the_table_shows_both_readings_and_how_many_were_cut():
+    ours = [read(True, True), read(False, False), read(True, True, task="b")]
+    bare = [read(False, True, finished=False), read(False, True, finished=False), read(True, True, task="b")]
+    first, second, overall = Evaluation(ours, bare).table("LLM + LoRA")
+    assert first.lines == [AnswerLine("bare LLM", 2, 0, 2, cut=2), AnswerLine("LLM + LoRA", 2, 1, 1, cut=0)]
+    assert (first.task, first.gain, first.over) == ("a", -0.5, "extracted")
+    assert (second.gain, second.over) == (0.0, "strict"), "of equal protocols the simplest is named"
+    assert (overall.task, overall.lines[0].n, overall.over) == (OVERALL, 3, "extracted")
+    assert [line.name for line in Evaluation(ours).table()[0].lines] == ["LLM + HRM"]
+    assert Evaluation(ours).table()[0].gain is None
+
+
+def test_the_gain_is_over_the_best_of_all_protocols_of_the_bare_llm():
+    ours = [read(True, True), read(True, True), read(False, False), read(False, False)]
+    bare = [read(False, True), *[read(False, False)] * 3]
+    shown = [read(False, True), read(True, True), read(False, True, finished=False), read(False, False)]
+    evaluation = Evaluation(ours, bare, few_shot=shown, shots=3)
+    (task,) = evaluation.table()
+    assert (task.gain, task.over) == (0.5 - 0.75, "3-shot extracted")
+    assert task.lines[1] == AnswerLine("bare, 3-shot", 4, 1, 3, 1)
+    rows = {row["metric"]: row for row in evaluation.rows()}
+    assert (rows["gain"]["value"], rows["gain"]["bare"]) == (-0.25, 0.75)
+    assert (rows["solved"]["bare"], rows["solved_extracted"]["bare"]) == (0.0, 0.25)
+    assert rows["bare_few_shot_extracted"]["value"] == 0.75 and rows["bare_few_shot_strict"]["value"] == 0.25
+    assert rows["bare_few_shot_truncated"]["value"] == 0.25 and rows["truncated"]["bare"] == 0.0
+    assert rows["bare_few_shot_strict"]["ci_low"] == wilson(1, 4)[0]
+
+
+@pytest.mark.parametrize(("way", "solved"), [("text", 0), ("last_number", 1), ("tags", 0), ("boxed", 0)])
+def test_answer_from_says_which_reading_solved_is_for_both_columns(tokenizer, way, solved):
+    asked = PromptFormat(tokenizer, PromptConfig(answer_from=way))
+    replies = {"2 + 2": "2 + 2 is 4"}
+    parrot = Parrot(asked, replies, Parrot(asked, replies))
+    evaluation = evaluate(parrot, asked, [example("2 + 2", "4")], Decoding(max_new_tokens=30))
+    rows = {row["metric"]: (row["value"], row["bare"]) for row in evaluation.rows()}
+    assert rows["solved"] == (solved, solved) and rows["solved_strict"] == (0.0, 0.0)
+    assert rows["mean_score"] == (solved, solved)
+    extracted = float(way in ("text", "last_number"))
+    assert rows["solved_extracted"] == (extracted, extracted), "without a way the last number is read beside the text"
 
 
 def test_predictions_are_one_line_per_item_paired_with_the_bare_score():
@@ -357,3 +394,10 @@ def test_predictions_are_one_line_per_item_paired_with_the_bare_score():
     assert [line["bare_score"] for line in Evaluation(ours).predictions()] == [None] * 3
     with pytest.raises(ValueError):
         Evaluation(ours, bare[:2]).predictions()
+
+
+def test_a_prediction_says_whose_answer_had_to_be_taken_out_of_its_text():
+    ours, bare, shown = read(True, True), read(False, True), read(False, True)
+    (line,) = Evaluation([ours], [bare], few_shot=[shown], shots=2).predictions()
+    assert (line["bare_extracted"], line["few_shot_extracted"], line["few_shot_score"]) == (True, True, 0.0)
+    assert "extracted" not in line

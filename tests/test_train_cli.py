@@ -62,6 +62,9 @@ def refused(call, tmp_path):
     ("--device cuda --mixed_precision fp16", "--device cuda is not available here: use auto or cpu"),
     ("--trackers wandb", "--trackers wandb needs a package that is not installed; run: pip install wandb"),
     ("--sentinel 1", "--sentinel '1' is part of the gold answer "),
+    ("--system_header rg:plain", "--system_header rg:plain: Reasoning Gym has no prompt of that name; choose from"),
+    ("--few_shot 90", "a prompt and an answer of the bare LLM may take "),
+    ("--bare_max_new_tokens 500", "a prompt and an answer of the bare LLM may take "),
     ("--resume nowhere", "--resume 'nowhere' does not exist; give a checkpoint, a run or 'auto'; near: none here"),
     ("--resume auto", "--resume auto: no whole checkpoint in any run of "),
     ("--eval_only --run_name mine", "run mine in "),
@@ -260,7 +263,8 @@ MORE = [*((flag.name, text) for flag in OURS for text in "01" if flag.type == "b
             "eval_every 1", "save_every 1", "checkpoint_limit 0", "log_samples_every 1", "epochs 1", "warmup_steps 0",
             "max_minutes 0.5", "segments 1", "inner_T 3", "h_layers 2", "l_layers 2", "sentinel ##", "train_n 5",
             "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647",
-            "eval_suite synthetic", "virtual_tokens 3"))]
+            "eval_suite synthetic", "virtual_tokens 3", "system_header rg:simple", "bare_max_new_tokens 9",
+            "few_shot 2"))]
 # What only HRM knows, as it is by default, so that the other adapters may be asked for.
 DEFAULTS = "--d_h 128 --n_heads 4 --segments 1 --inner_T 2 --max_seq_len 400".split()  # room for virtual tokens
 SAMPLED = ["--decode_temperature", "1"]
@@ -339,9 +343,10 @@ def test_the_closing_words_name_files_that_exist_and_a_command_that_runs(call, t
     status, out, _ = call()
     assert status == 0
     lines = out.splitlines()
-    assert lines[0].split() == ["task", "n", "bare", "LLM", "LLM", "+", "HRM", "gain", "chance"]
-    assert lines[1].split()[:2] == ["toy_add", "4"] and "Wilson 95 % interval" in lines[2]
-    told = {line.split(":")[0]: line.split(":", 1)[1].strip() for line in lines[3:]}
+    assert lines[0].split() == ["task", "n", "answers", "of", "strict", "extracted", "cut", "gain", "chance"]
+    assert lines[1].split()[:4] == ["toy_add", "4", "bare", "LLM"] and lines[2].split()[:3] == ["LLM", "+", "HRM"]
+    assert "Wilson 95 % interval" in lines[3]
+    told = {line.split(":")[0]: line.split(":", 1)[1].strip() for line in lines[4:]}
     assert Path(told["evaluation"]).is_file() and Path(told["checkpoint"]).is_dir()
     words = shlex.split(told["next"])
     assert words[:2] == ["python", "generate.py"] and words[-1].startswith("What is ") and words[-1].endswith("?")

@@ -28,6 +28,14 @@ _SPACE_INSIDE = re.compile(r"\s+(?=[,)\]}])|(?<=[(\[{,])\s+")
 
 def marked_answer(text: str) -> str | None:
     r"""What the last `\boxed{..}` holds, else the last `<answer>..</answer>`; None where there is neither."""
+    boxed = boxed_answer(text)
+    if boxed is not None:
+        return boxed
+    return tagged_answer(text)
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What the last `\boxed{..}` holds; None where there is none."""
     # The brace that closes a box stands at the depth of the one that opens it.
     for box in reversed(list(_BOX.finditer(text))[-TRIES:]):
         depth = 1
@@ -35,8 +43,11 @@ def marked_answer(text: str) -> str | None:
             depth += (text[place] == "{") - (text[place] == "}")
             if depth == 0:
                 return text[box.end() : place]
+    return None
 
-    # The last tag that is opened and closed.
+
+def tagged_answer(text: str) -> str | None:
+    """What stands in the last `<answer>..</answer>` (or `<solution>`) that is opened and closed; None: in none."""
     answer = None
     start = None
     for tag in _TAG.finditer(text):

@@ -9,6 +9,8 @@ from typing import Any
 
 PLAIN_CUE = "\nAnswer:"
 LINE_BREAK = "\n"  # stands before a text while it is tokenized, where the tokenizer would add a space
+EXAMPLE_GAP = "\n\n"  # between solved examples in plain text
+NAMED_HEADER = "rg:"  # before the name of one of Reasoning Gym's own system prompts
 _QUESTION = "QUESTION-GOES-HERE"
 _ANSWER = "ANSWER-GOES-HERE"
 
@@ -42,20 +44,20 @@ def render_frame(tokenizer: Any, style: str, header: str | None) -> Frame:
     Args:
         tokenizer: any Hugging Face tokenizer with an end of sequence.
         style: "chat", "plain", or "auto" for chat where the tokenizer has a template.
-        header: text before every prompt; None = none.
+        header: text before every prompt, or the name of one as `header_text` takes it; None = none.
 
     Raises:
-        ValueError: `chat` without a template; a template that fails or does not show the question exactly once.
+        ValueError: `chat` without a template; a template that fails or does not show the question exactly once; as
+            `header_text`.
     """
+    header = header_text(header)
     if style == "chat" and not tokenizer.chat_template:
         raise ValueError("--prompt_style chat needs a chat template, this tokenizer has none: use auto or plain")
     if style == "plain" or not tokenizer.chat_template:
         prefix = f"{header}\n" if header else ""
         return Frame(prefix, PLAIN_CUE, chat=False, end=tokenizer.eos_token_id)
 
-    turns = [{"role": "user", "content": _QUESTION}]
-    if header:
-        turns.insert(0, {"role": "system", "content": header})
+    turns = _turns(header, [])
 
     # Templates are foreign code: a role that one refuses raises TemplateError, others raise what they like.
     try:
@@ -66,6 +68,74 @@ def render_frame(tokenizer: Any, style: str, header: str | None) -> Frame:
         raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
     prefix, suffix = text.split(_QUESTION)
     return Frame(prefix, suffix, chat=True, end=_end_of_turn(tokenizer, turns))
+
+
+def header_text(header: str | None) -> str | None:
+    """The text that `--system_header` means: `rg:NAME` is Reasoning Gym's prompt of that name, all else is itself.
+
+    Raises:
+        ValueError: a name that Reasoning Gym does not have; reasoning-gym is not installed.
+    """
+    if header is None or not header.startswith(NAMED_HEADER):
+        return header
+    try:
+        from reasoning_gym.utils import SYSTEM_PROMPTS
+    except ImportError as error:
+        raise ValueError(
+            f"--system_header {header} is a prompt of Reasoning Gym, which is not installed: pip install "
+            "reasoning-gym==0.1.25"
+        ) from error
+
+    name = header.removeprefix(NAMED_HEADER)
+    if name not in SYSTEM_PROMPTS:
+        there = ", ".join(NAMED_HEADER + known for known in SYSTEM_PROMPTS)
+        raise ValueError(f"--system_header {header}: Reasoning Gym has no prompt of that name; choose from {there}")
+    return SYSTEM_PROMPTS[name].strip()
+
+
+def _turns(header: str | None, solved: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """The turns of a chat up to the question: the header, and question and answer of each solved example."""
+    turns = []
+    if header:
+        turns.append({"role": "system", "content": header})
+    for question, answer in solved:
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
+    return [*turns, {"role": "user", "content": _QUESTION}]
+
+
+def frame_with_examples(
+    frame: Frame, tokenizer: Any, header: str | None, solved: Sequence[tuple[str, str]]
+) -> Frame:
+    """The frame of a question that solved examples stand before, as (question, answer).
+
+    In plain text they stand above one another, each as `frame` writes it, apart by `EXAMPLE_GAP`. In a chat each is a
+    pair of turns; where the template cannot show those, they stand in plain text in the user's turn.
+    """
+    prefix = _chat_prefix(frame, tokenizer, header, solved) if frame.chat else None
+    if prefix is None:
+        cue = PLAIN_CUE if frame.chat else frame.suffix
+        prefix = frame.prefix
+        for question, answer in solved:
+            prefix += f"{question}{cue} {answer}{EXAMPLE_GAP}"
+    return replace(frame, prefix=prefix)
+
+
+def _chat_prefix(frame: Frame, tokenizer: Any, header: str | None, solved: Sequence[tuple[str, str]]) -> str | None:
+    """All that the template writes before the question; None where it cannot show the examples as turns."""
+    try:
+        today = render_frame(tokenizer, "chat", header)
+        turns = _turns(header_text(header), solved)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # noqa: BLE001 - templates are foreign code
+        return None
+
+    # The beginning is the frame's own, which a checkpoint may have kept from another day.
+    before, _, after = text.partition(_QUESTION)
+    shown = all(part.strip() in before for pair in solved for part in pair)
+    if not shown or after != today.suffix or not before.startswith(today.prefix):
+        return None
+    return frame.prefix + before[len(today.prefix) :]
 
 
 def kept_frame(

@@ -8,7 +8,18 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.report import Card, closing_words, format_table, metric_row, percent, prediction_line, stamped, text_table
+from engine.report import (
+    AnswerLine,
+    Card,
+    TaskLines,
+    closing_words,
+    format_table,
+    metric_row,
+    percent,
+    prediction_line,
+    stamped,
+    text_table,
+)
 from engine.tables import EVAL_HEADER
 from generate import build_parser
 
@@ -65,20 +76,27 @@ def test_a_card_without_an_evaluation_has_no_table():
         "---\nlibrary_name: peft\ntags: [hrm, grpo]\n---\n\n# T\n\nStep 3; tasks x.\nLoad it.\n")
 
 
-ROWS = [{"task": "chain_sum", "n": 256, "bare": 0.02, "bare_low": 0.008, "bare_high": 0.045, "value": 0.711,
-         "low": 0.652, "high": 0.763},
-        {"task": "toy", "n": 8, "bare": None, "value": 1.0, "low": None, "high": None},
-        {"task": "worse", "n": 10, "bare": 0.5, "bare_low": 0.2, "bare_high": 0.8, "value": 0.5, "low": 0, "high": 1}]
+BARE = AnswerLine("bare LLM", 256, 5, 18, 40)
+OURS = AnswerLine("LLM + HRM", 256, 182, 182, 0)
+TASKS = [TaskLines("chain_sum", [BARE, OURS], 0.64, "extracted"),
+         TaskLines("toy", [AnswerLine("LLM + HRM", 8, 8, 8, 8)]),
+         TaskLines("worse", [AnswerLine("bare LLM", 10, 5, 5, 0), AnswerLine("bare, 3-shot", 10, 4, 6, 2),
+                             AnswerLine("LLM + HRM", 10, 6, 6, 0)], -0.0001, "3-shot extracted")]
 
 
 def test_the_closing_table_is_fixed_width_text():
-    lines = format_table(ROWS).split("\n")
-    assert lines[0].split() == ["task", "n", "bare", "LLM", "LLM", "+", "HRM", "gain"]
-    assert lines[1] == "chain_sum          256  2.0 % [0.8, 4.5]     71.1 % [65.2, 76.3]  +69.1"
-    assert lines[2].split() == ["toy", "8", "-", "100.0", "%", "-"] and lines[3].endswith("+0.0")
+    lines = format_table(TASKS).split("\n")
+    assert lines[0].split() == ["task", "n", "answers", "of", "strict", "extracted", "cut", "gain"]
+    assert lines[1] == "chain_sum          256  bare LLM      2.0 % [0.8, 4.5]       7.0 % [4.5, 10.8]       40"
+    ours = "71.1 % [65.3, 76.3]    71.1 % [65.3, 76.3]      0  +64.0 over extracted"
+    assert lines[2] == " " * 24 + "LLM + HRM     " + ours
+    assert lines[3].split() == ["toy", "8", "LLM", "+", "HRM", *["100.0", "%", "[67.6,", "100.0]"] * 2, "8", "-"]
+    assert lines[5].split()[:2] == ["bare,", "3-shot"] and lines[6].endswith(" 0  +0.0 over 3-shot extracted")
     for line in lines[1:]:
-        assert line[lines[0].index("LLM + HRM") - 1] == " " and len(line) == len(lines[0])
+        assert line[lines[0].index("strict") - 1] == line[lines[0].index("extracted") - 1] == " "
 
 
-def test_the_value_column_takes_another_title():
-    assert "LLM + LoRA" in format_table([{**ROWS[0], "label": "LLM + LoRA"}]).split("\n")[0]
+def test_chance_stands_once_beside_each_task():
+    lines = format_table([TaskLines("sums", [BARE, OURS], 0.64, "strict", chance=0.051), TASKS[1]]).split("\n")
+    assert lines[0].endswith("chance") and lines[1].endswith("5.1 %") and lines[2].endswith("over strict")
+    assert lines[3].endswith("-")

@@ -458,6 +458,14 @@ def test_the_verifier_uses_the_tasks_it_is_given():
     assert score("verifier", tagged("1"), settings={"tasks": (task,)}) == 0.25
 
 
+@pytest.mark.parametrize(("way", "value"), [("text", 0.0), ("tags", 1.0), ("boxed", 0.0), ("last_number", 1.0)])
+def test_the_verifier_takes_the_answer_out_of_the_solution_as_it_is_told(way, value):
+    solution = f"That makes <answer>{EXAMPLE.target}</answer>."
+    rewarded = score("verifier", tagged(solution), settings={"answer_from": way})
+    assert (rewarded == 1.0) is bool(value)
+    assert score("verifier", tagged(EXAMPLE.target), settings={"answer_from": way}) == 1.0
+
+
 def test_scorers_that_run_code_are_barred_unless_allowed():
     example = next(Task("countdown").items(0))[1]
     columns = {"task": "countdown", "item": item_text(example.entry)}

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import options
-from batching import PromptFormat, pad
+from batching import PromptConfig, PromptFormat, pad
 from engine.files import json_lines
 from engine.records import normalise
 from engine.report import stamped
@@ -445,6 +445,19 @@ def test_measuring_counts_what_the_verifier_and_the_format_say(reasoner):
     assert short.solved == [False] * 3 and short.format_rate == 0.0 and short.means()["truncated"] == 1.0
 
 
+def test_rewards_and_measures_read_an_answer_as_the_prompt_format_says(reasoner, monkeypatch):
+    from grpo import measure as grpo_eval
+
+    problem = problem_of(next(task_source(SUMS).tasks[0].items(3))[1])
+    text = f"It is <answer>{problem.answer}</answer>."
+    monkeypatch.setattr(grpo_eval, "completions", lambda *arguments: ([text], [1], [True], None))
+    for way, solved in (("text", False), ("tags", True)):
+        functions, _ = rewards_of(stage(rewards={"verifier": 1.0}), tags=False, answer_from=way)
+        prompt_format = PromptFormat(reasoner, PromptConfig(answer_from=way))
+        found = measure(tiny(reasoner), prompt_format, "math", [problem], functions, 8, tags=False)
+        assert (found.solved, found.rewards["verifier"][0] == 1.0) == ([solved], solved)
+
+
 def test_measuring_is_greedy_whatever_the_model_s_own_decoding_is(reasoner):
     model, prompt_format = tiny(reasoner), PromptFormat(reasoner)
     texts = completions(model, prompt_format, ["2 + 2?", "3 + 3?"], 12)[0]
@@ -477,8 +490,9 @@ def loop_over(tmp_path: Path, progress, log, chosen: Stage, eval_seed: int = 10*
     machine = types.SimpleNamespace(
         say=lambda line: None, is_main=True, precision="none", device=torch.device("cpu")
     )
+    prompt_format = types.SimpleNamespace(answer_from="text")
     trained = types.SimpleNamespace(
-        machine=machine, folder=tmp_path, checkpoint=None, has_tags=True, model=None, prompt_format=None
+        machine=machine, folder=tmp_path, checkpoint=None, has_tags=True, model=None, prompt_format=prompt_format
     )
     held_out = hold_out([chosen], eval_seed)
     loop = StageLoop(trained, StageLoopConfig("", {}), [chosen], held_out, progress)

@@ -1,0 +1,52 @@
+"""How answers are decoded: what every system's evaluation and `generate.py` take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded.
+
+    temperature: of sampling; 0 = greedy, whatever top_p and top_k say.
+    top_p: sample among the likeliest tokens that hold this probability together, above 0; 1 = among all.
+    top_k: sample among so many of the likeliest tokens; 0 = among all.
+    max_new_tokens: longest answer; 0 = the longest gold target plus `TARGET_MARGIN`.
+    batch_size: questions that are answered together.
+    seed: of the random numbers of one call of `answer`.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 0
+    batch_size: int = 128
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `generate`; every sampling field is set, so no host default sneaks in."""
+        arguments: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        if self.temperature == 0:
+            # transformers' own values of the fields that greedy decoding does not read: others make it warn.
+            return arguments | {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return arguments | {"do_sample": True} | sampling
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """How `generate.py` puts questions to a checkpoint.
+
+    decoding: how answers are generated, and their greatest length in tokens.
+    eval_segments: HRM segments or cycles of an answer; 0 = as trained.
+    compare: also answer with what the model is compared with.
+    trust_remote_code: run Python code that comes with a hub model.
+    """
+
+    decoding: Decoding = Decoding()
+    eval_segments: int = 0
+    compare: bool = False
+    trust_remote_code: bool = False
