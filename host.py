@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import sys
 import warnings
@@ -155,7 +156,7 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code)
-    arguments = {"config": config, "dtype": DTYPES.get(host_dtype, "auto"), **_quantisation(load_in, device)}
+    arguments = {"config": config, "dtype": DTYPES.get(host_dtype, "auto"), **quantisation(load_in, device)}
     try:
         host, info = AutoModelForCausalLM.from_pretrained(
             **_source(name), **arguments, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -182,7 +183,7 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     return host
 
 
-def _quantisation(load_in: str, device: str) -> dict:
+def quantisation(load_in: str, device: str) -> dict:
     """Arguments of `from_pretrained` that quantise while loading; none for "none"."""
     if load_in == "none":
         return {}
@@ -252,6 +253,20 @@ def check_logits(host) -> None:
             f"model family {host.config.model_type} changes its logits in a way this program does not know, so HRM "
             "cannot be added to it faithfully: choose another base model"
         )
+
+
+def host_fingerprint(host) -> dict[str, Any]:
+    """What identifies a base model wherever it lies: family, sizes and a digest of some of its weights."""
+    text = host.config.get_text_config()
+    head = host.get_output_embeddings().weight
+    rows = head.detach()[:: max(len(head) // 64, 1)].float().cpu().numpy().tobytes()
+    return {
+        "model_type": text.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "vocab_size": text.vocab_size,
+        "head_digest": hashlib.sha256(rows).hexdigest()[:16],
+    }
 
 
 def end_ids(model, tokenizer) -> frozenset[int]:
@@ -378,13 +393,13 @@ def _lora_targets(host, layers: int) -> list[str]:
 @contextlib.contextmanager
 def without_lora(host) -> Iterator[None]:
     """Inside, the host is the bare LLM: its LoRA layers are switched off."""
-    if "peft" not in sys.modules:  # nobody has added LoRA; importing peft takes seconds
+    # Where peft is not imported, nobody has added LoRA. Importing it takes seconds.
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
         yield
         return
 
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in host.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in host.modules() if isinstance(module, tuners.BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -645,7 +645,7 @@ class HRMController(AdapterController):
         self.post_init()
         freeze(self.model.host)
         if config.lora_layers:
-            add_lora(self.model.host, config.lora_layers, config.lora_rank)
+            self.__dict__["peft_lora"] = add_lora(self.model.host, config.lora_layers, config.lora_rank)  # no module
         self._set_trainable()
 
     def _set_trainable(self) -> None:

@@ -7,7 +7,6 @@ the record is `adapter_record.json` beside them.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from addon.peft_files import PEFT_CONFIG, is_pefts, own_names, peft_files
 from batching import PromptConfig, PromptFormat
 from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
-from host import HostConfig, HostError
+from host import HostConfig, HostError, host_fingerprint
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
 from text_data.frames import Frame, kept_frame
 
@@ -81,20 +80,6 @@ def check_forward(controller: AdapterController) -> None:
 
 
 # --- the document -----------------------------------------------------------------------------------------------------
-
-
-def host_fingerprint(host: PreTrainedModel) -> dict[str, Any]:
-    """What identifies a base model wherever it lies: family, sizes and a digest of some of its weights."""
-    text = host.config.get_text_config()
-    head = host.get_output_embeddings().weight
-    rows = head.detach()[:: max(len(head) // 64, 1)].float().cpu().numpy().tobytes()
-    return {
-        "model_type": text.model_type,
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "vocab_size": text.vocab_size,
-        "head_digest": hashlib.sha256(rows).hexdigest()[:16],
-    }
 
 
 def adapter_document(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None) -> str:

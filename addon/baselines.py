@@ -73,7 +73,8 @@ class BaselineController(AdapterController):
         freeze(host)
         if config.adapter == "lora":
             # Beside the modules: its parameters are the host's, and would be counted twice.
-            self.__dict__["_lora"] = add_lora(host, len(lora_layers(host)), config.lora_rank, config.base_model_name)
+            lora = add_lora(host, len(lora_layers(host)), config.lora_rank, config.base_model_name)
+            self.__dict__["peft_lora"] = lora
         elif config.adapter == "prompt":
             self.prompt = prompt_embedding(host, config.virtual_tokens)
 
@@ -115,7 +116,7 @@ class BaselineController(AdapterController):
     def peft_model(self) -> Any:
         """LLM and adapter as peft's own model (PeftModel), with the weights of now; None where there is no adapter."""
         if self.prompt is None:
-            return self.__dict__.get("_lora")
+            return self.__dict__.get("peft_lora")
 
         # Made when it is asked for: in training, virtual tokens are read at other positions than peft's.
         with torch.random.fork_rng(devices=[]):

@@ -13,6 +13,8 @@ import torch
 def run_apart(code: str, place: Path, **names: str) -> dict[str, torch.Tensor]:
     """Runs `code` with the strings of `names` as variables, its current folder `place`; what it puts into `out`.
 
+    A text in `out` comes back as its bytes, see `text_of`.
+
     Neither this repository nor that folder is on its path. Raises AssertionError with its stderr where it fails.
     """
     place.mkdir(parents=True, exist_ok=True)
@@ -25,7 +27,10 @@ def run_apart(code: str, place: Path, **names: str) -> dict[str, torch.Tensor]:
         *(f"{name} = {value!r}" for name, value in names.items()),
         "out = {}",
         code,
-        "out = {name: tensor.contiguous() for name, tensor in out.items()}",
+        "for name, value in out.items():",
+        "    if isinstance(value, str):",
+        "        value = torch.tensor(list(value.encode()), dtype=torch.uint8)",
+        "    out[name] = value.contiguous()",
         f"safetensors.torch.save_file(out, {str(result)!r})",
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -41,3 +46,8 @@ def safetensors_of(path: Path) -> dict[str, torch.Tensor]:
     import safetensors.torch
 
     return safetensors.torch.load_file(path)
+
+
+def text_of(tensor: torch.Tensor) -> str:
+    """A text that `run_apart` has handed back."""
+    return bytes(tensor.tolist()).decode()

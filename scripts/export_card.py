@@ -1,0 +1,302 @@
+"""The model card of an exported folder: where the model comes from, what it solves, how it is used, what it breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import options
+from addon.adapters import adapter_of
+from addon_run import task_config, task_names
+from batching import PromptFormat
+from engine.checkpoints import STEP_NAME
+from engine.report import percent
+from evaluation import Decoding, generate_texts
+from host import hub_unreachable, resolve_name
+from model import AdapterController
+
+ELSEWHERE = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Translate into German: Good morning, my friend.",
+    "Name three fruits.",
+)
+ELSEWHERE_TOKENS = 16
+# Flags of one machine or one call, which say nothing of how a model came to be.
+OF_THE_CALL = ("resume", "run_name", "save_dir", "num_threads", "device", "dry_run", "eval_only", "config", "trackers")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    folder: the checkpoint.
+    run: the run's folder, or the checkpoint's where it lies alone.
+    model: the LLM with its adapter, in evaluation mode.
+    record: the adapter's.
+    format: how questions are put, as in training.
+    opts: the flags of the run.
+    merged: the LLM's weights go into the folder.
+    """
+
+    folder: Path
+    run: Path
+    model: AdapterController
+    record: dict[str, Any]
+    format: PromptFormat
+    opts: options.Options
+    merged: bool
+
+    @property
+    def adapter(self) -> str:
+        """The value of --adapter."""
+        return adapter_of(self.record)
+
+    @property
+    def base(self) -> str:
+        """The LLM's name for people; of a folder its last part."""
+        name = self.record["base_model_name_or_path"]
+        return Path(name).name if self.is_local else name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the LLM is a folder of this machine."""
+        return Path(resolve_name(self.record["base_model_name_or_path"])).is_dir()
+
+    @property
+    def has_code(self) -> bool:
+        """Whether the folder is loaded by a Python file that it holds."""
+        return self.adapter != "lora"
+
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return f"{self.model.title} for {self.base}"
+
+    @property
+    def step(self) -> int | None:
+        """Batches trained; None where the folder's name does not tell."""
+        named = STEP_NAME.fullmatch(self.folder.name)
+        return int(named[1]) if named else None
+
+
+def card_text(source: Source) -> str:
+    """The text of README.md, made by huggingface_hub's ModelCard."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    rates = solved_rates(source)
+    results = []
+    for row in rates:
+        results.append(EvalResult(
+            task_type="text-generation", dataset_type="reasoning-gym", dataset_name=f"Reasoning Gym {row['task']}",
+            metric_type=row["metric"], metric_value=round(float(row["value"]), 5),
+            metric_name=f"{row['metric']} (n = {row['n']})",
+        ))
+    is_pefts = source.adapter == "lora" and not source.merged
+    data = ModelCardData(
+        base_model=None if source.is_local else source.base,
+        license=licence(source),
+        library_name="peft" if is_pefts else "transformers",
+        pipeline_tag="text-generation",
+        tags=["reasoning", source.adapter],
+        model_name=source.title,
+        eval_results=results or None,
+    )
+    parts = [_head(source), _solved(source, rates), _usage(source), _origin(source), _elsewhere(source)]
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return str(card)
+
+
+def licence(source: Source) -> str | None:
+    """The licence that the LLM's own card names, whose terms hold for what is made of it; None where none is found."""
+    from huggingface_hub import ModelCard
+
+    name = resolve_name(source.record["base_model_name_or_path"])
+    if not source.is_local and hub_unreachable():
+        return None
+    place = str(Path(name) / "README.md") if source.is_local else name
+    with contextlib.suppress(Exception):  # a card that is missing, private or broken names no licence
+        return ModelCard.load(place).data.license
+    return None
+
+
+# --- what it solves ---------------------------------------------------------------------------------------------------
+
+
+def solved_rates(source: Source) -> list[dict[str, str]]:
+    """The rows of the run's eval.csv at this checkpoint that count solved items; of several runs the last one's."""
+    path = source.run / "eval.csv"
+    if not path.is_file() or source.step is None:
+        return []
+
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            is_rate = row.get("metric", "").startswith("solved") and row.get("ci_low")
+            if is_rate and row.get("step") == str(source.step):
+                rows[row["task"], row["metric"]] = row
+    return list(rows.values())
+
+
+def _solved(source: Source, rates: Sequence[dict[str, str]]) -> str:
+    """The table of solved rates."""
+    lines = ["## What it solves", ""]
+    if not rates:
+        return "\n".join([*lines, "This checkpoint was not evaluated."])
+
+    lines += ["Answers are generated, and right where the task's strict rule and its own scorer accept them. Intervals "
+              "are Wilson's, 95 %.", "", "| task | metric | n | bare LLM | with the add-on |", "|---|---|---|---|---|"]
+    for row in rates:
+        interval = (float(row["ci_low"]), float(row["ci_high"]))
+        bare = percent(float(row["bare"])) if row.get("bare") else "-"
+        value = percent(float(row["value"]), interval)
+        lines.append(f"| {row['task']} | {row['metric']} | {row['n']} | {bare} | {value} |")
+    lines += ["", f"One run, seed {source.opts.seed}: the intervals tell how sure the rates are for these weights, not "
+              "what another seed would give."]
+    return "\n".join(lines)
+
+
+# --- what it is, how it is used ---------------------------------------------------------------------------------------
+
+
+def _head(source: Source) -> str:
+    """The first lines."""
+    count = sum(parameter.numel() for parameter in source.model.addon_parameters().values())
+    held = source.record.get("host_dtype", "stored")
+    packed = source.record["load_in"]
+    lines = [
+        f"# {source.title}",
+        "",
+        f"A frozen LLM, {source.base}, and {count:,} parameters trained beside it"
+        f"{f' for {source.step} batches' if source.step is not None else ''}.",
+        "",
+        f"- **LLM**: {source.base}, " + ("its weights are in this folder" if source.merged else
+                                         "loaded by its name; its weights are not in this folder"),
+        f"- **LLM in training**: weights held as {held}" + (f", packed in {packed}" if packed != "none" else ""),
+        f"- **Licence**: {licence(source) or 'not found; the terms of the LLM hold for what is made of it'}",
+    ]
+    return "\n".join(lines)
+
+
+def usage_code(source: Source, place: str = "FOLDER") -> str:
+    """Python that answers a question with the exported folder, in the frame of training."""
+    frame = source.format.frame
+    arguments = [repr(place)]
+    if source.has_code:
+        arguments.append("trust_remote_code=True")
+    elif source.record["load_in"] != "none":
+        arguments.append(f"quantization_config=BitsAndBytesConfig({quantised(source.record['load_in'])})")
+    elif source.record.get("host_dtype") in DTYPES:
+        arguments.append(f"dtype={DTYPES[source.record['host_dtype']]!r}")
+    names = ["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig"]
+    if not source.has_code and source.record["load_in"] != "none":
+        names.append("BitsAndBytesConfig")
+
+    lines = [
+        f"from transformers import {', '.join(sorted(names))}",
+        f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({place!r})",
+        f"config = GenerationConfig.from_pretrained({place!r})",
+        f"question = {ELSEWHERE[0]!r}",
+        f"prompt = {frame.prefix!r} + question + {frame.suffix!r}",
+        f'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens={not frame.chat})',
+        "ids = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, generation_config=config)",
+        "answer = tokenizer.decode(ids[0, inputs.input_ids.shape[1]:], skip_special_tokens=True).strip()",
+        "print(answer)",
+    ]
+    return "\n".join(lines)
+
+
+def quantised(load_in: str) -> str:
+    """Arguments of BitsAndBytesConfig, as `host.quantisation` gives them."""
+    return {"8bit": "load_in_8bit=True", "4bit": "load_in_4bit=True, bnb_4bit_quant_type='nf4'"}[load_in]
+
+
+def libraries(source: Source) -> list[str]:
+    """The packages that the folder needs."""
+    needs = ["transformers", "torch"]
+    if source.adapter in ("hrm", "mlp"):
+        needs.append("einops")
+    has_lora = source.adapter == "lora" or getattr(source.model.config, "lora_layers", 0) > 0
+    if has_lora and not source.merged:
+        needs.append("peft")
+    if source.record["load_in"] != "none":
+        needs.append("bitsandbytes")
+    return needs
+
+
+def _usage(source: Source) -> str:
+    """Code, and what it needs."""
+    lines = ["## Use it", "", f"Needs {', '.join(libraries(source))}.", "", "```python", usage_code(source), "```"]
+    if source.has_code:
+        lines += ["", "`trust_remote_code=True` runs the Python file of this folder: read it first."]
+    lines += ["", "The prompt must have this frame: the add-on was trained in no other."]
+    sentinel = source.record["prompt"].get("sentinel")
+    if sentinel:
+        lines += ["", f"Cut the answer at {json.dumps(sentinel)}, which ends every answer."]
+    return "\n".join(lines)
+
+
+def command(source: Source) -> str:
+    """The command that trains it: every flag that differs from its default."""
+    words = ["python", "train.py"]
+    for flag in options.FLAGS:
+        value = getattr(source.opts, flag.name)
+        if flag.name in OF_THE_CALL or flag.one_call or value is None:
+            continue
+        if value == flag.default_in(source.opts.arch):
+            continue
+        if flag.name == "model_name":
+            value = source.base
+        text = str(int(value)) if isinstance(value, bool) else str(value)
+        words += [f"--{flag.name}", shlex.quote(text)]
+    return " ".join(words)
+
+
+def _origin(source: Source) -> str:
+    """Tasks, seeds and the command."""
+    opts = source.opts
+    names = ", ".join(task_names(opts))
+    lines = ["## How it was trained", "", f"- **Tasks**: {names}, difficulty `{task_config(opts)}`",
+             f"- **Seeds**: {opts.seed} for training, {opts.eval_seed} for the items of the evaluation",
+             "- **Command**, in the project that made it:", "", "```", command(source), "```"]
+    return "\n".join(lines)
+
+
+# --- what it breaks ---------------------------------------------------------------------------------------------------
+
+
+def _elsewhere(source: Source) -> str:
+    """What the LLM answers to questions that are no task, alone and with the add-on."""
+    decoding = Decoding(max_new_tokens=ELSEWHERE_TOKENS)
+    ours = generate_texts(source.model, source.format, ELSEWHERE, decoding)
+    with source.model.bare() as host:
+        bare = generate_texts(host, source.format, ELSEWHERE, decoding)
+    changed = sum(one != other for one, other in zip(ours, bare, strict=True))
+
+    lines = [
+        "## What it does to other prompts",
+        "",
+        "The add-on is on for every prompt, and was trained on the tasks above alone. Expect it to answer anything "
+        f"else in their manner. Of {len(ELSEWHERE)} questions that are no task, it changed the answer to {changed} "
+        f"(greedy, the first {ELSEWHERE_TOKENS} tokens). No perplexity or benchmark was measured for this card.",
+        "",
+        "| question | bare LLM | with the add-on |",
+        "|---|---|---|",
+    ]
+    for question, one, other in zip(ELSEWHERE, bare, ours, strict=True):
+        lines.append(f"| {question} | {_cell(one)} | {_cell(other)} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """An answer in a cell of a table, its line breaks and bars made harmless."""
+    shown = json.dumps(text, ensure_ascii=False)[1:-1]
+    return "`" + shown.replace("`", "'").replace("|", "\\|") + "`" if shown else "(nothing)"
