@@ -248,7 +248,7 @@ def push(folder: Path, repo: str, private: bool) -> str:
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=address.repo_id, commit_message="Add an exported add-on")
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of whatever kind: the network, the hub's refusal, no login
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"--push {repo}: the hub did not take the folder ({reason}); it is whole in {folder}: log in with `hf auth "

@@ -95,6 +95,8 @@ def test_other_adapters_do_not_claim_peft_which_refuses_them(trained, tiny_host,
     llm = AutoModelForCausalLM.from_pretrained(tiny_host)
     with pytest.raises(KeyError, match="peft_type"):
         PeftModel.from_pretrained(llm, folder)
+    with pytest.raises(TypeError, match="peft_type"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def baseline(adapter: str, family: str) -> BaselineController:
