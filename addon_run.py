@@ -30,11 +30,16 @@ from engine.system import Facts, LoopConfig
 from evaluation import Decoding
 from host import HostConfig, load_config, load_tokenizer
 from model import AdapterConfig, HRMAddonConfig
-from reasoning_gym_wrapper import default_tasks, reserved_sums, task_problems, task_warnings
+from own_tasks.choice import own_problems, tasks_with_own
+from own_tasks.record import changes, document_of, missing_plugin, read_record
+from own_tasks.table import OwnDataConfig
+from own_tasks.task import OwnTask
+from reasoning_gym_wrapper import Task, default_tasks, reserved_sums, task_problems, task_warnings
 from suite.after_run import Subject
 from suite.spec import spec_problems
 from tasks.chance import chance_warnings
 from tasks.limits import JudgeConfig
+from tasks.plugins import load_plugin
 from text_data.frames import header_text
 from text_data.roundtrip import ROWS_TRIED, check_round_trip
 from text_model import CausalTextModel
@@ -42,19 +47,25 @@ from training import AddonStepConfig, Trainer, mean_segments
 
 
 def task_names(opts: argparse.Namespace) -> list[str]:
-    """The chosen tasks, or the default ones."""
+    """The chosen tasks, or the default ones; none beside own data that stand alone."""
     if opts.tasks:
         return options.names(opts.tasks)
     if opts.task:
         return [opts.task]
-    return default_tasks()
+    return [] if opts.data else default_tasks()
+
+
+def chosen_tasks(opts: argparse.Namespace) -> list[Task | OwnTask]:
+    """The tasks that the flags describe, own data among them. Raises ValueError."""
+    own = options.part(OwnDataConfig, opts)
+    return tasks_with_own(task_names(opts), task_config(opts), own, options.part(JudgeConfig, opts))
 
 
 def task_config(opts: argparse.Namespace) -> str:
-    """`--task_config`, which is `small` when no task is named and `default` otherwise."""
+    """`--task_config`, which is `small` when neither task nor data is named and `default` otherwise."""
     if opts.task_config:
         return opts.task_config
-    return "default" if opts.task or opts.tasks else "small"
+    return "default" if opts.task or opts.tasks or opts.data else "small"
 
 
 def adapter_config(opts: argparse.Namespace) -> AdapterConfig:
@@ -67,9 +78,20 @@ def adapter_config(opts: argparse.Namespace) -> AdapterConfig:
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """Everything wrong with a run of the add-on that can be found without loading a model, one line each."""
-    # A task that only evaluates need not have gold answers.
+    # A plugin adds tasks that may be named.
     chosen = task_names(opts)
+    lines = missing_plugin(read_record(checkpoint), chosen, opts.plugin)
+    if opts.plugin:
+        lines += errors_of(load_plugin, opts.plugin)
+    if lines:
+        return lines
+
+    # A task that only evaluates need not have gold answers.
     lines = task_problems(chosen, task_config(opts), opts.allow_code_tasks, not opts.eval_only)
+    own = options.part(OwnDataConfig, opts)
+    limits = options.part(JudgeConfig, opts)
+    is_fixed = not opts.train_n and (opts.epochs > 0 or opts.cache_hidden != "off")
+    lines += own_problems(chosen, own, opts.mix, opts.eval_n, not opts.eval_only, limits, is_fixed)
     if opts.curriculum and not lines:
         lines += curriculum_problems(chosen)
     lines += bare_problems(chosen, opts.few_shot)
@@ -137,8 +159,11 @@ class AddonRun:
         if note:
             self.machine.say(note)
         limits = options.part(JudgeConfig, opts)
-        data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), limits=limits)
+        own = options.part(OwnDataConfig, opts)
+        data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), own=own, limits=limits)
+        self.plugin = load_plugin(opts.plugin) if opts.plugin else None
         self.data = AddonData(data_config, self.format, self.machine, draws_of(checkpoint, config))
+        self._tell_of_own_data(checkpoint)
         if self.machine.is_main:
             for warning in chance_warnings(self.data.chances()):
                 self.machine.say(f"WARNING: {warning}")
@@ -172,6 +197,14 @@ class AddonRun:
     def go(self) -> int:
         """Runs the command and returns its exit status."""
         return self.loop.go()
+
+    def _tell_of_own_data(self, checkpoint: Path | None) -> None:
+        """Says what was left out of the user's own data, and what has changed since the checkpoint."""
+        lines = self.data.own.notes() if self.data.own else []
+        if not self.opts.reset_progress:
+            lines += changes(read_record(checkpoint), self.data.own, self.plugin)
+        for line in lines:
+            self.machine.say(line)
 
     def _check_roundtrip(self) -> None:
         """Says how much of the tasks' texts the LLM's tokenizer loses. Raises ValueError below --min_roundtrip."""
@@ -228,6 +261,7 @@ class AddonRun:
             self.machine.precision,
         )
         trainer.frame = self.format.frame
+        trainer.more_documents = document_of(self.data.own, self.plugin)
         if self.plan and opts.dry_run:
             self.machine.say(
                 "--dry_run leaves the cache of hidden states empty: its time is that of a step without it"
@@ -252,7 +286,8 @@ class AddonRun:
         opts = self.opts
         count = sum(p.numel() for p in self.model.addon_parameters().values())
         host = host_parameters(self.model.host)
-        tasks = ", ".join(task_names(opts))
+        names = [task.name for task in self.data.tasks]
+        tasks = ", ".join(names)
         metric = "solved"
         if self.data.curriculum:
             metric = "mean level + solved"
@@ -261,7 +296,7 @@ class AddonRun:
             segments = mean_segments(options.part(AddonStepConfig, opts))
 
         return Facts(
-            label="+".join(task_names(opts)),
+            label="+".join(names),
             introduction=f"{opts.model_name} ({host / 1e6:.1f} M frozen) + {self.model.title} ({count / 1e6:.2f} M "
             f"trainable) on {self.machine.device}, {self.machine.precision} autocast; {tasks}",
             card=Card(

@@ -20,7 +20,7 @@ _TABLES: dict[str, tuple[Flag, ...]] = {
     "hybrid": hybrid.TABLE,
     "enhanced": enhanced.TABLE,
     "grpo": grpo.TABLE,
-    "data": data.TABLE,
+    "items": data.TABLE,
     "training": training.TABLE,
     "evaluation": evaluation.TABLE,
     "run": run.TABLE,

@@ -161,7 +161,7 @@ def resolve(opts: Options) -> Options:
     """The options that a run is made of: what several flags decide together is filled in.
 
     --epochs and --max_minutes replace the default number of steps; typed, they replace that of a file, too.
-    --task_config is `small` when no task is named, else `default`; a run that goes on with other tasks keeps it.
+    --task_config is `small` where neither task nor data is named, else `default`; a run that goes on keeps it.
     """
     values: dict[str, Any] = {}
     retyped = {"epochs", "max_minutes"} & opts.typed and "max_steps" not in opts.typed
@@ -169,7 +169,7 @@ def resolve(opts: Options) -> Options:
         values["max_steps"] = 0
 
     if opts.arch == "addon" and not opts.task_config:
-        values["task_config"] = "default" if opts.task or opts.tasks else "small"
+        values["task_config"] = "default" if opts.task or opts.tasks or opts.data else "small"
     return replace(opts, **values)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from engine.records import normalise
 from engine.time_limit import TimeLimitError, call_within
 from tasks.built_in import BUILT_IN
 from tasks.limits import USUAL, JudgeConfig
+from tasks.plugins import PLUGINS, published_tasks
 from verify.judge import Verdict, gold_fails, verdict
 
 EVAL_SEED = 10**9  # training seeds are folded below 9 * 10^8, see `train_seed`
@@ -94,16 +94,11 @@ class Example:
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def registry() -> dict[str, tuple[type, type]]:
-    """Name -> (data set class, config class) of every task at hand; the built-in ones alone without reasoning-gym."""
-    tasks = dict(BUILT_IN)
-    try:
-        import reasoning_gym  # noqa: F401 - importing fills the registry
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        return tasks
-    return tasks | {name: pair for name, pair in DATASETS.items() if name != "composite"}
+    """Name -> (data set class, config class) of every task at hand; without reasoning-gym built-in and plugins'."""
+    tasks = BUILT_IN | published_tasks() | PLUGINS
+    tasks.pop("composite", None)
+    return tasks
 
 
 def default_tasks() -> list[str]:

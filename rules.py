@@ -46,6 +46,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def own_data_alone(o: Namespace) -> bool:
+    """Whether own data are all that is trained on: a fixed set without --train_n."""
+    return o.data is not None and not (o.task or o.tasks)
+
+
 # --- sizes ---
 
 
@@ -90,6 +95,29 @@ def the_hybrid_has_data(o: Namespace) -> str | None:
                 "random data)")
 
 
+@rule("data", "eval_data", "messages_field", "question_field", "answer_field", "verifier")
+def own_data_are_named(o: Namespace) -> str | None:
+    # Evaluation data alone would say nothing of what is trained on.
+    defaults = {"eval_data": None, "messages_field": None, "question_field": "question", "answer_field": "answer",
+                "verifier": "exact"}
+    for name, default in defaults.items():
+        if o.data is None and getattr(o, name) != default:
+            return f"--{name} {shown(getattr(o, name))} does nothing without --data: name your data, or leave it out"
+
+
+@rule("messages_field", "question_field", "answer_field")
+def rows_are_read_one_way(o: Namespace) -> str | None:
+    if o.messages_field is not None and (o.question_field, o.answer_field) != ("question", "answer"):
+        return (f"--messages_field {shown(o.messages_field)} stands in place of --question_field and --answer_field: "
+                "keep one way")
+
+
+@rule("curriculum", "data")
+def own_data_have_no_levels(o: Namespace) -> str | None:
+    if o.curriculum and o.data is not None:
+        return f"--curriculum: --data {shown(o.data)} has no levels of difficulty: leave one out"
+
+
 @rule("curriculum", "train_n")
 def a_curriculum_has_fresh_items(o: Namespace) -> str | None:
     if o.curriculum and o.train_n:
@@ -111,9 +139,9 @@ def training_ends(o: Namespace) -> str | None:
         return "training would never end: set --max_steps, --epochs or --max_minutes"
 
 
-@rule("epochs", "train_n", "arch")
+@rule("epochs", "train_n", "arch", "data", "task", "tasks")
 def epochs_have_a_fixed_set(o: Namespace) -> str | None:
-    if o.arch == "addon" and o.epochs > 0 and o.train_n == 0:
+    if o.arch == "addon" and o.epochs > 0 and o.train_n == 0 and not own_data_alone(o):
         return f"--epochs {o.epochs} needs --train_n above 0: fresh items without end have no epochs"
 
 
@@ -244,9 +272,9 @@ def the_cache_stays_true(o: Namespace) -> str | None:
                 "every step; leave one out")
 
 
-@rule("cache_hidden", "train_n")
+@rule("cache_hidden", "train_n", "data", "task", "tasks")
 def the_cache_is_read_again(o: Namespace) -> str | None:
-    if o.cache_hidden != "off" and o.train_n == 0:
+    if o.cache_hidden != "off" and o.train_n == 0 and not own_data_alone(o):
         return (f"--cache_hidden {o.cache_hidden} needs --train_n above 0: fresh items without end are never seen "
                 "twice")
 

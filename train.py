@@ -101,7 +101,7 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
     if lines:
         return opts, checkpoint, lines
 
-    opts = options.resolve(opts)
+    opts = with_places(options.resolve(opts))
     return opts, checkpoint, run_of(opts).problems(opts, checkpoint)
 
 
@@ -111,6 +111,20 @@ def wait_passively() -> None:
     By default they spin for a while, and take the core of another thread or program.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def with_places(opts: options.Options) -> options.Options:
+    """Options that name own data by absolute paths, so that the run goes on from any folder."""
+    from own_tasks.source import source_of
+
+    places = {}
+    for name in ("data", "eval_data"):
+        text = getattr(opts, name)
+        try:
+            places[name] = source_of(text, f"--{name}").text if text else None
+        except ValueError:  # told with the system's other problems
+            places[name] = text
+    return options.replace(opts, **places)
 
 
 def with_threads(opts: options.Options) -> options.Options:

@@ -136,6 +136,7 @@ class Trainer(BaseTrainer):
         super().__init__(optim, controller, SegmentLoss(controller), accelerator, precision, parameters, optimizers)
         self.config = config
         self.prompt = prompt
+        self.more_documents: dict[str, str] = {}  # file name -> text that checkpoints are to keep beside the adapter's
         self.frame: Frame | None = None  # what is written around each question, where checkpoints are to keep it
         self.controller = controller
         self.answer_verdicts = answer_verdicts
@@ -146,8 +147,8 @@ class Trainer(BaseTrainer):
         return adapter_weights(self.controller)
 
     def documents(self) -> dict[str, str]:
-        """The adapter's description, from which it can be rebuilt."""
-        return adapter_documents(self.controller, self.prompt, self.frame)
+        """The adapter's description, from which it can be rebuilt, and what the run adds."""
+        return {**adapter_documents(self.controller, self.prompt, self.frame), **self.more_documents}
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another base model or another shape."""

@@ -17,10 +17,14 @@ from engine.machine import Machine
 from engine.progress import clock_text
 from engine.state import peek
 from engine.system import LoopConfig
+from flags import FIND
 from reasoning_gym_wrapper import Task
 
 QUIET_S = 15.0  # seconds of drawing before the first line about it, and from one line to the next
-DECIDES = ("task", "tasks", "task_config", "eval_n", "eval_seed", "group_split", "curriculum", "curriculum_levels")
+DECIDES = (
+    *("task", "tasks", "task_config", "eval_n", "eval_seed", "group_split", "curriculum", "curriculum_levels"),
+    *("data", "question_field", "answer_field", "messages_field", "eval_data", "verifier"),
+)
 
 
 @dataclass
@@ -82,7 +86,7 @@ def draws_of(checkpoint: Path | None, config: LoopConfig) -> Draws:
 
     # Other items than the checkpoint's were not drawn before.
     extra, flags = peek(checkpoint)
-    same = all(config.flags[name] == flags.get(name) for name in DECIDES)
+    same = bool(flags) and all(config.flags[name] == flags.get(name, FIND[name].default) for name in DECIDES)
     return Draws.of(extra.get("draws", {}), repeats=same)
 
 

@@ -53,6 +53,8 @@ class ItemsConfig:
 
     task, tasks: one task, or several with commas between; None = the default ones.
     task_config: their settings; None = small when no task is named, else default.
+    data, question_field, answer_field, messages_field, eval_data, verifier: own data, see `own_tasks.table`.
+    mix: shares of the tasks.
     train_n: items of a fixed set; 0 = fresh ones without end.
     seed: of the training items.
     eval_n, eval_seed, group_split: what is held out, and so never trained on.
@@ -62,6 +64,13 @@ class ItemsConfig:
     task: str | None = None
     tasks: str | None = None
     task_config: str | None = None
+    data: str | None = None
+    question_field: str = "question"
+    answer_field: str = "answer"
+    messages_field: str | None = None
+    eval_data: str | None = None
+    verifier: str = "exact"
+    mix: str | None = None
     train_n: int = 0
     seed: int = 0
     eval_n: int = 256

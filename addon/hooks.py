@@ -95,4 +95,5 @@ class AddonHooks(Hooks):
         reserved = before.get("eval_n", 0)
         if same and config.eval_n <= reserved:
             return []
-        return beyond_reserve(config.tasks, reserved, before.get("group_split", False))
+        names = [task.name for task in self.data.tasks]
+        return beyond_reserve(names, reserved, before.get("group_split", False))

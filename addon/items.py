@@ -14,7 +14,10 @@ from batching import Batch, PromptFormat, TrainBatches
 from engine.machine import Machine
 from engine.progress import clock_text
 from evaluation import answer_budget
-from reasoning_gym_wrapper import Example, Reserve, Task, make_tasks
+from own_tasks.choice import mix_weights, tasks_with_own
+from own_tasks.table import OwnDataConfig
+from own_tasks.task import OwnTask
+from reasoning_gym_wrapper import Example, Reserve, Task
 from tasks.chance import Chance, task_chances
 from tasks.limits import USUAL, JudgeConfig
 
@@ -24,10 +27,12 @@ PROBE_S = 60.0  # seconds that this may take
 
 @dataclass(frozen=True)
 class AddonDataConfig:
-    """The items of a run of the add-on; each field but `tasks` is the flag of its name.
+    """The items of a run of the add-on; each field but `tasks`, `own` and `limits` is the flag of its name.
 
     tasks: names of the tasks.
     task_config: their difficulty: small, default, a JSON object or its file.
+    own: the user's own data, a task beside them.
+    mix: shares of the tasks in training, NAME=WEIGHT,...; None = equal parts.
     eval_n: held-out items of each task (of each level, with a curriculum).
     eval_seed: seed of the held-out items.
     group_split: True holds out whole groups of like items, where a task knows groups.
@@ -49,6 +54,8 @@ class AddonDataConfig:
 
     tasks: Sequence[str]
     task_config: str
+    own: OwnDataConfig = OwnDataConfig()
+    mix: str | None = None
     eval_n: int = 256
     eval_seed: int = 10**9
     group_split: bool = True
@@ -85,9 +92,8 @@ class AddonData:
         self.machine = machine
 
         # What is evaluated is drawn first, so that training keeps off it.
-        self.tasks = make_tasks(config.tasks, config.task_config)
-        for task in self.tasks:
-            task.limits = config.limits
+        self.tasks = tasks_with_own(config.tasks, config.task_config, config.own, config.limits)
+        self.own = next((task for task in self.tasks if isinstance(task, OwnTask)), None)
         self.draws = draws or Draws()
         self._chances: dict[str, Chance] = {}
         self._chances_of: list[Example] | None = None  # the items that `_chances` are of
@@ -167,13 +173,14 @@ class AddonData:
         if self.machine.world > 1:
             for task in self._all_tasks():
                 task.most_slow = 1
-        stream = training_examples(self.tasks, self.reserve, config.seed, config.train_n)
+        weights = mix_weights(config.mix, [task.name for task in self.tasks])
+        stream = training_examples(self.tasks, self.reserve, config.seed, config.train_n, weights)
         if isinstance(stream, EpochStream):
             stream.examples = self.fitting(stream.examples, "training")
             return stream
 
         # The probe draws from a stream of its own: the training stream must begin at its first item.
-        probe = training_examples(self.tasks, self.reserve, config.seed, 0)
+        probe = training_examples(self.tasks, self.reserve, config.seed, 0, weights)
         drawn: list[Example] = []
         began = time.monotonic()
         while len(drawn) < PROBE and (not drawn or time.monotonic() - began < PROBE_S):
@@ -241,7 +248,8 @@ class AddonData:
 
         # The number of items drawn so far stays the position: which they were differs by level anyway.
         if self.batches:
-            stream = training_examples(self.tasks, self.reserve, self.config.seed, 0)
+            weights = mix_weights(self.config.mix, [task.name for task in self.tasks])
+            stream = training_examples(self.tasks, self.reserve, self.config.seed, 0, weights)
             stream.load_state_dict(self.batches.stream.state_dict())
             self.batches = self._batches(stream)
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
 
+from own_tasks.task import OwnTask
 from reasoning_gym_wrapper import MAX_REJECTED, Example, Reserve, Task, TaskError, train_seed
+
+
+def most_owed(weights: Sequence[float], taken: Sequence[int]) -> int:
+    """The task that lags furthest behind its share, given how many items of each were taken; the first of several."""
+    # What each share would be after one more item, less what it is.
+    total = sum(taken) + 1
+    whole = sum(weights)
+    owed = []
+    for weight, count in zip(weights, taken, strict=True):
+        owed.append(weight / whole * total - count)
+    return owed.index(max(owed))
 
 
 class TrainStream:
@@ -40,13 +53,7 @@ class TrainStream:
         if self.weights is None:
             return (turn + 1) % len(self.tasks)
 
-        # What each share would be after one more item, less what it is.
-        total = sum(self._taken) + 1
-        whole = sum(self.weights)
-        owed = []
-        for weight, taken in zip(self.weights, self._taken, strict=True):
-            owed.append(weight / whole * total - taken)
-        return owed.index(max(owed))
+        return most_owed(self.weights, self._taken)
 
     def __iter__(self) -> TrainStream:
         return self
@@ -119,8 +126,24 @@ class EpochStream:
 def training_examples(
     tasks: Sequence[Task], reserve: Reserve, seed: int, n: int, weights: Sequence[float] | None = None
 ) -> TrainStream | EpochStream:
-    """`--train_n`: a fixed set of n items, or with 0 fresh items without end; both reject the reserve's questions."""
+    """`--train_n`: a fixed set of n items, or with 0 fresh items without end; both reject the reserve's questions.
+
+    Own data alone are a fixed set by themselves: all rows that are not held out, or n of them.
+    """
+    if len(tasks) == 1 and isinstance(tasks[0], OwnTask) and tasks[0].is_fixed:
+        return EpochStream(_own_rows(tasks[0], reserve, seed, n), seed)
     stream = TrainStream(tasks, reserve, train_seed(seed), weights)
     if n == 0:
         return stream
     return EpochStream([next(stream) for _ in range(n)], seed)
+
+
+def _own_rows(task: OwnTask, reserve: Reserve, seed: int, n: int) -> list[Example]:
+    """The rows to train on, in the order of the seed; the first `n`, or with 0 all. Raises TaskError where none is."""
+    rows = []
+    for _, example in itertools.islice(task.items(train_seed(seed)), len(task.train_items)):
+        if not reserve.rejects(example):
+            rows.append(example)
+    if not rows:
+        raise TaskError(f"task {task.name}: every question is held out, nothing is left to train on: lower --eval_n")
+    return rows[: n or len(rows)]

@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -292,7 +292,10 @@ def read_json(path: Path, strict: bool = False) -> Any:
         raise ValueError(f"{path} is not JSON ({reason_of(error)})") from error
 
 
-def json_lines(path: Path, skip_damaged: bool = False, strict: bool = False) -> Iterator[tuple[int, Any]]:
+def json_lines(
+    path: Path, skip_damaged: bool = False, strict: bool = False,
+    on_damage: Callable[[JsonLineError], None] | None = None,
+) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of JSON in a UTF-8 file, read one at a time; blank lines are left out.
 
     Only a newline ends a line: texts may hold U+2028 and its like.
@@ -302,6 +305,7 @@ def json_lines(path: Path, skip_damaged: bool = False, strict: bool = False) -> 
         skip_damaged: for records of a run that may have crashed: a line that is not JSON is left out, bytes that are
             not UTF-8 are replaced, and a file that is missing has no lines.
         strict: as in `parse_json`.
+        on_damage: takes the error of a line that `parse_json` refuses, which is then left out; None: it is raised.
 
     Raises:
         OSError: the file cannot be read.
@@ -323,6 +327,9 @@ def json_lines(path: Path, skip_damaged: bool = False, strict: bool = False) -> 
                     value = parse_json(line, strict)
             except (ValueError, RecursionError) as error:
                 if skip_damaged:
+                    continue
+                if on_damage is not None:
+                    on_damage(JsonLineError(path, number, error))
                     continue
                 raise JsonLineError(path, number, error) from error
             yield number, value

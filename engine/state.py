@@ -30,7 +30,10 @@ from engine.system import LoopConfig
 STATE = "training_state"  # stem of the file that training goes on from
 CONFIG = "config.resolved.yaml"
 # What a position in the training items depends on.
-DATA = ("task", "tasks", "task_config", "train_n", "dataset", "seed")
+DATA = (
+    *("task", "tasks", "task_config", "train_n", "dataset", "seed"),
+    *("data", "question_field", "answer_field", "messages_field", "eval_data", "verifier", "mix"),
+)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Flags under the heading `data`: tasks, items, how text becomes tokens. A new flag is one line here."""
+"""Flags under the heading `items`: tasks, items, how text becomes tokens. A new flag is one line here."""
 
 from __future__ import annotations
 
@@ -17,9 +17,26 @@ TABLE = (
     # Reasoning Gym tasks.
     addon("task", "str", None, "one task by name: Reasoning Gym's or a built-in one", nullable=True, common=True),
     addon("tasks", "list", None, "several tasks, mixed in equal parts", nullable=True, common=True),
+    addon("plugin", "path", None, "a Python file of tasks with Reasoning Gym's interface; it runs only when "
+          "typed", nullable=True, in_file=False, one_call=True),
     addon("task_config", "json", None, "settings of the tasks; none = small when no task is named, else default",
           nullable=True, form="small, default, a file or a JSON object", common=True),
-    addon("train_n", "int", 0, "training items; 0 = fresh items without end", low=0, common=True),
+    # Own data, one more task.
+    addon("data", "str", None, "own data as a task: a JSONL, JSON, CSV or parquet file, a folder of them, a data "
+          "set of the hub", nullable=True, form="FILE_OR_HUB[:SPLIT]", common=True),
+    addon("question_field", "str", "question", "field of a row of --data that holds the question"),
+    addon("answer_field", "str", "answer", "field that holds the gold answer"),
+    addon("messages_field", "str", None, "field that holds a chat, in place of both: its last assistant turn is the "
+          "answer, what precedes it the question", nullable=True),
+    addon("eval_data", "str", None, "rows to evaluate on, in place of some held out of --data", nullable=True,
+          form="FILE_OR_HUB[:SPLIT]"),
+    addon("verifier", "str", "exact", "how an answer to --data is judged",
+          pattern=r"exact|number|choice|regex:.+|[A-Za-z_][\w.]*:[A-Za-z_]\w*",
+          form="exact, number, choice, regex:PATTERN or PKG.MOD:FUNCTION", common=True),
+    addon("mix", "str", None, "shares of the tasks in training; a task that is not named weighs 1; none = equal parts",
+          nullable=True, pattern=r"[^,=]+=[^,=]+(,[^,=]+=[^,=]+)*", form="NAME=WEIGHT,NAME=WEIGHT"),
+    addon("train_n", "int", 0, "training items; 0 = fresh items without end, of --data alone all rows", low=0,
+          common=True),
     Flag("eval_n", "int", 256, "evaluation items of each task", low=1, common=True),
     addon("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are "
           "never trained on, beside questions"),

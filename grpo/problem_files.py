@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
-import math
 import random
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +35,7 @@ from text_data.code_tasks import (
 )
 from text_data.documents import Splits
 from text_data.equality import same_answer
+from text_data.row_fields import answer_text, prompt_text
 from text_data.rows import json_rows
 
 PROMPTS = ("prompt", "question")
@@ -50,7 +48,6 @@ OTHER_NAMES = {
     **dict.fromkeys(("test_cases", "unit_tests", "testcases", "asserts", "assertions", "test"), "tests"),
     **dict.fromkeys(("canonical_solution", "solution", "program"), "code"),
 }
-_CHAT_AS_TEXT = re.compile(r"\[?\s*\{\s*['\"](?:role|content)['\"]\s*:")
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def _problem_of(record: dict[str, Any]) -> Problem:
     record = {name: value for name, value in record.items() if value is not None}
     task = _code_task(record)
     if task is not None:
-        code = task.code or _answer_text(record.get("answer"), "answer")
+        code = task.code or answer_text(record.get("answer"), "answer")
         return Problem(task.prompt, code, "code", tests=task.tests, setup=task.setup)
 
     if has_choices(record):
@@ -194,50 +191,12 @@ def _question(record: dict[str, Any]) -> str:
     """The question of a record, "" where it has none. Raises ValueError."""
     texts = {}
     for name in PROMPTS:
-        text = _prompt_text(record.get(name), name)
+        text = prompt_text(record.get(name), name)
         if text:
             texts[name] = text
     if len({normalise(text) for text in texts.values()}) > 1:
         raise ValueError("holds both a prompt and a question, which differ: take one of them out")
     return next(iter(texts.values()), "")
-
-
-def _prompt_text(value: Any, name: str) -> str:
-    """The text of a prompt: as it is, or of a chat of one user turn, below what a system turn says before it."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        text = value.replace("\r\n", "\n").strip()
-        if not _CHAT_AS_TEXT.match(text):
-            return text
-        try:
-            value = json.loads(text)
-        except ValueError:
-            raise ValueError(f"has a {name} that is a chat printed as text: write the chat, or its text") from None
-    messages = [value] if isinstance(value, Mapping) else value
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"has a {name} that is neither text nor a chat: it is {type(value).__name__}")
-
-    # More turns than one would lose who says what.
-    roles = [message.get("role") for message in messages]
-    if roles[-1:] != ["user"] or any(role != "system" for role in roles[:-1]):
-        shown = ", ".join(map(str, roles)) or "nothing"
-        raise ValueError(f"has a {name} that is a chat of {shown}: expected one user turn, or system and user")
-    return "\n\n".join(filter(None, (_content(message.get("content"), name) for message in messages)))
-
-
-def _content(content: Any, name: str) -> str:
-    """The text of a message: text, or a list of parts that are text. Raises ValueError."""
-    if isinstance(content, str):
-        return content.strip()
-    parts = content if isinstance(content, list) else [None]
-    texts = []
-    for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) else part
-        if not isinstance(text, str):
-            raise ValueError(f"has a {name} with a part that is no text, which no model here can read")
-        texts.append(text)
-    return "\n".join(texts).strip()
 
 
 def _answer(record: dict[str, Any]) -> tuple[str, str]:
@@ -247,10 +206,10 @@ def _answer(record: dict[str, Any]) -> tuple[str, str]:
     """
     text = ""
     for name in ANSWERS:
-        text = _answer_text(record.get(name), name)
+        text = answer_text(record.get(name), name)
         if text:
             break
-    final = _answer_text(record.get("final_answer"), "final_answer")
+    final = answer_text(record.get("final_answer"), "final_answer")
     if final and not same_answer(gold_of(text), final):
         raise ValueError("holds both an answer and a final_answer, which differ: take one of them out")
     if MARK not in text:
@@ -260,32 +219,6 @@ def _answer(record: dict[str, Any]) -> tuple[str, str]:
     if not final.strip():
         raise ValueError(f"has an answer that ends with {MARK}: the answer itself belongs behind it")
     return without_calculator(steps).strip(), gold_of(text)
-
-
-def _answer_text(value: Any, name: str) -> str:
-    """An answer as text, "" for none. Raises ValueError where it has no obvious text."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value.replace("\r\n", "\n").replace("\r", "\n").strip()
-    if isinstance(value, bool):
-        raise ValueError(f"has the {name} {str(value).lower()}: write the text that the model must give, such as yes")
-    if isinstance(value, int | float) and math.isfinite(value):
-        return str(value)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"has a {name} that is {_kind(value)}: give text or a number")
-
-    # Several ways to write one answer are one answer.
-    texts = [_answer_text(entry, name) for entry in value]
-    if any(not same_answer(text, texts[0]) for text in texts):
-        raise ValueError(f"has a list of {len(value)} different texts as its {name}: give the one that counts")
-    return texts[0]
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for people."""
-    kinds = {"dict": "an object", "list": "an empty list", "float": f"{value}"}
-    return kinds.get(type(value).__name__, type(value).__name__)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from addon.streams import most_owed
 from engine.records import normalise
 from enhanced.reasoning_format import END_SOLUTION, END_THINK, SOLUTION, THINK
 from grpo.rewards import item_text
-from reasoning_gym_wrapper import MAX_REJECTED, Example, Task, for_evaluation
+from reasoning_gym_wrapper import EVAL_SEED, MAX_REJECTED, Example, Task, for_evaluation
 from tasks.limits import USUAL, JudgeConfig
 
 HELD_OUT_SHARE = 5  # of a finite source, one in so many problems is kept for evaluation at most
@@ -151,20 +152,26 @@ def _sum_terms(expression: str) -> tuple[list[int], list[str]] | None:
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Reasoning Gym tasks in equal parts."""
+    """Tasks in equal parts; with `weights`, one for each, training draws them in these shares."""
 
     tasks: tuple[Task, ...]
     size: None = None
+    weights: tuple[float, ...] | None = None
 
     def problems(self, seed: int) -> Iterator[Problem]:
         streams = [task.items(seed) for task in self.tasks]
+        weights = self.weights
+        if weights is None or seed >= EVAL_SEED:
+            weights = (1.0,) * len(streams)
 
-        # One item of each task in turn keeps their parts equal; some items have no gold answer.
+        # Some items have no gold answer: they count for their task's share all the same.
+        taken = [0] * len(streams)
         while True:
-            for stream in streams:
-                example = next(stream)[1]
-                if example.target is not None:
-                    yield problem_of(example)
+            turn = most_owed(weights, taken)
+            taken[turn] += 1
+            example = next(streams[turn])[1]
+            if example.target is not None:
+                yield problem_of(example)
 
 
 def task_source(level: Mapping[str, Mapping[str, Any] | None], limits: JudgeConfig = USUAL) -> TaskSource:

@@ -25,6 +25,7 @@ from enhanced.reasoning_format import (
     without_tags,
 )
 from grpo.arithmetic import divisions, sound_share
+from grpo.own_rewards import is_own, own_reward
 from reasoning_gym_wrapper import EXECUTES_CODE, Example, Task, TaskError
 from sandbox.runner import CodeJob, confinement, run_many
 from text_data.equality import same_answer
@@ -409,8 +410,9 @@ def _weight_problems(weights: Mapping[str, float]) -> list[str]:
     """Unknown rewards and weights out of range, one clause each."""
     problems = []
     for name in weights:
-        if name not in REWARDS:
-            problems.append(f"unknown reward {name!r}: choose from {', '.join(REWARDS)}")
+        if name not in REWARDS and not is_own(name):
+            choices = ", ".join(REWARDS)
+            problems.append(f"unknown reward {name!r}: choose from {choices}, or name a function as PKG.MOD:FUNCTION")
 
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
@@ -422,7 +424,9 @@ def _weight_problems(weights: Mapping[str, float]) -> list[str]:
 
 
 def _bind(name: str, settings: RewardSettings) -> Reward:
-    """The reward with these settings, under its own name."""
+    """The reward with these settings, under its own name. Raises ValueError for a user's that cannot be imported."""
+    if is_own(name):
+        return own_reward(name, text_of)
     reward = REWARDS[name]
 
     def function(prompts, completions, completion_ids=None, **columns) -> list[float]:

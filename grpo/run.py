@@ -14,9 +14,8 @@ from grpo.stage_loop import StageLoop, StageLoopConfig
 from grpo.stages import HeldOut, StagesConfig, check_texts, hold_out, stages_of
 from grpo.trained import TrainedModel, trained_addon, trained_planner
 from grpo.warm_start import EnhancedRun, unreserved
-from reasoning_gym_wrapper import make_tasks, reserved_sums
+from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
-from tasks.limits import JudgeConfig
 
 WARM_START_DONE = "the warm start is done after {step} steps; GRPO goes on from here"
 
@@ -31,7 +30,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     if checkpoint is None:
         return ["--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce", *lines]
     try:
-        tasks = make_tasks(addon_run.task_names(opts), addon_run.task_config(opts), options.part(JudgeConfig, opts))
+        tasks = addon_run.chosen_tasks(opts)
     except ValueError:  # what is wrong with the tasks is among the lines
         return lines
     return lines + stages_of(options.part(StagesConfig, opts), tasks)[1]

@@ -12,9 +12,11 @@ from engine.files import parse_json, read_text, reason_of
 from engine.records import normalise
 from engine.schedule import ScheduleConfig
 from flags import FIND
+from grpo.own_rewards import is_own, try_reward
 from grpo.problem_files import file_source
 from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, task_source
-from grpo.rewards import build_rewards
+from grpo.rewards import build_rewards, text_of
+from own_tasks.choice import mix_weights
 from reasoning_gym_wrapper import EXECUTES_CODE, Task, TaskError
 from tasks.limits import USUAL, JudgeConfig
 from text_data.roundtrip import ROWS_TRIED, check_round_trip
@@ -104,6 +106,7 @@ class StagesConfig(GrpoConfig):
         eval_n: evaluation questions of each stage, 1 or more.
         allow_unconfined_code: whether the code reward may run programs where nothing can confine them.
         allow_code_tasks: whether tasks may be used whose verifier executes code.
+        mix: shares of the flags' tasks in training, NAME=WEIGHT,...; None = equal parts.
         draw_timeout_s, score_timeout_s, verifier_strict: as in `tasks.limits.JudgeConfig`.
     """
 
@@ -112,6 +115,7 @@ class StagesConfig(GrpoConfig):
     eval_n: int = 256
     allow_unconfined_code: bool = False
     allow_code_tasks: bool = False
+    mix: str | None = None
     draw_timeout_s: float = USUAL.draw_timeout_s
     score_timeout_s: float = USUAL.score_timeout_s
     verifier_strict: bool = USUAL.verifier_strict
@@ -276,6 +280,8 @@ def _stage(
     except (ValueError, OSError) as error:
         problems.append(" ".join(str(error).split()))
     problems += _reward_problems(merged["rewards"], config)
+    if not problems:
+        problems = _own_reward_problems(merged["rewards"], levels)
     if problems:
         return None, problems
 
@@ -324,6 +330,16 @@ def _reward_problems(weights: Any, config: StagesConfig) -> list[str]:
     return []
 
 
+def _own_reward_problems(weights: Mapping[str, float], levels: Sequence[Source]) -> list[str]:
+    """What is wrong with the user's own rewards, one line each: each is called once, on a problem of the stage."""
+    problems = []
+    for name in filter(is_own, weights):
+        problem = try_reward(name, next(levels[0].problems(0)).row(), text_of)
+        if problem:
+            problems.append(problem)
+    return problems
+
+
 def _batch_problems(config: GrpoConfig, questions: int) -> list[str]:
     """At most one line: a step must hold whole groups of completions, and the stage enough questions for one step."""
     completions = config.grpo_batch_size * config.grpo_accum_steps
@@ -348,7 +364,8 @@ def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Sour
     if given == "code":
         return (CodeSource(),)
     if given == "tasks" and own:
-        return (TaskSource(tuple(own)),)
+        weights = mix_weights(config.mix, [task.name for task in own])
+        return (TaskSource(tuple(own), weights=tuple(weights) if weights else None),)
 
     # A path is one of the user's, or of this repository's files wherever the command was started.
     if isinstance(given, str):

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import options  # noqa: E402
 from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_of, saved_format  # noqa: E402
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
-from addon_run import task_config, task_names  # noqa: E402
+from addon_run import chosen_tasks  # noqa: E402
 from batching import PromptConfig, PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from depth_measures import (  # noqa: E402
@@ -59,9 +59,8 @@ from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
-from reasoning_gym_wrapper import Example, Reserve, beyond_reserve, make_tasks  # noqa: E402
+from reasoning_gym_wrapper import Example, Reserve, beyond_reserve  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
-from tasks.limits import JudgeConfig  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -161,7 +160,7 @@ def held_out(
     def fitting(examples: list[Example]) -> list[Example]:
         return prompt.fitting(examples, opts.overlong, "evaluation")
 
-    tasks = make_tasks(task_names(opts), task_config(opts), options.part(JudgeConfig, opts))
+    tasks = chosen_tasks(opts)
     curriculum = None
     if opts.curriculum:
         # Built as the run built it: which items a level has depends on --eval_n where the level is small.
@@ -254,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps:
         print(note_of_steps(loaded.trained), file=sys.stderr)
     elif args.eval_n > opts.eval_n and not opts.curriculum:  # a curriculum's items are all reserved
-        for line in beyond_reserve(task_names(opts), opts.eval_n, opts.group_split):
+        for line in beyond_reserve([task.name for task in chosen_tasks(opts)], opts.eval_n, opts.group_split):
             print(line, file=sys.stderr)
 
     curve = measure(loaded, args)

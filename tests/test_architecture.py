@@ -26,7 +26,7 @@ ROWS = (
     ("text_data", "tasks"),
     ("suite", "verify"),
     ("hrm_blocks", "host", "reasoning_gym_wrapper"),
-    ("injector", "batching"),
+    ("injector", "batching", "own_tasks"),
     ("model", "evaluation"),
     ("text_model",),
     ("addon", "hybrid", "enhanced"),

@@ -334,7 +334,7 @@ def test_a_flag_of_another_system_is_refused(flag, capsys):
     """A flag that would do nothing must not look as if it did."""
     other = next(arch for arch in ARCHS if arch not in flag.archs)
     data = ["--dataset", "synthetic"] if other == "hybrid" else []
-    text = {"dev_sets": "a=b"}.get(flag.name) or str(flag.default if flag.default is not None else 1)
+    text = {"dev_sets": "a=b", "mix": "a=1"}.get(flag.name) or str(flag.default if flag.default is not None else 1)
     told = refused(["--arch", other, *data, f"--{flag.name}={text}"], capsys)
     assert f"--{flag.name} does nothing with --arch {other}, only with {flag.archs[0]}: leave it out" in told
 
@@ -713,7 +713,7 @@ def test_command_line_beats_yaml_beats_defaults(under, over, tmp_path_factory):
     under, over = ({k: v for k, v in x.items() if not (v is None or isinstance(v, str) and v.lower() == "none")}
                    for x in (under, over))
     expected = {**as_dict(parse([])), **under, **over}
-    assume(not problems(options.Options(**expected, config=None, explicit=set(under) | set(over))))
+    assume(not problems(options.Options(**expected, config=None, plugin=None, explicit=set(under) | set(over))))
     path.write_text(dump(options.Options(**{**as_dict(parse([])), **under})), encoding="utf-8")
     opts = parse(["--config", str(path), *(f"--{name}={value}" for name, value in over.items())])
     assert as_dict(opts) == expected
@@ -735,8 +735,8 @@ def test_dump_groups_all_leaves_and_leaves_the_config_out():
     tree = yaml.safe_load(text)
     assert list(tree) == [group for group in GROUPS if group not in ("hybrid", "enhanced")]
     assert tree["model"]["d_h"] == 64
-    known = [flag.name for flag in FLAGS if "addon" in flag.archs]
-    assert [name for group in tree.values() for name in group] == [name for name in known if name != "config"]
+    known = [flag.name for flag in FLAGS if "addon" in flag.archs and flag.in_file]
+    assert [name for group in tree.values() for name in group] == known
 
 
 def test_equality_looks_at_every_flag_but_not_at_where_it_came_from(config):

@@ -555,10 +555,7 @@ def test_gold_verifies_and_items_resume_in_every_task(every_task):
 
 @pytest.fixture
 def no_reasoning_gym(monkeypatch):
-    rg.registry.cache_clear()
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    yield
-    rg.registry.cache_clear()
 
 
 def test_toy_add_stands_in_loudly_when_reasoning_gym_is_missing(no_reasoning_gym, capsys):

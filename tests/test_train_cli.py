@@ -15,6 +15,7 @@ import train
 from addon import items
 from batching import PromptFormat
 from engine import loop as run_loop
+from reasoning_gym_wrapper import make_tasks
 from tiny_runs import ROOT, TINY, error_lines, newest, only_run, records
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
@@ -95,7 +96,7 @@ def test_training_items_that_are_too_long_are_counted(refused, monkeypatch, tiny
 
 def short(task, n: int) -> list:
     """Evaluation items of few digits, whatever the difficulty."""
-    easy = items.make_tasks(["toy_add"], "default")[0].items(1)
+    easy = make_tasks(["toy_add"], "default")[0].items(1)
     return [next(easy)[1] for _ in range(n)]
 
 

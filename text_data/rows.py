@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from engine.files import JsonLineError, NoTextError, json_lines, parse_json
 Row = tuple[str, Any]  # where it stands, as `line 3` or `item 17`; the value, which may be no object
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def json_rows(path: Path, on_damage: Callable[[JsonLineError], None] | None = None) -> Iterator[Row]:
     """Every row of a file of JSON lines, of one list of objects, or of one object that holds objects by id.
 
     The latter two may stand on one line or be indented. A byte order mark and blank lines do not matter.
+    `on_damage` takes the error of a broken line of several, see `json_lines`.
 
     Raises:
         OSError: the file cannot be read.
@@ -24,7 +25,7 @@ def json_rows(path: Path) -> Iterator[Row]:
     if _spans_lines(path):
         yield from _members(_whole(path), 1)
         return
-    for number, value in json_lines(path, strict=True):
+    for number, value in json_lines(path, strict=True, on_damage=on_damage):
         yield from _members(value, number)
 
 

@@ -189,19 +189,6 @@ def test_a_run_climbs_and_its_resume_is_exact(tiny_host, tmp_path, solves_everyt
     assert "curriculum level: gcd 2 of 3" in capsys.readouterr().out
 
 
-def test_a_run_goes_up_by_the_items_that_its_level_adds(tiny_host, tmp_path, monkeypatch):
-    """Whoever solves one step alone leaves level 0 and stays at level 1, where half of the items are of one step."""
-
-    def solves_one_step(answers):
-        return sum(answer.example.entry["metadata"]["steps"] == 1 for answer in answers) / len(answers)
-
-    monkeypatch.setattr("addon.hooks.solved_rate", solves_one_step)
-    more = ("--task=toy_chain", "--curriculum", "--eval_every=1", "--max_steps=4", "--eval_n=16", "--max_new_tokens=2",
-            "--curriculum_threshold=0.2")
-    assert train.main(arguments(tiny_host, tmp_path, *more)) == 0
-    assert levels(only_run(tmp_path)) == [("1", 0.0), ("2", 1.0), ("3", 1.0), ("4", 1.0)]
-
-
 def test_a_run_that_solves_too_little_stays_where_it_is(tiny_host, tmp_path):
     assert train.main(arguments(tiny_host, tmp_path, *FAST, "--max_steps=4", "--curriculum_threshold=1")) == 0
     assert levels(only_run(tmp_path)) == [("2", 0.0), ("4", 0.0)]

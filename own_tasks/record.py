@@ -1,0 +1,67 @@
+"""What a checkpoint keeps of own data and plugins, and what has changed since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints import read_checkpoint
+from own_tasks.task import OwnTask
+from tasks.plugins import Plugin
+
+OWN_DATA = "own_data.json"
+
+
+def document_of(task: OwnTask | None, plugin: Plugin | None) -> dict[str, str]:
+    """{file name: text} for a checkpoint; empty where there is nothing to keep."""
+    record: dict[str, Any] = {}
+    if task:
+        record["data"] = task.record()
+    if plugin:
+        record["plugin"] = plugin.record()
+    return {OWN_DATA: json.dumps(record, indent=2)} if record else {}
+
+
+def read_record(checkpoint: Path | None) -> dict[str, Any]:
+    """What a checkpoint keeps; empty where it keeps nothing, or cannot be read: its reader tells what is wrong."""
+    if checkpoint is None:
+        return {}
+    try:
+        record = json.loads(read_checkpoint(checkpoint, stems=[]).documents.get(OWN_DATA, "{}"))
+    except (ValueError, OSError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def missing_plugin(record: Mapping[str, Any], names: list[str], plugin: str | None) -> list[str]:
+    """One line where a task of the checkpoint's plugin is named and the plugin is not typed."""
+    before = record.get("plugin")
+    if not before or plugin:
+        return []
+    needed = [name for name in names if name in before["tasks"]]
+    if not needed:
+        return []
+    return [f"task {needed[0]} comes from a plugin, which runs only when it is typed: add --plugin "
+            f"{before['path']}"]
+
+
+def changes(record: Mapping[str, Any], task: OwnTask | None, plugin: Plugin | None) -> list[str]:
+    """One line for each file that is not what it was when the checkpoint was written."""
+    lines = []
+    known = {source["flag"]: source for source in record.get("data", {}).get("sources", [])}
+    for table in task.tables if task else []:
+        before = known.get(table.source.flag)
+        if before and before["sha256"] != table.digest:
+            lines.append(
+                f"WARNING: {table.source.flag} {table.source.shown} has changed since the checkpoint (sha256 "
+                f"{before['sha256'][:12]}, now {table.digest[:12]}; {before['questions']} questions, now "
+                f"{len(table.items)}): questions that are evaluated now may have been trained on"
+            )
+
+    before = record.get("plugin")
+    if before and plugin and before["sha256"] != plugin.sha256:
+        lines.append(f"WARNING: --plugin {Path(plugin.path).name} has changed since the checkpoint (sha256 "
+                     f"{before['sha256'][:12]}, now {plugin.sha256[:12]}): its tasks may be others")
+    return lines
