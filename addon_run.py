@@ -33,7 +33,7 @@ from model import AdapterConfig, HRMAddonConfig
 from own_tasks.choice import own_problems, tasks_with_own
 from own_tasks.record import changes, document_of, missing_plugin, read_record
 from own_tasks.table import OwnDataConfig
-from own_tasks.task import OwnTask
+from own_tasks.task import OwnTask, name_of_data
 from reasoning_gym_wrapper import Task, default_tasks, reserved_sums, task_problems, task_warnings
 from suite.after_run import Subject
 from suite.spec import spec_problems
@@ -53,6 +53,14 @@ def task_names(opts: argparse.Namespace) -> list[str]:
     if opts.task:
         return [opts.task]
     return [] if opts.data else default_tasks()
+
+
+def all_names(opts: argparse.Namespace) -> list[str]:
+    """The names of the chosen tasks, own data among them, which need not be there any more."""
+    names = task_names(opts)
+    if opts.data:
+        names.append(name_of_data(opts.data))
+    return names
 
 
 def chosen_tasks(opts: argparse.Namespace) -> list[Task | OwnTask]:

@@ -34,6 +34,8 @@ def own_reward(name: str, text_of: Callable[[Any], str]) -> Reward:
         columns.pop("settings", None)
         questions = [text_of(prompt) for prompt in prompts]
         texts = [text_of(completion) for completion in completions]
+
+        # A reward that fails would otherwise end training with a traceback.
         try:
             given = function(prompts=questions, completions=texts, completion_ids=completion_ids, **columns)
         except Exception as error:  # noqa: BLE001 - a user's function raises what it likes
@@ -53,6 +55,7 @@ def _checked(name: str, given: Any, count: int) -> list[float]:
         values = [0.0 if value is None else float(value) for value in given]
     except (TypeError, ValueError):
         values = []
+
     if len(values) != count:
         raise ValueError(f"reward {name} returned {_shown(given)}: expected a list of {count} numbers")
     if any(math.isinf(value) for value in values):

@@ -19,7 +19,10 @@ def own_task(own: OwnDataConfig, limits: JudgeConfig = USUAL) -> OwnTask:
         size = size_of(source_of(own.data, "--data"))
     except ValueError as error:
         raise TaskError(str(error)) from error
-    return StreamedTask(own, limits) if size > LARGE else OwnTask(own, limits)
+
+    if size > LARGE:
+        return StreamedTask(own, limits)
+    return OwnTask(own, limits)
 
 
 def tasks_with_own(
@@ -47,11 +50,14 @@ def own_problems(
             task = own_task(own, limits)
         except TaskError as error:
             return [str(error)]
+
         lines += task.problems(eval_n, trains)
         if is_fixed and not names and not task.is_fixed:
             lines.append(f"--data {own.data} are large and read as a stream: --epochs and --cache_hidden need a fixed "
                          "set, choose --train_n")
         every.append(task.name)
+
+    # The mix names tasks and own data alike.
     try:
         mix_weights(mix, every)
     except TaskError as error:
@@ -70,6 +76,7 @@ def mix_weights(mix: str | None, names: Sequence[str]) -> list[float] | None:
     """
     if mix is None:
         return None
+
     weights: dict[str, float] = {}
     for part in mix.split(","):
         name, _, weight = part.partition("=")
@@ -78,6 +85,8 @@ def mix_weights(mix: str | None, names: Sequence[str]) -> list[float] | None:
             raise TaskError(f"--mix names {name}, which is no task of this run: choose from {', '.join(names)}")
         if name in weights:
             raise TaskError(f"--mix names {name} twice: keep one")
+
+        # What is no number is told as one out of range.
         try:
             weights[name] = float(weight)
         except ValueError:

@@ -21,18 +21,22 @@ def document_of(task: OwnTask | None, plugin: Plugin | None) -> dict[str, str]:
         record["data"] = task.record()
     if plugin:
         record["plugin"] = plugin.record()
-    return {OWN_DATA: json.dumps(record, indent=2)} if record else {}
+
+    # Most runs have neither.
+    if not record:
+        return {}
+    return {OWN_DATA: json.dumps(record, indent=2)}
 
 
 def read_record(checkpoint: Path | None) -> dict[str, Any]:
     """What a checkpoint keeps; empty where it keeps nothing, or cannot be read: its reader tells what is wrong."""
     if checkpoint is None:
         return {}
+
     try:
-        record = json.loads(read_checkpoint(checkpoint, stems=[]).documents.get(OWN_DATA, "{}"))
-    except (ValueError, OSError):
+        return dict(json.loads(read_checkpoint(checkpoint, stems=[]).documents.get(OWN_DATA, "{}")))
+    except (ValueError, TypeError, OSError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def missing_plugin(record: Mapping[str, Any], names: list[str], plugin: str | None) -> list[str]:
@@ -40,9 +44,11 @@ def missing_plugin(record: Mapping[str, Any], names: list[str], plugin: str | No
     before = record.get("plugin")
     if not before or plugin:
         return []
+
     needed = [name for name in names if name in before["tasks"]]
     if not needed:
         return []
+
     return [f"task {needed[0]} comes from a plugin, which runs only when it is typed: add --plugin "
             f"{before['path']}"]
 
@@ -50,8 +56,13 @@ def missing_plugin(record: Mapping[str, Any], names: list[str], plugin: str | No
 def changes(record: Mapping[str, Any], task: OwnTask | None, plugin: Plugin | None) -> list[str]:
     """One line for each file that is not what it was when the checkpoint was written."""
     lines = []
+    tables = []
+    if task:
+        tables = task.tables
+
+    # Each source is known by its flag: a file that was moved is still the same data.
     known = {source["flag"]: source for source in record.get("data", {}).get("sources", [])}
-    for table in task.tables if task else []:
+    for table in tables:
         before = known.get(table.source.flag)
         if before and before["sha256"] != table.digest:
             lines.append(

@@ -71,9 +71,12 @@ class Source:
     @property
     def text(self) -> str:
         """As the flag is typed, with an absolute path."""
-        subset = f"/{self.subset}" if self.subset else ""
-        split = f":{self.split}" if self.split else ""
-        return f"{self.path}{subset}{split}"
+        text = self.path
+        if self.subset:
+            text += f"/{self.subset}"
+        if self.split:
+            text += f":{self.split}"
+        return text
 
     @property
     def shown(self) -> str:
@@ -91,6 +94,8 @@ def source_of(text: str, flag: str) -> Source:
     """
     path = text
     split = None
+
+    # A colon may be part of a path that exists.
     if not os.path.exists(os.path.expanduser(text)) and _SPLIT.fullmatch(text.rpartition(":")[2]):
         before, colon, behind = text.rpartition(":")
         if colon:
@@ -101,12 +106,14 @@ def source_of(text: str, flag: str) -> Source:
     place = Path(path).expanduser()
     if place.is_dir():
         return Source(flag, str(place.resolve()), "folder", None, split)
+
     kind = _kind(place)
     if place.is_file():
         if kind is None:
             raise ValueError(f"{flag} {text}: a {place.suffix or 'nameless'} file cannot be read: expected {FORMS}")
         return Source(flag, str(place.resolve()), kind, None, split)
 
+    # What looks like a file is no data set of the hub, or a misspelt path would ask the network.
     hub = _HUB.fullmatch(path)
     if hub is None or kind is not None:
         raise ValueError(f"{flag} {text}: there is no such file: expected {FORMS}")
@@ -126,6 +133,7 @@ def fingerprint(source: Source) -> str:
     """
     if source.kind == "hub":
         return ""
+
     root = Path(source.path)
     try:
         if source.kind != "folder":
@@ -133,6 +141,7 @@ def fingerprint(source: Source) -> str:
         parts = [f"{_digest(path)} {path.relative_to(root).as_posix()}\n" for path in sorted(root.rglob("*.*"))]
     except OSError as error:
         raise ValueError(f"{source.flag} {source.shown} cannot be read: {reason_of(error)}") from error
+
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
@@ -165,6 +174,7 @@ def rows_of(source: Source, text_fields: Sequence[str]) -> Iterator[Row]:
             yield row
     if source.kind in ("folder", "hub"):
         return
+
     problem = splits.problem()
     if problem is None and source.split and not splits.counts:
         problem = f"the rows name no split: leave :{source.split} out"
@@ -217,8 +227,9 @@ def _trouble(source: Source, error: Exception, number: int) -> str:
         return f"is no file here, and as a data set of the hub it cannot be read ({reason}): check the name"
     if type(error).__name__ in ("EmptyDataError", "EmptyDatasetError"):
         return f"holds no rows: expected {FORMS}"
-    behind = f" behind row {number}" if number else ""
-    return f"cannot be read{behind}: {reason}"
+    if number:
+        return f"cannot be read behind row {number}: {reason}"
+    return f"cannot be read: {reason}"
 
 
 def _open(source: Source, text_fields: Sequence[str]) -> Any:
@@ -227,16 +238,22 @@ def _open(source: Source, text_fields: Sequence[str]) -> Any:
 
     datasets.utils.logging.set_verbosity_error()
     datasets.utils.logging.disable_progress_bar()
+
     if source.kind == "csv":
         # Cells as they stand: `007` is no 7, and NA is an answer.
         converters: dict[str, Callable[[str], str]] = dict.fromkeys(text_fields, str)
-        delimiter = "\t" if source.path.lower().endswith(".tsv") else ","
+        delimiter = ","
+        if source.path.lower().endswith(".tsv"):
+            delimiter = "\t"
         return datasets.load_dataset(
             "csv", data_files=source.path, split="train", streaming=True, keep_default_na=False,
             converters=converters, sep=delimiter,
         )
+
     if source.kind == "parquet":
         return datasets.load_dataset("parquet", data_files=source.path, split="train", streaming=True)
+
+    # A data set as `save_to_disk` writes it.
     if source.kind == "folder" and _is_saved(Path(source.path)):
         saved = datasets.load_from_disk(source.path)
         if isinstance(saved, datasets.DatasetDict):
@@ -266,6 +283,7 @@ def size_of(source: Source) -> int:
         return sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
     if source.kind != "hub":
         return path.stat().st_size
+
     import datasets
 
     try:
@@ -282,4 +300,5 @@ def _split(source: Source, names: Sequence[str]) -> str:
         return wanted
     if source.split is None and len(names) == 1:
         return names[0]
+
     raise ValueError(f"there is no split {wanted}: choose from {', '.join(names)} ({source.flag} NAME:SPLIT)")

@@ -36,14 +36,19 @@ class StreamedTask(OwnTask):
 
     def problems(self, eval_n: int, trains: bool) -> list[str]:
         """One line where --eval_data have too few rows; those of the stream are not counted."""
-        return super().problems(eval_n, False) if self.eval_table else []
+        if self.eval_table is None:
+            return []
+        return super().problems(eval_n, trains=False)
 
     def notes(self) -> list[str]:
         """As of `OwnTask`, of the rows that were looked at, and how the others are read."""
         lines = []
         for table in self.tables:
             lines += table.notes()
-        held_out = "" if self.eval_table else f"; one question in {EVAL_SHARE} is kept for evaluation alone"
+
+        held_out = f"; one question in {EVAL_SHARE} is kept for evaluation alone"
+        if self.eval_table:
+            held_out = ""
         return [*lines, f"{self.table.source.shown} is large and read as a stream: of rows behind the first {PROBED:,} "
                 f"those that cannot be used are passed over, and repeated ones are not counted{held_out}"]
 
@@ -61,15 +66,20 @@ class StreamedTask(OwnTask):
         """The rows of one pass."""
         if seed < EVAL_SEED:
             return shuffled(self._training_rows(), random.Random(f"{seed}/{epoch}"))
+
+        # Rows to evaluate on: those of a file of their own, or those that training passes over.
         if self.eval_table:
             return iter(self._order(seed, epoch))
         return (item for item in self._rows() if for_evaluation(item))
 
     def _training_rows(self) -> Iterator[Item]:
         """Rows whose question is not for evaluation."""
-        asked = self.eval_table.questions if self.eval_table else frozenset()
         for item in self._rows():
-            held_out = normalise(item.question) in asked if self.eval_table else for_evaluation(item)
+            if self.eval_table:
+                held_out = normalise(item.question) in self.eval_table.questions
+            else:
+                held_out = for_evaluation(item)
+
             if not held_out:
                 yield item
 
@@ -90,9 +100,12 @@ def for_evaluation(item: Item) -> bool:
 def shuffled(items: Iterator[Item], draw: random.Random) -> Iterator[Item]:
     """The items in another order: each next one is drawn from the `BUFFER` that are read ahead."""
     buffer = list(itertools.islice(items, BUFFER))
+
     for item in items:
         place = draw.randrange(len(buffer))
         yield buffer[place]
         buffer[place] = item
+
+    # The end of the source: what was read ahead.
     draw.shuffle(buffer)
     yield from buffer

@@ -42,7 +42,9 @@ class OwnDataConfig:
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that every row needs."""
-        return (self.messages_field,) if self.messages_field else (self.question_field, self.answer_field)
+        if self.messages_field:
+            return (self.messages_field,)
+        return (self.question_field, self.answer_field)
 
 
 class Item(NamedTuple):
@@ -85,6 +87,7 @@ class Table:
         if len(self.problems) > SHOWN:
             rest = len(self.problems) - SHOWN
             lines.append(f"WARNING: {shown}: {rest} further rows cannot be used and are left out")
+
         if self.repeated:
             line = f"{shown}: {self.repeated} of {self.read} rows repeat a question and are left out"
             if self.differing:
@@ -111,6 +114,7 @@ def _read_once(source: Source, config: OwnDataConfig, timeout_s: float, digest: 
     verifier = verifier_of(config.verifier)
     answers: dict[str, str] = {}  # of each normalised question
     fields: dict[str, None] = {}  # that some row has, in their order
+
     for row in itertools.islice(rows_of(source, config.fields), most):
         table.read += 1
         try:
@@ -138,10 +142,13 @@ def _check_table(table: Table, config: OwnDataConfig, fields: Mapping[str, None]
     place = f"{table.source.flag} {table.source.shown}"
     if not table.read:
         raise ValueError(f"{place} holds no rows: give a file with one question a row")
+
+    # A misspelt field is told before the rows that lack it.
     for name in config.fields:
         if fields and name not in fields:
             flag = _flag_of(name, config)
             raise ValueError(f"{place}: no row has the field {name}: name one of {', '.join(fields)} with --{flag}")
+
     if not table.items:
         raise ValueError(f"{place}: none of its {table.read} rows can be used; the first: {table.problems[0]}")
 
@@ -180,12 +187,14 @@ def _item(row: Row, config: OwnDataConfig, fields: dict[str, None]) -> Item:
         raise ValueError(f"is no object with fields, but {type(row.value).__name__}")
     fields |= dict.fromkeys(row.value)
 
+    # Texts that no tokenizer could take are of no use either.
     question, answer = _texts(row.value, config)
     for what, text in (("question", question), ("answer", answer)):
         if not text:
             raise ValueError(f"has no {what}")
         if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(f"has a character in its {what} that no text has (NUL, or half of one)")
+
     more = {name: value for name, value in row.value.items() if name not in config.fields}
     return Item(question, answer, row.place, more)
 
@@ -197,6 +206,8 @@ def _texts(value: Mapping[str, Any], config: OwnDataConfig) -> tuple[str, str]:
             raise ValueError(f"has no field {name}")
     if config.messages_field:
         return chat_texts(value[config.messages_field], config.messages_field)
+
+    # A question may be a number that the file's format has read as one.
     question = value[config.question_field]
     if isinstance(question, int | float) and not isinstance(question, bool):
         question = str(question)
@@ -220,10 +231,12 @@ def chat_texts(value: Any, name: str) -> tuple[str, str]:
     if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
         raise ValueError(f"has a {name} that is no chat: expected a list of turns with role and content")
 
+    # Roles by the names that are usual here.
     turns = []
     for turn in value:
         role = str(turn.get("role", turn.get("from")))
         turns.append((ROLES.get(role, role), content_text(turn.get("content", turn.get("value")), name)))
+
     last = max((place for place, (role, _) in enumerate(turns) if role == "assistant"), default=0)
     if not last:
         raise ValueError(f"has a {name} without an assistant turn behind a question")
@@ -242,6 +255,7 @@ def _check_gold(item: Item, verifier: Verifier, timeout_s: float) -> None:
     given = scored(verifier, item.answer, entry_of(item, "", 0), timeout_s)
     if given.solved:
         return
+
     if given.timed_out:
         raise ValueError(f"has an answer that takes longer than --score_timeout_s {timeout_s:g} to judge")
     if given.raised:

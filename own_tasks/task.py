@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from engine.records import normalise
@@ -43,6 +44,7 @@ class OwnTask:
                 self.eval_table = table_of(source_of(config.eval_data, "--eval_data"), config, limits)
         except ValueError as error:
             raise TaskError(str(error)) from error
+
         self.name = task_name(self.table.source)
         self.config = {"data": self.table.digest, "fields": list(config.fields)}  # what its draws are recorded under
 
@@ -57,13 +59,17 @@ class OwnTask:
     @property
     def tables(self) -> list[Table]:
         """What was read, the training data first."""
-        return [self.table, self.eval_table] if self.eval_table else [self.table]
+        if self.eval_table is None:
+            return [self.table]
+        return [self.table, self.eval_table]
 
     def problems(self, eval_n: int, trains: bool) -> list[str]:
         """One line where there are too few rows for `eval_n` held-out items and, if it `trains`, one to train on."""
         shown = self.table.source.shown
         if trains and not self.train_items:
             return [f"--data {shown}: every question stands in --eval_data too, nothing is left to train on"]
+
+        # Rows to evaluate on come from a file of their own, or one more must be left.
         rows = len(self.eval_items)
         if self.eval_table and rows < eval_n:
             return [f"--eval_data {self.eval_table.source.shown} has {rows} usable questions, --eval_n {eval_n} were "
@@ -78,6 +84,7 @@ class OwnTask:
         lines = []
         for table in self.tables:
             lines += table.notes()
+
         taken = len(self.table.items) - len(self.train_items)
         if taken:
             shown = self.table.source.shown
@@ -89,12 +96,14 @@ class OwnTask:
         epoch = -1
         rows: list[Item] = []
         index = start
-        total = len(self.eval_items if seed >= EVAL_SEED else self.train_items)
+        total = len(self._rows_of(seed))
+
         while True:
             # The order depends on seed and epoch alone, so that a position needs no history.
             if index // total != epoch:
                 epoch = index // total
                 rows = self._order(seed, epoch)
+
             yield index, self.example(rows[index % total], index)
             index += 1
 
@@ -102,11 +111,19 @@ class OwnTask:
         """The item as everything downstream knows it."""
         return Example(item.question, item.answer, self.name, entry_of(item, self.name, index), self)
 
+    def _rows_of(self, seed: int) -> list[Item]:
+        """The rows that a seed walks through: seeds of evaluation lie far above those of training."""
+        if seed >= EVAL_SEED:
+            return self.eval_items
+        return self.train_items
+
     def _order(self, seed: int, epoch: int) -> list[Item]:
         """The rows of an epoch; those of evaluation always stand in one order, by hash."""
+        rows = list(self._rows_of(seed))
         if seed >= EVAL_SEED:
-            return sorted(self.eval_items, key=lambda item: rank(item.question, seed))
-        rows = list(self.train_items)
+            return sorted(rows, key=lambda item: rank(item.question, seed))
+
+        # A new order each epoch.
         random.Random(f"{seed}/{epoch}").shuffle(rows)
         return rows
 
@@ -124,6 +141,16 @@ def rank(question: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}/{normalise(question)}".encode()).digest()
 
 
+def name_of_data(text: str) -> str:
+    """The name of the task that --data becomes, also where the data are elsewhere."""
+    try:
+        return task_name(source_of(text, "--data"))
+    except ValueError:
+        return Path(text.partition(":")[0]).name.partition(".")[0]
+
+
 def task_name(source: Source) -> str:
     """The name of the task that a source becomes; one of Reasoning Gym's is not taken from it."""
-    return f"own_{source.name}" if source.name in registry() else source.name
+    if source.name in registry():
+        return f"own_{source.name}"
+    return source.name

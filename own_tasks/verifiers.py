@@ -110,8 +110,12 @@ def _regex(text: str, pattern: str) -> Verifier:
         matches = list(form.finditer(answer))
         if not matches:
             return None
-        value = matches[-1][1 if form.groups else 0]
-        return None if value is None else value.strip()
+
+        # A group that takes no part in the match is None.
+        last = matches[-1]
+        if not form.groups:
+            return last[0].strip()
+        return last[1] and last[1].strip()
 
     def score(answer: str, entry: Mapping[str, Any]) -> bool:
         gold = found(entry["answer"].strip())
@@ -138,6 +142,8 @@ def imported(text: str, flag: str) -> FunctionType:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)
+
+    # Whatever a module does when it is imported may fail.
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign modules raise what they like
@@ -147,8 +153,11 @@ def imported(text: str, flag: str) -> FunctionType:
             f"{flag} {text} cannot be imported ({reason}): run from the folder that holds {package}, or put it on "
             "PYTHONPATH"
         ) from error
+
     function = getattr(module, name, None)
     if not isinstance(function, FunctionType):
-        what = "no function" if function is None else f"{type(function).__name__}, no function,"
+        what = "no function"
+        if function is not None:
+            what = f"{type(function).__name__}, no function,"
         raise ValueError(f"{flag} {text}: {module_name} has {what} of the name {name}")
     return function

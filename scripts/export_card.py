@@ -13,7 +13,7 @@ from typing import Any
 
 import options
 from addon.adapters import adapter_of
-from addon_run import task_config, task_names
+from addon_run import all_names, task_config
 from batching import PromptFormat
 from engine.checkpoints import STEP_NAME
 from engine.report import percent
@@ -263,7 +263,7 @@ def command(source: Source) -> str:
 def _origin(source: Source) -> str:
     """Tasks, seeds and the command."""
     opts = source.opts
-    names = ", ".join(task_names(opts))
+    names = ", ".join(all_names(opts))
     lines = ["## How it was trained", "", f"- **Tasks**: {names}, difficulty `{task_config(opts)}`",
              f"- **Seeds**: {opts.seed} for training, {opts.eval_seed} for the items of the evaluation",
              "- **Command**, in the project that made it:", "", "```", command(source), "```"]

@@ -56,7 +56,8 @@ def load_plugin(text: str) -> Plugin:
 
     # What an older text of the file has registered would be refused as known.
     published = published_tasks()
-    for name in before.tasks if before else ():
+    old = before.tasks if before else ()
+    for name in old:
         PLUGINS.pop(name, None)
         published.pop(name, None)
     taken = {*published, *BUILT_IN, *PLUGINS}
@@ -68,6 +69,7 @@ def load_plugin(text: str) -> Plugin:
     if not isinstance(given, Mapping):
         raise ValueError(f"--plugin {text}: TASKS is {type(given).__name__}: {HINT}")
     pairs |= given
+
     if not pairs:
         raise ValueError(f"--plugin {text} adds no task: {HINT}")
     for name, pair in pairs.items():
@@ -96,6 +98,7 @@ def _run(path: Path, text: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"--plugin {text} is no Python file: its name must end in .py")
+
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     try:
