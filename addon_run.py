@@ -12,7 +12,7 @@ import options
 from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, record_of, saved_format
 from addon.bare import BareConfig, BareLLM, bare_problems
 from addon.curriculum import curriculum_problems
-from addon.draws import draws_of
+from addon.draws import draws_of, trained_of
 from addon.evaluator import AddonEvaluator
 from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
 from addon.hooks import AddonHooks
@@ -100,6 +100,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     limits = options.part(JudgeConfig, opts)
     is_fixed = not opts.train_n and (opts.epochs > 0 or opts.cache_hidden != "off")
     lines += own_problems(chosen, own, opts.mix, opts.eval_n, not opts.eval_only, limits, is_fixed)
+    lines += reserve_problems(opts)
     if opts.curriculum and not lines:
         lines += curriculum_problems(chosen)
     lines += bare_problems(chosen, opts.few_shot)
@@ -111,6 +112,17 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     if lines:
         return lines
     return errors_of(check_size, options.part(HostConfig, opts), adapter_config(opts), opts.max_seq_len)
+
+
+def reserve_problems(opts: argparse.Namespace) -> list[str]:
+    """What is wrong with --reserve_tasks, one line each. Nothing is trained on them, so they need no gold answers."""
+    if not opts.reserve_tasks:
+        if opts.reserve_config:
+            return ["--reserve_config needs --reserve_tasks: it is the difficulty of those tasks"]
+        return []
+    config = opts.reserve_config or task_config(opts)
+    problems = task_problems(options.names(opts.reserve_tasks), config, opts.allow_code_tasks, False)
+    return [f"--reserve_tasks: {line}" for line in problems]
 
 
 def _check_host(opts: argparse.Namespace) -> None:
@@ -170,7 +182,9 @@ class AddonRun:
         own = options.part(OwnDataConfig, opts)
         data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), own=own, limits=limits)
         self.plugin = load_plugin(opts.plugin) if opts.plugin else None
-        self.data = AddonData(data_config, self.format, self.machine, draws_of(checkpoint, config))
+        self.data = AddonData(
+            data_config, self.format, self.machine, draws_of(checkpoint, config), trained_of(checkpoint, config)
+        )
         self._tell_of_own_data(checkpoint)
         if self.machine.is_main:
             for warning in chance_warnings(self.data.chances()):
@@ -331,7 +345,8 @@ class AddonRun:
         if not self.loop.finished or not self.machine.is_main:
             return None
         return Subject(
-            self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums
+            self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums,
+            self.data.trained,
         )
 
 

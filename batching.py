@@ -298,7 +298,12 @@ class TrainBatches:
         if self._place >= self.window:
             self._open()
         self._place += 1
-        return self.format.batch(self._batches[self._place - 1][self.rank :: self.world])
+        return self.format.batch(self.latest[self.rank :: self.world])
+
+    @property
+    def latest(self) -> list[Example]:
+        """The items of the newest batch, of all ranks."""
+        return self._batches[self._place - 1]
 
     def _open(self) -> None:
         """Draws the next window."""

@@ -18,7 +18,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -359,6 +359,8 @@ class Reserve:
     With `by_group`, items of a task with groups are drawn from the groups for evaluation, and training is kept off
     those groups whatever n is: the split does not depend on which items were drawn.
 
+    Questions in `trained` are passed over, the next ones take their places, and `passed_over` counts them by task.
+
     With `seconds` above 0 a task is left when its time is up; `ran_out` says so. `repeated` counts the draws that were
     no new question. `tell` is called with task and number of items after each.
 
@@ -367,8 +369,11 @@ class Reserve:
     """
 
     def __init__(self, tasks: Sequence[Task], n: int, seed: int = EVAL_SEED, must_fill: bool = True,
-                 by_group: bool = True, seconds: float = 0.0, tell: Callable[[str, int], None] | None = None):
+                 by_group: bool = True, seconds: float = 0.0, tell: Callable[[str, int], None] | None = None,
+                 trained: Container[str] = ()):
         self.by_group = by_group
+        self.trained = trained
+        self.passed_over: dict[str, int] = {}
         self.seconds = seconds
         self.tell = tell
         self.ran_out = False
@@ -380,8 +385,8 @@ class Reserve:
             self.questions.update(normalise(example.question) for example in drawn)
             if must_fill and len(drawn) < n:
                 raise TaskError(
-                    f"task {task.name} gave only {len(drawn)} distinct questions for evaluation, {n} were asked for: "
-                    f"lower --eval_n to {max(len(drawn) // 2, 1)} or raise the difficulty"
+                    f"task {task.name} gave only {len(drawn)} distinct questions for evaluation{self._beside(task)}, "
+                    f"{n} were asked for: lower --eval_n to {max(len(drawn) // 2, 1)} or raise the difficulty"
                 )
             self.examples += drawn
 
@@ -403,11 +408,19 @@ class Reserve:
                 self.repeated += 1
                 continue
             seen.add(question)
+            rejected += 1
+            if question in self.trained:
+                self.passed_over[task.name] = self.passed_over.get(task.name, 0) + 1
+                continue
             drawn.append(example)
             rejected = 0
             if self.tell:
                 self.tell(task.name, len(drawn))
         return drawn
+
+    def _beside(self, task: Task) -> str:
+        count = self.passed_over.get(task.name, 0)
+        return f" beside {count} that the checkpoint was trained on" if count else ""
 
     @staticmethod
     def _may_evaluate(example: Example) -> bool:
@@ -417,29 +430,16 @@ class Reserve:
         return normalise(question) in self.questions
 
     def rejects(self, example: Example) -> bool:
-        """Whether this item must not be trained on: its question is evaluated, or its group is."""
+        """Whether this item must not be trained on: its question is evaluated or set aside, or its group is."""
         held_out = self.by_group and example.group is not None and for_evaluation(example.task, example.group)
         return held_out or example.question in self
 
 
 def reserved_sums(n: int = 0) -> list[tuple[str, str]]:
-    """(question, answer) of `n` sums "What is a + b?" of numbers below 100; 0: `SUMS` of them.
-
-    They are toy_add's reserve, which training on toy_add rejects.
+    """(question, answer) of `n` sums "What is a + b?" of numbers below 100; 0: `SUMS` of them; toy_add's reserve.
 
     Raises:
         TaskError: there are fewer than `n`.
     """
     examples = Reserve(make_tasks(["toy_add"], "default"), n or SUMS).examples
     return [(example.question, example.target or "") for example in examples]
-
-
-def beyond_reserve(names: Sequence[str], reserved: int, by_group: bool) -> list[str]:
-    """What to know of items beyond the `reserved` first that a run of these tasks drew before it trained.
-
-    Nothing where whole groups of each task were kept for evaluation, see `Reserve`.
-    """
-    if by_group and all(name in GROUPS for name in names):
-        return []
-    return [f"WARNING: training kept off the first {reserved} evaluation items of each task: others evaluated now may "
-            "have been trained on"]

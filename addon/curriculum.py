@@ -15,7 +15,7 @@ drawn for `curriculum_draw_s` seconds alone; its questions are as many as traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -147,7 +147,7 @@ class Curriculum:
     items are evaluated at a level, or half of its distinct questions where it has fewer than twice as many. `fits`
     leaves out items that are too long and raises ValueError where it may not; the ladder ends below such a level, and
     below one that gives fewer than `FEWEST` questions in its time. `draws` records what the clock decided, or repeats
-    what it did before. `say` takes a line about each level that is slow.
+    what it did before. `say` takes a line about each level that is slow. Questions in `trained` are not evaluated.
 
     Raises:
         TaskError, ValueError: the first level of a task cannot be used.
@@ -160,8 +160,10 @@ class Curriculum:
         fits: Fits = all_fit,
         draws: Draws | None = None,
         say: Callable[[str], None] = silent,
+        trained: Container[str] = (),
     ):
         self.config = config
+        self.trained = trained
         self.draws = draws or Draws()
         self.say = say
         self.ladders: dict[str, list[Task]] = {}
@@ -227,9 +229,12 @@ class Curriculum:
         with self.draws.clock([step]):
             reserve = Reserve(
                 [step], wanted, config.eval_seed, must_fill=False, by_group=config.group_split, seconds=seconds,
-                tell=tell,
+                tell=tell, trained=self.trained,
             )
         count = len(reserve.examples)
+        passed = reserve.passed_over.get(step.name, 0)
+        if passed:
+            self.reserve.passed_over[step.name] = self.reserve.passed_over.get(step.name, 0) + passed
         self._was_timed |= reserve.ran_out or bool(ran_out)
         if reserve.ran_out and count < FEWEST:
             raise TaskError(

@@ -19,6 +19,7 @@ from engine.state import peek
 from engine.system import LoopConfig
 from flags import FIND
 from reasoning_gym_wrapper import Task
+from text_data.trained import TrainedQuestions, trained_by
 
 QUIET_S = 15.0  # seconds of drawing before the first line about it, and from one line to the next
 DECIDES = (
@@ -83,11 +84,21 @@ def draws_of(checkpoint: Path | None, config: LoopConfig) -> Draws:
     """The record that a run goes on with: its checkpoint's, or an empty one for a new run."""
     if checkpoint is None or config.reset_progress:
         return Draws()
+    extra, _ = peek(checkpoint)
+    return Draws.of(extra.get("draws", {}), repeats=same_items(checkpoint, config))
 
-    # Other items than the checkpoint's were not drawn before.
-    extra, flags = peek(checkpoint)
-    same = bool(flags) and all(config.flags[name] == flags.get(name, FIND[name].default) for name in DECIDES)
-    return Draws.of(extra.get("draws", {}), repeats=same)
+
+def same_items(checkpoint: Path | None, config: LoopConfig) -> bool:
+    """Whether the run goes on with its checkpoint's evaluation items: others were not drawn before."""
+    if checkpoint is None or config.reset_progress:
+        return False
+    flags = peek(checkpoint)[1]
+    return bool(flags) and all(config.flags[name] == flags.get(name, FIND[name].default) for name in DECIDES)
+
+
+def trained_of(checkpoint: Path | None, config: LoopConfig) -> TrainedQuestions:
+    """What the run that goes on from a checkpoint must know of its training. Raises ValueError for a broken one."""
+    return trained_by(checkpoint, same_items(checkpoint, config))
 
 
 def _key(task: Task) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 from addon.halting import HaltingAlarm, evaluation_collapse
 from addon.items import AddonData
+from addon.streams import beyond_reserve
 from engine.machine import Machine
 from engine.report import Report
 from engine.system import Hooks
 from evaluation import solved_rate
-from reasoning_gym_wrapper import beyond_reserve
 
 
 class AddonHooks(Hooks):
@@ -89,8 +89,12 @@ class AddonHooks(Hooks):
             if curriculum.levels != levels:
                 self.data.to_levels()
 
-        # The checkpoint's run kept off its own held-out items alone.
+        # The checkpoint says what it was trained on, and none of that is evaluated.
         config = self.data.config
+        if self.data.trained.is_whole:
+            return []
+
+        # An older checkpoint's run kept off its own held-out items alone.
         same = all(getattr(config, name) == before.get(name) for name in ("eval_seed", "task_config"))
         reserved = before.get("eval_n", 0)
         if same and config.eval_n <= reserved:

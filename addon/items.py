@@ -14,12 +14,14 @@ from batching import Batch, PromptFormat, TrainBatches
 from engine.machine import Machine
 from engine.progress import clock_text
 from evaluation import answer_budget
+from options import names
 from own_tasks.choice import mix_weights, tasks_with_own
 from own_tasks.table import OwnDataConfig
 from own_tasks.task import OwnTask
-from reasoning_gym_wrapper import Example, Reserve, Task
+from reasoning_gym_wrapper import Example, Reserve, Task, make_tasks
 from tasks.chance import Chance, task_chances
 from tasks.limits import USUAL, JudgeConfig
+from text_data.trained import TrainedQuestions
 
 PROBE = 256  # items of an endless stream that are measured against --max_seq_len before training
 PROBE_S = 60.0  # seconds that this may take
@@ -49,6 +51,8 @@ class AddonDataConfig:
     eval_only: True opens no training stream.
     curriculum_draw_s: seconds that drawing one level's questions may take; 0 = no limit.
     resume: the checkpoint asked for; None for a new run, or one that goes on by its name.
+    reserve_tasks: comma list of tasks whose evaluation items are set aside for a later stage, or None.
+    reserve_config: their difficulty; None = `task_config`.
     limits: how long an item may take to make, and an answer to score.
     """
 
@@ -72,22 +76,27 @@ class AddonDataConfig:
     curriculum_draw_s: float = 60.0
     eval_only: bool = False
     resume: str | None = None
+    reserve_tasks: str | None = None
+    reserve_config: str | None = None
     limits: JudgeConfig = USUAL
 
 
 class AddonData:
     """Held-out items to evaluate on, and the training batches unless --eval_only.
 
-    With a curriculum both change when a task goes up a level.
+    With a curriculum both change when a task goes up a level. `trained` records the questions that are trained on, and
+    knows those of earlier stages, which are not evaluated.
 
     Raises:
         ValueError: an item too long, a task that cannot be trained on, too few items.
     """
 
     def __init__(
-        self, config: AddonDataConfig, prompt_format: PromptFormat, machine: Machine, draws: Draws | None = None
+        self, config: AddonDataConfig, prompt_format: PromptFormat, machine: Machine, draws: Draws | None = None,
+        trained: TrainedQuestions | None = None,
     ):
         self.config = config
+        self.trained = trained or TrainedQuestions()
         self.format = prompt_format
         self.machine = machine
 
@@ -98,13 +107,20 @@ class AddonData:
         self._chances: dict[str, Chance] = {}
         self._chances_of: list[Example] | None = None  # the items that `_chances` are of
         self.curriculum: Curriculum | None = None
-        agreed(self._hold_out, machine, self)
+        agreed(self._keep_off, machine, self)
+        self._tell_left_out()
         self.budget = answer_budget(self.format, self.held_out, config.max_new_tokens)
 
         # Training items keep off all that is held out.
         self.batches: TrainBatches | None = None
         if not config.eval_only:
             self.batches = self._batches(self._stream())
+
+    def _keep_off(self) -> None:
+        """Draws all that training keeps off."""
+        self._hold_out()
+        if self.config.reserve_tasks:
+            self._set_aside(self.config.reserve_tasks)
 
     def _hold_out(self) -> None:
         """Draws the evaluation items."""
@@ -119,9 +135,35 @@ class AddonData:
         tell = DrawProgress("drawing evaluation items of {task} (--eval_n)", config.eval_n, self.machine.say)
         with self.draws.clock(self.tasks):
             self.reserve = Reserve(
-                self.tasks, config.eval_n, config.eval_seed, by_group=config.group_split, tell=tell
+                self.tasks, config.eval_n, config.eval_seed, by_group=config.group_split, tell=tell,
+                trained=self.trained,  # own ones too: the user's data may have changed since the run began
             )
         self.eval_examples = self.fitting(self.reserve.examples)
+
+    def _tell_left_out(self) -> None:
+        """Says how many questions are not evaluated because an earlier stage has trained on them."""
+        for name, count in self.reserve.passed_over.items():
+            self.machine.say(
+                f"{name}: {count} evaluation questions are left out, since the checkpoint was trained on them; the "
+                "next ones take their places"
+            )
+
+    def _set_aside(self, reserved: str) -> None:
+        """Keeps training off the items that a later stage will evaluate."""
+        config = self.config
+        tasks = make_tasks(names(reserved), config.reserve_config or config.task_config, config.limits)
+        tell = DrawProgress("drawing items of {task} (--reserve_tasks)", config.eval_n, self.machine.say)
+
+        # A stage on these tasks draws by the same rule, so it meets the same items.
+        with self.draws.clock(tasks):
+            later = Reserve(
+                tasks, config.eval_n, config.eval_seed, must_fill=False, by_group=config.group_split, tell=tell,
+                trained=self.trained,
+            )
+        self.reserve.questions |= later.questions
+        self.machine.say(
+            f"--reserve_tasks {reserved}: {len(later.questions)} questions are set aside for a later stage"
+        )
 
     def draw_record(self) -> dict[str, Any]:
         """What the clock has decided so far, for the checkpoint; empty where it decided nothing."""
@@ -230,7 +272,9 @@ class AddonData:
             config.group_split,
             config.curriculum_draw_s,
         )
-        curriculum = Curriculum(self.tasks, levels, self.fitting, self.draws, self.machine.say)
+        curriculum = Curriculum(
+            self.tasks, levels, self.fitting, self.draws, self.machine.say, self.trained.earlier
+        )
 
         # A run that goes on stands at its checkpoint's levels, not at these.
         for name, level in curriculum.starts.items():
@@ -260,13 +304,23 @@ class AddonData:
         return len(self.fixed_examples)
 
     def next_batches(self) -> list[Batch]:
-        return [next(self.batches).to(self.machine.device) for _ in range(self.config.grad_accum_steps)]
+        batches = []
+        for _ in range(self.config.grad_accum_steps):
+            batches.append(next(self.batches).to(self.machine.device))
+
+            # What the other processes train on, too: the main one's record is kept.
+            for example in self.batches.latest:
+                self.trained.add(example.question)
+        return batches
 
     def state(self) -> dict[str, Any]:
         return self.batches.state_dict()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.batches.load_state_dict(state)
+
+    def documents(self) -> dict[str, str]:
+        return self.trained.documents()
 
     def describe(self, batches: list[Batch]) -> list[dict[str, Any]]:
         described = []

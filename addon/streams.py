@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from own_tasks.task import OwnTask
-from reasoning_gym_wrapper import MAX_REJECTED, Example, Reserve, Task, TaskError, train_seed
+from reasoning_gym_wrapper import GROUPS, MAX_REJECTED, Example, Reserve, Task, TaskError, train_seed
 
 
 def most_owed(weights: Sequence[float], taken: Sequence[int]) -> int:
@@ -147,3 +147,15 @@ def _own_rows(task: OwnTask, reserve: Reserve, seed: int, n: int) -> list[Exampl
     if not rows:
         raise TaskError(f"task {task.name}: every question is held out, nothing is left to train on: lower --eval_n")
     return rows[: n or len(rows)]
+
+
+def beyond_reserve(names: Sequence[str], reserved: int, by_group: bool) -> list[str]:
+    """What to know of items beyond the `reserved` first that a run of these tasks drew before it trained.
+
+    It is for checkpoints that do not record what they were trained on. Nothing where whole groups of each task were
+    kept for evaluation, see `Reserve`.
+    """
+    if by_group and all(name in GROUPS for name in names):
+        return []
+    return [f"WARNING: training kept off the first {reserved} evaluation items of each task: others evaluated now may "
+            "have been trained on"]

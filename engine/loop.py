@@ -148,7 +148,9 @@ class KeptRun:
             table = report.table
         card = self.facts.card.text(self.step, table)
         owner = self.log.claim.document()
-        save_run(self.folder, self.config, self.trainer, state, card, owner, self.facts.metric, is_best)
+        metric = self.facts.metric
+        kept = self.data.documents()
+        save_run(self.folder, self.config, self.trainer, state, card, owner, metric, is_best, kept)
 
     def _restore(self, folder: Path) -> None:
         """Weights and state of the checkpoint in `folder`; the weights alone with --eval_only and --reset_progress."""

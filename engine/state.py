@@ -60,7 +60,7 @@ class Restored:
 
 def save_run(
     run: Path, config: LoopConfig, trainer: BaseTrainer, state: RunState, card: str, owner: str,
-    metric: str = "solved", is_best: bool = False,
+    metric: str = "solved", is_best: bool = False, documents: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a checkpoint of the whole run and rotates the older ones. Returns its folder.
 
@@ -70,6 +70,7 @@ def save_run(
         owner: text of its run.json.
         metric: what `state.best` measures.
         is_best: True marks this checkpoint as the best one, which rotation keeps.
+        documents: file name -> text of what the data keep with it, see `Data.documents`.
 
     Raises:
         CheckpointError: it cannot be written; nothing half-written is left.
@@ -86,6 +87,7 @@ def save_run(
         {trainer.stem: weights, STATE: tensors},
         {
             **trainer.documents(),
+            **(documents or {}),
             f"{STATE}.json": json.dumps(document),
             CONFIG: config.settings,
             RECORD: owner,

@@ -71,6 +71,9 @@ class Data(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes to a position that `state` returned."""
 
+    def documents(self) -> dict[str, str]:
+        """File name -> text of what a checkpoint keeps of the items: which questions were trained on."""
+
     def describe(self, batches: list[Any]) -> list[dict[str, Any]]:
         """Every example of `batches`, readable and JSON-able, for the record of a bad batch."""
 

@@ -40,6 +40,10 @@ TABLE = (
     Flag("eval_n", "int", 256, "evaluation items of each task", low=1, common=True),
     addon("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are "
           "never trained on, beside questions"),
+    addon("reserve_tasks", "list", None, "tasks of a later stage: training keeps off what that stage will evaluate",
+          nullable=True),
+    addon("reserve_config", "json", None, "settings of reserve_tasks, as the later stage's task_config; none = "
+          "task_config", nullable=True, form="small, default, a file or a JSON object"),
     reasoner("verifier_strict", "bool", True, "judge answers by a strict rule of the task beside its scorer, "
              "and leave out items whose gold answer fails", before=False),
     # Saving forward passes of the frozen LLM.

@@ -10,7 +10,7 @@ import itertools
 import operator
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -265,8 +265,12 @@ def _tests(name: str, code: str, kind: str, k: int) -> tuple[str, ...]:
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
-def evaluation_problems(levels: Sequence[Source], n: int, seed: int) -> list[Problem]:
+def evaluation_problems(
+    levels: Sequence[Source], n: int, seed: int, trained: Container[str] = (), left_out: list[str] | None = None
+) -> list[Problem]:
     """`n` problems with distinct questions, in equal parts from every level.
+
+    Questions in `trained` are left out and the next ones take their places; `left_out` takes them down.
 
     Raises:
         ValueError: a level has fewer distinct questions than its part, or would have nothing left to train on.
@@ -276,7 +280,7 @@ def evaluation_problems(levels: Sequence[Source], n: int, seed: int) -> list[Pro
     for level, part in zip(levels, _equal_parts(n, len(levels)), strict=True):
         if level.size is not None:  # a file must keep questions to train on
             part = min(part, max(level.size // HELD_OUT_SHARE, 1))
-        drawn += _distinct(level, part, seed, seen)
+        drawn += _distinct(level, part, seed, seen, trained, [] if left_out is None else left_out)
     return drawn
 
 
@@ -307,8 +311,10 @@ def stream(source: Source, seed: int, reserved: set[str]) -> Iterator[Problem]:
     raise ValueError("nearly all questions are held out, nothing is left to train on: lower eval_n")
 
 
-def _distinct(source: Source, n: int, seed: int, seen: set[str]) -> list[Problem]:
-    """`n` problems whose questions are not in `seen`, which grows by them.
+def _distinct(
+    source: Source, n: int, seed: int, seen: set[str], trained: Container[str], left_out: list[str]
+) -> list[Problem]:
+    """`n` problems whose questions are not in `seen`, which grows by them, and not in `trained`.
 
     Raises:
         ValueError: the source does not have so many.
@@ -319,13 +325,21 @@ def _distinct(source: Source, n: int, seed: int, seen: set[str]) -> list[Problem
         if question in seen or _of_evaluated_group(problem) is False:
             return False
         seen.add(question)
+        if question in trained:
+            left_out.append(question)
+            return False
         return True
 
+    before = len(left_out)
     drawn = list(itertools.islice(_accepted(source, seed, is_new), n))
     if len(drawn) < n:
         task = next(source.problems(seed)).task
+        beside = ""
+        if len(left_out) > before:
+            beside = f" beside {len(left_out) - before} that the checkpoint was trained on"
         raise ValueError(
-            f"only {len(drawn)} distinct questions of {task}, {n} were asked for: lower eval_n or raise the difficulty"
+            f"only {len(drawn)} distinct questions of {task}{beside}, {n} were asked for: lower eval_n or raise the "
+            "difficulty"
         )
     return drawn
 

@@ -101,7 +101,10 @@ class GrpoRun:
             raise ValueError("; ".join(lines))
 
         # Drawn before anything is trained on, so that no stage meets them.
-        held_out = hold_out(stages, opts.eval_seed)
+        held_out = hold_out(stages, opts.eval_seed, trained.trained)
+        note = held_out.note()
+        if note:
+            trained.machine.say(note)
         keep_off(held_out, trained)
         if opts.arch == "addon":  # the planner/worker LM's run has checked its stages itself
             place = f"--model_name {opts.model_name}"
@@ -124,15 +127,16 @@ class GrpoRun:
             return None
 
         weights = trained.trainer.evaluation_weights
-        return Subject(trained.text_models, "bare LLM", weights, self.stage_loop.record, reserved_sums)
+        record = self.stage_loop.record
+        return Subject(trained.text_models, "bare LLM", weights, record, reserved_sums, trained.trained)
 
 
 def keep_off(held_out: HeldOut, trained: TrainedModel) -> None:
-    """Reserves what the supervised run evaluates, too; says which held-out questions it may have trained on."""
+    """Reserves what the supervised run keeps off, too; says which held-out questions it may have trained on."""
     if not trained.reserved:  # the planner/worker LM's run has said it itself
         return
 
     new = len(held_out.reserved - trained.reserved)
-    if new:
+    if new and not trained.trained.is_whole:
         trained.machine.say(unreserved(new, len(held_out.reserved)))
     held_out.reserved |= trained.reserved

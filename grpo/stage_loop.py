@@ -152,6 +152,9 @@ class StageLoop:
         if status:
             return status
 
+        for problem in problems:
+            self.trained.trained.add(problem.question)
+
         # The checkpoint comes last: a crash before it runs the end of the stage again.
         self.progress.step = base + steps
         after = self._measure(stage, functions)
@@ -277,6 +280,7 @@ class StageLoop:
             RECORD: self.log.claim.document(),
             "README.md": self._card(after),
             **trainer.documents(),
+            **self.trained.trained.documents(),
         }
 
         place = step_folder(self.trained.folder, self.progress.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -409,10 +409,17 @@ class HeldOut:
     Args:
         problems: stage name -> its evaluation problems.
         reserved: all their questions as normalised text, which no training draw may give.
+        left_out: questions that would be among them, had the weights not been trained on them.
     """
 
     problems: dict[str, list[Problem]]
     reserved: set[str]
+    left_out: list[str] = field(default_factory=list)
+
+    def note(self) -> str:
+        """What to tell of the questions left out; "" where there are none."""
+        count = len(self.left_out)
+        return f"{count} evaluation questions are left out, since the checkpoint was trained on them" if count else ""
 
 
 def check_texts(
@@ -424,19 +431,20 @@ def check_texts(
         check_round_trip(tokenizer, rows, least, f"stage {name}: {place}", say)
 
 
-def hold_out(stages: Sequence[Stage], seed: int) -> HeldOut:
-    """Draws every stage's evaluation questions before anything is trained on.
+def hold_out(stages: Sequence[Stage], seed: int, trained: Container[str] = ()) -> HeldOut:
+    """Draws every stage's evaluation questions before anything is trained on; none of them is in `trained`.
 
     Raises:
         ValueError: as `evaluation_problems`, with the stage's name.
     """
     problems = {}
     reserved = set()
+    left_out: list[str] = []
     for stage in stages:
         try:
-            drawn = evaluation_problems(stage.levels, stage.eval_n, seed)
+            drawn = evaluation_problems(stage.levels, stage.eval_n, seed, trained, left_out)
         except ValueError as error:
             raise ValueError(f"stage {stage.name}: {error}") from error
         problems[stage.name] = drawn
         reserved |= {normalise(problem.question) for problem in drawn}
-    return HeldOut(problems, reserved)
+    return HeldOut(problems, reserved, left_out)

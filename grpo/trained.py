@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.machine import Machine
 from engine.optimization import BaseTrainer
 from grpo.warm_start import EnhancedRun
 from reasoning_gym_wrapper import Task
+from text_data.trained import TrainedQuestions
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class TrainedModel:
         resume: how the user goes on with an interrupted stage.
         has_tags: whether answers stand in reasoning tags.
         tasks: the tasks that the run trained on, for stages that name none of their own.
-        reserved: normalised questions that the run evaluates and never trained on.
+        reserved: normalised questions that the run evaluates or sets aside, and never trained on.
+        trained: the questions that it and the stages before it trained on.
         budget: tokens of an answer to these tasks; None = unknown.
     """
 
@@ -56,6 +58,7 @@ class TrainedModel:
     has_tags: bool = True
     tasks: Sequence[Task] = ()
     reserved: frozenset[str] = frozenset()
+    trained: TrainedQuestions = field(default_factory=TrainedQuestions)
     budget: int | None = None
 
 
@@ -80,6 +83,7 @@ def trained_addon(run: AddonRun, checkpoint: Path | None) -> TrainedModel:
         has_tags=False,
         tasks=run.data.tasks,
         reserved=frozenset(run.data.reserve.questions),
+        trained=run.data.trained,
         budget=run.data.budget,
     )
 
@@ -102,4 +106,5 @@ def trained_planner(run: EnhancedRun) -> TrainedModel:
         title="Planner/worker LM",
         library="transformers",
         resume=resume_command(folder),
+        trained=run.data.trained,
     )

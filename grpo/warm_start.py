@@ -34,6 +34,7 @@ from options import Options, as_dict, part, read_resolved, rerun_text
 from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
 from suite.spec import spec_problems
+from text_data.trained import trained_by
 from text_model import CausalTextModel
 
 
@@ -159,14 +160,20 @@ class EnhancedRun:
 
         # Questions for evaluation come first: no example may show one.
         self.format = self._format(checkpoint)
-        held_out = hold_out(self.stages, opts.eval_seed)
+        trained = trained_by(checkpoint, goes_on=False)
+        held_out = hold_out(self.stages, opts.eval_seed, trained)
+        note = held_out.note()
+        if note:
+            self.machine.say(note)
         place = f"--tokenizer {opts.tokenizer or DEFAULT_HOST}"
         check_texts(held_out, self.format.tokenizer, opts.min_roundtrip, place, self.machine.say)
-        if checkpoint:
+        if not trained.is_whole:  # a checkpoint from before this was recorded
             warning = unreserved_since(checkpoint, stages_config, opts.eval_seed, held_out)
             if warning:
                 self.machine.say(warning)
-        self.data = ExampleData(part(ExamplesConfig, opts), self.stages, held_out, self.format, self.machine)
+        self.data = ExampleData(
+            part(ExamplesConfig, opts), self.stages, held_out, self.format, self.machine, trained
+        )
 
         # The first weights depend on the seed alone.
         set_seed(opts.seed)
@@ -252,7 +259,8 @@ class EnhancedRun:
             return None
 
         return Subject(
-            self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums
+            self.text_models, "bare LLM", self.trainer.evaluation_weights, self.loop.record, reserved_sums,
+            self.data.trained,
         )
 
 

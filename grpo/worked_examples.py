@@ -17,6 +17,7 @@ from grpo.problem_files import FileSource
 from grpo.problems import Problem, Source, stream
 from grpo.stages import HeldOut, Stage
 from reasoning_gym_wrapper import train_seed
+from text_data.trained import TrainedQuestions
 
 PROBE = 64  # questions of a stage whose prompts are measured against --max_seq_len before anything runs
 
@@ -120,6 +121,7 @@ class ExampleData:
         held_out: the questions that are evaluated and never shown.
         prompt_format: renders questions and examples.
         machine: the process that this is, and where its batches go.
+        trained: what the weights were trained on so far; it grows by every example.
 
     Raises:
         ValueError: no examples, or prompts longer than --max_seq_len.
@@ -132,8 +134,10 @@ class ExampleData:
         held_out: HeldOut,
         prompt_format: PromptFormat,
         machine: Machine,
+        trained: TrainedQuestions | None = None,
     ):
         self.config = config
+        self.trained = trained or TrainedQuestions()
         self.stages = stages
         self.held_out = held_out
         self.format = prompt_format
@@ -175,6 +179,8 @@ class ExampleData:
         batches = []
         for _ in range(self.config.grad_accum_steps):
             drawn = self.examples.take(self._drawn_at_once)
+            for problem, _ in drawn:
+                self.trained.add(problem.question)
             problems, texts = zip(*drawn[self.machine.rank :: self.machine.world], strict=True)
             batch = token_batch(self.format, [problem.question for problem in problems], texts)
             batches.append({name: tensor.to(self.machine.device) for name, tensor in batch.items()})
@@ -188,6 +194,10 @@ class ExampleData:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes to a position that `state` returned."""
         self.examples.skip_to(state["drawn"], self._drawn_at_once)
+
+    def documents(self) -> dict[str, str]:
+        """The record of what was trained on."""
+        return self.trained.documents()
 
     def describe(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
         """Every example of `batches` as text, for the record of a bad batch."""

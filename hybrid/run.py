@@ -38,7 +38,7 @@ from suite.questions import SuiteError
 from suite.spec import parse_suite, spec_problems
 from text_data.batches import PreparedBatches
 from text_data.synthetic import synthetic_questions
-from text_data.trained import TrainedOn, trained_on
+from text_data.trained import TrainedOn, TrainedQuestions, trained_by, trained_on
 from text_data.triples import read_meta
 
 # Fields of HybridConfig that have the name of their flag.
@@ -84,8 +84,12 @@ def training_record(dataset: str | None) -> TrainedOn | None:
 class HybridTraining:
     """The training batches of one rank, without end; see `engine.system.Data`. Without them where nothing trains."""
 
-    def __init__(self, data: HybridData, batches: PreparedBatches | None, machine: Machine, grad_accum_steps: int):
+    def __init__(
+        self, data: HybridData, batches: PreparedBatches | None, machine: Machine, grad_accum_steps: int,
+        trained: TrainedQuestions,
+    ):
         self.data = data
+        self.trained = trained
         self.batches = batches
         self.machine = machine
         self.grad_accum_steps = grad_accum_steps
@@ -111,6 +115,10 @@ class HybridTraining:
             self.batches.load_state_dict(state)
         except ValueError as error:
             self.machine.say(f"the training data begin anew: {error}")
+
+    def documents(self) -> dict[str, str]:
+        """The documents of this stage's folder and of the stages before it."""
+        return self.trained.documents()
 
     def describe(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
         """One entry for each row of each batch: field name -> token ids or mask."""
@@ -224,7 +232,9 @@ class HybridRun:
         # While the gate is shut HRM takes part in no backward pass.
         self.machine = start_machine(config, [DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.data: HybridData = open_data(options.part(HybridDataConfig, opts))
-        training = HybridTraining(self.data, self._batches(), self.machine, opts.grad_accum_steps)
+        self.trained = trained_by(checkpoint, goes_on=False)
+        self.unknown = self._note_folder()
+        training = HybridTraining(self.data, self._batches(), self.machine, opts.grad_accum_steps, self.trained)
 
         # The first weights depend on the seed alone, not on what the data drew before.
         set_seed(opts.seed)
@@ -334,15 +344,31 @@ class HybridRun:
         weights = self.trainer.evaluation_weights
         return Subject(self.text_models, "gate shut", weights, self.loop.record, self.sums, self._trained_on())
 
-    def _trained_on(self) -> Container[str]:
-        """What the prepared folder records of its training documents; says so where it records nothing."""
+    def _note_folder(self) -> list[str]:
+        """Adds this run's documents to what is known; returns the places that do not record theirs."""
+        unknown = []
+        if not self.trained.is_whole:
+            unknown.append("the checkpoint of an earlier stage")
+
+        # What is only evaluated was trained on another folder, which its checkpoint knows.
+        known = self.opts.eval_only and not unknown
+        if known or self.opts.dataset in (None, SYNTHETIC):
+            return unknown
         record = training_record(self.opts.dataset)
-        if record is None and self.opts.dataset not in (None, SYNTHETIC):
+        if record is None:
+            self.trained.is_whole = False
+            return [*unknown, self.opts.dataset]
+        self.trained.own |= record
+        return unknown
+
+    def _trained_on(self) -> Container[str]:
+        """All that is known to have been trained on; says so where that is not all."""
+        for place in self.unknown:
             self.machine.say(
-                f"{self.opts.dataset} does not record which documents it trains on: questions of the suite that were "
-                "trained on cannot be told"
+                f"{place} does not record which documents it trains on: questions of the suite that were trained on "
+                "cannot be told"
             )
-        return record or ()
+        return self.trained
 
 
 def folder_name(dataset: str) -> str:

@@ -54,7 +54,6 @@ from ablation_results import (  # noqa: E402
 from ablation_runner import Board, Child, Runner, last_words, stoppable  # noqa: E402
 from engine.figures import new_figure, save_figure  # noqa: E402
 from engine.files import read_json, write_text_aside  # noqa: E402
-from reasoning_gym_wrapper import beyond_reserve  # noqa: E402
 from script_tools import ScriptParser, csv_text, run_script  # noqa: E402
 
 
@@ -245,12 +244,8 @@ def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> i
         before = int(_flag(job, "eval_n"))
         if record is None or record["status"] != "finished" or record.get("eval_n", before) == n:
             continue
+        # Items beyond those that were kept off training: each run leaves out what it has trained on.
         todo.append(dataclasses.replace(job, flags={"eval_only": True, "eval_n": n}))
-
-        # More items than were reserved: the run may have trained on some.
-        if before < n and job.flags.get("adapter") != "none":
-            for line in beyond_reserve(job.task.split("+"), before, bool(_flag(job, "group_split"))):
-                print(f"{job.name}: {line}", file=sys.stderr)
 
     # The record keeps the flags of training, so that the run still counts as the grid's.
     trained = {job.name: job for job in jobs}

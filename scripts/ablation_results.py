@@ -176,7 +176,8 @@ def item_scores(run: Path, task: str) -> dict[str, float]:
     for line in lines[begin:]:
         if task in ("overall", line["task"]):
             solved = line["score"] == 1.0 and not line.get("refused", False)
-            scores[f"{line['id']} {line['prompt_hash']}"] = float(solved)
+            # Not by the number: runs that leave out questions they trained on count the others differently.
+            scores[f"{line['task']} {line['prompt_hash']}"] = float(solved)
     return scores
 
 

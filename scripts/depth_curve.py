@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 import options  # noqa: E402
 from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_of, saved_format  # noqa: E402
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
+from addon.streams import beyond_reserve  # noqa: E402
 from addon_run import chosen_tasks  # noqa: E402
 from batching import PromptConfig, PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
@@ -59,8 +60,9 @@ from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
-from reasoning_gym_wrapper import Example, Reserve, beyond_reserve  # noqa: E402
+from reasoning_gym_wrapper import Example, Reserve  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
+from text_data.trained import trained_in  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -164,16 +166,22 @@ def held_out(
     curriculum = None
     if opts.curriculum:
         # Built as the run built it: which items a level has depends on --eval_n where the level is small.
-        curriculum = Curriculum(tasks, options.part(CurriculumConfig, opts), fitting)
+        earlier = trained_in(documents, goes_on=True).earlier
+        curriculum = Curriculum(tasks, options.part(CurriculumConfig, opts), fitting, trained=earlier)
         state = json.loads(documents.get("training_state.json", "{}"))
         curriculum.restore(state.get("extra", {}).get("curriculum", {}))
         tasks = curriculum.tasks()
 
+    # Items that were not kept off training must not be among those that were trained on.
     trained = trained_steps(tasks)
+    known = trained_in(documents, goes_on=False)
+    if not known.is_whole:
+        warn_of_unknown(args, opts, trained)
     if args.steps:
-        return fitting(items_by_steps(tasks, args.steps, n, opts.eval_seed)), trained
+        return fitting(items_by_steps(tasks, args.steps, n, opts.eval_seed, known)), trained
     if curriculum is None:
-        return fitting(Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split).examples), trained
+        drawn = Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split, trained=known)
+        return fitting(drawn.examples), trained
 
     taken: dict[str, int] = {}
     kept = []
@@ -182,6 +190,16 @@ def held_out(
         if taken[example.task] <= n:
             kept.append(example)
     return kept, trained
+
+
+def warn_of_unknown(args: argparse.Namespace, opts: options.Options, trained: dict[str, int]) -> None:
+    """Says which items may have been trained on, where the checkpoint does not record what was."""
+    if args.steps:
+        print(note_of_steps(trained), file=sys.stderr)
+    elif args.eval_n > opts.eval_n and not opts.curriculum:  # a curriculum's items are all reserved
+        names = [task.name for task in chosen_tasks(opts)]
+        for line in beyond_reserve(names, opts.eval_n, opts.group_split):
+            print(line, file=sys.stderr)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -250,11 +268,6 @@ def main(argv: list[str] | None = None) -> int:
     if run.parent.name == FOLDER:
         run = run.parent.parent
     output = args.output or run / "depth"
-    if args.steps:
-        print(note_of_steps(loaded.trained), file=sys.stderr)
-    elif args.eval_n > opts.eval_n and not opts.curriculum:  # a curriculum's items are all reserved
-        for line in beyond_reserve([task.name for task in chosen_tasks(opts)], opts.eval_n, opts.group_split):
-            print(line, file=sys.stderr)
 
     curve = measure(loaded, args)
     write(curve.rows, output / "depth.csv")

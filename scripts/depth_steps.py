@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,10 @@ def trained_steps(tasks: Sequence[Task]) -> dict[str, int]:
     return most
 
 
-def items_by_steps(tasks: Sequence[Task], steps: Sequence[int], n: int, seed: int) -> list[Example]:
-    """`n` items of each task for each number of steps, drawn with the evaluation's seed.
+def items_by_steps(
+    tasks: Sequence[Task], steps: Sequence[int], n: int, seed: int, trained: Container[str] = ()
+) -> list[Example]:
+    """`n` items of each task for each number of steps, drawn with the evaluation's seed, none of them in `trained`.
 
     Raises:
         ValueError: a task has no number of steps to set, refuses one, or has fewer items.
@@ -58,7 +60,7 @@ def items_by_steps(tasks: Sequence[Task], steps: Sequence[int], n: int, seed: in
     for task in tasks:
         for count in steps:
             own = Task(task.name, task.config | {"min_steps": count, "max_steps": count}, task.limits)
-            examples += Reserve([own], n, seed).examples
+            examples += Reserve([own], n, seed, trained=trained).examples
     return examples
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import options
 import reasoning_gym_wrapper as rg
-from addon.streams import EpochStream, TrainStream, training_examples
+from addon.streams import EpochStream, TrainStream, beyond_reserve, training_examples
 from engine.records import normalise
 from patience import HANG_S
 from reasoning_gym_wrapper import EVAL_SEED, SEED_GAP, Example, Reserve, Task, TaskError, train_seed
@@ -577,7 +577,7 @@ def test_the_default_tasks_are_quiet_when_it_is_there(capsys):
 
 
 def test_items_beyond_the_reserve_are_told_unless_whole_groups_are_kept_apart():
-    (line,) = rg.beyond_reserve(["mini_sudoku"], 4, by_group=False)
+    (line,) = beyond_reserve(["mini_sudoku"], 4, by_group=False)
     assert line.startswith("WARNING: training kept off the first 4 evaluation items of each task")
-    assert rg.beyond_reserve(["mini_sudoku"], 4, by_group=True) == []
-    assert rg.beyond_reserve(["mini_sudoku", "gcd"], 4, by_group=True) == [line]
+    assert beyond_reserve(["mini_sudoku"], 4, by_group=True) == []
+    assert beyond_reserve(["mini_sudoku", "gcd"], 4, by_group=True) == [line]

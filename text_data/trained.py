@@ -1,30 +1,42 @@
-"""Which documents a prepared folder trains on: hashes in its meta.json, so that nobody evaluates on them unawares."""
+"""What a prepared folder, or a checkpoint, was trained on, as hashes, so that nobody evaluates on it unawares.
+
+A folder keeps them in its meta.json, a checkpoint in `trained_questions.json`. That file tells apart what the run has
+trained on itself and what the stages before it have: a run's evaluation items are those that no earlier stage has met.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.checkpoints import read_checkpoint
 from text_data.documents import key_of
 
 META_KEY = "train_keys"
 KEPT_BYTES = 6  # of a document's key: among a million documents, one question in 280 million is taken for another
 MOST = 1_000_000  # documents that are recorded, 8 MB of meta.json
+TRAINED = "trained_questions.json"  # a checkpoint's file
 
 
 class TrainedOn:
-    """The documents that a prepared folder trains on; `in` asks for a text (of a question: for the prompt).
+    """Documents that are trained on; `in` asks for a text (of a question: for the prompt).
 
     A text counts as the same whatever its case and its white space (`key_of`).
     """
 
-    def __init__(self, keys: Iterable[int]):
-        kept = {_kept(key) for key in keys}
-        self._keys = frozenset(kept)
+    def __init__(self, keys: Iterable[int] = ()):
+        self._keys = {_kept(key) for key in keys}
+
+    def add(self, text: str) -> None:
+        """Records one more."""
+        self._keys.add(_kept(key_of(text)))
 
     def __contains__(self, text: str) -> bool:
         return _kept(key_of(text)) in self._keys
@@ -34,14 +46,16 @@ class TrainedOn:
 
     def __or__(self, other: TrainedOn) -> TrainedOn:
         """The documents of both."""
-        union = TrainedOn(())
+        union = TrainedOn()
         union._keys = self._keys | other._keys
         return union
 
     def record(self) -> str | None:
         """What meta.json keeps; None where there are more than MOST."""
-        if len(self) > MOST:
-            return None
+        return self.packed() if len(self) <= MOST else None
+
+    def packed(self) -> str:
+        """The hashes as base64, 8 characters each."""
         numbers = np.array(sorted(self._keys), dtype=">u8")
         rows = numbers.view(np.uint8).reshape(-1, 8)[:, 8 - KEPT_BYTES :]
         return base64.b64encode(rows.tobytes()).decode()
@@ -61,6 +75,11 @@ def trained_on(meta: Mapping[str, Any]) -> TrainedOn | None:
     text = meta.get(META_KEY)
     if text is None:
         return None
+    return _read(text)
+
+
+def _read(text: Any) -> TrainedOn:
+    """What `TrainedOn.record` wrote. Raises ValueError."""
     try:
         content = base64.b64decode(text, validate=True)
         rows = np.frombuffer(content, np.uint8).reshape(-1, KEPT_BYTES)
@@ -69,6 +88,69 @@ def trained_on(meta: Mapping[str, Any]) -> TrainedOn | None:
 
     wide = np.zeros((len(rows), 8), np.uint8)
     wide[:, 8 - KEPT_BYTES :] = rows
-    record = TrainedOn(())
-    record._keys = frozenset(wide.reshape(-1).view(">u8").tolist())
+    record = TrainedOn()
+    record._keys = set(wide.reshape(-1).view(">u8").tolist())
     return record
+
+
+# --- of a checkpoint --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainedQuestions:
+    """What a run's weights were trained on; `in` asks for a question.
+
+    earlier: by the stages before this run. Its evaluation leaves them out.
+    own: by this run so far.
+    is_whole: False where more is unknown: a stage kept no record, or trained on more than `MOST` questions.
+    """
+
+    earlier: TrainedOn = field(default_factory=TrainedOn)
+    own: TrainedOn = field(default_factory=TrainedOn)
+    is_whole: bool = True
+
+    def __contains__(self, question: str) -> bool:
+        return question in self.earlier or question in self.own
+
+    def add(self, question: str) -> None:
+        """Records that the run has trained on a question. Beyond `MOST` it only notes that the record is not whole."""
+        if question in self:
+            return
+        if len(self.earlier) + len(self.own) >= MOST:
+            self.is_whole = False
+        else:
+            self.own.add(question)
+
+    def documents(self) -> dict[str, str]:
+        """File name -> text of what a checkpoint keeps, 8 bytes a question."""
+        record = {"earlier": self.earlier.packed(), "own": self.own.packed(), "whole": self.is_whole}
+        return {TRAINED: json.dumps(record)}
+
+
+def trained_by(checkpoint: Path | None, goes_on: bool) -> TrainedQuestions:
+    """What a run that begins with the weights of `checkpoint` (None: with its own) must know of their training.
+
+    Args:
+        checkpoint: a checkpoint.
+        goes_on: True where the run is the checkpoint's own, with the same evaluation items: these are drawn as before.
+            Else all that the checkpoint was trained on counts as earlier.
+
+    Raises:
+        ValueError: a broken checkpoint.
+    """
+    if checkpoint is None:
+        return TrainedQuestions()
+    return trained_in(read_checkpoint(checkpoint, stems=[]).documents, goes_on)
+
+
+def trained_in(documents: Mapping[str, str], goes_on: bool) -> TrainedQuestions:
+    """As `trained_by`, of the documents of a checkpoint; nothing is known of one from before they were kept."""
+    if TRAINED not in documents:
+        return TrainedQuestions(is_whole=False)
+
+    record = json.loads(documents[TRAINED])
+    earlier = _read(record["earlier"])
+    own = _read(record["own"])
+    if goes_on:
+        return TrainedQuestions(earlier, own, record["whole"])
+    return TrainedQuestions(earlier | own, TrainedOn(), record["whole"])

@@ -44,6 +44,9 @@ class Numbers:
     def load_state(self, state: dict[str, Any]) -> None:
         self.next = state["next"]
 
+    def documents(self) -> dict[str, str]:
+        return {}
+
     def describe(self, batches: list[int]) -> list[dict[str, Any]]:
         return [{"number": batch} for batch in batches]
 

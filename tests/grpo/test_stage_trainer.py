@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import options
 from batching import PromptConfig, PromptFormat, pad
 from engine.files import json_lines
-from engine.records import normalise
+from engine.records import normalise, question_hash
 from engine.report import stamped
 from engine.time_limit import TimeLimitError
 from enhanced.config import EnhancedHRMConfig
@@ -46,6 +46,7 @@ from model import HRMController
 from patience import HANG_S
 from reasoning_gym_wrapper import Reserve, Task, for_evaluation
 from sandbox.runner import confinement
+from text_data.trained import TrainedQuestions, trained_by
 from tiny_runs import error_lines, tiny_model
 
 ROOT = Path(options.__file__).parent
@@ -196,6 +197,22 @@ def test_no_question_held_out_for_any_stage_is_trained_on_in_any(tmp_path):
         drawn = training_problems(each.levels, 200, 0, held.reserved)
         assert len(drawn) == 200
         assert not {normalise(problem.question) for problem in drawn} & held.reserved
+
+
+def test_questions_that_the_weights_were_trained_on_are_not_held_out():
+    chosen = stage(eval_n=10)
+    usual = [problem.question for problem in hold_out([chosen], 10**9).problems[chosen.name]]
+    known = TrainedQuestions()
+    for question in (usual[2].upper(), usual[5]):
+        known.add(question)
+    held = hold_out([chosen], 10**9, known)
+    clean = [problem.question for problem in held.problems[chosen.name]]
+    assert len(clean) == 10 and clean[:8] == [q for q in usual if q not in (usual[2], usual[5])]
+    assert not any(question in known for question in clean) and held.note().startswith("2 evaluation questions are")
+    few = stage(levels=({"toy_add": {"max_value": 3}},), eval_n=16)
+    known.add(hold_out([few], 10**9).problems[few.name][0].question)
+    with pytest.raises(ValueError, match="only 15 distinct questions of toy_add beside 1 that the checkpoint was"):
+        hold_out([few], 10**9, known)
 
 
 def test_levels_come_in_the_order_given():
@@ -558,7 +575,8 @@ def test_grpo_on_the_add_on_keeps_off_what_its_deep_supervision_evaluates(capsys
         reserved = Reserve(chosen.tasks, n, 10**9).questions
         machine = types.SimpleNamespace(say=told.append)
         held_out = hold_out([chosen], 10**9)
-        keep_off(held_out, types.SimpleNamespace(reserved=frozenset(reserved), machine=machine))
+        older = TrainedQuestions(is_whole=False)  # a checkpoint that does not say what it was trained on
+        keep_off(held_out, types.SimpleNamespace(reserved=frozenset(reserved), machine=machine, trained=older))
         assert reserved <= held_out.reserved
         assert len(told) == bool(new) and (not new or f"{new} of 4 held-out questions" in told[0])
 
@@ -827,10 +845,35 @@ TINY = (
 TWO = json.dumps({name: {"size": 2, "epochs": 1, "levels": [SUMS]} for name in ("format", "math")})
 
 
-def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tiny_host, capsys):
+def watch_training(monkeypatch) -> set[str]:
+    """The questions that are trained on from now on, by the warm start and by the stages."""
+    import grpo.stage_loop
+    from grpo.worked_examples import WorkedExamples
+
+    seen: set[str] = set()
+    take = WorkedExamples.take
+    problems_of = grpo.stage_loop.stage_problems
+
+    def watched_take(self, count):
+        drawn = take(self, count)
+        seen.update(problem.question for problem, _ in drawn)
+        return drawn
+
+    def watched_problems(*arguments):
+        problems = problems_of(*arguments)
+        seen.update(problem.question for problem in problems)
+        return problems
+
+    monkeypatch.setattr(WorkedExamples, "take", watched_take)
+    monkeypatch.setattr(grpo.stage_loop, "stage_problems", watched_problems)
+    return seen
+
+
+def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tiny_host, capsys, monkeypatch):
     import generate
     import train
 
+    trained_texts = watch_training(monkeypatch)
     words = [*TINY, "--tokenizer", str(tiny_host), "--stages", TWO, "--save_dir", str(tmp_path), "--run_name", "r"]
     assert train.main(words) == 0
     first = capsys.readouterr()
@@ -855,8 +898,11 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
     assert train.main([*words, "--stages", json.dumps(other)]) == 0
     third = capsys.readouterr()  # the table is of what was measured, and new questions are told
     assert re.findall(r"^math .*", third.out, re.MULTILINE) == re.findall(r"^math .*->.*", first.out, re.MULTILINE)
-    assert "held-out questions were not kept off the checkpoint's training" in third.err
-    assert "WARNING" not in again.err
+    assert "WARNING" not in again.err + third.err
+    record = trained_by(sorted((run / "checkpoints").iterdir())[-1], goes_on=True)
+    asked = [line["prompt_hash"] for _, line in json_lines(run / "predictions.jsonl")]
+    assert asked and not set(asked) & set(map(question_hash, trained_texts))
+    assert len(trained_texts) >= 6 and all(question in record for question in trained_texts)
     assert generate.main(["--checkpoint", str(run), "--prompt", "1 + 1", "--compare", "--max_new_tokens", "4"]) == 0
     shown = capsys.readouterr().out
     assert "thought" in shown and "solution" in shown

@@ -705,3 +705,25 @@ def test_the_suite_leaves_out_what_the_hybrid_was_trained_on(call, tmp_path):
             assert status == 0 and "note: 1 items of suite/synthetic were left out" in out
         else:
             assert status == 2 and "all 4 questions of" in err and "were trained on" in err
+
+
+def test_the_suite_leaves_out_what_an_earlier_stage_was_trained_on(call, tmp_path):
+    from text_data.trained import TrainedOn
+
+    rows = [{"prompt": f"Say {word}.", "answer": word} for word in ("one", "two", "three", "four")]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folders = []
+    for place, row in enumerate(rows[:2]):
+        folders.append(write_prepared(tmp_path / f"data{place}"))
+        meta = json.loads((folders[-1] / "meta.json").read_text(encoding="utf-8"))
+        meta["train_keys"] = TrainedOn([key_of(row["prompt"])]).record()
+        (folders[-1] / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+    words = ["--max_steps", "1", "--eval_suite", f"synthetic={tmp_path / 'qa.jsonl'}", "--max_new_tokens", "2"]
+    status, out, _ = call("--dataset", str(folders[0]), "--run_name", "A", *words)
+    assert status == 0 and "note: 1 items of suite/synthetic were left out" in out
+    stage = ["--resume", str(tmp_path / "runs" / "A"), "--reset_progress"]
+    status, out, err = call(*stage, "--dataset", str(folders[1]), "--run_name", "B", *words)
+    assert status == 0 and "note: 2 items of suite/synthetic were left out" in out, out + err
+    status, out, _ = call("--resume", str(tmp_path / "runs" / "B"), "--eval_only", *words[2:])
+    assert status == 0 and "note: 2 items of suite/synthetic were left out" in out

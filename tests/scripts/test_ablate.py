@@ -265,8 +265,7 @@ def test_finished_runs_are_evaluated_again_on_more_items_without_training(tiny_h
         assert script.main([*call, "--threads", "2", "--eval_n", str(n)]) == 0
         err = capsys.readouterr().err
         assert err.count(f"evaluated on {n} items") == 2
-        assert ("cab--toy_add+chain_sum--seed0: WARNING: training kept off the first 6" in err) == (n == 9)
-        assert "bare--toy_add+chain_sum--seed0: WARNING" not in err
+        assert "WARNING" not in err
         assert evaluated() == {(arm, task): str(n * (1 + (task == "overall"))) for arm in ("cab", "bare")
                                for task in ("toy_add", "chain_sum", "overall")}
         assert len(ablation_results.item_scores(run, "toy_add")) == n

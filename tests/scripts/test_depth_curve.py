@@ -20,6 +20,7 @@ from addon.halting import HaltingAlarm, collapse, evaluation_collapse
 from calibration import calibration_error, reliability
 from depth_measures import MOST_GROUPS, QUANTILES, length_labels, own_difficulty
 from hrm_blocks import last_column, relative_change
+from text_data.trained import TrainedQuestions, trained_by
 from tiny_runs import arguments, newest, only_run, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -227,8 +228,19 @@ def test_every_readout_is_measured_at_every_depth_and_difficulty(measured):
         assert (run / "depth" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_items_that_training_was_not_kept_off_are_told(measured, capsys, tmp_path):
+def test_items_that_training_was_not_kept_off_are_those_it_did_not_meet(measured, capsys, tmp_path, monkeypatch):
     run, _ = measured
+    asked = []
+    fitting = script.PromptFormat.fitting
+    monkeypatch.setattr(script.PromptFormat, "fitting", lambda self, examples, *rest: (
+        asked.extend(example.question for example in examples), fitting(self, examples, *rest))[1])
+    assert script.main([str(run), "--segments", "1", "--eval_n", "12", "--output", str(tmp_path)]) == 0
+    record = trained_by(newest(run), goes_on=True)
+    assert "WARNING" not in capsys.readouterr().err and len(asked) == 12
+    assert len(record.own) and not any(question in record for question in asked)
+
+    # A checkpoint of an earlier version does not say what it has met.
+    monkeypatch.setattr(script, "trained_in", lambda *arguments, **named: TrainedQuestions(is_whole=False))
     for n, told in ((8, False), (9, True)):
         assert script.main([str(run), "--segments", "1", "--eval_n", str(n), "--output", str(tmp_path)]) == 0
         assert ("training kept off the first 8 evaluation items" in capsys.readouterr().err) == told
