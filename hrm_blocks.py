@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor, nn
 
-from engine.batches import IGNORE
+from engine.positions import last_state
 
 NORM_EPS = 1e-5
 HALT_BIAS = -5.0  # a bias near 0 halts every example at once and fails most runs (arXiv 2604.21999)
@@ -110,7 +110,6 @@ def key_mask(mask: Tensor | None) -> Tensor | None:
     """
     if mask is None:
         return None
-
     mask = mask.bool()
     readable = mask | ~mask.any(dim=1, keepdim=True)
     return None if bool(readable.all()) else readable[:, None, None, :]
@@ -160,6 +159,25 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class ShortConv(nn.Module):
+    """Each token with the `width` - 1 tokens before it: a causal convolution over all channels. (B, S, d) -> (B, S, d).
+
+    It binds what stands in several tokens, such as the pair `A>B`, before the recurrence begins. Mamba (arXiv
+    2312.00752) has one channel by channel; here every place has a matrix, so that the letters of a pair keep apart.
+    """
+
+    def __init__(self, d: int, width: int):
+        super().__init__()
+        self.width = width
+        self.mix = linear(width * d, d)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Tokens that mask (B, S) leaves out count as zeros."""
+        x = x * mask[..., None].to(x.dtype)
+        places = [F.pad(x, (0, 0, place, 0))[:, : x.shape[1]] for place in range(self.width)]
+        return self.mix(torch.cat(places, dim=-1))
+
+
 class EncoderLayer(nn.Module):
     """Post-norm layer `norm(h + f(h))`, attention then SwiGLU, no biases, no norm weights."""
 
@@ -198,10 +216,10 @@ class LBlock(EncoderBlock):
 
 
 def first_call_with_gradient(horizon: str, calls: int) -> int:
-    """Index of the first of `calls` L calls that carries gradient.
+    """Index of the first of a segment's `calls` L calls that carries gradient.
 
-    `one_step` (HRM): the last L call and the H call after it; `full` (TRM): all; `k:N` (HRM-Text): the last N L calls.
-    H calls carry gradient from that L call on.
+    `one_step` (HRM): the last L call and the H call after it; `full` (TRM) and `segments:N`: all; `k:N` (HRM-Text): the
+    last N L calls. H calls carry gradient from that L call on.
 
     Raises:
         ValueError: another spelling.
@@ -211,10 +229,15 @@ def first_call_with_gradient(horizon: str, calls: int) -> int:
     if horizon == "one_step":
         return calls - 1
 
-    match = re.fullmatch(r"k:([1-9]\d*)", horizon)
+    match = re.fullmatch(r"(k|segments):([1-9]\d*)", horizon)
     if not match:
-        raise ValueError(f"gradient horizon {horizon!r} is unknown: choose one_step, full or k:N with N >= 1")
-    return max(calls - int(match.group(1)), 0)
+        raise ValueError(f"gradient horizon {horizon!r} is unknown: choose one_step, full, k:N, segments:N with N >= 1")
+    return max(calls - int(match[2]), 0) if match[1] == "k" else 0
+
+
+def segments_with_gradient(horizon: str) -> int:
+    """Segments that the gradient of a supervised one runs through, itself counted: N of `segments:N`, else 1."""
+    return int(horizon.partition("segments:")[2] or 1)
 
 
 def recur(
@@ -263,10 +286,10 @@ class HRMCore(nn.Module):
                 where a further step pays. One segment from zero states reads no z_H but zero, so g2 and g3 get no
                 gradient before there is a second segment.
 
-    With `share` one block makes both steps, as in the Tiny Recursive Model (arXiv 2510.04871): the block can tell the
-    steps apart because only L's input holds x. `d` is the width, `heads` divides it into an even number of channels,
-    `inner_T` counts the L steps before each H step, `horizon` is `first_call_with_gradient`'s, `reset_l` starts z_L
-    anew at each segment.
+    With `share` one block makes both steps, as in the Tiny Recursive Model (arXiv 2510.04871): it can tell them apart
+    because only L's input holds x. With `h_layers` 0 there is no H: `z_H = z_L = L(z_L + x)`, one looped block. `d` is
+    the width, `heads` divides it into an even number of channels, `inner_T` counts the L steps before each H step,
+    `horizon` is `first_call_with_gradient`'s, `reset_l` starts z_L anew at each segment.
 
     Raises:
         ValueError: a width that the heads do not divide, a shared block of two depths, an unknown horizon.
@@ -300,10 +323,11 @@ class HRMCore(nn.Module):
         self.state_mix = state_mix
 
         # One name per tensor: a second name for the shared block would be saved and averaged twice.
-        self.h_block = HBlock(d, heads, h_layers)
+        self.h_block = HBlock(d, heads, h_layers) if h_layers else None
         self.l_block = None if share else LBlock(d, heads, l_layers)
         if state_mix == "gated":
             self.low_gate = nn.Parameter(torch.zeros(d))
+        if state_mix == "gated" and h_layers:
             self.high_gate = nn.Parameter(torch.zeros(d))
             self.carry_gate = nn.Parameter(torch.zeros(d))
 
@@ -340,6 +364,8 @@ class HRMCore(nn.Module):
 
     def _low_input(self, z_low: Tensor, z_high: Tensor, x: Tensor) -> Tensor:
         """What L reads; the order of the sum is part of the numbers a run repeats."""
+        if self.h_block is None:  # z_H is z_L
+            return x + z_low if self.state_mix == "sum" else x + self.low_gate * z_low
         if self.state_mix == "sum":
             return z_low + z_high + x
         return x + self.low_gate * z_low + self.high_gate * z_high
@@ -359,7 +385,7 @@ class HRMCore(nn.Module):
             return l_block(self._low_input(low, high, x), context)
 
         def step_high(high: Tensor, low: Tensor) -> Tensor:
-            return self.h_block(self._high_input(high, low), context)
+            return low if self.h_block is None else self.h_block(self._high_input(high, low), context)
 
         z_high, z_low = recur(step_low, step_high, carry.z_high, z_low, self.inner_T, horizon=self.horizon)
         return Carry(z_high, z_low, carry.steps + 1, carry.halted)
@@ -375,9 +401,8 @@ class SinglePassCore(HRMCore):
         HRM          z_L = L(z_L + z_H + x) inner_T times, z_H = H(z_H + z_L), for every segment, from initial states
         single pass  z_L = L(x), z_H = H(z_L), once
 
-    Reading, injection and both blocks are HRM's. There is no initial state, no sum with an earlier state, no gate, no
-    loop and no segment: it is an encoder of l_layers + h_layers layers. It takes `HRMCore`'s arguments; those of the
-    recurrence have no effect.
+    Reading, injection and both blocks are HRM's. There is no initial state, no sum with an earlier state, no gate: it
+    is an encoder of l_layers + h_layers layers. It takes `HRMCore`'s arguments; those of the recurrence do nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -394,51 +419,5 @@ class SinglePassCore(HRMCore):
     def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
         """The pass over x (B, S, d); whatever state comes in, the same one goes out."""
         z_low = self.l_block(x, context)
-        z_high = self.h_block(z_low, context)
+        z_high = z_low if self.h_block is None else self.h_block(z_low, context)
         return Carry(z_high, z_low, carry.steps + 1, carry.halted)
-
-
-# --- positions and states ---------------------------------------------------------------------------------------------
-
-
-def token_positions(attention_mask: Tensor) -> Tensor:
-    """(B, N) positions from the mask's cumulative sum, in training, caching and decoding alike."""
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-def last_column(mask: Tensor) -> Tensor:
-    """(B,) index of the last True of mask (B, S); 0 in a row without any."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    return (mask * columns).amax(dim=1)
-
-
-def last_state(z: Tensor, mask: Tensor) -> Tensor:
-    """(B, d): z (B, S, d) at the last readable column of each row."""
-    return z[torch.arange(len(z), device=z.device), last_column(mask)]
-
-
-def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """(B,) of ||after - before|| / ||after||, norms over the readable positions of (B, S, d)."""
-    weight = mask[..., None].float()
-    difference = (after.float() - before.float()) * weight
-    size = (after.float() * weight).flatten(1).norm(dim=1)
-    return difference.flatten(1).norm(dim=1) / size.clamp(min=1e-12)
-
-
-def mean_state(z: Tensor, mask: Tensor) -> Tensor:
-    """(B, d): mean of z (B, S, d) over readable columns; zeros in a row without any."""
-    weight = mask[..., None].to(z.dtype)
-    count = reduce(weight, "B S one -> B one", "sum").clamp(min=1)
-    return reduce(z * weight, "B S d -> B d", "sum") / count
-
-
-def all_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) bool: every labelled token of the row is the argmax; False in a row without labels.
-
-    `logits` (N, V) are those of the labelled tokens in row-major order. Because each argmax is conditioned on a gold
-    prefix that equals the generated one as long as all is right, this is "greedy generation gives the gold answer".
-    """
-    labelled = labels != IGNORE
-    right = torch.zeros_like(labelled)
-    right[labelled] = logits.argmax(dim=-1) == labels[labelled]
-    return (right | ~labelled).all(dim=1) & labelled.any(dim=1)

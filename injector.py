@@ -14,7 +14,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from hrm_blocks import Context, SwiGLU, attend, last_state, linear, mean_state, rms_norm, rope, rotate, zero_linear
+from engine.positions import last_state, mean_state
+from hrm_blocks import Context, SwiGLU, attend, linear, rms_norm, rope, rotate, zero_linear
 
 
 @dataclass

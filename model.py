@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,9 +35,10 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import ModelOutput
 
 from batching import Batch
-from engine.batches import IGNORE
+from engine.batches import IGNORE, all_correct
 from engine.optimization import check_fit
 from engine.past_tokens import cached_tokens, position_arguments, run_decoder
+from engine.positions import last_column, last_state, relative_change, token_positions
 from host import (
     add_lora,
     freeze,
@@ -44,19 +46,7 @@ from host import (
     load_host,
     without_lora,
 )
-from hrm_blocks import (
-    Carry,
-    Context,
-    HRMCore,
-    SinglePassCore,
-    all_correct,
-    last_column,
-    last_state,
-    linear,
-    relative_change,
-    rms_norm,
-    token_positions,
-)
+from hrm_blocks import Carry, Context, HRMCore, ShortConv, SinglePassCore, linear, rms_norm
 from injector import INJECTORS, Slots, Thought, VocabularyBias
 
 ADDON_PREFIX = "model.addon."
@@ -112,15 +102,17 @@ class HRMAddonConfig(AdapterConfig):
 
     Attributes:
         d_h: width of the HRM; a multiple of 2 x n_heads.
-        h_layers, l_layers: layers of the slow block H and of the fast block L, at least 1.
+        h_layers, l_layers: layers of the slow block H (0: there is none) and of the fast block L, at least 1.
         share_hl: one block is both H and L, as in TRM; needs h_layers == l_layers.
         n_heads: attention heads of the blocks and of the injector.
         segments: segments of inference; a single pass always has 1.
         inner_T: L steps before each H step.
         reset_l: z_L starts anew at each segment.
-        grad_horizon: calls of a segment that carry gradient: "one_step", "full" or "k:N".
+        grad_horizon: calls that carry gradient: "one_step", "full", "k:N" of a segment, or all of "segments:N".
+        recompute_segments: what the gradient reads of earlier segments is computed again, which takes less memory.
         hrm_input: "tokens" reads every prompt token, "pooled" one vector made of their mean and the last.
-        hrm_read: LLM states that HRM reads: "embed+last", "last" or "all".
+        hrm_read: LLM states that HRM reads: "embed", "last", "embed+last" or "all".
+        hrm_conv: tokens that HRM reads together, see `ShortConv`; 1 = each alone.
         init_state: first z_H and z_L: "random", "fixed" or "zero", see `HRMCore`.
         state_mix: earlier states enter a block by "sum" or by "gated", see `HRMCore`.
         injector: "cab" or "grb", see injector.py.
@@ -152,8 +144,10 @@ class HRMAddonConfig(AdapterConfig):
     inner_T: int = 2
     reset_l: bool = False
     grad_horizon: str = "full"
+    recompute_segments: bool = False
     hrm_input: str = "tokens"
     hrm_read: str = "embed+last"
+    hrm_conv: int = 1
     init_state: str = "zero"
     state_mix: str = "gated"
     injector: str = "cab"
@@ -276,8 +270,8 @@ class AdapterController(FrozenHostModel, GenerationMixin):
         """What `segment` needs of a batch that does not change from segment to segment."""
         raise NotImplementedError
 
-    def segment(self, states: Any, labels: Tensor, carry: Any = None, denominator: float | None = None
-                ) -> ControllerOutput:
+    def segment(self, states: Any, labels: Tensor, carry: Any = None, denominator: float | None = None,
+                earlier: int = 0) -> ControllerOutput:
         """Loss of one training segment.
 
         Args:
@@ -286,6 +280,7 @@ class AdapterController(FrozenHostModel, GenerationMixin):
             carry: the state that the segment before returned; None before the first.
             denominator: what the summed cross-entropy is divided by, the labelled tokens of the global batch; None:
                 those of this batch.
+            earlier: segments that run before the scored one without a loss; its gradient runs through them.
 
         Returns:
             Loss, logits (N, V) of the N labelled tokens in row-major order, carry, and `metrics` per example, each
@@ -346,10 +341,10 @@ class SegmentLoss(nn.Module):
         super().__init__()
         self.controller = controller
 
-    def forward(self, states: Any, labels: Tensor, carry: Any = None, denominator: float | None = None
-                ) -> ControllerOutput:
+    def forward(self, states: Any, labels: Tensor, carry: Any = None, denominator: float | None = None,
+                earlier: int = 0) -> ControllerOutput:
         """As `AdapterController.segment`."""
-        return self.controller.segment(states, labels, carry, denominator)
+        return self.controller.segment(states, labels, carry, denominator, earlier)
 
 
 def is_addon_parameter(name: str, prefix: str = ADDON_PREFIX) -> bool:
@@ -369,7 +364,7 @@ class HRMAddon(nn.Module):
     def __init__(self, config: HRMAddonConfig, width: int, host_layers: int, vocabulary: int):
         super().__init__()
         # The order in which modules are made fixes what random numbers each of them begins with.
-        parts = {"last": 1, "embed+last": 2, "all": host_layers + 1}[config.hrm_read]
+        parts = {"embed": 1, "last": 1, "embed+last": 2, "all": host_layers + 1}[config.hrm_read]
         self.read = linear(parts * width, config.d_h)
         self.core = CORES[config.adapter](
             config.d_h,
@@ -387,10 +382,12 @@ class HRMAddon(nn.Module):
         self.injector = INJECTORS[config.injector](width, config.d_h, config.n_heads, gate, config.cab_mem)
         self.vocabulary_bias = VocabularyBias(width, config.d_h, vocabulary) if config.logit_bias_head else None
         self.verifier = nn.Linear(config.d_h, 1) if config.verifier_head else None
+        self.conv = ShortConv(config.d_h, config.hrm_conv) if config.hrm_conv > 1 else None
 
-    def inputs(self, features: Tensor) -> Tensor:
-        """x (B, S, d), computed anew in each segment so that its projection learns from each."""
-        return rms_norm(self.read(features))
+    def inputs(self, features: Tensor, mask: Tensor) -> Tensor:
+        """x (B, S, d) of features under mask (B, S), computed anew in each segment, to learn from each."""
+        x = rms_norm(self.read(features))
+        return x if self.conv is None else rms_norm(self.conv(x, mask))
 
 
 class HRMBackbone(FrozenHostModel):
@@ -440,11 +437,14 @@ class HRMBackbone(FrozenHostModel):
         if every_layer:
             # The last entry is already normed by the host; a second norm does not change its direction.
             read = self._layer_states(input_ids, out)
-        elif self.config.hrm_read == "embed+last":
-            read = [self.get_input_embeddings()(input_ids), last]
         else:
-            read = [last]
+            read = self.states_read(input_ids, last)
         return last, read, cache
+
+    def states_read(self, input_ids: Tensor, last: Tensor) -> list[Tensor]:
+        """What `hrm_read` names, "all" aside: (B, N, D) each."""
+        names = self.config.hrm_read.split("+")
+        return [last if name == "last" else self.get_input_embeddings()(input_ids) for name in names]
 
     def _layer_states(self, input_ids: Tensor, out: Any) -> list[Tensor]:
         """The states before, between and behind the decoder layers, num_hidden_layers + 1 tensors (B, N, D).
@@ -481,7 +481,13 @@ class HRMBackbone(FrozenHostModel):
     def advance(self, features: Tensor, context: Context, carry: Carry | None) -> Carry:
         """One segment: carry in, carry out; None is the initial state."""
         carry = carry or self.addon.core.initial_carry(context.mask)
-        return self.addon.core(self.addon.inputs(features), context, carry)
+        return self.addon.core(self.addon.inputs(features, context.mask), context, carry)
+
+    def recomputed(self, features: Tensor, context: Context, carry: Carry | None) -> Carry:
+        """As `advance`; with `recompute_segments` its activations are computed again in the backward pass, not kept."""
+        if self.config.recompute_segments and torch.is_grad_enabled():
+            return checkpoint(self.advance, features, context, carry, use_reentrant=False)
+        return self.advance(features, context, carry)
 
     def think(self, features: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """All segments of inference: (z_high (B, S, d), segments used (B,)).
@@ -495,7 +501,7 @@ class HRMBackbone(FrozenHostModel):
             return self._think_all(features, context, limit)
 
         core = self.addon.core
-        x = self.addon.inputs(features)
+        x = self.addon.inputs(features, context.mask)
         carry = core.initial_carry(context.mask)
         z_high = torch.empty_like(x)
         used = torch.zeros_like(carry.steps)
@@ -528,7 +534,7 @@ class HRMBackbone(FrozenHostModel):
     def _think_all(self, features: Tensor, context: Context, limit: int) -> tuple[Tensor, Tensor]:
         """As `think`, all segments; each example answers from the (first) one of the highest halting score."""
         core = self.addon.core
-        x = self.addon.inputs(features)
+        x = self.addon.inputs(features, context.mask)
         carry = core(x, context, core.initial_carry(context.mask))
         z_high = carry.z_high
         score = core.halt_logits(carry.z_high, context.mask)
@@ -718,22 +724,23 @@ class HRMController(AdapterController):
         embedded = self.get_input_embeddings()(batch.input_ids[:, length - 1 : -1])
         return HostStates(features, context, Slots(last[:, length - 1 :], embedded, positions[:, length - 1 :]))
 
-    def segment(self, states: HostStates, labels: Tensor, carry: Carry | None = None, denominator: float | None = None
-                ) -> ControllerOutput:
+    def segment(self, states: HostStates, labels: Tensor, carry: Carry | None = None, denominator: float | None = None,
+                earlier: int = 0) -> ControllerOutput:
         """One segment of deep supervision (HRM, section 2), see `AdapterController.segment`."""
+        before = []
+        for _ in range(earlier):
+            carry = self.model.recomputed(states.features, states.context, carry)
+            if self.config.use_act:
+                before.append(self._halting_before(states, labels, carry.detach()))
         carry = self.model.advance(states.features, states.context, carry)
-        hidden, bias = self.model.inject(states.slots, Thought(carry.z_high, states.context))
-
-        # Logits of labelled tokens alone: a vocabulary is wide.
-        labelled = labels != IGNORE
-        logits = host_logits(self.host, hidden[labelled])
-        if bias is not None:
-            logits = logits + bias[labelled].float()
-        target = labels[labelled]
+        logits = self._answer_logits(states, labels, carry)
+        target = labels[labels != IGNORE]
         loss = F.cross_entropy(logits, target, reduction="sum") / (denominator or max(len(target), 1))
 
         # The heads read the new z_H; their losses are the trainer's.
         metrics = {"correct": all_correct(logits, labels)}
+        if before:
+            metrics["earlier_halt_logits"], metrics["earlier_correct"] = map(torch.stack, zip(*before, strict=True))
         if self.config.use_act:
             z_high = carry.z_high.detach() if self.config.halt_detach else carry.z_high
             metrics["halt_logits"] = self.model.addon.core.halt_logits(z_high, states.context.mask)
@@ -741,6 +748,22 @@ class HRMController(AdapterController):
             state = last_state(carry.z_high, states.context.mask)
             metrics["verdict_logits"] = self.model.addon.verifier(state).squeeze(-1)
         return ControllerOutput(loss=loss, logits=logits, carry=carry, metrics=metrics)
+
+    def _answer_logits(self, states: HostStates, labels: Tensor, carry: Carry) -> Tensor:
+        """(labelled tokens, V): of labelled tokens alone, for a vocabulary is wide."""
+        hidden, bias = self.model.inject(states.slots, Thought(carry.z_high, states.context))
+        labelled = labels != IGNORE
+        logits = host_logits(self.host, hidden[labelled])
+        return logits if bias is None else logits + bias[labelled].float()
+
+    def _halting_before(self, states: HostStates, labels: Tensor, carry: Carry) -> tuple[Tensor, Tensor]:
+        """(halting logits, whether the answer is right), (B,) each, where no answer is asked for yet.
+
+        `carry` is detached: the head learns to see that an answer is still wrong, and nothing else learns from it.
+        """
+        with torch.no_grad():
+            correct = all_correct(self._answer_logits(states, labels, carry), labels)
+        return self.model.addon.core.halt_logits(carry.z_high, states.context.mask), correct
 
     # --- the causal LM ---
 

@@ -171,6 +171,29 @@ def a_state_can_be_carried(o: Namespace) -> str | None:
                 "--supervised_segments")
 
 
+@rule("carry_state", "grad_horizon")
+def a_gradient_through_segments_needs_their_states(o: Namespace) -> str | None:
+    if not o.carry_state and o.grad_horizon.startswith("segments:"):
+        return f"--grad_horizon {o.grad_horizon} runs through carried states and --carry_state 0 drops them: keep one"
+
+
+@rule("grad_horizon", "arch", "recompute_segments")
+def a_gradient_through_segments_has_several(o: Namespace) -> str | None:
+    several = o.grad_horizon.startswith("segments:") and o.grad_horizon != "segments:1"
+    if several and o.arch == "hybrid":
+        return f"--grad_horizon {o.grad_horizon} needs segments, which --arch hybrid has not: choose full"
+    if o.recompute_segments and not several:
+        return "--recompute_segments needs a gradient through several segments: add --grad_horizon segments:N"
+
+
+@rule("h_layers", "arch", "reset_l")
+def what_recurs_without_a_slow_block(o: Namespace) -> str | None:
+    if o.h_layers == 0 and o.arch == "hybrid":
+        return "--h_layers 0 leaves out the slow block, which --arch hybrid needs: choose 1 or more"
+    if o.h_layers == 0 and o.reset_l:
+        return "--reset_l drops z_L, and with --h_layers 0 there is no other state: keep one"
+
+
 @rule("segments_sampling", "segments")
 def segments_can_be_sampled(o: Namespace) -> str | None:
     if o.segments_sampling != "fixed" and o.segments < 2:

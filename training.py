@@ -2,7 +2,8 @@
 
 Deep supervision (HRM, section 2): each segment is forward, loss, backward, optimizer step, and its carry is detached,
 so memory does not grow with segments. With `--supervised_segments N` only the last N segments do so; those before run
-without gradient (a burn-in), which costs no memory and little time.
+without gradient (a burn-in), which costs no memory and little time. With `--grad_horizon segments:N` the gradient of a
+supervised segment runs through the N - 1 before it as well: what takes several segments is learnt as a whole.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, MicroLoss, OptimConfig, build_optimizers
 from host import HostError
+from hrm_blocks import segments_with_gradient
 from model import ADDON_PREFIX, AdapterController, SegmentLoss
+from tasks.steps import steps_of
 from text_data.frames import Frame
 
 
@@ -40,9 +43,11 @@ class AddonStepConfig:
     """What a step of the add-on consists of; each field is the flag of its name.
 
     segments: recurrence segments of a batch, 1 or more.
-    segments_sampling: fixed (all), uniform (1 to all, drawn for each batch) or growing (1 to a number that rises).
+    segments_sampling: fixed (all), uniform (1 to all, drawn for each batch), growing (1 to a number that rises) or
+        steps (from the most steps that an item of the batch needs to twice as many, at most all).
     supervised_segments: the last N segments have a loss and an optimizer step; 0 = all of them.
     carry_state: True begins a supervised segment from the states of the one before, False from the initial ones.
+    grad_horizon: calls that carry gradient, see `hrm_blocks.segments_with_gradient`.
     use_act: True trains the halting head.
     act_penalty: weight of the mean of 1 - p(halt), 0 or more; needs `use_act`.
     verifier_weight: weight of the verifier head's loss, 0 or more; 0 = off.
@@ -54,6 +59,7 @@ class AddonStepConfig:
     segments_sampling: str = "fixed"
     supervised_segments: int = 0
     carry_state: bool = True
+    grad_horizon: str = "full"
     use_act: bool = False
     act_penalty: float = 0.0
     verifier_weight: float = 0.0
@@ -61,20 +67,25 @@ class AddonStepConfig:
     seed: int = 0
 
 
-def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0) -> int:
+def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0, needed: int = 1) -> int:
     """Segments of batch `step`, alike on all ranks: all, or drawn from 1..segments with `uniform` and with ACT.
 
     With `growing` the largest that may be drawn rises from 1 to `segments` in equal parts of the run, whose share
-    `progress` in [0, 1] is done.
+    `progress` in [0, 1] is done. With `steps` they are drawn from `needed`, the most steps of an item of the batch, to
+    twice as many, so that every item has enough of them and none has a number to count on; `segments` is the limit.
     """
     if config.segments_sampling == "fixed" and not config.use_act:
         return config.segments
 
     # Drawn from seed and step alone, so that ranks agree and a resumed run draws what the other drew.
+    least = 1
     most = config.segments
     if config.segments_sampling == "growing":
         most = min(1 + int(progress * most), most)
-    return random.Random(f"segments/{config.seed}/{step}").randint(1, most)
+    if config.segments_sampling == "steps":
+        least = min(needed, most)
+        most = min(2 * needed, most)
+    return random.Random(f"segments/{config.seed}/{step}").randint(least, most)
 
 
 def mean_segments(config: AddonStepConfig) -> float:
@@ -83,9 +94,17 @@ def mean_segments(config: AddonStepConfig) -> float:
     drawn = (1 + most) / 2  # mean of 1..most
     if config.segments_sampling == "growing":
         return (1 + drawn) / 2  # `most` itself grows from 1
+    if config.segments_sampling == "steps":
+        return 0.75 * most  # where the hardest items need half of all
     if config.segments_sampling == "uniform" or config.use_act:
         return drawn
     return most
+
+
+def halting_loss(logits: Tensor, correct: Tensor) -> Tensor:
+    """Summed binary cross-entropy of "the answer is right", logits and truth of one shape."""
+    assert logits.shape == correct.shape, f"halting: {logits.shape} against {correct.shape}"
+    return F.binary_cross_entropy_with_logits(logits, correct.to(logits.dtype), reduction="sum")
 
 
 def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
@@ -176,11 +195,13 @@ class Trainer(BaseTrainer):
         tokens, examples = self.totals(counts)
 
         # The burn-in: segments whose states alone matter.
-        count = segments_of_step(config, step, self.progress) if self.controller.recurrent else 1
+        count = self._segments(batches, step) if self.controller.recurrent else 1
         supervised = min(config.supervised_segments or count, count)
+        horizon = segments_with_gradient(config.grad_horizon)
+        earlier = min(count - supervised, horizon - 1)
         states = self._encode(batches)
         carries = [None] * len(batches)
-        for _ in range(count - supervised):
+        for _ in range(count - supervised - earlier):
             carries = self._advance(states, carries)
 
         # Each supervised segment is a step of its own; its carry goes on without gradient.
@@ -188,16 +209,32 @@ class Trainer(BaseTrainer):
             if segment and self.controller.config.lora_layers:
                 states = self._encode(batches)  # the last backward spent the graph, the last step moved the weights
             items = list(zip(batches, states, carries, verdicts, strict=True))
-            metrics, carries = self._supervise(items, tokens, examples)
+            metrics, following = self._supervise(items, tokens, examples, earlier)
             metrics["grad_norm"] = self._update(step, metrics["loss"])
+
+            # The next one's gradient runs through as many segments, or through one more where there were fewer.
             if not config.carry_state:
                 carries = [None] * len(batches)
+            elif horizon == 1:
+                carries = following
+            elif earlier < horizon - 1:
+                earlier += 1
+            elif segment + 1 < supervised:
+                carries = self._advance(states, carries)
 
         if "halt_square" in metrics:
             # Var p = E p^2 - (E p)^2, over the examples of the batch; rounding may take it below zero.
             variance = metrics.pop("halt_square") - metrics["halt_probability"] ** 2
             metrics["halt_deviation"] = max(variance, 0.0) ** 0.5
         return {**metrics, "lr": lr, "segments": count, "tokens": tokens, "examples": examples}
+
+    def _segments(self, batches: Sequence[Batch], step: int) -> int:
+        """How many segments batch `step` has, alike on all ranks."""
+        needed = 1
+        if self.config.segments_sampling == "steps":
+            own = max(steps_of(example.entry) or 1 for batch in batches for example in batch.examples)
+            needed = int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+        return segments_of_step(self.config, step, self.progress, needed)
 
     def _encode(self, batches: Sequence[Batch]) -> list[Any]:
         with self.autocast():
@@ -210,17 +247,19 @@ class Trainer(BaseTrainer):
             pairs = zip(states, carries, strict=True)
             return [self.controller.model.advance(s.features, s.context, carry) for s, carry in pairs]
 
-    def _supervise(self, items: list[tuple], tokens: int, examples: int) -> tuple[dict[str, float], list[Any]]:
+    def _supervise(self, items: list[tuple], tokens: int, examples: int, earlier: int
+                   ) -> tuple[dict[str, float], list[Any]]:
         """Gradients of one segment, over micro-batches given as (batch, states, carry, verdict).
 
-        Returns the metrics of the global batch, which has `tokens` answer tokens and `examples`, and the carries.
+        They run through `earlier` segments before it. Returns the metrics of the global batch, which has `tokens`
+        answer tokens and `examples`, and the carries.
         """
         world = self.accelerator.num_processes
         following = []
 
         def loss_of(item: tuple) -> MicroLoss:
             batch, state, carry, verdict = item
-            out = self.wrapped(state, batch.labels, carry, tokens / world)
+            out = self.wrapped(state, batch.labels, carry, tokens / world, earlier)
             following.append(out.carry and out.carry.detach())
             return self._total_loss(out, verdict, examples / world)
 
@@ -235,9 +274,11 @@ class Trainer(BaseTrainer):
         if self.config.use_act:
             # The head learns whether the answer is right as it stands; the penalty asks it to halt early.
             logits = metrics["halt_logits"].float()
-            target = metrics["correct"].to(logits.dtype)
-            assert logits.shape == target.shape, f"halting: {logits.shape} against {target.shape}"
-            halting = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / examples
+            halting = halting_loss(logits, metrics["correct"]) / examples
+            if "earlier_correct" in metrics:
+                # All segments that ran weigh alike, as halting looks at each of them.
+                earlier = halting_loss(metrics["earlier_halt_logits"].float(), metrics["earlier_correct"]) / examples
+                halting = (halting + earlier) / (1 + len(metrics["earlier_correct"]))
             penalty = (1 - logits.sigmoid()).sum() / examples
             loss = loss + halting + self.config.act_penalty * penalty
             chance = logits.detach().sigmoid()

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from batching import Batch
-from engine.batches import IGNORE
+from engine.batches import IGNORE, all_correct
 from engine.past_tokens import cached_tokens, position_arguments, run_decoder
+from engine.positions import token_positions
 from host import (
     HostError,
     add_lora,
@@ -36,7 +37,6 @@ from host import (
     load_host,
     lora_layers,
 )
-from hrm_blocks import all_correct, token_positions
 from model import AdapterConfig, AdapterController, ControllerOutput, causal_loss
 
 
@@ -167,8 +167,8 @@ class BaselineController(AdapterController):
         """The batch as it is: LoRA and prompt tuning run inside the LLM, so there is nothing to precompute."""
         return batch
 
-    def segment(self, states: Batch, labels: Tensor, carry: None = None, denominator: float | None = None
-                ) -> ControllerOutput:
+    def segment(self, states: Batch, labels: Tensor, carry: None = None, denominator: float | None = None,
+                earlier: int = 0) -> ControllerOutput:
         """As `AdapterController.segment`, without a carry. Columns S - 1 to S + T - 2 predict the T target tokens."""
         last, _ = self.run_host(states.input_ids[:, :-1], states.attention_mask[:, :-1])
         labelled = labels != IGNORE

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from batching import Batch, PromptConfig, PromptFormat
 from engine.memory import free_memory
-from hrm_blocks import token_positions
+from engine.positions import token_positions
 from model import HostStates, HRMController
 from reasoning_gym_wrapper import EVAL_SEED, Example
 
@@ -39,7 +39,7 @@ SAMPLED = 256  # numbers of each weight that a digest of the LLM looks at
 class CacheConfig:
     """What is kept, and how much of it at most; each field is the flag of its name.
 
-    hrm_read: LLM states that HRM reads: embed+last, last or all.
+    hrm_read: LLM states that HRM reads: embed, last, embed+last or all.
     cache_max_gb: largest cache of all processes together, in GB (10^9 bytes), above 0.
     """
 
@@ -283,12 +283,10 @@ class HiddenCache:
         """(last hidden states, what HRM reads), (B, N, D) each, in the host's dtype; zeros at pads."""
         ids = batch.input_ids
         index = self._rows_of(batch)
-        table = controller.get_input_embeddings()
-        parts = self.states[index].to(ids.device, table.weight.dtype)
+        dtype = controller.get_input_embeddings().weight.dtype
+        parts = self.states[index].to(ids.device, dtype)
         last, *layers = parts.split(controller.get_output_embeddings().weight.shape[-1], dim=-1)
-        if controller.config.hrm_read == "embed+last":
-            return last, [table(ids[:, :-1]), last]
-        return last, layers or [last]
+        return last, layers or controller.model.states_read(ids[:, :-1], last)
 
     def _rows_of(self, batch: Batch) -> Tensor:
         """(B, N) rows of `states` that hold the batch's columns, 0 at pads.

@@ -1,9 +1,12 @@
-"""What all batches share: the label that is ignored, and work on items of different lengths."""
+"""What all batches share: the label that is ignored, what counts as right, work on items of different lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from engine.stopping import stop_point
 
@@ -48,3 +51,15 @@ def by_length(
         results.update(zip(chosen, batch, strict=True))
 
     return [results[index] for index in range(len(items))]
+
+
+def all_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) bool: every labelled token of the row is the argmax; False in a row without labels.
+
+    `logits` (N, V) are those of the labelled tokens in row-major order. Because each argmax is conditioned on a gold
+    prefix that equals the generated one as long as all is right, this is "greedy generation gives the gold answer".
+    """
+    labelled = labels != IGNORE
+    right = torch.zeros_like(labelled)
+    right[labelled] = logits.argmax(dim=-1) == labels[labelled]
+    return (right | ~labelled).all(dim=1) & labelled.any(dim=1)

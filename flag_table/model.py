@@ -28,7 +28,8 @@ TABLE = (
     # The H and L blocks, whose states are z_H and z_L.
     with_hrm("d_h", "int", 128, "width of the HRM; a multiple of 2 x n_heads", low=8, by_arch={"hybrid": 256},
              adapters=BLOCKS, shape=True, common=True),
-    with_hrm("h_layers", "int", 1, "layers of the slow block H", low=1, high=64, adapters=BLOCKS, shape=True),
+    with_hrm("h_layers", "int", 1, "layers of the slow block H; 0 = none, L alone recurs", low=0, high=64,
+             adapters=BLOCKS, shape=True),
     with_hrm("l_layers", "int", 1, "layers of the fast block L", low=1, high=64, adapters=BLOCKS, shape=True),
     addon("share_hl", "bool", False, "one block serves as both H and L, as in TRM; needs h_layers = l_layers",
           shape=True),
@@ -39,14 +40,16 @@ TABLE = (
     with_hrm("inner_T", "int", 2, "L steps before each H step", low=1, high=64, aliases=("l_steps",),
              adapters=RECURRENT, depth=True),
     addon("reset_l", "bool", False, "start z_L anew at each segment", adapters=RECURRENT),
-    with_hrm("grad_horizon", "str", "full", "block calls that carry gradient: the last of L and of H, all, or "
-             "the last N of L", pattern=r"one_step|full|k:[1-9][0-9]*", form="one_step, full or k:N with N >= 1",
-             adapters=RECURRENT, depth=True),
+    with_hrm("grad_horizon", "str", "full", "block calls that carry gradient: the last of L and of H, all of a "
+             "segment, the last N of L, or all of the last N segments", adapters=RECURRENT, depth=True,
+             pattern=r"one_step|full|(k|segments):[1-9][0-9]*", form="one_step, full, k:N or segments:N with N >= 1"),
     # What HRM reads and begins with.
     addon("hrm_input", "str", "tokens", "what HRM reads of the prompt: every token, or mean and last token",
           choices=("tokens", "pooled"), adapters=BLOCKS, shape=True),
-    addon("hrm_read", "str", "embed+last", "which of the LLM's states HRM reads",
-          choices=("embed+last", "last", "all"), adapters=BLOCKS, shape=True),
+    addon("hrm_conv", "int", 1, "tokens that HRM reads together by a short convolution, each with those before it; 1 = "
+          "each alone", low=1, high=64, adapters=BLOCKS, shape=True),
+    addon("hrm_read", "str", "embed+last", "which of the LLM's states HRM reads: of its embeddings and layers",
+          choices=("embed", "last", "embed+last", "all"), adapters=BLOCKS, shape=True),
     addon("init_state", "str", "zero", "first z_H and z_L: random vectors in training and fixed buffers at "
           "evaluation, the published fixed buffers in both, or zeros", choices=("random", "fixed", "zero"),
           adapters=RECURRENT),

@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from engine.batches import IGNORE
-from hrm_blocks import all_correct, mean_state
+from engine.batches import IGNORE, all_correct
+from engine.positions import mean_state
 from hybrid.config import HybridConfig
 from hybrid.encoder import HybridEncoder, HybridEncoderOutput, slot_mean_norm
 from hybrid.layers import Decoder, Memory

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from batching import PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from engine.intervals import wilson  # noqa: E402
+from engine.positions import relative_change  # noqa: E402
 from evaluation import OVERALL, Answer, Decoding, answer  # noqa: E402
-from hrm_blocks import relative_change  # noqa: E402
 from model import AdapterController, HRMController  # noqa: E402
 from reasoning_gym_wrapper import Example  # noqa: E402
 

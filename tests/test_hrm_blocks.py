@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from engine.positions import last_column, last_state, mean_state
 from hrm_blocks import (
     Attention,
     Carry,
@@ -24,12 +25,10 @@ from hrm_blocks import (
     HBlock,
     HRMCore,
     LBlock,
+    ShortConv,
     SwiGLU,
     first_call_with_gradient,
     init_linear,
-    last_column,
-    last_state,
-    mean_state,
     recur,
     rms_norm,
     rope,
@@ -285,9 +284,9 @@ def test_calls_without_gradient_do_not_rob_the_later_ones_under_autocast(horizon
 
 @pytest.mark.parametrize("horizon", ["two_step", "k:0", "k:-1", "k:", "", "k:1.5", "FULL"])
 def test_another_horizon_is_refused(horizon):
-    with pytest.raises(ValueError, match="one_step, full or k:N"):
+    with pytest.raises(ValueError, match="one_step, full, k:N, segments:N"):
         first_call_with_gradient(horizon, 3)
-    with pytest.raises(ValueError, match="one_step, full or k:N"):
+    with pytest.raises(ValueError, match="one_step, full, k:N, segments:N"):
         core_of(horizon=horizon)
 
 
@@ -336,6 +335,34 @@ def test_carry_rows_and_detach():
     cut = carry.detach()
     assert not cut.z_high.requires_grad and not cut.z_low.requires_grad and torch.equal(cut.z_high, carry.z_high)
     assert cut.steps.tolist() == [1, 2, 3] and cut.halted.tolist() == [False, True, False]
+
+
+def test_without_a_slow_block_the_fast_one_recurs_alone():
+    for mix in ("sum", "gated"):
+        core = HRMCore(WIDTH, HEADS, 0, 1, 2, init_state="zero", state_mix=mix)
+        names = {name.partition(".")[0] for name, _ in core.named_parameters()}
+        assert names == {"l_block", "halt"} | ({"low_gate"} if mix == "gated" else set())
+        if mix == "gated":
+            torch.nn.init.normal_(core.low_gate)
+        mask = padding(4, 7)
+        x = torch.randn(2, 7, WIDTH)
+        carry = core(x, context_of(mask), core(x, context_of(mask), core.initial_carry(mask)))
+        z = torch.zeros_like(x)
+        for _ in range(4):
+            z = core.l_block(x + (z if mix == "sum" else core.low_gate * z), context_of(mask))
+        assert carry.z_high is carry.z_low
+        torch.testing.assert_close(carry.z_low, z)
+
+
+def test_the_short_convolution_mixes_a_token_with_those_before_it_and_with_no_pad():
+    conv = ShortConv(WIDTH, 3)
+    x = torch.randn(2, 6, WIDTH)
+    mask = padding(4, 6)
+    mixed = conv(x, mask)
+    own, before, first = conv.mix.weight.split(WIDTH, dim=1)
+    torch.testing.assert_close(mixed[1, 4], own @ x[1, 4] + before @ x[1, 3] + first @ x[1, 2])
+    torch.testing.assert_close(mixed[0, 2], own @ x[0, 2], msg="a row's first token reads pads")
+    torch.testing.assert_close(mixed[0, 2:], conv(x[:1, 2:], mask[:1, 2:])[0])
 
 
 def test_initial_states_are_saved_fixed_and_not_trained():

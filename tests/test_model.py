@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from batching import Batch, pad
-from engine.batches import IGNORE
-from hrm_blocks import Carry, relative_change, token_positions
-from model import HRMAddonConfig, HRMController, all_correct, is_addon_parameter, prompt_before
+from engine.batches import IGNORE, all_correct
+from engine.positions import relative_change, token_positions
+from hrm_blocks import Carry
+from model import HRMAddonConfig, HRMController, is_addon_parameter, prompt_before
 from tiny_families import EOS, FAMILIES, SCALED, VOCABULARY, left_padded, random_ids, tiny_controller, tiny_host
 
 VARIANTS = {
@@ -339,7 +340,7 @@ def test_the_target_changes_no_state(variant):
     torch.testing.assert_close(longer.z_high, first.z_high, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("read", ["last", "embed+last", "all"])
+@pytest.mark.parametrize("read", ["embed", "last", "embed+last", "all"])
 def test_every_prompt_token_changes_the_last_state(read):
     controller, ids = tiny_controller(hrm_read=read), random_ids(1, 6)
     before = think(controller, batch_of([ids[0]], lengths=(2,))).z_high
@@ -367,7 +368,7 @@ def test_features_are_the_embedding_and_the_hosts_last_hidden_state():
     with torch.no_grad():
         out = host(ids, attention_mask=mask, position_ids=token_positions(mask), output_hidden_states=True)
     embedded, last = host.transformer.wte(ids), out.hidden_states[-1]
-    expected = {"last": [last], "embed+last": [embedded, last], "all": list(out.hidden_states)}
+    expected = {"embed": [embedded], "last": [last], "embed+last": [embedded, last], "all": list(out.hidden_states)}
     for read, parts in expected.items():
         controller = tiny_controller("gpt2", host=host, hrm_read=read)
         features = controller.encode(batch_of(prompts())).features

@@ -233,6 +233,8 @@ def values_of(flag: Flag) -> list:
         return list(flag.choices)
     if flag.type in ("int", "float"):
         return [flag.default, *(value for value in (0, 1, 2, 3, 8, 10, 100) if flag.allows(value))]
+    if flag.name == "grad_horizon":
+        return ["full", "one_step", "k:2", "segments:1", "segments:2"]
     return [flag.default, "some"]
 
 
@@ -454,8 +456,8 @@ def test_numbers_outside_their_range_are_refused(flag, capsys):
 
 
 @pytest.mark.parametrize("horizon", ["k:0", "k:", "k:-1", "k:1.5", "FULL", "one_step ", ""])
-def test_grad_horizon_names_its_three_forms(horizon, capsys):
-    assert "expected one_step, full or k:N with N >= 1" in refused([f"--grad_horizon={horizon}"], capsys)[0]
+def test_grad_horizon_names_its_four_forms(horizon, capsys):
+    assert "expected one_step, full, k:N or segments:N with N >= 1" in refused([f"--grad_horizon={horizon}"], capsys)[0]
 
 
 def test_a_flag_already_told_as_wrong_starts_no_second_complaint(capsys):

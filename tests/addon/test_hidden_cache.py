@@ -94,7 +94,7 @@ def test_cached_and_uncached_states_are_equal_to_bf16_rounding(tiny_host, bf16_h
         assert one == pytest.approx(other, rel=5e-3)
 
 
-@pytest.mark.parametrize("read", ["embed+last", "last", "all"])
+@pytest.mark.parametrize("read", ["embed", "embed+last", "last", "all"])
 def test_a_host_in_bf16_is_kept_bit_for_bit(bf16_host, read):
     """Batches of other make-up differ by what padding does to the LLM itself, so this one is the cache's own."""
     opts, model, prompt_format, examples, _ = setting(bf16_host, "--hrm_read", read, "--host_dtype", "stored")

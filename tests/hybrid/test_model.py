@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM
 
 from engine.batches import IGNORE
-from hrm_blocks import key_mask, mean_state
+from engine.positions import mean_state
+from hrm_blocks import key_mask
 from hybrid import layers as hybrid_blocks
 from hybrid.banks import BankCore, Bridge, Gate
 from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder

@@ -19,7 +19,7 @@ from addon import halting
 from addon.halting import HaltingAlarm, collapse, evaluation_collapse
 from calibration import calibration_error, reliability
 from depth_measures import MOST_GROUPS, QUANTILES, length_labels, own_difficulty
-from hrm_blocks import last_column, relative_change
+from engine.positions import last_column, relative_change
 from text_data.trained import TrainedQuestions, trained_by
 from tiny_runs import arguments, newest, only_run, tiny_model
 

@@ -1,0 +1,27 @@
+"""How many steps an item needs, where its task says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Where the metadata of Reasoning Gym's tasks hold it: a number, or a list of one entry for each step.
+KEYS = {
+    "color_cube_rotation": "rotations",
+    "game_of_life": "simulation_steps",
+    "rotten_oranges": "solution",  # minutes until all are rotten
+    "shortest_path": "solution",  # the moves
+    "string_manipulation": "states",  # the string as given, then after each rule
+}
+
+
+def steps_of(entry: Mapping[str, Any]) -> int | None:
+    """Steps that the item `entry` needs, 1 or more (0 counts as 1); None where its task does not say."""
+    metadata = entry.get("metadata", {})
+    task = metadata.get("source_dataset", "")
+    value = metadata.get(KEYS.get(task, "steps"))
+    if isinstance(value, list | tuple):
+        value = len(value) - (task == "string_manipulation")
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return max(value, 1)
