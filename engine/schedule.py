@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+COOLDOWN = 0.3
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate over a run; each field is the flag of its name.
 
     lr: peak learning rate, above 0.
-    lr_scheduler: cosine, linear or constant, after the warmup.
-    lr_min_ratio: share of `lr` that cosine and linear end at, 0 to 1.
-    lr_fall: what cosine and linear are stretched over: what the warmup leaves (after_warmup), or the whole run, its
+    lr_scheduler: cosine, linear, constant, or wsd (constant, then linear over the last `COOLDOWN`; MiniCPM, arXiv
+        2404.06395), after the warmup.
+    lr_min_ratio: share of `lr` that the fall ends at, 0 to 1.
+    lr_fall: what the fall is stretched over: what the warmup leaves (after_warmup), or the whole run, its
         unseen beginning behind the warmup (whole_run), as in checkpoints that are older than this flag.
     """
 
@@ -29,7 +32,7 @@ def learning_rate(
     """Learning rate of a batch: a linear rise over the warmup, then the schedule's fall from the peak it has reached.
 
     Args:
-        schedule: peak, form and floor; cosine and linear never fall under `lr_min_ratio x lr`.
+        schedule: peak, form and floor; the fall never goes under `lr_min_ratio x lr`.
         step: number of the batch, from 0.
         progress: share of the run that is done, 0 to 1.
         warmup: batches of the rise; 0 = none.
@@ -48,6 +51,8 @@ def learning_rate(
         falling = 0.5 * (1 + math.cos(math.pi * progress))
     elif schedule.lr_scheduler == "linear":
         falling = 1 - progress
+    elif schedule.lr_scheduler == "wsd":
+        falling = min((1 - progress) / COOLDOWN, 1.0)
     else:
         falling = 1.0
 

@@ -24,8 +24,8 @@ TABLE = (
     Flag("optimizer", "str", "muon", "muon = Muon on hidden matrices, AdamW on the rest",
          choices=("muon", "adamw", "adamw_8bit"), by_arch={"hybrid": "adamw"}),
     # The course of the learning rate.
-    Flag("lr_scheduler", "str", "cosine", "course of the learning rate after the warmup",
-         choices=("cosine", "linear", "constant")),
+    Flag("lr_scheduler", "str", "cosine", "course of the learning rate after the warmup; wsd = constant, then "
+         "linear over the last 30 %", choices=("cosine", "linear", "constant", "wsd")),
     Flag("warmup_steps", "int", 50, "batches of linear warmup", low=0, by_arch={"hybrid": 500}),
     Flag("lr_min_ratio", "float", 0.0, "final learning rate as a share of lr", low=0, high=1,
          by_arch={"hybrid": 0.05}),
@@ -39,11 +39,13 @@ TABLE = (
          exclusive_high=True, by_arch={"hybrid": 0.0, "enhanced": 0.0}),
     # Deep supervision over segments.
     addon("segments_sampling", "str", "fixed", "how many segments a batch has: all (with use_act 1 to all); 1 to "
-          "all, drawn per batch; or 1 to a number that grows to all over the run",
-          choices=("fixed", "uniform", "growing"), adapters=RECURRENT),
+          "all, drawn per batch; 1 to a number that grows to all over the run; or from the steps its items need to "
+          "twice as many", choices=("fixed", "uniform", "growing", "steps"), adapters=RECURRENT),
     addon("supervised_segments", "int", 0, "0 = every segment has a loss and an optimizer step (deep "
           "supervision); N = only the last N have, and the earlier ones run without gradient", low=0,
           adapters=RECURRENT),
+    addon("recompute_segments", "bool", False, "compute again, in the backward pass, what the gradient reads of "
+          "earlier segments: less memory, more time; needs grad_horizon segments:N", adapters=RECURRENT),
     addon("carry_state", "bool", True, "each supervised segment goes on from the states of the one before; off: "
           "from the initial ones, a control for what recurrence adds to repeated steps", adapters=RECURRENT),
     # Further heads and controls.

@@ -32,6 +32,7 @@ from tiny_families import randomise
 from tiny_runs import TINY, controller_of, tiny_trainer
 from training import AddonStepConfig, Trainer, learns_by_muon, segments_of_step
 
+SCHEDULERS = ["cosine", "linear", "constant", "wsd"]
 EXACT = {"rtol": 0, "atol": 0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -204,7 +205,7 @@ def test_the_same_step_draws_the_same_numbers_whatever_came_before(make, batches
 def test_the_schedule_warms_up_and_falls_to_its_floor():
     schedule = ScheduleConfig(lr=0.4, lr_scheduler="linear", lr_min_ratio=0.25)
     assert [learning_rate(schedule, step, step / 100, 4) for step in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    for scheduler, half in (("linear", 0.25), ("cosine", 0.25), ("constant", 0.4)):
+    for scheduler, half in (("linear", 0.25), ("cosine", 0.25), ("constant", 0.4), ("wsd", 0.4)):
         schedule = ScheduleConfig(lr=0.4, lr_scheduler=scheduler, lr_min_ratio=0.25)
         start, middle, end = (learning_rate(schedule, 50, progress, 4) for progress in (0.0, 0.5, 1.0))
         assert start == pytest.approx(0.4) and middle == pytest.approx(half)
@@ -214,13 +215,13 @@ def test_the_schedule_warms_up_and_falls_to_its_floor():
     assert learning_rate(linear, 9, 0.25, 0) == pytest.approx(0.75)
 
 
-@given(st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1), st.floats(0, 1), st.integers(0, 50))
+@given(st.sampled_from(SCHEDULERS), st.floats(0, 1), st.floats(0, 1), st.integers(0, 50))
 def test_after_the_warmup_the_rate_stays_between_floor_and_peak(scheduler, floor, progress, warmup):
     schedule = ScheduleConfig(lr=0.3, lr_scheduler=scheduler, lr_min_ratio=floor)
     assert 0.3 * floor - 1e-12 <= learning_rate(schedule, warmup, progress, warmup) <= 0.3 + 1e-12
 
 
-@given(st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 1), st.integers(1, 200), st.integers(0, 300))
+@given(st.sampled_from(SCHEDULERS), st.floats(0, 1), st.integers(1, 200), st.integers(0, 300))
 def test_the_rate_reaches_its_peak_once_and_never_drops_at_once(scheduler, floor, total, warmup):
     """Up to the peak, then down from it: over what the warmup leaves, however long the warmup is."""
     schedule = ScheduleConfig(lr=0.3, lr_scheduler=scheduler, lr_min_ratio=floor)
@@ -281,6 +282,58 @@ def test_without_carried_states_every_supervised_segment_is_the_first(make, batc
     assert len(grads[True]) == len(grads[False]) == 3 and torch.equal(grads[True][0][name], grads[False][0][name])
     assert all(torch.equal(later[name], grads[False][0][name]) for later in grads[False][1:])
     assert not any(torch.equal(later[name], grads[True][0][name]) for later in grads[True][1:])
+
+
+def through_segments(trainer: Trainer, batch: Batch, before: int, length: int) -> dict[str, torch.Tensor]:
+    """The gradient of the last of `length` segments through all of them, after `before` ones without gradient."""
+    model = copy.deepcopy(trainer.controller).train()
+    parameters = model.addon_parameters()
+    states, carry = model.encode(batch), None
+    for _ in range(before):
+        carry = model.model.advance(states.features, states.context, carry).detach()
+    for _ in range(length - 1):
+        carry = model.model.advance(states.features, states.context, carry)
+    loss, _ = plain_segment(model, states, batch.labels, carry)
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("horizon,before,length", [("full", 3, 1), ("segments:1", 3, 1), ("segments:2", 2, 2),
+                                                   ("segments:4", 0, 4), ("segments:9", 0, 4)])
+def test_the_gradient_runs_through_as_many_segments_as_named(make, batches, horizon, before, length, recompute):
+    trainer = make(segments=4, supervised_segments=1, grad_horizon=horizon, recompute_segments=recompute,
+                   state_mix="sum")
+    taken, _ = gradients(trainer, [batches[0]])
+    expected = through_segments(trainer, batches[0], before, length)
+    assert len(taken) == 1 and len(expected) > 5
+    for name, gradient in expected.items():
+        torch.testing.assert_close(taken[0][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_horizon_slides_along_with_the_supervised_segments(make, batches):
+    trainer = make(segments=4, supervised_segments=4, grad_horizon="segments:2", state_mix="sum")
+    taken, _ = gradients(trainer, [batches[0]])
+    for segment, (before, length) in enumerate([(0, 1), (0, 2), (1, 2), (2, 2)]):
+        expected = through_segments(trainer, batches[0], before, length)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(taken[segment][name], gradient, rtol=1e-4, atol=1e-6, msg=f"{segment} {name}")
+
+
+def test_segments_are_drawn_from_the_steps_that_the_batch_needs(make, prompts):
+    config = AddonStepConfig(segments=8, segments_sampling="steps")
+    assert {segments_of_step(config, step, needed=3) for step in range(100)} == {3, 4, 5, 6}
+    assert {segments_of_step(config, step, needed=6) for step in range(100)} == {6, 7, 8}
+    assert {segments_of_step(config, step, needed=20) for step in range(100)} == {8}
+
+    trainer = make(segments=8, segments_sampling="steps", supervised_segments=1)
+    examples = Reserve(make_tasks(["toy_chain"], '{"toy_chain": {"max_steps": 3}}'), 24).examples
+    hard = [example for example in examples if example.entry["metadata"]["steps"] == 3]
+    easy = [example for example in examples if example.entry["metadata"]["steps"] == 1]
+    for chosen, needed in ((hard[:1] + easy[:3], 3), (easy[:4], 1)):
+        batch = prompts.batch(chosen)
+        counts = {gradients(trainer, [batch], step)[1]["segments"] for step in range(12)}
+        assert counts == set(range(needed, 2 * needed + 1))
 
 
 def test_a_drawn_count_below_the_supervised_ones_supervises_all(make, batches):
@@ -434,6 +487,32 @@ def test_halting_adds_binary_cross_entropy_and_its_penalty(make):
     assert float(loss) == pytest.approx(2 + bce + 0.7 * penalty) and float(parts["loss"]) == float(loss.detach())
     micro = make()._total_loss(out, None, 3)
     assert float(micro.loss) == 2.0 and "halt_loss" not in micro.parts
+
+
+def test_the_halting_head_learns_from_every_segment_of_the_horizon_and_moves_no_state(make, batches):
+    """Each segment's logit against whether its own answer is right; nothing else learns from that."""
+    plain = {"segments": 3, "supervised_segments": 1, "grad_horizon": "segments:3", "segments_sampling": "uniform",
+             "state_mix": "sum", "halt_detach": True, "use_act": True}
+    trainer = make(**plain)
+    step = next(step for step in range(50) if segments_of_step(trainer.config, step) == 3)
+    (taken,), told = gradients(trainer, [batches[0]], step)
+
+    model = copy.deepcopy(trainer.controller).train()
+    states, carry = model.encode(batches[0]), None
+    expected = 0.0
+    for _ in range(3):
+        carry = model.model.advance(states.features, states.context, carry)
+        hidden, _ = model.model.inject(states.slots, Thought(carry.z_high, states.context))
+        logits = host_logits(model.host, hidden)
+        right = ((logits.argmax(-1) == batches[0].labels) | (batches[0].labels == IGNORE)).all(dim=1)
+        chance = model.model.addon.core.halt_logits(carry.z_high, states.context.mask)
+        expected = expected + F.binary_cross_entropy_with_logits(chance, right.float()) / 3
+    assert told["halt_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+    without = make(**plain | {"use_act": False, "halt_detach": False})
+    (bare,), _ = gradients(without, [batches[0]], step)
+    for name, gradient in bare.items():
+        torch.testing.assert_close(taken[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_penalty_makes_halting_likelier(make, batches):
