@@ -10,6 +10,9 @@ from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_TOKENS = 76  # characters of a question, one token each: with the chat template under 80 of the embedded LLM
+# (nodes, letters) of a curriculum's first levels. With as many letters as nodes, a few thousand questions are all there
+# are, and they are learnt by heart.
+FEW = ((4, 6), (6, 8), (8, 10), (10, 12), (13, 15), (16, 18), (18, 22))
 MOST_PAIRS = 18  # pairs `A>B,` of four tokens each, and up to five more for what is asked
 
 
@@ -67,6 +70,51 @@ class StepsConfig:
     def is_new(self, metadata: Mapping[str, Any]) -> bool:
         """Whether an item is of those that this level adds to the one below."""
         return metadata["steps"] == self.max_steps
+
+
+@dataclass
+class LettersConfig(StepsConfig):
+    """A probe of pointers between letters. Its first levels have few nodes of few letters, at the fewest steps.
+
+    nodes: letters that an item holds.
+    letters: how many of the alphabet, from A on, they are drawn from.
+    """
+
+    nodes: int = MOST_PAIRS
+    letters: int = len(LETTERS)
+
+    def validate(self) -> None:
+        super().validate()
+        assert self.letters <= len(LETTERS), f"letters must be {len(LETTERS)} or fewer, got {self.letters}"
+        assert self.nodes <= self.letters, f"nodes must be at most the {self.letters} letters, got {self.nodes}"
+
+    def levels(self) -> list[dict[str, Any]]:
+        """First few nodes of few letters, more of them at each level; then, with all of them, one more step at each.
+
+        A model learns to find a letter among 8 within a few hundred batches. Among 26 it does not begin to.
+        """
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        levels = []
+        for nodes, letters in FEW:
+            fields = {"nodes": nodes, "letters": letters, "max_steps": self.min_steps, **self.shrunk(nodes)}
+            is_smaller = nodes <= self.nodes and letters < self.letters
+            if is_smaller and is_legal(type(self)(**own | fields)):
+                levels.append(fields)
+        back = {name: own[name] for name in (levels[0] if levels else ())}
+        return levels + [back | level for level in super().levels()]
+
+    def shrunk(self, nodes: int) -> dict[str, Any]:
+        """Further fields of a level of so many nodes."""
+        return {}
+
+
+def is_legal(config: StepsConfig) -> bool:
+    """Whether a config passes its own checks."""
+    try:
+        config.validate()
+    except AssertionError:
+        return False
+    return True
 
 
 class StepsDataset(ToyDataset):

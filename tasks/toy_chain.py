@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
-from tasks.toy_base import LETTERS, MOST_PAIRS, StepsConfig, StepsDataset, pairs_text
+from tasks.toy_base import LETTERS, MOST_PAIRS, LettersConfig, StepsDataset, pairs_text
 
 ENDS = ("none", "self")
 
 
 @dataclass
-class ToyChainConfig(StepsConfig):
+class ToyChainConfig(LettersConfig):
     """Chains of pointers; the start lies `steps` pointers before the end of its own.
 
-    nodes: letters in all chains together.
     chains: how many there are; a guess among their ends solves one item in so many.
-    ends: none = an end points nowhere; self = an end points at itself, one pair more for each chain.
+    ends: self = an end points at itself, so that every hop is alike; none = an end points nowhere, one pair less for
+        each chain, and the model must learn to stay there.
     """
 
-    nodes: int = 24
     chains: int = 6
-    ends: str = "none"
+    ends: str = "self"
 
     @property
     def fewest(self) -> int:
@@ -32,7 +32,6 @@ class ToyChainConfig(StepsConfig):
         super().validate()
         assert self.ends in ENDS, f"ends must be {' or '.join(ENDS)}, got {self.ends!r}"
         assert self.chains >= 1, f"chains must be 1 or more, got {self.chains}"
-        assert self.nodes <= len(LETTERS), f"nodes must be {len(LETTERS)} or fewer letters, got {self.nodes}"
         assert self.nodes >= self.fewest * self.chains, (
             f"{self.chains} chains with ends {self.ends} need {self.fewest * self.chains} nodes, got {self.nodes}"
         )
@@ -49,6 +48,10 @@ class ToyChainConfig(StepsConfig):
             f"max_steps {self.max_steps}"
         )
 
+    def shrunk(self, nodes: int) -> dict[str, Any]:
+        """Chains of two nodes at least."""
+        return {"chains": min(self.chains, nodes // 2)}
+
 
 class ToyChainDataset(StepsDataset):
     """`B>D,A>Q,...:S>`, answered with the letter where the chain of S ends.
@@ -59,7 +62,7 @@ class ToyChainDataset(StepsDataset):
     name = "toy_chain"
 
     def draw_steps(self, generator: random.Random, steps: int) -> tuple[str, str]:
-        letters = generator.sample(LETTERS, self.config.nodes)
+        letters = generator.sample(LETTERS[: self.config.letters], self.config.nodes)
         pairs = []
         own: list[str] = []
         for size in self._sizes(steps):

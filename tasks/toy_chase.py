@@ -5,22 +5,20 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tasks.toy_base import LETTERS, MOST_PAIRS, StepsConfig, StepsDataset, pairs_text
+from tasks.toy_base import LETTERS, MOST_PAIRS, LettersConfig, StepsDataset, pairs_text
 
 MAPS = ("cycle", "permutation", "function")
 MOST_HOPS = 99  # two digits
 
 
 @dataclass
-class ToyChaseConfig(StepsConfig):
+class ToyChaseConfig(LettersConfig):
     """Each letter points at one; `steps` hops from the start.
 
-    nodes: how many letters there are.
     map: cycle = one cycle through all of them, so that no hop comes back early; permutation = any, with short cycles;
         function = each points anywhere.
     """
 
-    nodes: int = 18
     map: str = "cycle"
 
     def validate(self) -> None:
@@ -40,7 +38,7 @@ class ToyChaseDataset(StepsDataset):
     name = "toy_chase"
 
     def draw_steps(self, generator: random.Random, steps: int) -> tuple[str, str]:
-        letters = generator.sample(LETTERS, self.config.nodes)
+        letters = generator.sample(LETTERS[: self.config.letters], self.config.nodes)
         targets = self._targets(letters, generator)
         start = generator.choice(letters)
 

@@ -8,18 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from addon.curriculum import Curriculum, CurriculumConfig, curriculum_problems
+from addon.curriculum import Curriculum, CurriculumConfig, curriculum_problems, ladder
 from addon.streams import TrainStream
 from batching import PromptFormat
 from engine.records import normalise
 from host import DEFAULT_HOST, load_tokenizer
 from reasoning_gym_wrapper import Example, Reserve, Task, TaskError
 from tasks.chance import task_chances
-from tasks.toy_base import StepsConfig
+from tasks.toy_base import FEW, StepsConfig
 from tasks.toy_rewrite import rounds
 
 # Name -> most steps that are tried at its default size.
-PROBES = {"toy_chain": 13, "toy_chase": 17, "toy_automaton": 60, "toy_rewrite": 16}
+PROBES = {"toy_chain": 12, "toy_chase": 17, "toy_automaton": 60, "toy_rewrite": 16}
 
 
 def drawn(name: str, n: int = 200, seed: int = 0, **config) -> list[Example]:
@@ -105,10 +105,11 @@ def test_the_levels_of_a_probe_are_one_more_step_each():
 def test_a_curriculum_climbs_from_one_step_and_keeps_off_the_evaluated_questions_of_all_levels(name):
     assert curriculum_problems([name]) == []
     curriculum = Curriculum([Task(name, {"max_steps": 4})], CurriculumConfig(eval_n=32))
-    assert [task.config["max_steps"] for task in curriculum.ladders[name]] == [1, 2, 3, 4]
+    smaller = len(FEW) if name in ("toy_chain", "toy_chase") else 0  # levels of fewer letters, at one step
+    assert [task.config["max_steps"] for task in curriculum.ladders[name]] == [1] * smaller + [1, 2, 3, 4]
     assert curriculum.levels == {name: 0}, "one step has questions enough"
     assert {steps_of(example) for example in curriculum.held_out[name][0]} == {1}
-    assert {steps_of(example) for example in curriculum.held_out[name][3]} == {1, 2, 3, 4}
+    assert {steps_of(example) for example in curriculum.held_out[name][smaller + 3]} == {1, 2, 3, 4}
 
     stream = TrainStream(curriculum.tasks(), curriculum.reserve, 0)
     trained = {normalise(next(stream).question) for _ in range(300)}
@@ -117,10 +118,21 @@ def test_a_curriculum_climbs_from_one_step_and_keeps_off_the_evaluated_questions
     assert len(capped.ladders[name]) == 3
 
 
+@pytest.mark.parametrize("name", ["toy_chain", "toy_chase"])
+def test_first_levels_have_few_nodes_of_few_letters(name):
+    levels = Curriculum([Task(name, {"max_steps": 2})], CurriculumConfig(eval_n=32)).ladders[name]
+    assert [(task.config["nodes"], task.config["letters"]) for task in levels] == [*FEW, (18, 26), (18, 26)]
+    question = next(levels[0].items(0))[1].question
+    assert set(question) - set(">,:1") <= set("ABCDEF")
+    small = Task(name, {"max_steps": 2, "nodes": 10, "letters": 12} | ({"chains": 3} if name == "toy_chain" else {}))
+    few = [(task.config["letters"], task.config["nodes"]) for task in ladder(small)]
+    assert few == [(6, 4), (8, 6), (10, 8), (12, 10), (12, 10)], "levels larger than the task itself"
+
+
 def test_a_level_is_solved_by_the_items_that_it_adds():
     """Nine in ten items of level 9 are of the levels below: all of them solved are no ground to go up."""
     curriculum = Curriculum([Task("toy_chain", {"max_steps": 10}), Task("gcd")], CurriculumConfig(eval_n=64))
-    curriculum.restore({"toy_chain": 9})
+    curriculum.restore({"toy_chain": 16})
     examples = curriculum.examples()
     answers = [SimpleNamespace(example=example, solved=steps_of(example) < 10) for example in examples
                if example.task == "toy_chain"]
@@ -167,16 +179,18 @@ def test_a_start_leads_to_the_end_of_its_chain_in_so_many_steps(ends, nodes, mos
 
 
 def test_a_guess_among_the_ends_solves_one_item_in_six():
-    for example in drawn("toy_chain", 300, max_steps=13):
+    for example in drawn("toy_chain", 300, max_steps=13, ends="none", nodes=24):
         pairs = pointers(example.question.split(":")[0])
         assert len(set(pairs.values()) - set(pairs)) == 6
 
 
-def test_chains_of_trained_lengths_are_all_as_long_so_that_length_says_nothing():
-    for example in drawn("toy_chain", 200, max_steps=3):
-        text, start = example.question.removesuffix(">").split(":")
-        assert set(chain_lengths(pointers(text), start).values()) == {4}
-    for example in drawn("toy_chain", 200, min_steps=9, max_steps=9):
+def test_chains_are_all_as_long_while_the_steps_allow_it_so_that_length_says_nothing():
+    large = {"ends": "none", "nodes": 24}
+    for most, config, size in ((2, {}, 3), (3, large, 4)):
+        for example in drawn("toy_chain", 200, max_steps=most, **config):
+            text, start = example.question.removesuffix(">").split(":")
+            assert set(chain_lengths(pointers(text), start).values()) == {size}
+    for example in drawn("toy_chain", 200, min_steps=9, max_steps=9, **large):
         text, start = example.question.removesuffix(">").split(":")
         lengths = chain_lengths(pointers(text), start)
         assert lengths.pop(example.target) == 10 and sorted(lengths.values()) == [2, 3, 3, 3, 3]
@@ -184,10 +198,10 @@ def test_chains_of_trained_lengths_are_all_as_long_so_that_length_says_nothing()
 
 @pytest.mark.parametrize(
     ("config", "told"),
-    [({"ends": "self"}, "24 nodes in 6 chains with ends self are 24 pairs, .* at most 18: lower nodes by 6"),
-     ({"nodes": 27, "chains": 9}, "nodes must be 26 or fewer letters, got 27"),
-     ({"max_steps": 14}, "24 nodes in 6 chains with ends none leave room for 13 steps, got max_steps 14"),
-     ({"nodes": 10}, "6 chains with ends none need 12 nodes, got 10"),
+    [({"nodes": 24}, "24 nodes in 6 chains with ends self are 24 pairs, .* at most 18: lower nodes by 6"),
+     ({"nodes": 27, "chains": 9}, "nodes must be at most the 26 letters, got 27"),
+     ({"max_steps": 14, "ends": "none", "nodes": 24}, "24 nodes in 6 chains .* room for 13 steps, got max_steps 14"),
+     ({"nodes": 10, "ends": "none"}, "6 chains with ends none need 12 nodes, got 10"),
      ({"chains": 0}, "chains must be 1 or more, got 0"),
      ({"ends": "loop"}, "ends must be none or self, got 'loop'")],
 )
