@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from plot_tools import (  # noqa: E402
     finish,
     over_seeds,
     percent,
+    read_rows,
     where,
     with_interval,
 )
@@ -63,11 +63,7 @@ def read(path: str) -> Any:
     if file.suffix == ".json":
         return json.loads(file.read_text(encoding="utf-8"))
 
-    with open(file, newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    if not rows:
-        raise ValueError(f"{file} has no rows")
-    return rows
+    return read_rows(file)
 
 
 def by_seed(rows: list[Row], arm: str, task: str) -> dict[str, float]:

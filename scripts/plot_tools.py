@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.figures import style  # noqa: E402
+from engine.files import read_text  # noqa: E402
 from engine.intervals import mean_interval  # noqa: E402
 
 Row = dict[str, str]
@@ -26,7 +29,23 @@ class Point:
     high: float | None = None
 
 
-def percent(text: str) -> float:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file with a heading. Raises ValueError: it cannot be read, has no rows, or a torn one."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV table: {error}") from error
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+
+    # The reader marks a row with too few or too many cells by None.
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: row {number} has other cells than the heading has columns; write the table anew")
+    return rows
+
+
+def percent(text: str | float) -> float:
     """A share as a table holds it, in percent."""
     return 100 * float(text)
 
@@ -72,8 +91,11 @@ def draw_points(axes: Any, points: Sequence[Point], *, labels: bool = True) -> N
 
 def draw_line(axes: Any, index: int, count: int, label: str, points: Sequence[tuple[float, Point]]) -> None:
     """Curve `index` of `count` through (x, point), with the band of the intervals."""
-    look = style(index, count)
+    draw_banded(axes, style(index, count), label, points)
 
+
+def draw_banded(axes: Any, look: dict[str, Any], label: str | None, points: Sequence[tuple[float, Point]]) -> None:
+    """A curve of any `look` (matplotlib's names) through (x, point), with the band of the intervals."""
     # matplotlib takes columns, not rows.
     columns = zip(*((x, point.value, point.low, point.high) for x, point in points), strict=True)
     places, values, lows, highs = map(list, columns)
