@@ -327,7 +327,7 @@ class AddonRun:
                 f"{self.model.title} for {opts.model_name}",
                 f"; tasks {tasks} at `{opts.task_config}` difficulty.",
                 "Weights of the adapter alone; load with `addon.adapters.load_controller` or `generate.py "
-                "--checkpoint`.",
+                f"--checkpoint`{', or with peft alone' if library_of(opts.adapter) else ''}.",
             ),
             metric=metric,
             parts=self.model.parts(),

@@ -167,7 +167,8 @@ class Trainer(BaseTrainer):
 
     def documents(self) -> dict[str, str]:
         """The adapter's description, from which it can be rebuilt, and what the run adds."""
-        return {**adapter_documents(self.controller, self.prompt, self.frame), **self.more_documents}
+        described = adapter_documents(self.controller, self.prompt, self.frame, self.precision)
+        return {**described, **self.more_documents}
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another base model or another shape."""

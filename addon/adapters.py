@@ -82,10 +82,12 @@ def check_forward(controller: AdapterController) -> None:
 # --- the document -----------------------------------------------------------------------------------------------------
 
 
-def adapter_document(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None) -> str:
+def adapter_document(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None,
+                     precision: str = "none") -> str:
     """JSON text from which an adapter can be rebuilt: its shape, the LLM and all that its numbers depend on.
 
-    `frame` is what was written around each question; None leaves it to the tokenizer's template.
+    `frame` is what was written around each question; None leaves it to the tokenizer's template. `precision` is that of
+    the adapter's autocast in training and evaluation: none, bf16 or fp16.
     """
     document = {
         **controller.shape(),
@@ -94,6 +96,7 @@ def adapter_document(controller: AdapterController, prompt: PromptConfig, frame:
         "base_fingerprint": host_fingerprint(controller.host),
         "host_dtype": host_dtype(controller.host),
         "load_in": load_in(controller.host),
+        "mixed_precision": precision,
         "prompt": dataclasses.asdict(prompt),
     }
     if frame is not None:
@@ -101,14 +104,14 @@ def adapter_document(controller: AdapterController, prompt: PromptConfig, frame:
     return json.dumps(document, indent=2)
 
 
-def adapter_documents(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None
-                      ) -> dict[str, str]:
+def adapter_documents(controller: AdapterController, prompt: PromptConfig, frame: Frame | None = None,
+                      precision: str = "none") -> dict[str, str]:
     """File name -> text of a checkpoint's record, and of the file that peft writes of its own kinds.
 
     Raises:
         CheckpointError: as `peft_files`.
     """
-    record = adapter_document(controller, prompt, frame)
+    record = adapter_document(controller, prompt, frame, precision)
     if not is_pefts(controller.config):
         return {ADAPTER_CONFIG: record}
     _, text = peft_files(controller)

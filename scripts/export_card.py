@@ -158,6 +158,8 @@ def _solved(source: Source, rates: Sequence[dict[str, str]]) -> str:
         bare = percent(float(row["bare"])) if row.get("bare") else "-"
         value = percent(float(row["value"]), interval)
         lines.append(f"| {row['task']} | {row['metric']} | {row['n']} | {bare} | {value} |")
+    lines += ["", f"`solved` reads an answer as `--answer_from {source.opts.answer_from}` does, `solved_strict` takes "
+              "the whole text, `solved_extracted` the answer taken out of it."]
     lines += ["", f"One run, seed {source.opts.seed}: the intervals tell how sure the rates are for these weights, not "
               "what another seed would give."]
     return "\n".join(lines)
@@ -180,9 +182,19 @@ def _head(source: Source) -> str:
         f"- **LLM**: {source.base}, " + ("its weights are in this folder" if source.merged else
                                          "loaded by its name; its weights are not in this folder"),
         f"- **LLM in training**: weights held as {held}" + (f", packed in {packed}" if packed != "none" else ""),
+        *_autocast(source),
         f"- **Licence**: {licence(source) or 'not found; the terms of the LLM hold for what is made of it'}",
     ]
     return "\n".join(lines)
+
+
+def _autocast(source: Source) -> list[str]:
+    """A line where the add-on was measured in another precision than the folder computes it in."""
+    precision = source.record.get("mixed_precision", "none")
+    if precision == "none":
+        return []
+    return [f"- **Add-on in training and evaluation**: {precision} autocast; this folder computes it in float32, so a "
+            "few answers may differ from those counted below"]
 
 
 def usage_code(source: Source, place: str = "FOLDER") -> str:

@@ -15,6 +15,7 @@ import train
 from addon.adapters import load_controller, saved_format
 from apart import run_apart, text_of
 from evaluation import Decoding, generate_texts
+from export_card import card_text
 from host import load_tokenizer
 from hub_stand_in import Hub
 from tiny_families import random_ids
@@ -167,13 +168,23 @@ def test_the_generated_file_is_whole_and_asks_for_no_package_without_need(folder
         assert not [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("from host")]
 
 
+def test_a_record_and_a_card_name_the_precision_of_the_measurement(tiny_host, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.loop.draw_curve", lambda *anything: None)
+    flags = ("--mixed_precision", "bf16", "--run_name", "bf16", *TRAINED)
+    assert train.main(arguments(tiny_host, tmp_path, *flags)) == 0
+    source = export_model.load(export_model.parse([str(tmp_path / "bf16"), "--to", str(tmp_path / "new")]))
+    assert source.record["mixed_precision"] == "bf16"
+    assert "bf16 autocast; this folder computes it in float32" in card_text(source)
+
+
 def test_the_card_tells_rates_seeds_command_and_what_breaks(folders, runs):
     card = ModelCard.load(folders["hrm"] / "README.md")
     assert card.data.library_name == "transformers" and "peft" not in card.data.tags
-    (result,) = card.data.eval_results
-    assert result.metric_type == "solved" and "n = 4" in result.metric_name
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert "solved" in results and all("n = 4" in result.metric_name for result in results.values())
     row = re.search(r"\| toy_add \| solved \| 4 \| [\d.]+ % \| [\d.]+ % \[[\d.]+, [\d.]+\] \|", card.text)
     assert row and "seed 0" in card.text and "1000000000 for the items" in card.text
+    assert "autocast" not in card.text
     assert "python train.py --model_name tiny_host" in card.text and "--task toy_add" in card.text
     assert "What it does to other prompts" in card.text and card.text.count("capital of France") == 2
     assert ModelCard.load(folders["lora"] / "README.md").data.library_name == "peft"
