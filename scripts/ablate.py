@@ -9,7 +9,8 @@ What a grid file says stands at the top of ablation_grid.py. Called again, finis
 ones go on; Ctrl-C lets every running batch end and saves. With `minutes`, each arm's speed on each task is measured
 first, under the same number of jobs, and fixes its `max_steps`. `--eval_n N` evaluates finished runs once more where
 their last evaluation was of another number of items; nothing is trained twice, and the tables tell the last
-evaluation. The output folder holds results.csv and summary.md, rewritten after every run, results.png, and runs/,
+evaluation. CPU minutes of a run are those of all its processes, start and evaluation included; minutes are training
+alone. The output folder holds results.csv and summary.md, rewritten after every run, results.png, and runs/,
 logs/. Exit status: 0 done, 1 a run failed, 2 the user's mistake, 130 interrupted.
 """
 
@@ -49,6 +50,7 @@ from ablation_results import (  # noqa: E402
     run_rows,
     seconds_per_step,
     summarise,
+    title_of,
     write_record,
 )
 from ablation_runner import Board, Child, Runner, last_words, stoppable  # noqa: E402
@@ -129,7 +131,7 @@ def calibrated(grid: Grid, jobs: Sequence[Job], runner: Runner) -> list[Job]:
     # One trial for each arm and task; seeds are of one speed.
     trials: dict[tuple[str, str], Job] = {}
     for job in jobs:
-        trials.setdefault((job.arm, job.task), calibration_job(job, grid.calibration_steps))
+        trials.setdefault((job.arm, job.trained), calibration_job(job, grid.calibration_steps))
     todo = [trial for trial in trials.values() if speed_key(trial, runner) not in speeds]
     folder = runner.output / "calibration"
     for trial in todo:
@@ -149,13 +151,13 @@ def calibrated(grid: Grid, jobs: Sequence[Job], runner: Runner) -> list[Job]:
             write_text_aside(path, json.dumps(speeds, indent=1), "--output")
             shutil.rmtree(child.folder)
             speed = "nothing to train" if seconds is None else f"{seconds:.3f} s a step"
-            board.say(f"{child.job.arm} on {child.job.task}: {speed}")
+            board.say(f"{child.job.arm} on {child.job.trained}: {speed}")
     if runner.stop.asked:
         raise KeyboardInterrupt
 
     sized = []
     for job in jobs:
-        seconds = speeds[speed_key(trials[job.arm, job.task], runner)]
+        seconds = speeds[speed_key(trials[job.arm, job.trained], runner)]
         sized.append(with_steps(job, grid.minutes, seconds))
     return sized
 
@@ -223,13 +225,13 @@ def _note_end(child: Child, runner: Runner, board: Board) -> bool:
     status = child.process.returncode
     failed = status != 0 and not runner.stop.asked
     if status == 0:
-        write_record(child.folder, child.job.flags, "finished")
+        write_record(child.folder, child.job.flags, "finished", cpu_s=child.cpu_s)
         board.done += 1
         board.say(f"{child.job.name} finished")
     elif runner.stop.asked:
-        write_record(child.folder, child.job.flags, "interrupted")
+        write_record(child.folder, child.job.flags, "interrupted", cpu_s=child.cpu_s)
     else:
-        write_record(child.folder, child.job.flags, "failed")
+        write_record(child.folder, child.job.flags, "failed", cpu_s=child.cpu_s)
         board.say(f"{child.job.name} failed with exit status {status}: {last_words(child.log)} (see {child.log})")
     return failed
 
@@ -307,7 +309,7 @@ def draw(results: Sequence[ArmResult], path: Path) -> None:
         for result in members:
             _draw_arm(axes, result, arms.index(result.arm))
         axes.set(
-            title=task if trained == task else f"{task} (trained on {trained})",
+            title=title_of(trained, task, "{} (trained on {})"),
             xlabel="solved, % (95 %)",
             yticks=range(len(arms)),
             yticklabels=arms,

@@ -3,10 +3,13 @@
 A grid is YAML:
 
     arms: {default: {}, grb: {injector: grb}}   flags of train.py that each arm adds
-    tasks: [chain_sum, gcd+lcm]                 each trained by itself; + joins tasks that are trained together
+    tasks: [chain_sum, gcd+lcm]                 each trained by itself; + joins tasks that are trained together, and
+                                                `data` stands for the own data that `common` names (data: rows.jsonl)
     seeds: [0, 1, 2]
     common: {task_config: small, eval_n: 512}   flags of every run
     baseline: default                           the arm that others are compared with (the first where none is named)
+    difficulties:                               settings of a task, each trained and compared by itself; without any,
+      toy_chain: {short: {max_steps: 4}}        a task is trained as `task_config` says
     minutes: 5                                  equal training time: each arm's max_steps comes from its own speed
     calibration_steps: 40                       batches of the short run that measures it
 """
@@ -17,7 +20,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ OWN = {"run_name", "resume", "eval_only", "dry_run", "reset_progress", "config",
        "log_csv", "num_threads"}
 LENGTH = {"max_steps", "epochs", "max_minutes"}  # with `minutes` the runner sets the length, too
 NAME = re.compile(r"[A-Za-z0-9][\w.=+-]*")
+DATA = "data"  # the task that stands for own data
 WARM = 4  # the first 1 / WARM of a calibration's batches is not timed
 
 
@@ -45,6 +49,7 @@ class Grid:
     arms: name -> flags that the arm adds to `common`.
     tasks: names, or several joined by + that are trained together.
     baseline: the arm that others are compared with.
+    difficulties: task -> name -> the task's config there; each is trained and compared by itself.
     minutes: training time of each run; None: its length is what its flags say.
     calibration_steps: batches of the run that measures an arm's speed.
     """
@@ -55,23 +60,30 @@ class Grid:
     seeds: list[int]
     common: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""
+    difficulties: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     minutes: float | None = None
     calibration_steps: int = 40
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm on one task (or several joined by +) with one seed."""
+    """One run: an arm on one task (or several joined by +), at a difficulty where the grid names any, with one seed."""
 
     arm: str
     task: str
     seed: int
     flags: dict[str, Any]
+    difficulty: str = ""
 
     @property
     def name(self) -> str:
         """The run's folder."""
-        return f"{self.arm}--{self.task}--seed{self.seed}"
+        return f"{self.arm}--{self.trained}--seed{self.seed}"
+
+    @property
+    def trained(self) -> str:
+        """What it is trained on: `task`, or `task@difficulty`."""
+        return f"{self.task}@{self.difficulty}" if self.difficulty else self.task
 
     @property
     def steps(self) -> int:
@@ -104,6 +116,12 @@ def _are_seeds(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_whole, value))
 
 
+def _are_difficulties(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(settings, dict) and all(map(_is_flags, settings.values())) for settings in value.values())
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -123,6 +141,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seeds": ("a list of whole numbers", _are_seeds),
     "common": ("a mapping of flags", _is_flags),
     "baseline": ("the name of an arm", _is_name),
+    "difficulties": ("task names, each with a mapping of difficulty names to the task's config", _are_difficulties),
     "minutes": ("a number above 0", _is_amount),
     "calibration_steps": (f"a whole number of at least {2 * WARM}", _is_length),
 }
@@ -132,10 +151,16 @@ NEEDED = ("arms", "tasks", "seeds")
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-def read_grid(path: Path, changes: Mapping[str, Any] | None = None, only: Sequence[str] | None = None) -> Grid:
+def read_grid(
+    path: Path,
+    changes: Mapping[str, Any] | None = None,
+    only: Sequence[str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Grid:
     """The grid of a YAML file, `changes` (fields of `Grid`) in place of what it says, and `only` these of its arms.
 
-    Where the grid's baseline is not among them, the first one is.
+    Where the grid's baseline is not among them, the first one is. `flags` of every run stand in place of what `common`
+    says.
 
     Raises:
         GridError: every problem found, one a line.
@@ -157,6 +182,8 @@ def read_grid(path: Path, changes: Mapping[str, Any] | None = None, only: Sequen
             given[key] = value
 
     given |= changes or {}
+    if flags and _is_flags(given.get("common", {})):
+        given["common"] = plain_flags(given.get("common", {})) | plain_flags(flags)
     _raise(problems + _shape_problems(given))
 
     # Shapes are right from here on; now what they say.
@@ -216,6 +243,10 @@ def _grid_problems(grid: Grid) -> list[str]:
             problems.append(f"arm {name!r} is no plain name: use letters, digits, . = + _ and -")
     for what, values in (("task", grid.tasks), ("seed", grid.seeds)):
         problems += [f"{what} {value} is given twice" for value in _twice(values)]
+    for task, settings in grid.difficulties.items():
+        for name in settings:
+            if not NAME.fullmatch(str(name)) or "--" in str(name):
+                problems.append(f"difficulty {name!r} of {task} is no plain name: use letters, digits, . = + _ and -")
     problems += _task_problems(grid)
     if grid.baseline not in grid.arms:
         problems.append(f"baseline {grid.baseline} is not an arm: choose from {', '.join(grid.arms)}")
@@ -245,7 +276,16 @@ def _task_problems(grid: Grid) -> list[str]:
 
     lines = []
     for task in grid.tasks:
-        lines += task_problems(task.split("+"), text, allow_code, supervised=True)
+        if task == DATA:
+            if not grid.common.get("data"):
+                lines.append("task data stands for own data: set data in common to the file")
+        elif task not in grid.difficulties:
+            lines += task_problems(task.split("+"), text, allow_code, supervised=True)
+
+    # Those of tasks that are not asked for today as well: a wrong name would be passed over in silence.
+    for task, settings in grid.difficulties.items():
+        for own in settings.values():
+            lines += task_problems([task], json.dumps({task: own}), allow_code, supervised=True)
     return list(dict.fromkeys(lines))
 
 
@@ -283,11 +323,22 @@ def jobs_of(grid: Grid) -> list[Job]:
     shared = {"eval_every": 0, "checkpoint_limit": 1} | plain_flags(grid.common)
     jobs = []
     for seed in grid.seeds:
-        for task in grid.tasks:
+        for task, difficulty, config in _settings(grid):
             for arm, flags in grid.arms.items():
-                own = {"tasks": task.replace("+", ","), "seed": seed}
-                jobs.append(Job(arm, task, seed, shared | plain_flags(flags) | own))
+                own = {"seed": seed} | config
+                if task != DATA:
+                    own = {"tasks": task.replace("+", ",")} | own
+                jobs.append(Job(arm, task, seed, shared | plain_flags(flags) | own, difficulty))
     return jobs
+
+
+def _settings(grid: Grid) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What runs are trained on: task, difficulty ("" without one), and the flags that set it."""
+    for task in grid.tasks:
+        if task not in grid.difficulties:
+            yield task, "", {}
+        for name, config in grid.difficulties.get(task, {}).items():
+            yield task, str(name), {"task_config": {task: config}}
 
 
 def arguments(flags: Mapping[str, Any]) -> list[str]:

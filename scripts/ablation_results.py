@@ -18,7 +18,7 @@ from engine.intervals import Interval, mean_interval, paired_seeds
 RECORD = "ablation.json"  # in each run's folder: its flags, and whether it is finished
 COLUMNS = (
     *("arm", "train_tasks", "seed", "task", "status", "solved", "n", "ci_low", "ci_high", "bare", "mean_score"),
-    *("truncated", "segments_used", "steps", "train_minutes", "examples_per_second", "trainable", "run"),
+    *("truncated", "segments_used", "steps", "train_minutes", "examples_per_second", "trainable", "cpu_minutes", "run"),
 )
 METRICS = ("solved", "mean_score", "truncated")  # of eval.csv, each a column of its own
 BESIDE_SOLVED = ("n", "segments_used", "ci_low", "ci_high", "bare")  # columns of eval.csv that go with `solved`
@@ -50,7 +50,9 @@ def read_record(run: Path) -> dict[str, Any] | None:
     return record
 
 
-def write_record(run: Path, flags: Mapping[str, Any], status: str, eval_n: int | None = None) -> None:
+def write_record(
+    run: Path, flags: Mapping[str, Any], status: str, eval_n: int | None = None, cpu_s: float = 0.0
+) -> None:
     """Notes how a run stands.
 
     Args:
@@ -58,9 +60,11 @@ def write_record(run: Path, flags: Mapping[str, Any], status: str, eval_n: int |
         flags: those it was made with.
         status: `waiting`, `interrupted`, `failed` or `finished`.
         eval_n: items of a later evaluation; None without one.
+        cpu_s: CPU seconds of the call that ended; those of earlier calls are added.
     """
     # Rewritten whole, so an earlier evaluation's n goes when the run is trained again.
-    record = {"flags": flags, "status": status}
+    earlier = read_record(run) or {}
+    record = {"flags": flags, "status": status, "cpu_s": round(earlier.get("cpu_s", 0.0) + cpu_s, 1)}
     if eval_n is not None:
         record["eval_n"] = eval_n
     write_text_aside(run / RECORD, json.dumps(record, indent=1), "--output")
@@ -106,12 +110,17 @@ def run_rows(job: Job, run: Path, status: str) -> list[dict[str, Any]]:
     """One row of `COLUMNS` per evaluated task of a run; one without figures where nothing was evaluated."""
     shared: dict[str, Any] = {
         "arm": job.arm,
-        "train_tasks": job.task,
+        "train_tasks": job.trained,
         "seed": job.seed,
         "status": status,
         "run": job.name,
         "trainable": trainable(run),
     }
+
+    # Of every process that worked at it; a record of an older version has none.
+    cpu_s = (read_record(run) or {}).get("cpu_s")
+    if cpu_s:
+        shared["cpu_minutes"] = cpu_s / 60
 
     # What training itself logged last; an arm without training has logged nothing.
     steps = 0
@@ -195,6 +204,7 @@ class ArmResult:
     minutes, steps, segments_used, bare: means over seeds; None where nothing is known.
     trainable: parameters; None where nothing is known.
     n: items, of the seed with the fewest.
+    cpu_minutes: mean over seeds of a run's CPU time, start and evaluation included; None where nothing is known.
     """
 
     arm: str
@@ -209,6 +219,7 @@ class ArmResult:
     segments_used: float | None
     bare: float | None
     n: int
+    cpu_minutes: float | None = None
 
 
 def summarise(rows: Sequence[Row], runs: Path, baseline: str) -> list[ArmResult]:
@@ -253,6 +264,7 @@ def _result(arm: str, trained: str, task: str, members: Sequence[Row], differenc
         segments_used=_average(members, "segments_used"),
         bare=_average(members, "bare"),
         n=min(int(row["n"]) for row in members),
+        cpu_minutes=_average(members, "cpu_minutes"),
     )
 
 
@@ -279,10 +291,8 @@ def markdown(results: Sequence[ArmResult], grid: Grid, left: int) -> str:
     for result in results:
         tables.setdefault((result.train_tasks, result.task), []).append(result)
     for (trained, task), members in tables.items():
-        title = f"## {task}"
-        if trained != task:
-            title += f", trained on {trained.replace('+', ', ')}"
-        lines += [title + "\n", *_table(members, grid.baseline), ""]
+        title = title_of(trained, task, "{}, trained on {}")
+        lines += [f"## {title}\n", *_table(members, grid.baseline), ""]
 
     lines.append(
         "solved: mean over seeds with its 95 % t interval (one seed: Wilson interval over items). Difference: mean "
@@ -292,6 +302,13 @@ def markdown(results: Sequence[ArmResult], grid: Grid, left: int) -> str:
     if grid.minutes:
         budget = f"{grid.minutes:g} minutes of training per run, steps from each arm's own speed"
     return "\n".join([*lines, f"Budget: {budget}. Minutes are those of training alone.", ""])
+
+
+def title_of(trained: str, task: str, form: str) -> str:
+    """What a table is of: the task, with its difficulty; what was `trained` as well, where it was something else."""
+    if trained.partition("@")[0] == task:
+        return trained
+    return form.format(task, trained.replace("+", ", "))
 
 
 def _table(members: Sequence[ArmResult], baseline: str) -> list[str]:

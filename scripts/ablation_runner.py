@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -39,6 +41,13 @@ class Child:
     folder: Path
     process: subprocess.Popen
     log: Path
+    cpu_s: float = 0.0  # CPU seconds of its process so far
+
+    def note_cpu(self) -> None:
+        """Reads `cpu_s`; once the process has been waited for there is nothing to read any more."""
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(self.process.pid).cpu_times()
+            self.cpu_s = times.user + times.system
 
     def share(self) -> float:
         """How much of its batches is done, 0 to 1."""
@@ -164,6 +173,7 @@ class Runner:
 
             time.sleep(POLL_S)
             for child in list(at_work):
+                child.note_cpu()  # before poll, which takes an ended process away
                 if child.process.poll() is None:
                     continue
                 at_work.remove(child)
