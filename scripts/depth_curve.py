@@ -163,6 +163,7 @@ def held_out(
         return prompt.fitting(examples, opts.overlong, "evaluation")
 
     tasks = chosen_tasks(opts)
+    as_configured = tasks  # a low level of a curriculum has no room for many steps
     curriculum = None
     if opts.curriculum:
         # Built as the run built it: which items a level has depends on --eval_n where the level is small.
@@ -178,7 +179,7 @@ def held_out(
     if not known.is_whole:
         warn_of_unknown(args, opts, trained)
     if args.steps:
-        return fitting(items_by_steps(tasks, args.steps, n, opts.eval_seed, known)), trained
+        return fitting(items_by_steps(as_configured, args.steps, n, opts.eval_seed, known)), trained
     if curriculum is None:
         drawn = Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split, trained=known)
         return fitting(drawn.examples), trained
