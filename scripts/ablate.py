@@ -352,6 +352,12 @@ def sized_jobs(grid: Grid, jobs: Sequence[Job], runner: Runner, again: bool) -> 
     return [sized[job.name] for job in jobs]
 
 
+def print_plan(jobs: Sequence[Job]) -> None:
+    """The command of each run, one a line."""
+    for job in jobs:
+        print(" ".join(["train.py", *arguments(job.flags)]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit status. Raises ValueError (GridError among it) and OSError for the user's mistakes."""
     args = parse(argv)
@@ -364,8 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         file=sys.stderr,
     )
     if args.plan:
-        for job in jobs:
-            print(" ".join(["train.py", *arguments(job.flags)]))
+        print_plan(jobs)
         return 0
 
     # Children start in another folder, so the path must be whole.

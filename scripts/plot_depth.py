@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = {".md": table, ".csv": csv_text(COLUMNS, rows), "_rows.csv": csv_text(heading, raw)}
     names = [args.output.name + suffix for suffix in (*texts, ".png")]
     with staged(args.output.parent, names) as files:
-        for file, text in zip(files, texts.values(), strict=False):
+        for file, text in zip(files[:-1], texts.values(), strict=True):
             file.write(text.encode())
         figure.savefig(files[-1], format="png", dpi=160)
 

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
-from ablate import changes, train_all, write_results  # noqa: E402
+from ablate import changes, print_plan, train_all, write_results  # noqa: E402
 from ablation_grid import DATA, Grid, GridError, Job, arguments, jobs_of, read_grid  # noqa: E402
 from ablation_runner import Runner, stoppable  # noqa: E402
 from depth_settings import LONGEST, Setting, settings_of  # noqa: E402
@@ -210,8 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         file=sys.stderr,
     )
     if args.plan:
-        for job in jobs:
-            print(" ".join(["train.py", *arguments(job.flags)]))
+        print_plan(jobs)
         return 0
 
     # Children start in another folder, so the path must be whole.
