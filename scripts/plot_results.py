@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.figures import new_figure, save_figure, style  # noqa: E402
+from plot_gains import WHICH, gains_figure  # noqa: E402
 from plot_tools import (  # noqa: E402
     Point,
     Row,
@@ -408,6 +409,9 @@ def draw_speed(tables: Tables) -> Any:
         panels[column].set_xlim(0, 1.2 * max(point.high for point in points))
 
     return figure
+
+
+page("which_tasks", WHICH)(lambda tables: gains_figure(tables[WHICH]))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

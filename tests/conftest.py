@@ -57,6 +57,19 @@ def build_tokenizer():
     return fast
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_task_is_left_behind():
+    """A plugin's tasks end with the tests that loaded it: the tables of tasks are the process's own."""
+    from tasks import plugins
+
+    tables = [plugins.PLUGINS, plugins.LOADED, plugins.published_tasks()]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
 @pytest.fixture(scope="session")
 def tiny_host(tmp_path_factory) -> Path:
     """A folder as `save_pretrained` leaves it: random float32 Llama (width 32, 2 layers, 2 heads) and its tokenizer."""

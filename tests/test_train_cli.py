@@ -273,6 +273,7 @@ WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "deco
         "decode_top_k": SAMPLED, "eval_suite": ["--eval_suite_n", "3"],
         "verifier_weight": ["--verifier_every", "1"],
         "adapter": DEFAULTS, "virtual_tokens": [*DEFAULTS, "--adapter", "prompt"], "cache_hidden": ["--train_n", "6"],
+        "recompute_segments": ["--segments", "3", "--grad_horizon", "segments:2"],
         "supervised_segments": ["--segments", "2"], "carry_state": ["--segments", "2"],
         "halt_settled": ["--segments", "3"],
         "eval_readout": ["--use_act"], "halt_detach": ["--use_act"],

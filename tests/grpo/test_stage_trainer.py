@@ -509,7 +509,8 @@ def loop_over(tmp_path: Path, progress, log, chosen: Stage, eval_seed: int = 10*
     )
     prompt_format = types.SimpleNamespace(answer_from="text")
     trained = types.SimpleNamespace(
-        machine=machine, folder=tmp_path, checkpoint=None, has_tags=True, model=None, prompt_format=prompt_format
+        machine=machine, folder=tmp_path, checkpoint=None, has_tags=True, model=None, prompt_format=prompt_format,
+        trained=TrainedQuestions(),
     )
     held_out = hold_out([chosen], eval_seed)
     loop = StageLoop(trained, StageLoopConfig("", {}), [chosen], held_out, progress)

@@ -16,6 +16,7 @@ from grpo.rewards import item_text, read_item
 from reasoning_gym_wrapper import Example, Task
 from tasks.built_in import BUILT_IN
 from tasks.limits import JudgeConfig
+from tasks.plugins import PLUGINS
 from verify.judge import Verdict, gold_fails, is_full, rule_name, scored, verdict
 from verify.table import RULES, strict
 
@@ -468,7 +469,7 @@ class Dozens:
 
 @pytest.fixture
 def dozens(monkeypatch):
-    monkeypatch.setitem(rg.registry(), "dozens", (Dozens, rg.registry()["toy_add"][1]))
+    monkeypatch.setitem(PLUGINS, "dozens", (Dozens, rg.registry()["toy_add"][1]))
     return lambda strict: Task("dozens", None, JudgeConfig(verifier_strict=strict))
 
 
