@@ -46,7 +46,8 @@ from single_file import single_file  # noqa: E402
 TRAINING = ("AdapterController.from_base", "AdapterController.encode", "AdapterController.segment",
             "AdapterController.addon_parameters")
 HRM_TRAINING = ("HRMController.from_base", "HRMController.encode", "HRMController.host_states",
-                "HRMController.segment", "HRMController._halting_before", "HRMBackbone.advance", "HRMBackbone.recomputed")
+                "HRMController.segment", "HRMController._halting_before", "HRMBackbone.advance",
+                "HRMBackbone.recomputed")
 PROMPT_TRAINING = ("BaselineController.from_base", "BaselineController.encode", "BaselineController.segment",
                    "BaselineController.__init__", "BaselineController.peft_model")
 KINDS = {

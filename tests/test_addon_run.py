@@ -18,7 +18,7 @@ import torch
 import addon_run as run
 import options
 import train
-from addon import evaluator, items
+from addon import evaluator
 from engine import checkpoints as checkpointing
 from engine.checkpoints import MANIFEST
 from engine.records import normalise
