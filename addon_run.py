@@ -30,7 +30,7 @@ from engine.system import Facts, LoopConfig
 from evaluation import Decoding
 from host import HostConfig, load_config, load_tokenizer
 from model import AdapterConfig, HRMAddonConfig
-from own_tasks.choice import own_problems, tasks_with_own
+from own_tasks.choice import own_problems, steps_problems, tasks_with_own
 from own_tasks.record import changes, document_of, missing_plugin, read_record
 from own_tasks.table import OwnDataConfig
 from own_tasks.task import OwnTask, name_of_data
@@ -103,6 +103,8 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     lines += reserve_problems(opts)
     if opts.curriculum and not lines:
         lines += curriculum_problems(chosen)
+    if opts.segments_sampling in ("steps", "item") and not opts.eval_only and not lines:
+        lines += steps_problems(chosen, task_config(opts), own, limits)
     lines += bare_problems(chosen, opts.few_shot)
     lines += errors_of(header_text, opts.system_header)
 
@@ -380,4 +382,5 @@ def decoding(opts: argparse.Namespace) -> Decoding:
         max_new_tokens=opts.max_new_tokens,
         batch_size=opts.eval_batch_size,
         seed=opts.seed,
+        item_segments=opts.segments_sampling == "item" and not opts.eval_segments,
     )

@@ -17,8 +17,11 @@ from torch import Tensor
 from engine.batches import IGNORE
 from engine.stopping import drawn
 from reasoning_gym_wrapper import Example
+from tasks.steps import steps_of
 from text_data.frames import PLAIN_CUE as PLAIN_CUE
 from text_data.frames import Frame, Guard, anchors_of, continuation_ids, render_frame
+
+NO_LIMIT = 2**31  # segments of an item whose task does not say how many steps it needs
 
 
 @dataclass
@@ -44,6 +47,11 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tensors = (self.prompt_ids, self.prompt_mask, self.target_ids, self.labels)
         return Batch(*(tensor.to(device) for tensor in tensors), self.examples)
+
+
+def needed_segments(examples: Sequence[Example]) -> Tensor:
+    """(B,) int64, the steps that each item needs; a number that no model reaches where its task does not say."""
+    return torch.tensor([steps_of(example.entry) or NO_LIMIT for example in examples])
 
 
 @dataclass(frozen=True)

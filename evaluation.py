@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from batching import PromptFormat, answer_length, pad
+from batching import PromptFormat, answer_length, needed_segments, pad
 from engine.batches import by_length
 from engine.decoding import AnswerConfig, Decoding
 from engine.intervals import wilson
@@ -322,7 +322,9 @@ def _answer_batch(
 ) -> list[Answer]:
     """Answers of one batch, scored."""
     log: list[torch.Tensor] = []  # one entry, (B,) segments used, of a model that thinks
-    extra = {"segments_log": log} if thinks else {}
+    extra: dict[str, Any] = {"segments_log": log} if thinks else {}
+    if thinks and decoding.item_segments:
+        extra["segments_needed"] = needed_segments(examples).to(device)
     questions = [example.question for example in examples]
     texts = generate_answers(model, prompt_format, questions, budget, decoding, device, **extra)
     used = log[0].tolist() if log else [0] * len(examples)

@@ -41,14 +41,22 @@ class Carry:
         """The state of the examples that `index` (bool or int, (B,)) selects."""
         return Carry(self.z_high[index], self.z_low[index], self.steps[index], self.halted[index])
 
+    def where(self, chosen: Tensor, other: Carry) -> Carry:
+        """The state of the examples that `chosen` (bool, (B,)) marks, and `other` in the other rows."""
+        rows = chosen[:, None, None]
+        z_high = torch.where(rows, self.z_high, other.z_high)
+        z_low = torch.where(rows, self.z_low, other.z_low)
+        return Carry(z_high, z_low, torch.where(chosen, self.steps, other.steps), self.halted)
+
 
 @dataclass
 class Context:
-    """What every block call of a batch shares: who may be read, and where each position lies."""
+    """What every block call of a batch shares: who may be read, where each position lies, who still thinks."""
 
     mask: Tensor  # (B, S) bool, True at readable positions
     cos: Tensor  # (B, S, e)
     sin: Tensor  # (B, S, e)
+    needed: Tensor | None = None  # (B,) int64, segments after which a row's state stays as it is; None = no limit
     keys: Tensor | None = field(init=False)  # (B, 1, 1, S) mask for attention
 
     def __post_init__(self) -> None:
@@ -56,7 +64,8 @@ class Context:
 
     def rows(self, index: Tensor) -> Context:
         """The context of the examples that `index` selects."""
-        return Context(self.mask[index], self.cos[index], self.sin[index])
+        needed = None if self.needed is None else self.needed[index]
+        return Context(self.mask[index], self.cos[index], self.sin[index], needed)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -377,7 +386,7 @@ class HRMCore(nn.Module):
         return z_low + self.carry_gate * z_high
 
     def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
-        """One segment over x (B, S, d)."""
+        """One segment over x (B, S, d); a row that has had as many as `context.needed` says stays as it is."""
         z_low = self._initial(self.z_low_init, *x.shape[:2]) if self.reset_l else carry.z_low
         l_block = self.h_block if self.l_block is None else self.l_block
 
@@ -388,7 +397,8 @@ class HRMCore(nn.Module):
             return low if self.h_block is None else self.h_block(self._high_input(high, low), context)
 
         z_high, z_low = recur(step_low, step_high, carry.z_high, z_low, self.inner_T, horizon=self.horizon)
-        return Carry(z_high, z_low, carry.steps + 1, carry.halted)
+        after = Carry(z_high, z_low, carry.steps + 1, carry.halted)
+        return after if context.needed is None else after.where(carry.steps < context.needed, carry)
 
     def halt_logits(self, z_high: Tensor, mask: Tensor) -> Tensor:
         """(B,) logits of "this answer is right": the head reads the last readable column, for column 0 may be a pad."""

@@ -571,12 +571,13 @@ class HRMBackbone(FrozenHostModel):
         thought: Thought | None = None,
         use_cache: bool = False,
         keep: int = 0,
+        needed: Tensor | None = None,
         **_: Any,
     ) -> BackboneOutput:
         """Injected last hidden states (B, N, D), or of the last `keep` columns alone.
 
         `prompt_mask` (B, N) marks the tokens that HRM may read; tokens before a row's last prompt token stay the bare
-        LLM's. While decoding, `thought` carries z_H of the prompt.
+        LLM's. While decoding, `thought` carries z_H of the prompt. `needed` (B,) limits each row's segments.
 
         Raises:
             ValueError: no prompt mask and no thought (which tokens HRM may read is never guessed), or a cache of past
@@ -598,7 +599,7 @@ class HRMBackbone(FrozenHostModel):
         used = None
         if thought is None:
             prompt_mask = self._check_prompt(prompt_mask, input_ids, past) & attention_mask.bool()
-            thought, used = self._think_about(prompt_mask, read, positions)
+            thought, used = self._think_about(prompt_mask, read, positions, needed)
 
         columns = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[-keep:]
         slots = Slots(
@@ -610,12 +611,14 @@ class HRMBackbone(FrozenHostModel):
         hidden, bias = self.inject(slots, thought)
         return BackboneOutput(hidden, cache, thought, used, bias)
 
-    def _think_about(self, prompt_mask: Tensor, read: list[Tensor], positions: Tensor) -> tuple[Thought, Tensor]:
+    def _think_about(self, prompt_mask: Tensor, read: list[Tensor], positions: Tensor, needed: Tensor | None
+                     ) -> tuple[Thought, Tensor]:
         """(thought, segments used (B,)) of the prompts that `prompt_mask` (B, N) marks."""
         last = last_column(prompt_mask)
         length = max(int(last.max()) + 1, 1)
         read = [part[:, :length] for part in read]
         features, context = self.prompt_features(read, prompt_mask[:, :length], positions[:, :length])
+        context.needed = needed
         z_high, used = self.think(features, context)
         return Thought(z_high, context, last), used
 
@@ -778,6 +781,7 @@ class HRMController(AdapterController):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         segments_log: list[Tensor] | None = None,
+        segments_needed: Tensor | None = None,
         position_ids: Tensor | None = None,
         **_: Any,
     ) -> ControllerOutput:
@@ -785,7 +789,8 @@ class HRMController(AdapterController):
 
         `prompt_mask` (B, N) marks what HRM may read; without it, it is made from `labels`: the attended tokens before a
         row's first label. With labels, logits cover only the columns from the first scored one on. Each call that
-        thinks appends the segments it used (B,) to `segments_log`. `position_ids` are accepted and ignored: positions
+        thinks appends the segments it used (B,) to `segments_log`; `segments_needed` (B,) limits each row's, within
+        the config's number. `position_ids` are accepted and ignored: positions
         come from the mask.
 
         Raises:
@@ -805,6 +810,7 @@ class HRMController(AdapterController):
             thought=thought,
             use_cache=bool(use_cache),
             keep=logits_to_keep,
+            needed=segments_needed,
         )
         if segments_log is not None and out.segments_used is not None:
             segments_log.append(out.segments_used)

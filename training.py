@@ -27,14 +27,13 @@ from addon.adapters import (
     record_of,
 )
 from addon.peft_files import own_names
-from batching import Batch, PromptConfig
+from batching import Batch, PromptConfig, needed_segments
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, MicroLoss, OptimConfig, build_optimizers
 from host import HostError
 from hrm_blocks import segments_with_gradient
 from model import ADDON_PREFIX, AdapterController, SegmentLoss
-from tasks.steps import steps_of
 from text_data.frames import Frame
 
 
@@ -43,8 +42,9 @@ class AddonStepConfig:
     """What a step of the add-on consists of; each field is the flag of its name.
 
     segments: recurrence segments of a batch, 1 or more.
-    segments_sampling: fixed (all), uniform (1 to all, drawn for each batch), growing (1 to a number that rises) or
-        steps (from the most steps that an item of the batch needs to twice as many, at most all).
+    segments_sampling: fixed (all), uniform (1 to all, drawn for each batch), growing (1 to a number that rises),
+        steps (from the most steps that an item of the batch needs to twice as many, at most all) or item (each item as
+        many as it needs steps, at most all).
     supervised_segments: the last N segments have a loss and an optimizer step; 0 = all of them.
     carry_state: True begins a supervised segment from the states of the one before, False from the initial ones.
     grad_horizon: calls that carry gradient, see `hrm_blocks.segments_with_gradient`.
@@ -73,6 +73,7 @@ def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0, 
     With `growing` the largest that may be drawn rises from 1 to `segments` in equal parts of the run, whose share
     `progress` in [0, 1] is done. With `steps` they are drawn from `needed`, the most steps of an item of the batch, to
     twice as many, so that every item has enough of them and none has a number to count on; `segments` is the limit.
+    With `item` they are as many as `needed`: the other items stop before.
     """
     if config.segments_sampling == "fixed" and not config.use_act:
         return config.segments
@@ -82,6 +83,8 @@ def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0, 
     most = config.segments
     if config.segments_sampling == "growing":
         most = min(1 + int(progress * most), most)
+    if config.segments_sampling == "item":
+        return min(needed, most)
     if config.segments_sampling == "steps":
         least = min(needed, most)
         most = min(2 * needed, most)
@@ -96,6 +99,8 @@ def mean_segments(config: AddonStepConfig) -> float:
         return (1 + drawn) / 2  # `most` itself grows from 1
     if config.segments_sampling == "steps":
         return 0.75 * most  # where the hardest items need half of all
+    if config.segments_sampling == "item":
+        return most  # where the hardest items need all
     if config.segments_sampling == "uniform" or config.use_act:
         return drawn
     return most
@@ -232,14 +237,18 @@ class Trainer(BaseTrainer):
     def _segments(self, batches: Sequence[Batch], step: int) -> int:
         """How many segments batch `step` has, alike on all ranks."""
         needed = 1
-        if self.config.segments_sampling == "steps":
-            own = max(steps_of(example.entry) or 1 for batch in batches for example in batch.examples)
+        if self.config.segments_sampling in ("steps", "item"):
+            own = max(int(needed_segments(batch.examples).max()) for batch in batches)
             needed = int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
         return segments_of_step(self.config, step, self.progress, needed)
 
     def _encode(self, batches: Sequence[Batch]) -> list[Any]:
         with self.autocast():
-            return [self.encode(batch) for batch in batches]
+            states = [self.encode(batch) for batch in batches]
+        if self.config.segments_sampling == "item":
+            for state, batch in zip(states, batches, strict=True):
+                state.context.needed = needed_segments(batch.examples).to(batch.labels.device)
+        return states
 
     @torch.no_grad()
     def _advance(self, states: list[Any], carries: list[Any]) -> list[Any]:

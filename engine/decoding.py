@@ -16,6 +16,8 @@ class Decoding:
     max_new_tokens: longest answer; 0 = the longest gold target plus `TARGET_MARGIN`.
     batch_size: questions that are answered together.
     seed: of the random numbers of one call of `answer`.
+    item_segments: each item has as many of HRM's segments as it needs steps, where its task says how many, within the
+        model's number.
     """
 
     temperature: float = 0.0
@@ -24,6 +26,7 @@ class Decoding:
     max_new_tokens: int = 0
     batch_size: int = 128
     seed: int = 0
+    item_segments: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `generate`; every sampling field is set, so no host default sneaks in."""

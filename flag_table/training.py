@@ -39,8 +39,9 @@ TABLE = (
          exclusive_high=True, by_arch={"hybrid": 0.0, "enhanced": 0.0}),
     # Deep supervision over segments.
     addon("segments_sampling", "str", "fixed", "how many segments a batch has: all (with use_act 1 to all); 1 to "
-          "all, drawn per batch; 1 to a number that grows to all over the run; or from the steps its items need to "
-          "twice as many", choices=("fixed", "uniform", "growing", "steps"), adapters=RECURRENT),
+          "all, drawn per batch; 1 to a number that grows to all over the run; from the steps its items need to "
+          "twice as many; or for each item as many as it needs steps, at evaluation too",
+          choices=("fixed", "uniform", "growing", "steps", "item"), adapters=RECURRENT),
     addon("supervised_segments", "int", 0, "0 = every segment has a loss and an optimizer step (deep "
           "supervision); N = only the last N have, and the earlier ones run without gradient", low=0,
           adapters=RECURRENT),

@@ -11,6 +11,7 @@ from own_tasks.table import OwnDataConfig
 from own_tasks.task import OwnTask
 from reasoning_gym_wrapper import Task, TaskError, make_tasks
 from tasks.limits import USUAL, JudgeConfig
+from tasks.steps import steps_of
 
 
 def own_task(own: OwnDataConfig, limits: JudgeConfig = USUAL) -> OwnTask:
@@ -63,6 +64,22 @@ def own_problems(
     except TaskError as error:
         lines.append(str(error))
     return lines
+
+
+def steps_problems(
+    names: Sequence[str], config_text: str, own: OwnDataConfig, limits: JudgeConfig = USUAL
+) -> list[str]:
+    """One line where segments are to follow from an item's steps, and some task does not say them."""
+    # The first item stands for its task: they say it all or never.
+    without = []
+    for task in tasks_with_own(names, config_text, own, limits):
+        _, example = next(task.items(0))
+        if steps_of(example.entry) is None:
+            without.append(task.name)
+    if not without:
+        return []
+    return [f"--segments_sampling steps and item need to know how many steps an item needs, and {', '.join(without)} "
+            "does not say: choose uniform, a depth probe such as toy_chain, or own data with a field \"steps\""]
 
 
 # --- shares of a mix --------------------------------------------------------------------------------------------------

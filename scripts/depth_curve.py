@@ -9,7 +9,8 @@ is the readout with halting off. A checkpoint with --use_act is also measured wi
 segments) and with `best_halt` (all segments run, the one with the highest halting score answers), and its halting head
 is calibrated: the probability after k segments against whether the answer read after k segments is right.
 `--halt_settled X` adds `settled`: as `on`, or without a head, and an example stops too when a segment changes z_H by
-less than the share X of its norm.
+less than the share X of its norm. A run with `--segments_sampling item` gets the readout `own`: each item has as many
+segments as it needs steps, at most the largest number asked for.
 
 Difficulty groups items by a whole number that the task itself gives each item (`num_terms`, `num_empty`), the first
 that varies and takes at most 12 values; without one, by quartiles of the prompt's tokens. The `change` columns hold the
@@ -54,7 +55,7 @@ from depth_measures import (  # noqa: E402
     trajectory,
 )
 from depth_report import draw, draw_reliability, table, verdicts, write  # noqa: E402
-from depth_steps import LAST, add_steps, items_by_steps, note_of_steps, read_steps, steps_table, trained_steps  # noqa: E402
+from depth_steps import LAST, OWN, add_steps, items_by_steps, note_of_steps, read_steps, steps_table, trained_steps  # noqa: E402
 from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.progress import Progress  # noqa: E402
@@ -141,7 +142,8 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     )
     precision = pick_precision(opts.mixed_precision, device)
     loaded = Loaded(
-        folder, model, prompt, examples, bool(opts.use_act), decoding, precision, adapter == "hrm", trained
+        folder, model, prompt, examples, bool(opts.use_act), decoding, precision, adapter == "hrm", trained,
+        opts.segments_sampling == "item",
     )
     return loaded, opts
 
@@ -239,18 +241,22 @@ def measure(loaded: Loaded, args: argparse.Namespace) -> Curve:
     if args.halt_settled > 0 and loaded.has_segments:
         readouts.append("settled")
 
+    # Items that do not say their steps take all segments.
+    measurements = [(readout, segments) for readout in readouts for segments in args.segments]
+    if loaded.item_segments:
+        measurements.append((OWN, max(args.segments)))
+
     difficulty = "steps" if args.steps else args.difficulty
     labels = difficulties(loaded.examples, loaded.format, difficulty)
-    total = len(readouts) * len(args.segments) + 1
+    total = len(measurements) + 1
     with Progress(total, "measurement", "measurement") as progress:
         walk = trajectory(loaded, max(args.segments), args.batch_size) if loaded.has_segments else None
         curve = Curve(loaded, labels, walk, args.halt_settled)
         done = 1
-        for readout in readouts:
-            for segments in args.segments:
-                progress.update(done, readout=readout, segments=segments)
-                curve.measure(readout, segments)
-                done += 1
+        for readout, segments in measurements:
+            progress.update(done, readout=readout, segments=segments)
+            curve.measure(readout, segments)
+            done += 1
         progress.update(total)
     add_steps(curve.rows, loaded.trained)
     return curve

@@ -7,7 +7,7 @@ import re
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from batching import PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
+from depth_steps import LAST, OWN  # noqa: E402
 from engine.intervals import wilson  # noqa: E402
 from engine.positions import relative_change  # noqa: E402
 from evaluation import OVERALL, Answer, Decoding, answer  # noqa: E402
@@ -38,6 +39,7 @@ class Loaded:
     use_act: the run trained a halting head.
     decoding: how its run decodes answers; the budget of new tokens is set.
     precision: none, bf16 or fp16.
+    item_segments: in training each item had as many segments as it needs steps.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Loaded:
     precision: str
     has_segments: bool = True
     trained: Mapping[str, int] = field(default_factory=dict)
+    item_segments: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of every forward pass."""
@@ -221,7 +224,7 @@ def readout_config(loaded: Loaded, readout: str, segments: int, settled: float) 
     """Inside, the model answers by `readout` after (`on`, `settled`: at most) so many segments."""
     config = loaded.model.config
     before = {name: getattr(config, name) for name in READOUT_FIELDS}
-    config.use_act = loaded.use_act and readout != "last"
+    config.use_act = loaded.use_act and readout not in (LAST, OWN)
     config.eval_readout = "best_halt" if readout == "best_halt" else "last"
     config.segments = segments
     config.halt_max_segments = segments
@@ -242,8 +245,9 @@ def answers_at(loaded: Loaded, readout: str, segments: int, settled: float = 0.0
     setting: contextlib.AbstractContextManager = contextlib.nullcontext()
     if loaded.has_segments:
         setting = readout_config(loaded, readout, segments, settled)
+    decoding = replace(loaded.decoding, item_segments=readout == OWN)
     with setting, loaded.autocast():
-        return answer(loaded.model, loaded.format, loaded.examples, loaded.decoding)
+        return answer(loaded.model, loaded.format, loaded.examples, decoding)
 
 
 def rows_of(

@@ -18,6 +18,7 @@ from tasks.toy_base import StepsConfig  # noqa: E402
 Row = dict[str, Any]
 LABEL = re.compile(r"steps (\d+)")  # a difficulty that is a number of steps
 LAST = "last"  # the readout with halting off
+OWN = "own"  # the readout where each item has as many segments as it needs steps
 
 
 def read_steps(text: str) -> list[int]:
@@ -82,10 +83,10 @@ def add_steps(rows: Sequence[Row], trained: Mapping[str, int]) -> None:
             row["beyond_training"] = int(row["steps"] > trained[row["task"]])
 
 
-def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Task -> its rows without halting that are of one number of steps each; other tasks are left out."""
+def by_task(rows: Sequence[Row], readout: str = LAST) -> dict[str, list[Row]]:
+    """Task -> its rows of one readout that are of one number of steps each; other tasks are left out."""
     found: dict[str, list[Row]] = {}
-    for row in where(rows, readout=LAST):
+    for row in where(rows, readout=readout):
         if "steps" in row:
             found.setdefault(row["task"], []).append(row)
     return found
@@ -102,6 +103,12 @@ def steps_table(rows: Sequence[Row]) -> list[str]:
             mark = "+" if members[0]["beyond_training"] else " "
             cells = "".join(f"{100 * row['solved']:8.1f}" for row in members)
             lines.append(f"{steps:6d}{mark} n {members[0]['n']:<5d}{cells}")
+
+    for task, own in by_task(rows, OWN).items():
+        lines.append(f"{task}: solved, %, where each item has as many segments as it needs steps")
+        for row in sorted(own, key=itemgetter("steps")):
+            mark = "+" if row["beyond_training"] else " "
+            lines.append(f"{row['steps']:6d}{mark} n {row['n']:<5d}{100 * row['solved']:8.1f}")
     return lines
 
 

@@ -16,10 +16,13 @@ KEYS = {
 
 
 def steps_of(entry: Mapping[str, Any]) -> int | None:
-    """Steps that the item `entry` needs, 1 or more (0 counts as 1); None where its task does not say."""
+    """Steps that the item `entry` needs, 1 or more (0 counts as 1); None where its task does not say.
+
+    An item of the user's own file says it in a field `steps`.
+    """
     metadata = entry.get("metadata", {})
     task = metadata.get("source_dataset", "")
-    value = metadata.get(KEYS.get(task, "steps"))
+    value = metadata.get(KEYS.get(task, "steps"), metadata.get("row", {}).get("steps"))
     if isinstance(value, list | tuple):
         value = len(value) - (task == "string_manipulation")
     if isinstance(value, bool) or not isinstance(value, int):

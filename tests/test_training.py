@@ -25,6 +25,7 @@ from engine.optimization import (
     seed_of_step,
 )
 from engine.schedule import COOLDOWN, ScheduleConfig, learning_rate
+from evaluation import Decoding, answer
 from host import HostError, host_logits
 from injector import Thought
 from reasoning_gym_wrapper import Reserve, make_tasks
@@ -335,6 +336,44 @@ def test_segments_are_drawn_from_the_steps_that_the_batch_needs(make, prompts):
         batch = prompts.batch(chosen)
         counts = {gradients(trainer, [batch], step)[1]["segments"] for step in range(12)}
         assert counts == set(range(needed, 2 * needed + 1))
+
+
+def test_each_item_has_as_many_segments_as_it_needs_steps(make, prompts):
+    trainer = make(segments=8, segments_sampling="item", supervised_segments=1, grad_horizon="segments:8")
+    examples = Reserve(make_tasks(["toy_chain"], '{"toy_chain": {"max_steps": 3}}'), 24).examples
+    by_steps = {steps: [item for item in examples if item.entry["metadata"]["steps"] == steps] for steps in (1, 3)}
+    mixed = prompts.batch([by_steps[3][0], by_steps[1][0]])
+    (states,) = trainer._encode([mixed])
+    assert states.context.needed.tolist() == [3, 1]
+
+    # The easy item's state after three segments is the one it had after its own.
+    carries = [trainer.controller.model.advance(states.features, states.context, None)]
+    for _ in range(2):
+        carries.append(trainer.controller.model.advance(states.features, states.context, carries[-1]))
+    assert carries[-1].steps.tolist() == [3, 1]
+    assert torch.equal(carries[-1].z_high[1], carries[0].z_high[1])
+    assert not torch.equal(carries[-1].z_high[0], carries[0].z_high[0])
+
+    # So the batch's gradient is the mean of what each gives alone, the answers being equally long.
+    (whole,), metrics = gradients(trainer, [mixed])
+    assert metrics["segments"] == 3
+    parts = []
+    for steps in (3, 1):
+        (part,), metrics = gradients(trainer, [prompts.batch(by_steps[steps][:1])])
+        assert metrics["segments"] == steps
+        parts.append(part)
+    for name, gradient in whole.items():
+        expected = (parts[0][name] + parts[1][name]) / 2
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_answers_are_given_after_as_many_segments_as_the_item_needs(make, prompts):
+    model = make(segments=4, state_mix="sum").controller.eval()
+    examples = Reserve(make_tasks(["toy_chain"], '{"toy_chain": {"max_steps": 6}}'), 24).examples
+    answers = answer(model, prompts, examples, Decoding(item_segments=True, max_new_tokens=2))
+    expected = [min(item.entry["metadata"]["steps"], 4) for item in examples]
+    assert [given.segments for given in answers] == expected and len(set(expected)) == 4
+    assert {given.segments for given in answer(model, prompts, examples, Decoding(max_new_tokens=2))} == {4}
 
 
 def test_a_drawn_count_below_the_supervised_ones_supervises_all(make, batches):
