@@ -38,6 +38,12 @@ def refused(call, tmp_path):
 # --- bad input
 
 
+@pytest.mark.parametrize("sampling", ["steps", "item"])
+def test_segments_cannot_follow_steps_that_no_item_states(refused, sampling):
+    (line,) = refused("--segments_sampling", sampling, "--tasks", "toy_add,toy_chain", "--task=none")
+    assert "toy_add does not say" in line and "toy_chain" in line
+
+
 @pytest.mark.parametrize("typed,told", [
     ("--d_hh 3", "unknown flag --d_hh; did you mean --d_h?"),
     ("--injector cba", "--injector cba is not legal: expected one of cab, grb"),
@@ -275,7 +281,7 @@ WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "deco
         "adapter": DEFAULTS, "virtual_tokens": [*DEFAULTS, "--adapter", "prompt"], "cache_hidden": ["--train_n", "6"],
         "recompute_segments": ["--segments", "3", "--grad_horizon", "segments:2"],
         "supervised_segments": ["--segments", "2"], "carry_state": ["--segments", "2"],
-        "halt_settled": ["--segments", "3"],
+        "halt_settled": ["--segments", "3"], "segments_sampling": ["--task", "toy_chain"],
         "eval_readout": ["--use_act"], "halt_detach": ["--use_act"],
         "curriculum": ["--task", "gcd", "--curriculum_levels", "1"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64

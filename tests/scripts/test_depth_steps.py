@@ -119,3 +119,11 @@ def test_an_adapter_without_segments_answers_once(tiny_host, tmp_path, adapter):
     assert (run / "depth" / "depth.png").exists() and not any(row["z_high_change"] for row in rows)
     with pytest.raises(ValueError, match=rf"an adapter without segments \({adapter}\): it has a curve over --steps"):
         script.main([str(run), "--segments", "1"])
+
+
+def test_a_run_whose_items_have_their_own_segments_is_measured_so(tiny_host, tmp_path, capsys):
+    words = [*arguments(tiny_host, tmp_path), "--segments=4", "--segments_sampling=item"]
+    _, rows = curve(tmp_path, words)
+    own = [row for row in rows if row["readout"] == "own" and row["steps"]]
+    assert [(row["steps"], float(row["segments_used"])) for row in own] == [("1", 1), ("2", 2), ("4", 3)]
+    assert "where each item has as many segments as it needs steps" in capsys.readouterr().out
