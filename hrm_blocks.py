@@ -41,6 +41,14 @@ class Carry:
         """The state of the examples that `index` (bool or int, (B,)) selects."""
         return Carry(self.z_high[index], self.z_low[index], self.steps[index], self.halted[index])
 
+    def noisy(self, share: float) -> Carry:
+        """The same state and Gaussian noise, at each position with `share` of the state's root mean square there."""
+        states = []
+        for z in (self.z_high, self.z_low):
+            scale = share * z.detach().square().mean(dim=-1, keepdim=True).sqrt()
+            states.append(z + scale * torch.randn_like(z))
+        return Carry(*states, self.steps, self.halted)
+
     def where(self, chosen: Tensor, other: Carry) -> Carry:
         """The state of the examples that `chosen` (bool, (B,)) marks, and `other` in the other rows."""
         rows = chosen[:, None, None]

@@ -110,6 +110,7 @@ class HRMAddonConfig(AdapterConfig):
         reset_l: z_L starts anew at each segment.
         grad_horizon: calls that carry gradient: "one_step", "full", "k:N" of a segment, or all of "segments:N".
         recompute_segments: what the gradient reads of earlier segments is computed again, which takes less memory.
+        carry_noise: Gaussian noise on the carried states in training, as a share of their root mean square.
         hrm_input: "tokens" reads every prompt token, "pooled" one vector made of their mean and the last.
         hrm_read: LLM states that HRM reads: "embed", "last", "embed+last" or "all".
         hrm_conv: tokens that HRM reads together, see `ShortConv`; 1 = each alone.
@@ -145,6 +146,7 @@ class HRMAddonConfig(AdapterConfig):
     reset_l: bool = False
     grad_horizon: str = "full"
     recompute_segments: bool = False
+    carry_noise: float = 0.0
     hrm_input: str = "tokens"
     hrm_read: str = "embed+last"
     hrm_conv: int = 1
@@ -479,7 +481,9 @@ class HRMBackbone(FrozenHostModel):
     # --- thinking ---
 
     def advance(self, features: Tensor, context: Context, carry: Carry | None) -> Carry:
-        """One segment: carry in, carry out; None is the initial state."""
+        """One segment: carry in, carry out; None is the initial state. `carry_noise` blurs what comes in, in training."""
+        if carry is not None and self.training and self.config.carry_noise:
+            carry = carry.noisy(self.config.carry_noise)
         carry = carry or self.addon.core.initial_carry(context.mask)
         return self.addon.core(self.addon.inputs(features, context.mask), context, carry)
 

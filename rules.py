@@ -201,6 +201,12 @@ def segments_can_be_sampled(o: Namespace) -> str | None:
                 "choose at least 2")
 
 
+@rule("segments_stretch", "segments_sampling")
+def a_stretch_needs_steps(o: Namespace) -> str | None:
+    if o.segments_stretch != 2 and o.segments_sampling != "steps":
+        return f"--segments_stretch {o.segments_stretch} does nothing without --segments_sampling steps"
+
+
 # --- halting ---
 
 

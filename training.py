@@ -43,8 +43,9 @@ class AddonStepConfig:
 
     segments: recurrence segments of a batch, 1 or more.
     segments_sampling: fixed (all), uniform (1 to all, drawn for each batch), growing (1 to a number that rises),
-        steps (from the most steps that an item of the batch needs to twice as many, at most all) or item (each item as
-        many as it needs steps, at most all).
+        steps (from the most steps that an item of the batch needs to `segments_stretch` times as many, at most all) or
+        item (each item as many as it needs steps, at most all).
+    segments_stretch: see above, 1 or more.
     supervised_segments: the last N segments have a loss and an optimizer step; 0 = all of them.
     carry_state: True begins a supervised segment from the states of the one before, False from the initial ones.
     grad_horizon: calls that carry gradient, see `hrm_blocks.segments_with_gradient`.
@@ -57,6 +58,7 @@ class AddonStepConfig:
 
     segments: int = 1
     segments_sampling: str = "fixed"
+    segments_stretch: int = 2
     supervised_segments: int = 0
     carry_state: bool = True
     grad_horizon: str = "full"
@@ -72,7 +74,8 @@ def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0, 
 
     With `growing` the largest that may be drawn rises from 1 to `segments` in equal parts of the run, whose share
     `progress` in [0, 1] is done. With `steps` they are drawn from `needed`, the most steps of an item of the batch, to
-    twice as many, so that every item has enough of them and none has a number to count on; `segments` is the limit.
+    `segments_stretch` times as many, so that every item has enough of them and none has a number to count on;
+    `segments` is the limit.
     With `item` they are as many as `needed`: the other items stop before.
     """
     if config.segments_sampling == "fixed" and not config.use_act:
@@ -87,7 +90,7 @@ def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0, 
         return min(needed, most)
     if config.segments_sampling == "steps":
         least = min(needed, most)
-        most = min(2 * needed, most)
+        most = min(config.segments_stretch * needed, most)
     return random.Random(f"segments/{config.seed}/{step}").randint(least, most)
 
 
@@ -98,7 +101,7 @@ def mean_segments(config: AddonStepConfig) -> float:
     if config.segments_sampling == "growing":
         return (1 + drawn) / 2  # `most` itself grows from 1
     if config.segments_sampling == "steps":
-        return 0.75 * most  # where the hardest items need half of all
+        return (most / config.segments_stretch + most) / 2  # where the longest draw of the hardest items is all
     if config.segments_sampling == "item":
         return most  # where the hardest items need all
     if config.segments_sampling == "uniform" or config.use_act:

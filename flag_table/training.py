@@ -42,6 +42,10 @@ TABLE = (
           "all, drawn per batch; 1 to a number that grows to all over the run; from the steps its items need to "
           "twice as many; or for each item as many as it needs steps, at evaluation too",
           choices=("fixed", "uniform", "growing", "steps", "item"), adapters=RECURRENT),
+    addon("segments_stretch", "int", 2, "with segments_sampling steps: draw up to so many times the steps needed",
+          low=1, adapters=RECURRENT),
+    addon("carry_noise", "float", 0.0, "Gaussian noise on the states that a segment hands to the next, in training, as "
+          "a share of their root mean square; 0 = none", low=0, adapters=RECURRENT),
     addon("supervised_segments", "int", 0, "0 = every segment has a loss and an optimizer step (deep "
           "supervision); N = only the last N have, and the earlier ones run without gradient", low=0,
           adapters=RECURRENT),

@@ -271,7 +271,7 @@ MORE = [*((flag.name, text) for flag in OURS for text in "01" if flag.type == "b
             "max_minutes 0.5", "segments 1", "inner_T 3", "h_layers 2", "l_layers 2", "sentinel ##", "train_n 5",
             "system_header hm", "lr_min_ratio 0.5", "weight_decay 0", "eval_seed 1000000001", "seed 2147483647",
             "eval_suite synthetic", "virtual_tokens 3", "system_header rg:simple", "bare_max_new_tokens 9",
-            "few_shot 2"))]
+            "few_shot 2", "segments_stretch 3", "carry_noise 0.1"))]
 # What only HRM knows, as it is by default, so that the other adapters may be asked for.
 DEFAULTS = "--d_h 128 --n_heads 4 --segments 1 --inner_T 2 --max_seq_len 400".split()  # room for virtual tokens
 SAMPLED = ["--decode_temperature", "1"]
@@ -282,6 +282,7 @@ WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "deco
         "recompute_segments": ["--segments", "3", "--grad_horizon", "segments:2"],
         "supervised_segments": ["--segments", "2"], "carry_state": ["--segments", "2"],
         "halt_settled": ["--segments", "3"], "segments_sampling": ["--task", "toy_chain"],
+        "segments_stretch": ["--task", "toy_chain", "--segments_sampling", "steps"],
         "eval_readout": ["--use_act"], "halt_detach": ["--use_act"],
         "curriculum": ["--task", "gcd", "--curriculum_levels", "1"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64

@@ -27,6 +27,7 @@ from engine.optimization import (
 from engine.schedule import COOLDOWN, ScheduleConfig, learning_rate
 from evaluation import Decoding, answer
 from host import HostError, host_logits
+from hrm_blocks import Carry
 from injector import Thought
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_families import randomise
@@ -328,6 +329,10 @@ def test_segments_are_drawn_from_the_steps_that_the_batch_needs(make, prompts):
     assert {segments_of_step(config, step, needed=6) for step in range(100)} == {6, 7, 8}
     assert {segments_of_step(config, step, needed=20) for step in range(100)} == {8}
 
+    longer = AddonStepConfig(segments=16, segments_sampling="steps", segments_stretch=4)
+    assert {segments_of_step(longer, step, needed=3) for step in range(200)} == set(range(3, 13))
+    assert {segments_of_step(longer, step, needed=5) for step in range(200)} == set(range(5, 17))
+
     trainer = make(segments=8, segments_sampling="steps", supervised_segments=1)
     examples = Reserve(make_tasks(["toy_chain"], '{"toy_chain": {"max_steps": 3}}'), 24).examples
     hard = [example for example in examples if example.entry["metadata"]["steps"] == 3]
@@ -336,6 +341,30 @@ def test_segments_are_drawn_from_the_steps_that_the_batch_needs(make, prompts):
         batch = prompts.batch(chosen)
         counts = {gradients(trainer, [batch], step)[1]["segments"] for step in range(12)}
         assert counts == set(range(needed, 2 * needed + 1))
+
+
+def test_noise_blurs_the_carried_state_in_training_alone(make, batches):
+    controller = make(segments=2, carry_noise=0.5).controller
+    states = controller.encode(batches[0])
+    model = controller.model.train()
+    first = model.advance(states.features, states.context, None)
+    assert torch.equal(first.z_high, model.advance(states.features, states.context, None).z_high)
+    blurred = [model.advance(states.features, states.context, first).z_high for _ in range(2)]
+    assert not torch.equal(*blurred)
+    model.eval()
+    plain = [model.advance(states.features, states.context, first).z_high for _ in range(2)]
+    assert torch.equal(*plain) and not torch.equal(plain[0], blurred[0])
+
+
+def test_noise_is_a_share_of_the_state():
+    torch.manual_seed(0)
+    size = torch.tensor([1.0, 10.0])[:, None, None]  # of each example
+    state = size * torch.randn(2, 40, 64)
+    noisy = Carry(state, state, torch.zeros(2), torch.zeros(2)).noisy(0.1)
+    for z in (noisy.z_high, noisy.z_low):
+        added = (z - state).square().mean(dim=(1, 2)).sqrt()
+        torch.testing.assert_close(added, 0.1 * size.flatten(), rtol=0.1, atol=0)
+    assert not torch.equal(noisy.z_high, noisy.z_low)
 
 
 def test_each_item_has_as_many_segments_as_it_needs_steps(make, prompts):
