@@ -481,7 +481,7 @@ class HRMBackbone(FrozenHostModel):
     # --- thinking ---
 
     def advance(self, features: Tensor, context: Context, carry: Carry | None) -> Carry:
-        """One segment: carry in, carry out; None is the initial state. `carry_noise` blurs what comes in, in training."""
+        """One segment: carry in, carry out; None: the initial state. In training `carry_noise` blurs what comes in."""
         if carry is not None and self.training and self.config.carry_noise:
             carry = carry.noisy(self.config.carry_noise)
         carry = carry or self.addon.core.initial_carry(context.mask)
