@@ -48,11 +48,17 @@ class Answer:
     refused: bool = False  # the score is full, and the task's strict rule refuses the answer
     strict: bool | None = None  # the whole text is solved; None: as `solved`
     extracted: bool | None = None  # the answer taken out of it is solved; None: as `solved`
+    read: str | None = None  # what the score is of, as --answer_from reads it; None: the text
 
     def solved_by(self, reading: str) -> bool:
         """Whether it is solved by one of `READINGS`."""
         value = getattr(self, reading)
         return self.solved if value is None else value
+
+    @property
+    def answer(self) -> str:
+        """What the score is of: the text, or the answer taken out of it."""
+        return self.text if self.read is None else self.read
 
     @property
     def solved(self) -> bool:
@@ -172,21 +178,11 @@ class Evaluation:
             task = answer.example.task
             index = seen.get(task, 0)
             seen[task] = index + 1
-            lines.append(
-                prediction_line(
-                    task,
-                    index,
-                    answer.example.question,
-                    answer.text,
-                    answer.score,
-                    bare_score=other.score if other else None,
-                    segments_used=answer.segments,
-                    finished=answer.finished,
-                    **remarks("", answer),
-                    **remarks("bare_", other),
-                    **({"few_shot_score": shown.score} | remarks("few_shot_", shown) if shown else {}),
-                )
-            )
+            beside = {"bare_score": None} | answer_fields("bare_", other) | answer_fields("few_shot_", shown)
+            own = {"answer": answer.answer, "segments_used": answer.segments, "finished": answer.finished}
+            item = answer.example
+            line = prediction_line(task, index, item.question, answer.text, answer.score, item.target, **own, **beside)
+            lines.append(line | remarks("", answer))
         return lines
 
     def solved_rate(self, bare: bool = False) -> float:
@@ -194,17 +190,25 @@ class Evaluation:
         return solved_rate(self.bare if bare else self.answers)
 
 
-def remarks(whose: str, answer: Answer | None) -> dict[str, bool]:
+def remarks(whose: str, answer: Answer) -> dict[str, bool]:
     """Fields of a prediction line that are mostly absent; `whose` begins their names.
 
     They say that the strict rule refuses a full score, and that an answer is solved once it is taken out of its text.
     """
     fields = {}
-    if answer is not None and answer.refused:
+    if answer.refused:
         fields[f"{whose}refused"] = True
-    if answer is not None and answer.solved_by("extracted") and not answer.solved_by("strict"):
+    if answer.solved_by("extracted") and not answer.solved_by("strict"):
         fields[f"{whose}extracted"] = True
     return fields
+
+
+def answer_fields(whose: str, answer: Answer | None) -> dict[str, Any]:
+    """Fields of a prediction line for an answer beside the model's own; none where there is no such answer."""
+    if answer is None:
+        return {}
+    fields = {"score": answer.score, "prediction": answer.text, "answer": answer.answer}
+    return {whose + name: value for name, value in fields.items()} | remarks(whose, answer)
 
 
 def of_task(answers: Sequence[Answer], task: str) -> list[Answer]:
@@ -336,7 +340,7 @@ def _answer_batch(
         answers.append(
             Answer(
                 example, generated.text, verdict.score, generated.finished, verdict.raised, segments,
-                verdict.timed_out, verdict.refused, read.strict, read.extracted,
+                verdict.timed_out, verdict.refused, read.strict, read.extracted, read.answer,
             )
         )
     return answers

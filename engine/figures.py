@@ -136,9 +136,9 @@ def draw_curve(folder: Path, csv_path: Path | None = None, run: str = "") -> Pat
     # An empty panel stays hidden.
     figure, (left, right) = new_figure(2)
     if losses:
-        _draw_losses(left, losses)
+        draw_losses(left, losses)
     if tasks:
-        _draw_tasks(right, tasks)
+        draw_tasks(right, tasks)
     for axes, drawn in ((left, losses), (right, tasks)):
         axes.grid(alpha=0.3)
         axes.set_visible(bool(drawn))
@@ -147,7 +147,7 @@ def draw_curve(folder: Path, csv_path: Path | None = None, run: str = "") -> Pat
     return folder / "curve.png"
 
 
-def _draw_losses(axes: Any, losses: Sequence[Row]) -> None:
+def draw_losses(axes: Any, losses: Sequence[Row]) -> None:
     """Each logged loss in light grey, their running mean above it."""
     steps = column(losses, "step")
     values = column(losses, "value")
@@ -158,7 +158,7 @@ def _draw_losses(axes: Any, losses: Sequence[Row]) -> None:
     axes.legend(fontsize=8)
 
 
-def _draw_tasks(axes: Any, tasks: dict[str, list[Row]]) -> None:
+def draw_tasks(axes: Any, tasks: dict[str, list[Row]]) -> None:
     """Each task's solved rate with its 95 % band, and the bare LLM's newest rate as a dashed line."""
     for index, (task, rows) in enumerate(tasks.items()):
         # The rate itself.

@@ -47,6 +47,7 @@ from engine.limits import Warmup, limits_of
 from engine.logs import RunLog
 from engine.machine import Machine, run_folder
 from engine.optimization import BaseTrainer, NonFiniteError
+from engine.page import page_of_run
 from engine.progress import Progress
 from engine.report import Report, closing_words, stamped
 from engine.schedule import learning_rate
@@ -121,6 +122,10 @@ class KeptRun:
         """Writes rows and predictions at this step."""
         self.log.eval_rows(stamped(report.rows, self.step, self.log.elapsed_s))
         self.log.predictions(stamped(report.predictions, self.step))
+
+        # What is measured after the end belongs on the page, too.
+        if self.finished and self.config.report and self.machine.is_main:
+            page_of_run(self.folder, self.log.csv_path)
 
     def _is_best(self, report: Report) -> bool:
         if not self.config.save_best_model or not math.isfinite(report.value):
@@ -231,7 +236,7 @@ class RunLoop(KeptRun):
             if not self.config.eval_only:
                 newest = step_folder(self.folder, self.step)
                 next_stage = self.facts.next_stage.format(step=self.step)
-            tell_end(report, self.log, newest, self.facts.compare, next_stage)
+            tell_end(report, self.log, newest, self.facts.compare, next_stage, self.config.report)
 
     # --- training ---
 
@@ -374,7 +379,9 @@ def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup
         machine.say(f"{machine.world} processes, {config.batch_size * machine.world} examples a batch")
 
 
-def tell_end(report: Report, log: RunLog, newest: Path | None, compare: bool, next_stage: str | None) -> None:
+def tell_end(
+    report: Report, log: RunLog, newest: Path | None, compare: bool, next_stage: str | None, has_page: bool
+) -> None:
     """The closing words: table, files, next command, or `next_stage` in place of files and command."""
     print(report.table)
     if report.notes:
@@ -383,7 +390,8 @@ def tell_end(report: Report, log: RunLog, newest: Path | None, compare: bool, ne
         print(next_stage, flush=True)
         return
     curve = draw_curve(log.folder, log.csv_path, log.run)
-    print(closing_words(log.csv_path, newest, curve, report.question, compare=compare))
+    page = page_of_run(log.folder, log.csv_path) if has_page else None
+    print(closing_words(log.csv_path, newest, curve, report.question, compare=compare, page=page))
 
 
 def resume_command(folder: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from engine.intervals import wilson
 from engine.records import question_hash
 
+LONGEST_QUESTION = 4000  # characters of it in predictions.jsonl: a document of the suite may be a book
 
 @dataclass(frozen=True)
 class Report:
@@ -72,15 +73,20 @@ def metric_row(
     }
 
 
-def prediction_line(task: str, index: int, question: str, text: str, score: float, **more: Any) -> dict[str, Any]:
+def prediction_line(
+    task: str, index: int, question: str, text: str, score: float, gold: str | None = None, **more: Any
+) -> dict[str, Any]:
     """One line of predictions.jsonl without `step`, which the loop adds; paired statistics need it.
 
-    `index` counts the items of `task` from 0. `more` are further fields, such as `bare_score`.
+    `index` counts the items of `task` from 0. `gold` is the answer that is asked for; None where there is none to show.
+    `more` are further fields, such as `bare_score`. Of a longer question the first `LONGEST_QUESTION` characters stay.
     """
     return {
         "id": f"{task}/{index:05d}",
         "task": task,
         "prompt_hash": question_hash(question),
+        "question": question[:LONGEST_QUESTION],
+        "gold": gold,
         "prediction": text,
         "score": score,
         **more,
@@ -192,13 +198,14 @@ def _gain_cell(task: TaskLines) -> str:
 
 def closing_words(
     csv: Path, checkpoint: Path | None, curve: Path | None, question: str | None, *, samples: Path | None = None,
-    compare: bool = True,
+    compare: bool = True, page: Path | None = None,
 ) -> str:
     """Where a run has left its files, one a line, and the command that puts `question` to its checkpoint.
 
     `compare` adds --compare, which answers beside what the model is compared with.
     """
-    files = {"evaluation:": csv, "samples:": samples, "checkpoint:": checkpoint, "curve:": curve}
+    files = {"evaluation:": csv, "samples:": samples, "checkpoint:": checkpoint, "curve:": curve,
+             "report:": page}
     lines = [f"{what:11} {path}" for what, path in files.items() if path]
 
     if question:

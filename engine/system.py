@@ -32,6 +32,7 @@ class LoopConfig(MachineConfig, ScheduleConfig):
     eval_every, save_every, log_samples_every: batches from one to the next; 0 = never while training.
     save_best_model: mark the checkpoint of the highest `Report.value`, which rotation keeps.
     checkpoint_limit: newest checkpoints to keep; 0 = all.
+    report: write report.html at the end.
     """
 
     settings: str
@@ -49,6 +50,7 @@ class LoopConfig(MachineConfig, ScheduleConfig):
     log_samples_every: int = 0
     save_best_model: bool = False
     checkpoint_limit: int = 3
+    report: bool = True
 
 
 class Data(Protocol):

@@ -20,6 +20,7 @@ TABLE = (
     Flag("checkpoint_limit", "int", 3, "checkpoints kept; 0 = all", low=0),
     Flag("save_best_model", "bool", False, "also keep the best checkpoint: solved rate, or validation loss"),
     Flag("log_steps", "int", 20, "batches between logged lines", low=1),
+    Flag("report", "bool", True, "write report.html at the end: settings, curves, a table of each task, samples"),
     Flag("trackers", "list", "", "where else to log", choices=("tensorboard", "wandb", "trackio")),
     # The machine.
     Flag("device", "str", "auto", "where to compute; auto = CUDA, else MPS, else CPU",

@@ -109,7 +109,8 @@ class Measured:
         for index, problem in enumerate(self.problems):
             score = float(self.solved[index])
             line = prediction_line(
-                self.stage, index, problem.question, self.completions[index], score, finished=self.finished[index]
+                self.stage, index, problem.question, self.completions[index], score, problem.answer or None,
+                finished=self.finished[index],
             )
 
             lines.append(line)

@@ -19,6 +19,7 @@ from engine.files import read_json, write_text_aside
 from engine.logs import RunLog
 from engine.optimization import NonFiniteError
 from engine.ownership import RECORD
+from engine.page import page_of_run
 from engine.report import Card, Report, closing_words, stamped
 from engine.state import CONFIG
 from engine.stopping import Stop, interruptible
@@ -46,6 +47,7 @@ class StageLoopConfig:
         checkpoint_limit: newest checkpoints to keep; 0 = all.
         trackers: comma list of where else to log; "" = nowhere.
         log_csv: the evaluation table; None = eval.csv in the run's folder.
+        report: write report.html at the end.
     """
 
     settings: str
@@ -55,6 +57,7 @@ class StageLoopConfig:
     checkpoint_limit: int = 3
     trackers: str = ""
     log_csv: str | None = None
+    report: bool = True
 
 
 class StageLoop:
@@ -304,7 +307,8 @@ class StageLoop:
         curve = draw_curve(self.trained.folder, self.log.csv_path, self.log.run)
         question = self.held_out.problems[self.stages[-1].name][0].question
         samples = self.trained.folder / SAMPLES
-        print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples))
+        page = page_of_run(self.trained.folder, self.log.csv_path) if self.config.report else None
+        print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples, page=page))
 
 
 def read_own(path: Path) -> Any:

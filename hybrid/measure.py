@@ -87,7 +87,7 @@ class HybridEvaluation:
         """One line per held-out addition."""
         lines = []
         for index, (prompt, gold, text) in enumerate(self.answers):
-            lines.append(prediction_line(SYNTHETIC, index, prompt, text, float(text == gold)))
+            lines.append(prediction_line(SYNTHETIC, index, prompt, text, float(text == gold), gold))
         return lines
 
     def table(self) -> str:

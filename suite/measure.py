@@ -198,6 +198,7 @@ def _run_questions(
     estimates |= cut_shares([cuts])
     bare_estimates: dict[str, Interval] = {}
     bare_scores: Sequence[float | None] = [None] * len(questions)
+    bare_texts: Sequence[str | None] = [None] * len(questions)
     if bare is not None:
         bare_texts = bare.generate(prompts, budget, tell_bare)
         bare_cuts = latest_cuts(bare)
@@ -205,8 +206,11 @@ def _run_questions(
         bare_estimates |= cut_shares([bare_cuts])
 
     predictions = []
-    for question, text, score, bare_score in zip(questions, texts, scores, bare_scores, strict=True):
-        predictions.append(Prediction(question.index, question.prompt, text, score, bare_score))
+    for question, text, score, *bare_own in zip(questions, texts, scores, bare_scores, bare_texts, strict=True):
+        bare_score, bare_text = bare_own
+        predictions.append(
+            Prediction(question.index, question.prompt, text, score, bare_score, question.gold, bare_text)
+        )
     chance = constant_option(questions)
     return Part(f"suite/{name}", estimates, bare_estimates, predictions, segments_used, chance=chance)
 

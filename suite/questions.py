@@ -64,6 +64,13 @@ class Question:
     answer_index: int = -1
     rationale: str = ""
 
+    @property
+    def gold(self) -> str | None:
+        """The answer that is asked for, for people; None where only tests judge."""
+        if self.choices:
+            return self.choices[self.answer_index]
+        return self.answer or self.code or None
+
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 

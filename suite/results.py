@@ -25,6 +25,8 @@ class Prediction:
     index: the item's place in its file.
     prompt: what was asked; of a document, the context of its first window.
     bare_score: of what the model is compared with; None without it.
+    gold: the answer that is asked for; None where there is none to show.
+    bare_text: what the other answered; None without it.
     """
 
     index: int
@@ -32,6 +34,8 @@ class Prediction:
     text: str
     score: float
     bare_score: float | None
+    gold: str | None = None
+    bare_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class SuiteResult:
                         prediction.prompt,
                         prediction.text,
                         prediction.score,
+                        prediction.gold,
                         bare_score=prediction.bare_score,
+                        bare_prediction=prediction.bare_text,
                     )
                 )
         return lines

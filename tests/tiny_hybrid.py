@@ -77,7 +77,7 @@ def logits_of(model: HybridModel, batch: dict[str, torch.Tensor]) -> torch.Tenso
 RUN = (
     "--arch hybrid --d_model 16 --n_heads 2 --d_h 16 --encoder transformer --encoder_layers 1 --decoder_layers 1 "
     "--state_size 4 --h_len 2 --l_len 2 --prefix_len 2 --batch_size 4 --max_steps 3 --eval_n 6 --eval_batch_size 4 "
-    "--mixed_precision none --log_steps 1 --num_threads 1 --device cpu --max_seq_len 24 --warmup_steps 1"
+    "--mixed_precision none --log_steps 1 --num_threads 1 --device cpu --report 0 --max_seq_len 24 --warmup_steps 1"
 ).split()
 
 

@@ -30,7 +30,8 @@ from training import AddonStepConfig, Trainer
 ROOT = Path(train.__file__).parent
 TINY = (
     "--task toy_add --d_h 16 --n_heads 2 --segments 2 --inner_T 1 --batch_size 4 --max_steps 3 --eval_n 4 "
-    "--eval_batch_size 4 --max_new_tokens 4 --mixed_precision none --log_steps 1 --num_threads 1 --device cpu"
+    "--eval_batch_size 4 --max_new_tokens 4 --mixed_precision none --log_steps 1 --num_threads 1 --device cpu "
+    "--report 0"
 ).split()
 
 

@@ -17,11 +17,13 @@ class Reading:
     strict: the whole text is solved.
     extracted: the answer taken out of it is solved. A text that is solved as a whole always is: nothing surrounds its
         answer.
+    answer: what the verdict is of: the text, or what the way that was asked for takes out of it.
     """
 
     verdict: Verdict
     strict: bool
     extracted: bool
+    answer: str
 
 
 def read_answer(verify: Callable[[str], Verdict], text: str, gold: str | None, way: str) -> Reading:
@@ -36,15 +38,17 @@ def read_answer(verify: Callable[[str], Verdict], text: str, gold: str | None, w
     """
     whole = verify(text)
     if whole.solved:
-        return Reading(whole, True, True)
+        return Reading(whole, True, True, text)
 
     asked = GENERIC if way == TEXT else way
     answer = taken_answer(text, asked, is_number(gold))
     if answer == text.strip():
-        return Reading(whole, False, False)
+        return Reading(whole, False, False, text)
 
     taken = verify(answer)
-    return Reading(whole if way == TEXT else taken, False, taken.solved)
+    if way == TEXT:
+        return Reading(whole, False, taken.solved, text)
+    return Reading(taken, False, taken.solved, answer)
 
 
 def verdict_by(verify: Callable[[str], Verdict], text: str, gold: str | None, way: str) -> Verdict:

@@ -32,7 +32,7 @@ SUMS = {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digi
 ENHANCED = (
     "--arch enhanced --objective grpo --d_model 16 --n_heads 2 --n_planner_layers 1 --n_worker_layers 1 --max_cycles 2 "
     "--thought_dim 8 --batch_size 4 --max_steps 2 --warmup_steps 1 --eval_n 2 --mixed_precision none --log_steps 1 "
-    "--num_threads 1 --device cpu --max_completion_length 4"
+    "--num_threads 1 --device cpu --report 0 --max_completion_length 4"
 ).split()
 
 
@@ -71,7 +71,7 @@ def test_the_add_on_goes_on_from_its_deep_supervision_checkpoint_and_moves_alone
     monkeypatch.setitem(rewards.REWARDS, "brevity", length_reward)
     stages = {"task": {"size": 4, "eval_n": 2, "rewards": {"verifier": 1, "brevity": 1}}}
     words = ["--objective", "grpo", "--resume", str(checkpoint), "--save_dir", str(tmp_path), "--grpo_lr", "1e-6",
-             "--num_generations", "4", "--max_completion_length", "6", "--stages", json.dumps(stages)]
+             "--num_generations", "4", "--max_completion_length", "6", "--stages", json.dumps(stages), "--report", "1"]
     opts, found_checkpoint, problems = train.understand(options.read(words))
     assert problems == [] and opts.supervised_segments == 0
     run = GrpoRun(opts, found_checkpoint)
@@ -88,6 +88,8 @@ def test_the_add_on_goes_on_from_its_deep_supervision_checkpoint_and_moves_alone
     for metric in ("solved", "mean_length", "reward_verifier", "reward_brevity"):
         assert len(rows["3", "task", metric]) == len(rows["5", "task", metric]) == 1
     assert ("3", "toy_add", "solved") in rows  # the deep supervision's own
+    page = (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
+    assert "start of the stage" in page and "<td>task</td>" in page
     capsys.readouterr()
 
     kept = everything_in(tmp_path)

@@ -841,7 +841,7 @@ def test_the_joined_sequence_is_scored_as_it_was_generated(system, temperature):
 TINY = (
     f"{ENHANCED} --d_model 16 --n_heads 2 --n_planner_layers 1 --n_worker_layers 1 --max_cycles 2 --thought_dim 8 "
     "--batch_size 4 --max_steps 2 --warmup_steps 1 --eval_n 2 --mixed_precision none --log_steps 1 --num_threads 1 "
-    "--device cpu --max_completion_length 4 --grpo_save_every 1"
+    "--device cpu --report 0 --max_completion_length 4 --grpo_save_every 1"
 ).split()
 TWO = json.dumps({name: {"size": 2, "epochs": 1, "levels": [SUMS]} for name in ("format", "math")})
 

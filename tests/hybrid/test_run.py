@@ -43,7 +43,8 @@ WAYS = {
     "--halt_threshold 0.3 --l_layers 2 --decoder_layers 2 --hrm_gate_warmup_steps 1",
     "8 bit, prepared": "--dataset {data} --dev_sets more={more} --encoder mamba2 --bridge cross_attn --grad_horizon "
     "k:1 --optimizer adamw_8bit --lr_scheduler constant --grad_accum_steps 2 --d_model 32 --d_h 32 --on_bad_line skip "
-    "--max_val_samples 3 --eval_loss_patience 0 --use_halting 0 --deep_supervision 0 --hrm_gate_warmup_steps 1",
+    "--max_val_samples 3 --eval_loss_patience 0 --use_halting 0 --deep_supervision 0 --hrm_gate_warmup_steps 1 "
+    "--report 1",
     "bf16": "--dataset {data} --mixed_precision bf16 --on_bad_line error --optimizer muon --lr_scheduler wsd "
     "--tie_embeddings 1 --hrm_gate_ramp_steps 8 --use_halting 1 --save_best_model",
 }

@@ -320,7 +320,8 @@ def test_every_metric_has_its_n_interval_and_bare_value(write):
                     for whose in ("", " (bare LLM)")]
     lines = lines_of(result)
     assert lines[0] == {"step": 7, "id": "suite/gsm8k/00000", "task": "suite/gsm8k", "score": 1.0, "bare_score": 1.0,
-                        "prompt_hash": question_hash(GSM8K[0]["prompt"]), "prediction": said[GSM8K[0]["prompt"]]}
+                        "prompt_hash": question_hash(GSM8K[0]["prompt"]), "prediction": said[GSM8K[0]["prompt"]],
+                        "question": GSM8K[0]["prompt"], "gold": "7", "bare_prediction": "7"}
     assert [line["score"] for line in lines] == [1, 1, 0, 1, 0, 1, 0]
 
 
