@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from flag_table.elsewhere import hint
 from flags import ADAPTERS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, UNWRITABLE, Flag, names
 from rules import RULES, shown
 
@@ -247,12 +247,6 @@ def _illegal(flag: Flag, value: Any) -> str:
     return f"{shown(value)} is not legal: expected {flag.legal}"
 
 
-def _nearest(name: str, prefix: str = "") -> str:
-    for near in difflib.get_close_matches(name, FIND, n=1):
-        return f"; did you mean {prefix}{near}?"
-    return ""
-
-
 # --- a run's own record of its options ---
 
 
@@ -349,7 +343,7 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
     for key, value in leaves:
         flag = FIND.get(key)
         if flag is None:
-            problems.append(f"{path}: unknown key {shown(key)}{_nearest(str(key))}")
+            problems.append(f"{path}: unknown key {shown(key)}{hint(str(key), FIND)}")
         elif not flag.in_file:
             problems.append(f"{path}: {key} belongs on the command line only")
         elif flag.name in values:
@@ -411,7 +405,7 @@ def _read_command_line(argv: Iterable[str], problems: list[str]) -> dict[str, st
         if name in ("-h", "--help"):
             texts["help"] = text or ""
         elif flag is None or not name.startswith("--"):
-            problems.append(f"unknown flag {shown(name)}{_nearest(name.lstrip('-'), '--')}")
+            problems.append(f"unknown flag {shown(name)}{hint(name, FIND, '--')}")
         elif flag.type == "bool" and text is None:
             texts[flag.name] = "1"  # a switch that stands alone
         else:

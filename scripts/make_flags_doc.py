@@ -29,7 +29,8 @@ page from the table in `flag_table/`.
 - **What a checkpoint fixes.** The shape of its weights cannot be changed, so the flags marked *shape* come from the
   checkpoint, and another value is refused.
 - **In the terminal.** `python train.py --help` shows the common flags, `python train.py --help --arch hybrid` those of
-  one system, and `python train.py --help all` every one.
+  one system, and `python train.py --help all` every one. [Completion](runs.md#flags-and-configuration-files) is for
+  bash and zsh.
 """
 SECTIONS = {
     ARCHS: ("Every system", "Where systems differ, the default is followed by their own."),

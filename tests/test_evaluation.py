@@ -391,7 +391,7 @@ def test_predictions_are_one_line_per_item_paired_with_the_bare_score():
     assert [line["id"] for line in lines] == ["a/00000", "b/00000", "a/00001"]
     assert lines[0] == {"step": 9, "id": "a/00000", "task": "a", "prompt_hash": question_hash("q 1"), "finished": True,
                         "prediction": "text", "score": 1.0, "bare_score": 0.5, "segments_used": 2,
-                        "question": "Q  1", "gold": "gold", "answer": "text", "bare_prediction": "text",
+                        "question": "Q  1", "gold": "1", "answer": "text", "bare_prediction": "text",
                         "bare_answer": "text"}
     assert [line["bare_score"] for line in Evaluation(ours).predictions()] == [None] * 3
     with pytest.raises(ValueError):

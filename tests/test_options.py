@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 import re
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 import options
 import rules
 import train
+from flag_table.elsewhere import HERE
 from flags import ADAPTERS, ARCHS, FIND
 from options import FLAGS, GROUPS, Flag, as_dict, dump, names, parse, problems
 
@@ -372,6 +374,11 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
 @pytest.mark.parametrize("typed,problem", [
     ("--use_actt", "unknown flag --use_actt; did you mean --use_act?"),
     ("--xyzzy=3", "unknown flag --xyzzy"),
+    ("--per_device_train_batch_size 8", "unknown flag --per_device_train_batch_size; here: --batch_size"),
+    ("--gradient-accumulation-steps=2", "unknown flag --gradient-accumulation-steps; here: --grad_accum_steps"),
+    ("--batch-size 3", "unknown flag --batch-size; did you mean --batch_size?"),
+    ("--push_to_hub", "unknown flag --push_to_hub; here: `python scripts/export_model.py RUN --to DIR --push "
+     "USER/NAME`, once the run is done"),
     ("-d_h 3", "unknown flag -d_h; did you mean --d_h?"),
     ("--seg 3", "unknown flag --seg"),  # never an abbreviation of --segments
     ("--config", "--config needs a value: expected text, not empty"),
@@ -745,3 +752,32 @@ def test_equality_looks_at_every_flag_but_not_at_where_it_came_from(config):
     assert parse(["--lr", "3e-3"]) == parse([]) == parse(config("lr: 0.003\n"))
     assert parse(["--lr", "2e-3"]) != parse([])
     assert "explicit" not in as_dict(parse([])) and "config" not in as_dict(parse([]))
+
+
+# --- names of other trainers
+
+
+def test_what_is_proposed_for_another_trainers_name_exists():
+    for name, here in HERE.items():
+        assert name not in FIND, f"{name} is a flag of ours"
+        for flag in re.findall(r"--(\w+)", here):
+            assert flag in FIND or flag in ("to", "push", "private", "nproc_per_node"), (name, flag)
+
+
+def test_the_usual_arguments_of_hugging_faces_trainer_are_answered():
+    """Those that its examples type; a version that renames one is seen here."""
+    from transformers import TrainingArguments
+
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    usual = {"output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+             "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+             "optim", "max_grad_norm", "bf16", "fp16", "logging_steps", "report_to", "eval_strategy", "eval_steps",
+             "save_steps", "save_strategy", "save_total_limit", "load_best_model_at_end", "resume_from_checkpoint",
+             "push_to_hub", "hub_model_id", "seed", "run_name", "gradient_checkpointing", "deepspeed", "fsdp"}
+    assert usual <= theirs and usual <= HERE.keys() | FIND.keys()
+
+
+def test_a_yaml_file_with_another_trainers_names_is_answered_too(tmp_path, capsys):
+    (tmp_path / "theirs.yaml").write_text("num_train_epochs: 3\n", encoding="utf-8")
+    (line,) = refused(["--config", str(tmp_path / "theirs.yaml")], capsys)
+    assert line.endswith("theirs.yaml: unknown key num_train_epochs; here: --epochs, which needs --train_n or --data")
