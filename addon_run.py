@@ -206,7 +206,8 @@ class AddonRun:
 
         # --verifier_weight asks the evaluator for verdicts while it trains.
         self.evaluator = AddonEvaluator(
-            self.data, self.model, self.trainer, decoding(opts), self.machine, self.bare
+            self.data, self.model, self.trainer, decoding(opts), self.machine, self.bare,
+            measures_loss=opts.patience > 0 and opts.patience_on != "solved",
         )
         self.trainer.answer_verdicts = self.evaluator.verdicts
         self.loop = RunLoop(

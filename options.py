@@ -282,7 +282,7 @@ def read_resolved(text: str) -> dict[str, Any]:
 
     try:
         leaves = _leaves(yaml.safe_load(text))
-        values = {name: _from_yaml(FIND[name], value) for name, value in leaves if name in FIND}
+        values = {FIND[name].name: _from_yaml(FIND[name], value) for name, value in leaves if name in FIND}
     except (yaml.YAMLError, AttributeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError("the checkpoint's config.resolved.yaml cannot be read: restore it or start anew") from error
 

@@ -154,6 +154,22 @@ def the_warmup_fits_the_run(o: Namespace) -> str | None:
         return f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"
 
 
+@rule("patience", "eval_every", "eval_only", "dry_run", "arch")
+def patience_has_evaluations(o: Namespace) -> str | None:
+    # The hybrid's default gives way by itself.
+    typed = "patience" in getattr(o, "explicit", ())
+    if typed and o.patience and not (o.eval_every or o.eval_only or o.dry_run):
+        return f"--patience {o.patience} counts evaluations amid training: set --eval_every above 0"
+
+
+@rule("patience", "patience_on", "arch", "dataset")
+def what_is_waited_for_is_measured(o: Namespace) -> str | None:
+    if o.patience and o.arch == "enhanced" and o.patience_on != "solved":
+        return f"--patience_on {o.patience_on}: --arch enhanced measures no held-out loss, choose solved"
+    if o.patience and o.arch == "hybrid" and o.patience_on == "solved" and o.dataset not in (None, "synthetic"):
+        return "--patience_on solved: --arch hybrid solves questions of --dataset synthetic alone, choose loss or rise"
+
+
 # --- segments ---
 
 

@@ -8,11 +8,12 @@ import torch
 from accelerate.utils import gather_object
 
 from addon.bare import BareAnswers, BareLLM
+from addon.held_out import held_out_loss
 from addon.items import AddonData
 from batching import Batch
 from engine.machine import Machine
 from engine.optimization import BaseTrainer
-from engine.report import Report, format_table
+from engine.report import Report, format_table, metric_row
 from engine.system import Evaluator
 from evaluation import Answer, Decoding, Evaluation, answer, evaluate
 from model import AdapterController
@@ -33,14 +34,16 @@ TAKEN = {
 class AddonEvaluator(Evaluator):
     """Generated answers to the held-out items, verified by their tasks, beside those of the bare LLM.
 
-    The bare LLM does not learn: it is asked once for each set of items.
+    The bare LLM does not learn: it is asked once for each set of items. With `measures_loss` the loss on their gold
+    answers is measured as well.
     """
 
     def __init__(
         self, data: AddonData, model: AdapterController, trainer: BaseTrainer, decoding: Decoding, machine: Machine,
-        bare: BareLLM,
+        bare: BareLLM, measures_loss: bool = False,
     ):
         self.data = data
+        self.measures_loss = measures_loss
         self.bare = bare
         self.model = model
         self.trainer = trainer
@@ -61,11 +64,28 @@ class AddonEvaluator(Evaluator):
             part = evaluate(
                 self.model, self.data.format, examples[mine], decoding, self._bare.plain[mine], self.trainer.autocast()
             )
+            nats, tokens = self._held_out_loss(examples[mine])
 
         chances = self.data.chances() if self.machine.is_main else {}
         answers = self._gathered(part.answers)
         shots = self.bare.config.few_shot
-        return self._report(Evaluation(answers, self._bare.plain, chances, self._bare.few_shot, shots))
+        report = self._report(Evaluation(answers, self._bare.plain, chances, self._bare.few_shot, shots))
+        if not tokens:
+            return report
+
+        # Of all tasks together: what is watched is one figure.
+        row = metric_row(report.details.tasks()[-1], "held_out_loss", nats / tokens, tokens)
+        return replace(report, rows=[*report.rows, row], loss=nats / tokens)
+
+    def _held_out_loss(self, examples: list[Example]) -> tuple[float, int]:
+        """(summed nats, answer tokens) of the items of all ranks, given those of this one; nothing where not asked."""
+        if not self.measures_loss:
+            return 0.0, 0
+        own = held_out_loss(
+            self.model, self.data.format, examples, self.decoding.batch_size, self.trainer.autocast
+        )
+        shares = gather_object([own]) if self.machine.world > 1 else [own]
+        return sum(nats for nats, _ in shares), sum(tokens for _, tokens in shares)
 
     def _ask_bare(self, examples: list[Example], mine: slice) -> None:
         """Asks the bare LLM, unless it has answered these items; a curriculum that went up has others."""

@@ -48,6 +48,7 @@ from engine.logs import RunLog
 from engine.machine import Machine, run_folder
 from engine.optimization import BaseTrainer, NonFiniteError
 from engine.page import page_of_run
+from engine.patience import Patience
 from engine.progress import Progress
 from engine.report import Report, closing_words, stamped
 from engine.schedule import learning_rate
@@ -88,6 +89,7 @@ class KeptRun:
 
         self.folder = folder_of(self.config, self.facts.label, self.checkpoint)
         self.limits = limits_of(self.config, self.data, self.machine)
+        self.patience = Patience(self.config)
         self.warmup = Warmup(self.limits, self.limits.warmup(self.config.warmup_steps))
         if self.checkpoint:
             self._restore(self.checkpoint)
@@ -116,7 +118,13 @@ class KeptRun:
         self.report = report
         self._evaluated_at = self.step
         self.hooks.after_evaluation(self.step, report, share)
+        if share is not None:
+            self.patience.update(self.step, report)
         return report
+
+    def ended_early(self) -> str | None:
+        """Why training ends before its limit, in words; None: it goes on."""
+        return self.hooks.ended_early() or self.patience.ended()
 
     def record(self, report: Report) -> None:
         """Writes rows and predictions at this step."""
@@ -146,7 +154,7 @@ class KeptRun:
         stream = self.data.state() if position is None else position
         state = RunState(
             self.step, self.elapsed_s, self.best, stream, self.hooks.extra, self.warmup.document(),
-            self._owes_evaluation,
+            self._owes_evaluation, self.patience.document(),
         )
         table = ""
         if report:
@@ -165,6 +173,7 @@ class KeptRun:
         self._elapsed_before = saved.state.elapsed_s
         self.warmup.seconds = saved.state.warmup_s
         self._owes_evaluation = saved.state.owes_evaluation and is_due(self.config.eval_every, self.step)
+        self.patience.restore(saved.state.patience, saved.state.extra)
         self.hooks.extra = saved.state.extra
         notes = saved.notes + self.hooks.restored(saved.flags)
 
@@ -193,7 +202,9 @@ class RunLoop(KeptRun):
 
         # A finished run of a system that says so is left untouched: not even the logs are opened.
         if not config.eval_only:
-            words = self.hooks.nothing_to_do(self.step, self.limits.total_steps, self._share())
+            words = self.hooks.nothing_to_do(
+                self.step, self.limits.total_steps, self._share(), self.ended_early()
+            )
             if words is not None:
                 if words:
                     self.machine.say(f"{self.folder} {words}")
@@ -213,7 +224,7 @@ class RunLoop(KeptRun):
     def _train_and_close(self) -> int:
         """Everything after the logs are open. Returns the exit status."""
         # What an earlier process recorded after the checkpoint goes; without one, all that the run has recorded.
-        is_over = self._share() >= 1 or self.hooks.ended_early() is not None
+        is_over = self._share() >= 1 or self.ended_early() is not None
         self.log.truncate_after(self.step, evaluate=is_over or self.step == 0)
         status = self._train()
         if status:
@@ -257,12 +268,12 @@ class RunLoop(KeptRun):
             speed = Speed()
             if self._owes_evaluation and not self._evaluate_in_turn(progress):
                 return self._stopped(stop)
-            while (share := self._share()) < 1 and not self.hooks.ended_early():
+            while (share := self._share()) < 1 and not self.ended_early():
                 status = self._batch(share, speed, progress, stop)
                 if status:
                     return status
 
-        reason = self.hooks.ended_early()
+        reason = self.ended_early()
         if reason:
             self.machine.say(f"training ended at step {self.step}: {reason}")
         return 0

@@ -24,6 +24,13 @@ class Report:
     notes: str = ""  # one line below the closing table
     question: str | None = None  # an evaluated question, for the closing hint to `generate.py`
     details: Any = None  # what only the system that measured can read
+    solved: float | None = None  # share of all items solved, where `value` is another figure
+    loss: float | None = None  # held-out loss in nats a token, where it is measured
+
+    @property
+    def rate(self) -> float:
+        """What --patience_on solved watches: the solved rate; with a curriculum the levels count, too."""
+        return self.value if self.solved is None else self.solved
 
 
 @dataclass(frozen=True)

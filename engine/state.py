@@ -47,6 +47,7 @@ class RunState:
     extra: dict[str, Any] = field(default_factory=dict)  # what one system alone needs
     warmup_s: float | None = None  # seconds that the warmup took, where the clock decides how far a run is
     owes_evaluation: bool = False  # the evaluation of this step was left when the run was told to stop
+    patience: dict[str, Any] = field(default_factory=dict)  # what `engine.patience` has counted
 
 
 @dataclass(frozen=True)

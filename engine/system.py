@@ -9,13 +9,14 @@ from typing import Any, Protocol
 from torch import nn
 
 from engine.machine import MachineConfig
+from engine.patience import PatienceConfig
 from engine.report import Card, Report
 from engine.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig(MachineConfig, ScheduleConfig):
-    """The flags of the loop, those of `MachineConfig` and `ScheduleConfig` among them.
+class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig):
+    """The flags of the loop, those of `MachineConfig`, `ScheduleConfig` and `PatienceConfig` among them.
 
     `options.part(LoopConfig, opts, ...)` makes one.
 
@@ -118,12 +119,12 @@ class Hooks:
         """
 
     def ended_early(self) -> str | None:
-        """Why training ends before its limit, in words."""
+        """Why training ends before its limit, in words. Patience that is used up is the loop's own reason."""
 
-    def nothing_to_do(self, step: int, total_steps: int | None, share: float) -> str | None:
+    def nothing_to_do(self, step: int, total_steps: int | None, share: float, early: str | None) -> str | None:
         """What to say behind the folder's name when not even the closing evaluation is left ("" for nothing).
 
-        None: the run goes on.
+        `early` is why training has ended before its limit. None: the run goes on.
         """
 
     def restored(self, before: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flag_table.flag import BLOCKS, RECURRENT, Flag, addon, hybrid
+from flag_table.flag import BLOCKS, RECURRENT, Flag, addon
 
 TABLE = (
     # The optimizer's steps.
@@ -60,10 +60,12 @@ TABLE = (
           adapters=BLOCKS),
     addon("train_injector_scale", "float", 1.0, "factor on the injection in training; 0 = bare LLM", low=0,
           adapters=BLOCKS),
-    # Stopping when the validation loss rises.
-    hybrid("eval_loss_patience", "int", 3, "consecutive rises of the validation loss that end training; 0 = off",
-           low=0),
-    hybrid("patience_grace_steps", "int", 0, "batches before rises of the validation loss count", low=0),
+    # Stopping early.
+    Flag("patience", "int", 0, "evaluations in a row without anything better that end training; 0 = off", low=0,
+         aliases=("eval_loss_patience",), by_arch={"hybrid": 3}),
+    Flag("patience_on", "str", "solved", "what must get better: the solved rate or the held-out loss; rise = the loss "
+         "must not be higher than the time before", choices=("solved", "loss", "rise"), by_arch={"hybrid": "rise"}),
+    Flag("patience_grace_steps", "int", 0, "batches before evaluations count for patience", low=0),
     # Trying out.
     Flag("dry_run", "bool", False, "run one real batch and stop: loss, parameter counts, estimated time and "
          "memory", one_call=True, common=True),

@@ -130,8 +130,8 @@ class StageEvaluator(Evaluator):
 class FinishedHooks(Hooks):
     """Leaves a run alone that has trained all its steps, in silence: what follows it goes on from there."""
 
-    def nothing_to_do(self, step: int, total_steps: int | None, share: float) -> str | None:
-        return "" if step and share >= 1 else None
+    def nothing_to_do(self, step: int, total_steps: int | None, share: float, early: str | None) -> str | None:
+        return "" if step and (share >= 1 or early) else None
 
 
 class EnhancedRun:

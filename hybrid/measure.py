@@ -157,13 +157,19 @@ class HybridEvaluator(Evaluator):
         question = None
         if self.data.questions:
             question = self.data.questions[0][0]
+        loss = evaluation.splits[VALIDATION].loss
+        solved = None
+        if evaluation.answers:
+            solved = evaluation.solved / len(evaluation.answers)
         return Report(
             rows=evaluation.rows(),
             predictions=evaluation.predictions(),
             table=evaluation.table(),
-            value=-evaluation.splits[VALIDATION].loss,  # more is better
+            value=-loss,  # more is better
             question=question,
             details=evaluation,
+            solved=solved,
+            loss=loss,
         )
 
     def _split_loss(self, split: PreparedData | Sequence[Triple]) -> SplitLoss:

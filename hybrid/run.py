@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from hybrid.data import (
     training_batches,
     usable_workers,
 )
-from hybrid.measure import VALIDATION, HybridEvalConfig, HybridEvaluator
+from hybrid.measure import HybridEvalConfig, HybridEvaluator
 from hybrid.model import HybridConfig, HybridModel
 from hybrid.text import HybridText
 from hybrid.training import HybridStepConfig, HybridTrainer
@@ -131,25 +130,20 @@ class HybridTraining:
 
 @dataclass(frozen=True)
 class HybridHooksConfig:
-    """When a run of the hybrid ends early, and what an evaluation of it shuts; each field is the flag of its name.
+    """What an evaluation of the hybrid shuts; each field is the flag of its name.
 
-    eval_loss_patience: rises of the validation loss in a row that end training; 0 = never.
-    patience_grace_steps: first batches whose evaluations count no rise.
     hrm_gate_scale: with eval_only, the largest scale of the gate, 0 to 1; 0 shuts HRM out.
     eval_only: True trains nothing.
     """
 
-    eval_loss_patience: int = 3
-    patience_grace_steps: int = 0
     hrm_gate_scale: float = 1.0
     eval_only: bool = False
 
 
 class HybridHooks(Hooks):
-    """Gate and halting beside the loss, patience, and a run that is left alone once it is done.
+    """Gate and halting beside the loss, and a run that is left alone once it is done.
 
-    `extra` keeps `evaluated` (step of the newest evaluation), `validation_loss` (that of the newest evaluation amid
-    training) and `rises` (how often in a row it has risen).
+    `extra` keeps `evaluated`, the step of the newest evaluation.
     """
 
     def __init__(self, config: HybridHooksConfig, model: HybridModel):
@@ -168,35 +162,12 @@ class HybridHooks(Hooks):
         }
 
     def after_evaluation(self, step: int, report: Report, share: float | None) -> None:
-        """Counts consecutive rises of the validation loss, once the grace steps are over."""
-        self.extra["evaluated"] = step
-        if share is None:
-            return
+        """Notes that this step is evaluated."""
+        self.extra = {"evaluated": step}
 
-        # A loss that is no number counts as a rise: it would compare as none.
-        loss = report.details.splits[VALIDATION].loss
-        before = self.extra.get("validation_loss")
-        rose = before is not None and (loss > before or math.isnan(loss))
-
-        # The grace steps are a time in which the loss may do what it likes.
-        rises = 0
-        if rose and step > self.config.patience_grace_steps:
-            rises = self.extra.get("rises", 0) + 1
-        self.extra |= {"validation_loss": loss, "rises": rises}
-
-    def ended_early(self) -> str | None:
-        """Patience that is used up."""
-        rises = self.extra.get("rises", 0)
-        patience = self.config.eval_loss_patience  # 0 = endless
-        if not patience or rises < patience:
-            return None
-
-        return f"the validation loss rose {rises} times in a row (--eval_loss_patience {patience})"
-
-    def nothing_to_do(self, step: int, total_steps: int | None, share: float) -> str | None:
+    def nothing_to_do(self, step: int, total_steps: int | None, share: float, early: str | None) -> str | None:
         """A run whose steps are done and evaluated is left as it is."""
         # Steps or patience are left.
-        early = self.ended_early()
         if not early and (total_steps is None or step < total_steps):
             return None
 
@@ -205,7 +176,7 @@ class HybridHooks(Hooks):
             return None
         more = "raise --steps to go on"
         if early:
-            more = f"{early}; --eval_loss_patience 0 goes on"
+            more = f"{early}; --patience 0 goes on"
         return f"has done its {step} steps: nothing to do; {more}"
 
     def restored(self, before: Mapping[str, Any]) -> list[str]:

@@ -781,3 +781,25 @@ def test_a_yaml_file_with_another_trainers_names_is_answered_too(tmp_path, capsy
     (tmp_path / "theirs.yaml").write_text("num_train_epochs: 3\n", encoding="utf-8")
     (line,) = refused(["--config", str(tmp_path / "theirs.yaml")], capsys)
     assert line.endswith("theirs.yaml: unknown key num_train_epochs; here: --epochs, which needs --train_n or --data")
+
+
+def test_the_hybrids_old_name_of_patience_is_read_everywhere(tmp_path):
+    """On the command line, in YAML files and in checkpoints from before."""
+    hybrid = ["--arch", "hybrid", "--dataset", "synthetic"]
+    assert parse([*hybrid, "--eval_loss_patience", "7"]).patience == 7
+    (tmp_path / "old.yaml").write_text("training: {eval_loss_patience: 6}\n", encoding="utf-8")
+    assert parse([*hybrid, "--config", str(tmp_path / "old.yaml")]).patience == 6
+    saved = options.read_resolved("arch: hybrid\neval_loss_patience: 5\n")
+    opts, told = options.collect(["--dataset", "synthetic"], saved)
+    assert told == [] and (opts.patience, opts.patience_on) == (5, "rise")
+
+
+@pytest.mark.parametrize("typed,told", [
+    ("--patience 2 --eval_every 0", "--patience 2 counts evaluations amid training: set --eval_every above 0"),
+    ("--arch enhanced --patience 2 --eval_every 5 --patience_on loss", "--patience_on loss: --arch enhanced measures"),
+    ("--arch hybrid --dataset folder --patience_on solved", "--patience_on solved: --arch hybrid solves questions of"),
+])
+def test_patience_waits_for_something_that_is_measured(typed, told, capsys):
+    (line,) = refused(typed.split(), capsys)
+    assert line.startswith(told)
+    assert parse("--arch hybrid --dataset synthetic --eval_every 0".split()).patience == 3, "the default gives way"

@@ -79,6 +79,8 @@ class Adder(BaseTrainer):
             self.model.weight += sum(batches)
         return {"loss": 1.0, "grad_norm": 0.0, "lr": lr, "segments": 1, "examples": 1, "tokens_read": 5}
 
+    plain = step
+
 
 class SumEvaluator(Evaluator):
     """Measures the sum."""
@@ -129,7 +131,7 @@ class Told(Hooks):
         alarms = [call for call in self.calls if call[0] == "alarms"]
         return "enough" if self.end_after is not None and len(alarms) >= self.end_after else None
 
-    def nothing_to_do(self, step, total_steps, share):
+    def nothing_to_do(self, step, total_steps, share, early):
         return self.done
 
     def restored(self, before):
@@ -144,7 +146,7 @@ def build(tmp_path, monkeypatch):
 
     def build_here(hooks: Hooks | None = None, untrained: bool = False, facts: dict | None = None, **flags) -> RunLoop:
         given = {"max_steps": 4, "eval_every": 2, "save_every": 1, "log_steps": 1, "checkpoint_limit": 0,
-                 "save_dir": str(tmp_path), "run_name": "run", **flags}
+                 "save_dir": str(tmp_path), "run_name": "run", "report": False, **flags}
         opts = options.replace(OPTS, **given)
         config = options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
         machine = start_machine(config)
@@ -161,6 +163,25 @@ def build(tmp_path, monkeypatch):
 
 def rows_of(run: Path) -> list[list[str]]:
     return [line.split(",") for line in (run / "eval.csv").read_text(encoding="utf-8").splitlines()[1:]]
+
+
+def test_patience_ends_training_and_outlives_a_resume(build, monkeypatch, tmp_path, capsys):
+    rates = {1: 0.1, 2: 0.3, 3: 0.3, 4: 0.2, 5: 0.3, 6: 0.9, 7: 0.9}
+    plain = SumEvaluator.evaluate
+    monkeypatch.setattr(SumEvaluator, "evaluate", lambda self, step: replace(plain(self, step), solved=rates[step]))
+    flags = {"max_steps": 7, "eval_every": 1, "patience": 3}
+    with monkeypatch.context() as patch:  # killed between the second and the third that count
+        patch.setattr(Adder, "step", lambda self, *rest: 1 / 0 if rest[1] == 4 else Adder.plain(self, *rest))
+        with pytest.raises(ZeroDivisionError):
+            build(**flags).go()
+    loop = build(**flags)
+    assert loop.go() == 0 and loop.step == 5 and loop.finished
+    said = "training ended at step 5: the solved rate was no better than the best before 3 times in a row"
+    assert f"{said} (--patience 3)" in capsys.readouterr().err
+    again = build(**flags)
+    assert again.go() == 0 and again.trainer.steps == []
+    more = build(**flags | {"patience": 4})
+    assert more.go() == 0 and more.step == 7, "a new best at step 6 begins the count anew"
 
 
 def test_every_part_is_asked_in_its_turn(build, capsys, tmp_path):

@@ -105,6 +105,14 @@ def test_the_add_on_goes_on_from_its_deep_supervision_checkpoint_and_moves_alone
     assert everything_in(tmp_path / "deep") == {path: kept[path] for path in kept if "deep" in path.parts}
 
 
+def test_patience_ends_supervised_training_of_the_planner(tmp_path, tiny_host, capsys):
+    stages = json.dumps({"format": {"size": 2, "epochs": 1, "levels": [SUMS]}})
+    words = [*ENHANCED, "--objective", "ce", "--tokenizer", str(tiny_host), "--stages", stages, "--save_dir",
+             str(tmp_path), "--eval_every", "1", "--max_steps", "6", "--patience", "1", "--lr", "1e-30"]
+    assert train.main(words) == 0
+    assert "training ended at step 2: the solved rate was no better than the best before" in capsys.readouterr().err
+
+
 def stand_in_for_wandb(monkeypatch) -> list[tuple[str, dict]]:
     """Installs a module with wandb's three calls; returns what they are called with."""
     calls: list[tuple[str, dict]] = []

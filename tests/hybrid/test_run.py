@@ -368,7 +368,7 @@ def test_patience_counts_consecutive_rises_after_the_grace_steps_also_across_a_r
     status, _, err = call("--run_name", "whole", *flags)
     whole = tmp_path / "runs" / "whole"
     assert status == 0 and state(whole)["step"] == 8
-    assert "training ended at step 8: the validation loss rose 3 times in a row (--eval_loss_patience 3)" in err
+    assert "training ended at step 8: the validation loss rose 3 times in a row (--patience 3)" in err
     with monkeypatch.context() as patch:
         killed_at(patch, 7)
         with pytest.raises(Killed):
