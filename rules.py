@@ -154,7 +154,7 @@ def the_warmup_fits_the_run(o: Namespace) -> str | None:
         return f"--warmup_steps {o.warmup_steps} is more than --max_steps {o.max_steps}"
 
 
-@rule("patience", "eval_every", "eval_only", "dry_run", "arch")
+@rule("patience", "eval_every", "eval_only", "dry_run")
 def patience_has_evaluations(o: Namespace) -> str | None:
     # The hybrid's default gives way by itself.
     typed = "patience" in getattr(o, "explicit", ())
