@@ -47,11 +47,13 @@ class Carry:
         for z in (self.z_high, self.z_low):
             scale = share * z.detach().square().mean(dim=-1, keepdim=True).sqrt()
             states.append(z + scale * torch.randn_like(z))
+
         return Carry(*states, self.steps, self.halted)
 
     def where(self, chosen: Tensor, other: Carry) -> Carry:
         """The state of the examples that `chosen` (bool, (B,)) marks, and `other` in the other rows."""
         rows = chosen[:, None, None]
+
         z_high = torch.where(rows, self.z_high, other.z_high)
         z_low = torch.where(rows, self.z_low, other.z_low)
         return Carry(z_high, z_low, torch.where(chosen, self.steps, other.steps), self.halted)

@@ -76,6 +76,7 @@ def steps_problems(
         _, example = next(task.items(0))
         if steps_of(example.entry) is None:
             without.append(task.name)
+
     if not without:
         return []
     return [f"--segments_sampling steps and item need to know how many steps an item needs, and {', '.join(without)} "

@@ -53,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--segments", type=int, default=0, help="most segments (default: the most that all files have)")
     parser.add_argument("--output", type=Path, default=Path("runs") / "halting", help="path without suffix")
     args = parser.parse_args(argv)
+
     args.files = [path / "depth" / "depth.csv" if path.is_dir() else path for path in args.files]
     if len({path.resolve() for path in args.files}) < len(args.files):
         parser.error("a file is given twice; give each seed once")
@@ -62,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def read_halting(path: Path) -> list[Row]:
     """The rows by steps of the readouts `on` and `last`. Raises ValueError: the file has no halting by steps."""
     rows = [row for row in read_rows(path) if row.get("steps") and row.get("readout") in ("on", "last")]
+
     if not where(rows, readout="on"):
         raise ValueError(f"{path} has no rows with halting by steps: train with --use_act 1, and measure with "
                          "depth_curve.py RUN --steps")
@@ -71,6 +73,7 @@ def read_halting(path: Path) -> list[Row]:
 def shared_segments(files: Sequence[list[Row]], wanted: int) -> str:
     """The most segments at which every file was measured with halting, or `wanted`. Raises ValueError."""
     counts = set.intersection(*({int(row["segments"]) for row in where(rows, readout="on")} for rows in files))
+
     if not counts or wanted and wanted not in counts:
         raise ValueError(f"not every file was measured with {wanted or 'the same'} segments: measure all with the same "
                          "--segments")
@@ -81,11 +84,13 @@ def places_of(files: Sequence[list[Row]], segments: str) -> list[Place]:
     """One `Place` for each number of steps that every file has, in ascending order."""
     shared = set.intersection(*({int(row["steps"]) for row in where(rows, readout="on")} for rows in files))
     places = []
+
     for steps in sorted(shared):
         found: dict[str, list[Row]] = {"on": [], "last": []}
         for readout, rows in found.items():
             for file in files:
                 rows += where(file, readout=readout, segments=segments, steps=str(steps))
+
         places.append(
             Place(
                 steps,
@@ -95,6 +100,7 @@ def places_of(files: Sequence[list[Row]], segments: str) -> list[Place]:
                 fmean(float(row["solved"]) for row in found["last"]),
             )
         )
+
     return places
 
 
@@ -102,6 +108,7 @@ def balance(title: str, places: Sequence[Place], segments: int) -> str:
     """A line: what halting saves of all segments over some steps, and what it costs in solved items."""
     saved = 1 - fmean(place.used for place in places) / segments
     lost = fmean(place.halted - place.whole for place in places)
+
     return f"{title}: {100 * saved:.0f} % of {segments} segments saved at {100 * lost:+.1f} points."
 
 
@@ -147,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     files = [read_halting(path) for path in args.files]
     segments = shared_segments(files, args.segments)
+
     places = places_of(files, segments)
     if not places:
         raise ValueError("the files have no steps in common: measure all with the same --steps")
