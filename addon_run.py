@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from accelerate.utils import set_seed
 import options
 from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, record_of, saved_format
 from addon.bare import BareConfig, BareLLM, bare_problems
+from addon.cache_plan import CacheConfig, CachePlan, plan_cache
+from addon.cache_shards import check_folder
 from addon.curriculum import curriculum_problems
 from addon.draws import draws_of, trained_of
 from addon.evaluator import AddonEvaluator
-from addon.hidden_cache import CacheConfig, CachePlan, HiddenCache, ItemsConfig, cache_key, plan_cache
+from addon.hidden_cache import HiddenCache, cache_key
 from addon.hooks import AddonHooks
 from addon.host_dtype import host_parameters, pick_dtype
 from addon.items import AddonData, AddonDataConfig
@@ -262,16 +265,20 @@ class AddonRun:
     def _plan(self) -> CachePlan | None:
         """How large the cache of hidden states will be, known before any model loads; None without a cache."""
         opts = self.opts
-        if opts.cache_hidden != "ram" or opts.eval_only:
+        if opts.cache_hidden == "off" or opts.eval_only:
             return None
 
-        # Each process of this machine holds a cache of its own, since every epoch deals the items anew.
+        # In RAM each process of this machine holds a cache of its own, since every epoch deals the items anew.
         config = load_config(opts.model_name, opts.trust_remote_code)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         plan = plan_cache(
             options.part(CacheConfig, opts), config, self.format, self.data.fixed_examples, processes
         )
-        self.machine.say(f"--cache_hidden ram: {plan.size_text()}, at most --cache_max_gb {opts.cache_max_gb:g}")
+        self.machine.say(
+            f"--cache_hidden {opts.cache_hidden}: {plan.size_text()}, at most --cache_max_gb {opts.cache_max_gb:g}"
+        )
+        if opts.cache_hidden == "disk" and self.machine.is_main:
+            check_folder(plan)
         return plan
 
     def _trainer(self) -> Trainer:
@@ -292,10 +299,10 @@ class AddonRun:
                 "--dry_run leaves the cache of hidden states empty: its time is that of a step without it"
             )
         elif self.plan:
-            items = options.part(ItemsConfig, opts)
-            key = cache_key(self.model, self.format.tokenizer, options.part(PromptConfig, opts), items)
-            cache = HiddenCache(key, self.plan, self.format, self.machine.say)
+            key = cache_key(self.model, self.format.tokenizer, self.plan)
+            cache = HiddenCache(key, self.plan, self.format, self.machine.say, opts.model_name)
             trainer.encode = cache.encoder(self.model, key)
+            self.data.before_first = functools.partial(cache.fill, self.model)
         return trainer
 
     def _hooks(self) -> AddonHooks:

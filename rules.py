@@ -324,6 +324,20 @@ def the_cache_is_read_again(o: Namespace) -> str | None:
                 "twice")
 
 
+@rule("cache_hidden", "cache_dir")
+def a_cache_on_disk_has_a_folder(o: Namespace) -> str | None:
+    if o.cache_hidden == "disk" and o.cache_dir is None:
+        return "--cache_hidden disk needs --cache_dir: a folder, which runs that read the same may share"
+    if o.cache_hidden != "disk" and o.cache_dir is not None:
+        return f"--cache_dir {shown(o.cache_dir)} does nothing with --cache_hidden {o.cache_hidden}: choose disk"
+
+
+@rule("cache_hidden", "cache_dtype")
+def a_cache_is_there_to_be_packed(o: Namespace) -> str | None:
+    if o.cache_hidden == "off" and o.cache_dtype != "bf16":
+        return f"--cache_dtype {o.cache_dtype} does nothing with --cache_hidden off: choose ram or disk"
+
+
 @rule("host_dtype", "load_in")
 def a_quantised_llm_has_its_own_dtype(o: Namespace) -> str | None:
     if o.load_in != "none" and o.host_dtype not in ("auto", "stored"):

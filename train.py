@@ -114,10 +114,12 @@ def wait_passively() -> None:
 
 
 def with_places(opts: options.Options) -> options.Options:
-    """Options that name own data by absolute paths, so that the run goes on from any folder."""
+    """Options that name own data and caches by absolute paths, so that the run goes on from any folder."""
     from own_tasks.source import source_of
 
-    places = {}
+    places: dict[str, Any] = {}
+    if opts.cache_dir:
+        places["cache_dir"] = str(Path(opts.cache_dir).absolute())
     for name in ("data", "eval_data"):
         text = getattr(opts, name)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +111,9 @@ class AddonData:
         self._tell_left_out()
         self.budget = answer_budget(self.format, self.held_out, config.max_new_tokens)
 
+        self.before_first: Callable[[], None] | None = None  # what is done once before the first batch
         # Training items keep off all that is held out.
-        self.batches: TrainBatches | None = None
-        if not config.eval_only:
-            self.batches = self._batches(self._stream())
+        self.batches: TrainBatches | None = None if config.eval_only else self._batches(self._stream())
 
     def _keep_off(self) -> None:
         """Draws all that training keeps off."""
@@ -195,8 +194,8 @@ class AddonData:
         notes = []
         for task in self.tasks:
             if task.left_out:
-                count = len(task.left_out)
-                notes.append(f"{task.name}: {count} drawn items left out, their gold answer fails its own verifier")
+                drawn = f"{task.name}: {len(task.left_out)} drawn items"
+                notes.append(f"{drawn} left out, their gold answer fails its own verifier")
         return notes
 
     @property
@@ -304,6 +303,9 @@ class AddonData:
         return len(self.fixed_examples)
 
     def next_batches(self) -> list[Batch]:
+        if self.before_first:
+            self.before_first()
+        self.before_first = None
         batches = []
         for _ in range(self.config.grad_accum_steps):
             batches.append(next(self.batches).to(self.machine.device))

@@ -62,8 +62,8 @@ def step_folder(run: Path, step: int) -> Path:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def disk_check(folder: Path) -> None:
-    """Raises CheckpointError when `folder` cannot be created or written. Leaves nothing behind, either way."""
+def disk_check(folder: Path, flag: str = "--save_dir") -> None:
+    """Raises CheckpointError, which names `flag`, when `folder` cannot be created or written. Leaves nothing behind."""
     folder = Path(folder).absolute()
     probe = folder / f".tmp-disk_check-{os.getpid()}"
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -73,7 +73,7 @@ def disk_check(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_synced(probe, b"can this folder be written?\n" * 128)
     except OSError as error:
-        raise CheckpointError(write_problem(folder, error, 4096)) from error
+        raise CheckpointError(write_problem(folder, error, 4096, flag)) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -48,7 +48,11 @@ TABLE = (
              "and leave out items whose gold answer fails", before=False),
     # Saving forward passes of the frozen LLM.
     addon("cache_hidden", "str", "off", "where to keep the frozen LLM's hidden states of the train_n items",
-          choices=("off", "ram")),
+          choices=("off", "ram", "disk")),
+    addon("cache_dir", "path", None, "folder of the caches on disk, which runs that read the same share",
+          nullable=True),
+    addon("cache_dtype", "str", "bf16", "what the cache stores a number in; int8 = half the size, with a scale for "
+          "each token", choices=("bf16", "int8")),
     addon("cache_max_gb", "float", 4.0, "largest such cache in GB; a larger one is refused", low=0,
           exclusive_low=True),
     addon("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code"),

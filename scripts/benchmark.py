@@ -10,6 +10,8 @@ value. Seconds are CPU seconds of the process, so that other programs on the mac
     start    from the start of the process to the end of the first training step of `python train.py`
     step     a step of the default run (64 examples): forward, backward, optimizer, average; without drawing items
     cached   the same with `--cache_hidden ram`, once the cache is filled
+    disk     the same with `--cache_hidden disk`, where the commit knows it
+    fill     filling the cache in RAM with 256 items, and drawing the first batch
     muon     what of a step is spent in the optimizer Muon
 """
 
@@ -33,7 +35,7 @@ from typing import Any
 from script_tools import ScriptParser, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURES = ("start", "step", "cached", "muon")
+MEASURES = ("start", "step", "cached", "disk", "fill", "muon")
 WARM = 2  # steps before the clock starts
 CACHED_ITEMS = 256
 PATIENCE_S = 1800.0
@@ -67,9 +69,30 @@ def measure_here(steps: int) -> dict[str, float]:
         seconds["start"] = time.process_time()
 
         seconds["step"], seconds["muon"] = seconds_of_steps(run, steps)
-        cached = run_of(folder, "--train_n", str(CACHED_ITEMS), "--cache_hidden", "ram")
+        fixed = ("--train_n", str(CACHED_ITEMS), "--cache_hidden")
+        cached = run_of(folder, *fixed, "ram")
+        seconds["fill"] = seconds_of_fill(cached)
         seconds["cached"], _ = seconds_of_steps(cached, steps)
+
+        if knows_disk():
+            on_disk = run_of(folder, *fixed, "disk", "--cache_dir", folder)
+            seconds["disk"], _ = seconds_of_steps(on_disk, steps)
     return seconds
+
+
+def knows_disk() -> bool:
+    """Whether this tree can keep its cache on disk."""
+    from flags import FIND
+
+    return "disk" in FIND["cache_hidden"].choices
+
+
+def seconds_of_fill(run: Any) -> float:
+    """CPU seconds until the cache of a run is filled, before its first step or in it, as the tree does it."""
+    started = time.process_time()
+    for batch in run.data.next_batches():
+        run.trainer.encode(batch)
+    return time.process_time() - started
 
 
 def run_of(folder: str, *flags: str) -> Any:
@@ -157,9 +180,25 @@ def table(before: str, rows: dict[str, Any]) -> str:
     """The figures, one measure a line."""
     lines = [f"{'CPU s':<8}{before:>24}{'now':>24}{'times as fast':>24}"]
     for name, row in rows.items():
-        cells = [f"{cell['median']:.3g} [{cell['low']:.3g}, {cell['high']:.3g}]" for cell in row.values()]
-        lines.append(f"{name:<8}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{name:<8}" + "".join(f"{words(cell):>24}" for cell in row.values()))
     return "\n".join(lines)
+
+
+def words(cell: dict[str, float] | None) -> str:
+    """A spread as text; - for none."""
+    if cell is None:
+        return "-"
+    return f"{cell['median']:.3g} [{cell['low']:.3g}, {cell['high']:.3g}]"
+
+
+def row_of(name: str, repeats: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """The spreads of one measure: before, now, and how many times as fast; None where the commit lacks it."""
+    row: dict[str, Any] = {"before": None, "now": spread([each["now"][name] for each in repeats]), "times": None}
+
+    if name in repeats[0]["before"]:
+        row["before"] = spread([each["before"][name] for each in repeats])
+        row["times"] = spread([each["before"][name] / each["now"][name] for each in repeats])
+    return row
 
 
 def main() -> int:
@@ -178,19 +217,16 @@ def main() -> int:
             repeats.append({name: measured(trees[name], args.steps) for name in order})
             print(f"repeat {repeat + 1} of {args.repeats}: {repeats[-1]}", file=sys.stderr, flush=True)
 
-    rows = {}
-    for name in MEASURES:
-        rows[name] = {
-            "before": spread([each["before"][name] for each in repeats]),
-            "now": spread([each["now"][name] for each in repeats]),
-            "times": spread([each["before"][name] / each["now"][name] for each in repeats]),
-        }
+    rows = {name: row_of(name, repeats) for name in MEASURES}
+    disk_of_ram = spread([each["now"]["cached"] / each["now"]["disk"] for each in repeats])
     machine = {"processor": processor(), "load": os.getloadavg()[0], "python": platform.python_version()}
     figures = {"against": before, "repeats": args.repeats, "steps": args.steps, "machine": machine, "measures": rows}
+    figures["disk_of_ram"] = disk_of_ram
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(f"{machine['processor']}; one thread; medians [smallest, largest] of {args.repeats}")
     print(table(before, rows))
+    print(f"from disk a step has {words(disk_of_ram)} of its speed from RAM")
     return 0
 
 

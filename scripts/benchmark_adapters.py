@@ -39,7 +39,8 @@ from accelerate import Accelerator  # noqa: E402
 
 import options  # noqa: E402
 from addon.baselines import BaselineConfig, BaselineController  # noqa: E402
-from addon.hidden_cache import GB, CacheConfig, HiddenCache, ItemsConfig, cache_key, plan_cache  # noqa: E402
+from addon.cache_plan import GB, CacheConfig, plan_cache  # noqa: E402
+from addon.hidden_cache import HiddenCache, cache_key  # noqa: E402
 from addon.param_matching import lora_parameters  # noqa: E402
 from addon.streams import training_examples  # noqa: E402
 from batching import Batch, PromptConfig, PromptFormat, TrainBatches  # noqa: E402
@@ -201,14 +202,13 @@ def build_arms(asked: argparse.Namespace, host: Any, prompt_format: PromptFormat
         trainer = Trainer(*parts, model, accelerator, precision)
         held = 0
         if cached:
-            items_config = options.part(ItemsConfig, opts)
-            key = cache_key(model, prompt_format.tokenizer, options.part(PromptConfig, opts), items_config)
-            plan = plan_cache(options.part(CacheConfig, opts), host.config, prompt_format, examples)
+            plan = plan_cache(options.part(CacheConfig, opts, cache_hidden="ram"), host.config, prompt_format, examples)
+            key = cache_key(model, prompt_format.tokenizer, plan)
             cache = HiddenCache(key, plan, prompt_format)
             trainer.encode = cache.encoder(model, key)
             trainer.encode(batches[0])
-            facts = {"cache_gb": cache.states.nbytes / GB, "fill_seconds": cache.fill_seconds}
-            held, peak = cache.states.nbytes, Peak(accelerator.device)  # filling is done once, in larger batches
+            facts = {"cache_gb": cache.store.nbytes / GB, "fill_seconds": cache.fill_seconds}
+            held, peak = cache.store.nbytes, Peak(accelerator.device)  # filling is done once, in larger batches
         count = sum(p.numel() for p in trainer.parameters.values())
         if adapter == "hrm":
             rank = matched_rank(host, count)

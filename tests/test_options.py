@@ -329,7 +329,9 @@ def choices() -> list[tuple[str, str]]:
 def test_every_choice_is_accepted(name, choice):
     arch = choice if name == "arch" else FIND[name].archs[0]
     data = ["--dataset", "synthetic"] if arch == "hybrid" else ["--use_act"] if choice == "best_halt" else []
-    data += {"cache_hidden": ["--train_n", "8"], "segments_sampling": ["--segments", "2"]}.get(name, [])
+    cached = ["--train_n", "8", "--cache_dir", "c"] if choice == "disk" else ["--train_n", "8"]
+    data += {"cache_hidden": cached, "cache_dtype": ["--train_n", "8", "--cache_hidden", "ram"],
+             "segments_sampling": ["--segments", "2"]}.get(name, [])
     assert getattr(parse(["--arch", arch, *data, f"--{name}", choice]), name) == choice
 
 
@@ -427,6 +429,10 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
                                                        "LLM says at every step; leave one out"),
     ("--cache_hidden ram --train_n 9 --adapter lora", "--cache_hidden ram cannot serve --adapter lora, which takes "
                                                       "part in the LLM's forward pass: leave it out"),
+    ("--cache_hidden disk --train_n 9", "--cache_hidden disk needs --cache_dir: a folder, which runs that read the "
+                                        "same may share"),
+    ("--cache_hidden ram --train_n 9 --cache_dir c", "--cache_dir c does nothing with --cache_hidden ram: choose disk"),
+    ("--cache_dtype int8", "--cache_dtype int8 does nothing with --cache_hidden off: choose ram or disk"),
     ("--max_steps 10 --warmup_steps 50", "--warmup_steps 50 is more than --max_steps 10"),
 ])
 def test_each_bad_command_line_has_its_one_line(typed, problem, capsys):

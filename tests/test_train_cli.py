@@ -278,7 +278,8 @@ SAMPLED = ["--decode_temperature", "1"]
 WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "decode_top_p": SAMPLED,
         "decode_top_k": SAMPLED, "eval_suite": ["--eval_suite_n", "3"],
         "verifier_weight": ["--verifier_every", "1"],
-        "adapter": DEFAULTS, "virtual_tokens": [*DEFAULTS, "--adapter", "prompt"], "cache_hidden": ["--train_n", "6"],
+        "adapter": DEFAULTS, "virtual_tokens": [*DEFAULTS, "--adapter", "prompt"],
+        "cache_hidden": ["--train_n", "6"], "cache_dtype": ["--train_n", "6", "--cache_hidden", "ram"],
         "recompute_segments": ["--segments", "3", "--grad_horizon", "segments:2"],
         "supervised_segments": ["--segments", "2"], "carry_state": ["--segments", "2"],
         "halt_settled": ["--segments", "3"], "segments_sampling": ["--task", "toy_chain"],
@@ -295,6 +296,8 @@ CHOICES = [(flag.name, choice) for flag in OURS for choice in flag.choices or ()
 @pytest.mark.parametrize("name,value", CHOICES + MORE, ids=lambda text: str(text))
 def test_every_choice_of_every_flag_runs(call, refused, tmp_path, name, value):
     flags = [f"--{name}={value}", *WITH.get(name, [])]
+    if value == "disk":
+        flags += ["--cache_dir", str(tmp_path / "cache")]
     if (name, value) in UNUSABLE_HERE:
         assert len(refused(*flags)) == 1
         return

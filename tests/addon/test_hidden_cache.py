@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import options
-from addon import hidden_cache
-from addon.hidden_cache import CacheConfig, HiddenCache, ItemsConfig, cache_key, plan_cache, weights_digest
+from addon import cache_plan, hidden_cache
+from addon.cache_plan import CacheConfig, plan_cache
+from addon.hidden_cache import HiddenCache, cache_key, weights_digest
 from addon.streams import EpochStream, training_examples
 from batching import PromptConfig, PromptFormat, TrainBatches
 from host import load_tokenizer
@@ -57,13 +58,17 @@ def setting(host, *more: str):
 
 
 def made_cache(opts, model, prompt_format, examples, **more) -> HiddenCache:
-    plan = plan_cache(options.part(CacheConfig, opts), model.host.config, prompt_format, examples)
-    return HiddenCache(key_of(model, prompt_format, opts), plan, prompt_format, **more)
+    plan = plan_of(opts, model, prompt_format, examples)
+    return HiddenCache(cache_key(model, prompt_format.tokenizer, plan), plan, prompt_format, **more)
 
 
-def key_of(model, prompt_format, opts) -> str:
-    prompt, items = options.part(PromptConfig, opts), options.part(ItemsConfig, opts)
-    return cache_key(model, prompt_format.tokenizer, prompt, items)
+def plan_of(opts, model, prompt_format, examples):
+    return plan_cache(options.part(CacheConfig, opts), model.host.config, prompt_format, examples)
+
+
+def key_of(model, prompt_format, examples, *more: str) -> str:
+    opts = opts_for(model.host.name_or_path, *more)
+    return cache_key(model, prompt_format.tokenizer, plan_of(opts, model, prompt_format, examples))
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -128,15 +133,15 @@ def test_every_item_is_asked_once(tiny_host, monkeypatch):
     asked, plain = [], type(model.model).run_host
     monkeypatch.setattr(type(model.model), "run_host",
                         lambda self, ids, *rest: (asked.append(len(ids)), plain(self, ids, *rest))[1])
-    monkeypatch.setattr(hidden_cache, "FILL_BATCH", 5)
+    monkeypatch.setattr(cache_plan, "FILL_BATCH", 5)
     told = []
     cache = made_cache(opts, model, prompt_format, [*examples, examples[0]], say=told.append)  # an item met twice
     encode = cache.encoder(model, cache.key)
     for batch in batches:
         encode(batch)
     assert asked == [5, 5, 2] and len(told) == 1 and "of 12 items in" in told[0]
-    assert cache.states.dtype == torch.bfloat16 and cache.states.nbytes == cache.plan.bytes
-    assert len(cache.states) == 1 + sum(n - 1 for n in prompt_format.lengths(examples))
+    assert cache.store.states.dtype == torch.bfloat16 and cache.store.nbytes == cache.plan.bytes
+    assert len(cache.store.states) == 1 + sum(n - 1 for n in prompt_format.lengths(examples))
 
 
 def test_a_refilled_cache_holds_the_same_bits_whatever_batch_comes_first(bf16_host):
@@ -144,28 +149,38 @@ def test_a_refilled_cache_holds_the_same_bits_whatever_batch_comes_first(bf16_ho
     caches = [made_cache(opts, model, prompt_format, items) for items in (examples, examples[::-1])]
     for cache, batch in zip(caches, (batches[0], batches[3]), strict=True):
         cache.encoder(model, cache.key)(batch)
-    assert torch.equal(caches[0].states, caches[1].states)
+    assert torch.equal(caches[0].store.states, caches[1].store.states)
 
 
 # --- keys
 
 
 def test_the_key_changes_with_all_that_the_states_depend_on(tiny_host, bf16_host):
-    opts, model, prompt_format, *_ = setting(tiny_host)
-    keys = {key_of(model, prompt_format, opts)}
-    assert keys == {key_of(model, prompt_format, opts_for(tiny_host, "--lr", "1", "--batch_size", "3"))}
-    for more in (["--sentinel", "##"], ["--system_header", "hm"], ["--seed", "1"], ["--train_n", "13"],
-                 ["--prompt_style", "plain"], ["--task", "chain_sum"], ["--overlong", "drop"], ["--group_split", "0"]):
-        keys.add(key_of(model, prompt_format, opts_for(tiny_host, *more)))
-    keys.add(key_of(setting(tiny_host, "--hrm_read", "all")[1], prompt_format, opts))
-    keys.add(key_of(setting(bf16_host)[1], prompt_format, opts))
+    _, model, prompt_format, examples, _ = setting(tiny_host)
+    keys = {key_of(model, prompt_format, examples)}
+    assert keys == {key_of(model, prompt_format, examples[::-1], "--lr", "1", "--batch_size", "3", "--seed", "1")}
+    for config in (PromptConfig(sentinel="##"), PromptConfig(system_header="hm"), PromptConfig(prompt_style="plain")):
+        keys.add(key_of(model, PromptFormat(prompt_format.tokenizer, config), examples))
+    keys.add(key_of(model, prompt_format, examples[:-1]))
+    keys.add(key_of(model, prompt_format, examples, "--cache_dtype", "int8"))
+    keys.add(key_of(setting(tiny_host, "--hrm_read", "all")[1], prompt_format, examples))
+    keys.add(key_of(setting(bf16_host, "--host_dtype", "stored")[1], prompt_format, examples))
     other = load_tokenizer(str(tiny_host))
     other.add_tokens(["new"])
-    keys.add(key_of(model, PromptFormat(other), opts))
+    keys.add(key_of(model, PromptFormat(other), examples))
     with torch.no_grad():
         model.host.model.layers[0].mlp.down_proj.weight.mul_(1.01)
-    keys.add(key_of(model, prompt_format, opts))
-    assert len(keys) == 13 and len(weights_digest(model.host)) == 64
+    keys.add(key_of(model, prompt_format, examples))
+    assert len(keys) == 10 and len(weights_digest(model.host)) == 64
+
+
+def test_one_changed_number_of_the_llm_makes_another_cache_on_disk(tiny_host):
+    model = setting(tiny_host)[1]
+    digests = {weights_digest(model.host, whole=True)}
+    with torch.no_grad():
+        model.host.model.layers[1].mlp.down_proj.weight[3, 5] += 1
+    digests.add(weights_digest(model.host, whole=True))
+    assert len(digests) == 2
 
 
 def test_a_cache_is_never_read_across_keys(tiny_host, bf16_host):
@@ -174,7 +189,7 @@ def test_a_cache_is_never_read_across_keys(tiny_host, bf16_host):
     cache.encoder(model, cache.key)(batches[0])
     other = setting(bf16_host)[1]
     with pytest.raises(ValueError, match="belongs to another LLM, prompt format or data"):
-        cache.encoder(other, key_of(other, prompt_format, opts))
+        cache.encoder(other, cache_key(other, prompt_format.tokenizer, cache.plan))
     foreign = prompt_format.batch(Reserve(make_tasks(["chain_sum"], "default"), 2).examples)
     with pytest.raises(ValueError, match="2 items of a batch are not in the cache"):
         cache.encoder(model, cache.key)(foreign)
@@ -239,14 +254,14 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def test_a_dry_run_asks_the_llm_for_its_own_batches_alone(call, monkeypatch):
-    monkeypatch.setattr(HiddenCache, "_fill", lambda *arguments: pytest.fail("the cache was filled"))
+    monkeypatch.setattr(HiddenCache, "fill", lambda *arguments: pytest.fail("the cache was filled"))
     status, out, err = call("--cache_hidden", "ram", "--train_n", "11", "--dry_run")
     assert status == 0 and "leaves the cache of hidden states empty" in out + err
 
 
 def test_filling_says_how_far_it_is(call, monkeypatch):
     monkeypatch.setattr(hidden_cache, "PROGRESS_S", 0.0)
-    monkeypatch.setattr(hidden_cache, "FILL_BATCH", 4)
+    monkeypatch.setattr(cache_plan, "FILL_BATCH", 4)
     status, out, err = call(*CACHED)
     assert status == 0 and re.search(r"caching hidden states: 4 of \d+ items, \d+ s left", out + err)
 

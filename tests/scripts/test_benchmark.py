@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import benchmark
 
-SECONDS = {"start": 12.0, "step": 5.0, "cached": 2.0, "muon": 1.0}
+SECONDS = {"start": 12.0, "step": 5.0, "cached": 2.0, "disk": 2.5, "fill": 3.0, "muon": 1.0}
 
 
 @pytest.fixture
@@ -39,6 +39,21 @@ def test_both_trees_take_turns_and_ratios_are_of_one_repeat(fake, tmp_path, caps
     assert step["now"]["median"] == 5.0 and step["times"] == {"median": 4.0, "low": 2.0, "high": 4.0}
     out = capsys.readouterr().out
     assert "abc1234" in out and "times as fast" in out and "bf16 instructions" in out
+
+
+def test_a_commit_without_a_cache_on_disk_has_no_figure_of_it(fake, tmp_path, capsys, monkeypatch):
+    whole = benchmark.measured
+
+    def measured(tree, steps):
+        seconds = whole(tree, steps)
+        return seconds if tree == benchmark.ROOT else {name: s for name, s in seconds.items() if name != "disk"}
+
+    monkeypatch.setattr(benchmark, "measured", measured)
+    assert benchmark.main() == 0
+    out = capsys.readouterr().out
+    assert "from disk a step has 0.8 [0.8, 0.8] of its speed from RAM" in out
+    figures = json.loads((tmp_path / "out" / "b.json").read_text(encoding="utf-8"))
+    assert figures["measures"]["disk"]["before"] is None and figures["disk_of_ram"]["median"] == 0.8
 
 
 def test_a_commit_that_git_does_not_know_is_told_in_one_line(tmp_path):
