@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 
 from flag_table.elsewhere import hint
 from flags import ADAPTERS, ARCHS, FIND, FLAGS, GROUPS, INVOCATION, UNWRITABLE, Flag, names
-from rules import RULES, shown
+from rules import LENGTH, RULES, is_default_run, shown
 
 __all__ = ["FLAGS", "GROUPS", "INVOCATION", "Flag", "names"]  # handed on, beside what is defined here
 
 PROG = "train.py"
 Part = TypeVar("Part")  # a dataclass
+FIT_MINUTES = 7.0  # of the default run
 BOOLS = {"0": False, "1": True, "false": False, "true": True}
 # What YAML may give for each type (else text); PyYAML reads 1e-3 as text.
 YAML_TYPES = {"int": int, "float": (int, float, str), "bool": (bool, int), "list": (str, list), "json": (str, dict)}
@@ -161,12 +162,16 @@ def resolve(opts: Options) -> Options:
     """The options that a run is made of: what several flags decide together is filled in.
 
     --epochs and --max_minutes replace the default number of steps; typed, they replace that of a file, too.
+    --fit_minutes is 7 for the default run, else 0; a typed length is obeyed as it is.
     --task_config is `small` where neither task nor data is named, else `default`; a run that goes on keeps it.
     """
     values: dict[str, Any] = {}
     retyped = {"epochs", "max_minutes"} & opts.typed and "max_steps" not in opts.typed
     if (opts.epochs or opts.max_minutes) and (retyped or "max_steps" not in opts.explicit):
         values["max_steps"] = 0
+
+    if opts.fit_minutes is None or (LENGTH & opts.typed and "fit_minutes" not in opts.typed):
+        values["fit_minutes"] = FIT_MINUTES if is_default_run(opts) else 0.0
 
     if opts.arch == "addon" and not opts.task_config:
         values["task_config"] = "default" if opts.task or opts.tasks or opts.data else "small"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Tell = Callable[[Namespace], "str | None"]
+LENGTH = {"max_steps", "epochs", "max_minutes"}  # flags that set how long a run is
 INJECTING = ("hrm", "mlp")  # adapters that read the LLM's hidden states and inject into it
 
 
@@ -49,6 +50,12 @@ def shown(value: Any) -> str:
 def own_data_alone(o: Namespace) -> bool:
     """Whether own data are all that is trained on: a fixed set without --train_n."""
     return o.data is not None and not (o.task or o.tasks)
+
+
+def is_default_run(o: Namespace) -> bool:
+    """Whether nobody has said what to train on, or how long: such a run ends within minutes on any machine."""
+    trains = o.arch == "addon" and o.objective == "ce" and o.adapter != "none"
+    return trains and not (o.task or o.tasks or o.data) and not LENGTH & o.explicit
 
 
 # --- sizes ---
@@ -137,6 +144,17 @@ def a_curriculum_is_evaluated(o: Namespace) -> str | None:
 def training_ends(o: Namespace) -> str | None:
     if not (o.max_steps or o.epochs or o.max_minutes or o.eval_only or o.dry_run):
         return "training would never end: set --max_steps, --epochs or --max_minutes"
+
+
+@rule("fit_minutes", "epochs", "max_minutes", "max_steps", "objective")
+def a_run_is_sized_one_way(o: Namespace) -> str | None:
+    if not o.fit_minutes:
+        return None
+    if o.objective == "grpo":
+        return f"--fit_minutes {o.fit_minutes:g} does nothing with --objective grpo: leave it out"
+    if o.epochs or o.max_minutes or not o.max_steps:
+        return (f"--fit_minutes {o.fit_minutes:g} chooses the steps of a run, at most --max_steps: leave out --epochs, "
+                "--max_minutes and --max_steps 0, or it")
 
 
 @rule("epochs", "train_n", "arch", "data", "task", "tasks")

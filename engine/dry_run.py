@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import options
+from engine.fit import fitting_steps, words
 from engine.limits import Limits
 from engine.machine import Machine, peak_memory
 from engine.optimization import BaseTrainer, NonFiniteError
@@ -48,5 +49,7 @@ def dry_run(
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
         machine.say(f"  {name:16s} {count:>12,} parameters")
     machine.say(f"{seconds:.2f} s a step of {config.batch_size} examples: {total}, evaluation aside")
+    if config.fit_minutes:
+        machine.say(words(config, seconds, fitting_steps(config, seconds)))
     machine.say(f"peak memory {peak_memory(machine.device) / 2**30:.2f} GiB; nothing was written")
     return 0

@@ -43,6 +43,7 @@ from engine.checkpoints import step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
 from engine.figures import draw_curve
 from engine.files import shell_path, write_text_aside
+from engine.fit import fitted
 from engine.limits import Warmup, limits_of
 from engine.logs import RunLog
 from engine.machine import Machine, run_folder
@@ -88,11 +89,15 @@ class KeptRun:
         self._alone = self.machine.world == 1
 
         self.folder = folder_of(self.config, self.facts.label, self.checkpoint)
-        self.limits = limits_of(self.config, self.data, self.machine)
         self.patience = Patience(self.config)
-        self.warmup = Warmup(self.limits, self.limits.warmup(self.config.warmup_steps))
+        self._set_length(self.config)
         if self.checkpoint:
             self._restore(self.checkpoint)
+
+    def _set_length(self, config: LoopConfig) -> None:
+        self.config = config
+        self.limits = limits_of(config, self.data, self.machine)
+        self.warmup = Warmup(self.limits, self.limits.warmup(config.warmup_steps))
 
     @property
     def elapsed_s(self) -> float:
@@ -195,6 +200,7 @@ class RunLoop(KeptRun):
 
     def go(self) -> int:
         """Trains, evaluates and saves, or what --eval_only and --dry_run ask for. Returns the exit status."""
+        self._set_length(fitted(self.config, self.machine, self.data, self.trainer, self.step))
         config = self.config
         introduce(config, self.machine, self.facts, self.warmup, self.step)
         if config.dry_run:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,20 @@ def _training_state(trainer: BaseTrainer) -> tuple[dict[str, torch.Tensor], dict
         "scaler": trainer.scaler.state_dict(),
     }
     return tensors, document
+
+
+@contextlib.contextmanager
+def put_back(trainer: BaseTrainer) -> Iterator[None]:
+    """Inside, training may be tried out: afterwards weights, averages, optimizers and random states are as before."""
+    tensors, document = _training_state(trainer)
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    document = copy.deepcopy(document)
+
+    try:
+        yield
+    finally:
+        _restore_training(trainer, kept, document)
+        unpack_rng(kept, document["rng"])
 
 
 def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig):
     max_steps: batches of the whole run; 0 = `epochs` or `max_minutes` limit it.
     epochs: passes over `Data.size` items; 0 = no limit.
     max_minutes: minutes of training and evaluation, those before a resume included; 0 = no limit.
+    fit_minutes: minutes of training that a new run chooses its steps for, at most `max_steps`; None, 0 = it does not.
     batch_size: items of a micro-batch of one process.
     grad_accum_steps: micro-batches of a batch, in each process.
     warmup_steps: batches over which the learning rate rises; at most half of the run.
@@ -42,6 +43,7 @@ class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig):
     max_steps: int = 1900
     epochs: int = 0
     max_minutes: float = 0.0
+    fit_minutes: float | None = None
     batch_size: int = 64
     grad_accum_steps: int = 1
     warmup_steps: int = 50

@@ -24,6 +24,7 @@ REASONERS = ("addon", "enhanced")  # can be trained with rewards
 
 # What can train beside the add-on's frozen LLM, and the sets of adapters that share flags.
 ADAPTERS = ("hrm", "lora", "prompt", "mlp", "none")
+LEARNING = ("hrm", "lora", "prompt", "mlp")
 RECURRENT = ("hrm",)
 BLOCKS = ("hrm", "mlp")  # read hidden states and inject: the HRM, and its blocks in a single pass
 

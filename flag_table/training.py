@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flag_table.flag import BLOCKS, RECURRENT, Flag, addon
+from flag_table.flag import BLOCKS, LEARNING, RECURRENT, Flag, addon
 
 TABLE = (
     # The optimizer's steps.
@@ -14,6 +14,9 @@ TABLE = (
     Flag("max_steps", "int", 1900, "batches to train; 0 = until epochs or max_minutes", low=0, aliases=("steps",),
          by_arch={"hybrid": 10_000, "enhanced": 2000}, common=True),
     Flag("epochs", "int", 0, "passes over train_n items; 0 = off", low=0),
+    addon("fit_minutes", "float", None, "minutes of training for which a new run chooses its steps, max_steps at most; "
+          "none = 7 where no task is named and nothing sets the length, else 0 = off", low=0, nullable=True, before=0.0,
+          adapters=LEARNING, common=True),
     Flag("max_minutes", "float", 0.0, "stop training after this time; 0 = off", low=0, common=True),
     # The optimizer.
     Flag("grad_accum_steps", "int", 1, "micro-batches per batch", low=1),
