@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from engine.positions import last_state, mean_state
 from hrm_blocks import Context, SwiGLU, attend, linear, rms_norm, rope, rotate, zero_linear
 
+HIDDEN_TOO = "hidden+embed"
+SEES = (HIDDEN_TOO, "embed")  # what an injector sees of a position: the LLM's state there too, or its token alone
+
 
 @dataclass
 class Thought:
@@ -36,9 +39,19 @@ class Slots:
     positions: Tensor  # (B, T) int64
     allowed: Tensor | None = None  # (B, T) bool, False before the last prompt token; None: all may be injected
 
-    def seen(self) -> Tensor:
-        """(B, T, 2 D) float32: what an injector sees of each position beside z_H."""
-        return torch.cat([rms_norm(self.hidden.float()), rms_norm(self.embedded.float())], dim=-1)
+    def seen(self, sees: str = HIDDEN_TOO) -> Tensor:
+        """(B, T, 2 D) float32, what an injector sees of each position beside z_H; with `embed` (B, T, D), the token."""
+        embedded = rms_norm(self.embedded.float())
+        if sees == "embed":
+            return embedded
+        return torch.cat([rms_norm(self.hidden.float()), embedded], dim=-1)
+
+
+def seen_width(width: int, sees: str) -> int:
+    """Channels of `Slots.seen`. Raises ValueError for another name than `SEES`."""
+    if sees not in SEES:
+        raise ValueError(f"injector_sees must be {' or '.join(SEES)}, got {sees!r}")
+    return width if sees == "embed" else 2 * width
 
 
 def _check_width(slots: Slots, width: int) -> None:
@@ -54,13 +67,16 @@ class InjectorGRB(nn.Module):
     """Gated residual bias: one vector from z_H (last and mean state), through a gate that also sees the token's state.
 
     The gate is a sigmoid per channel of the LLM's width, so positions differ; `gate_init` is its logit at the start.
-    `width` is D, `d` the HRM's; `heads` and `mem` are taken because both injectors are made alike, and have no effect.
+    `width` is D, `d` the HRM's, `sees` one of `SEES`; `heads` and `mem` have no effect and are taken because both
+    injectors are made alike.
     """
 
-    def __init__(self, width: int, d: int, heads: int, gate_init: float = 0.0, mem: int = 0):
+    def __init__(self, width: int, d: int, heads: int, gate_init: float = 0.0, mem: int = 0,
+                 sees: str = HIDDEN_TOO):
         super().__init__()
         self.width = width
-        self.token = linear(2 * width, d)
+        self.sees = sees
+        self.token = linear(seen_width(width, sees), d)
         self.gate = linear(3 * d, width)
         self.gate_bias = nn.Parameter(torch.full((width,), float(gate_init)))
         self.readout = SwiGLU(2 * d, d, hidden=8 * d // 3)
@@ -75,7 +91,7 @@ class InjectorGRB(nn.Module):
         summary = torch.cat([last_state(thought.z_high, mask), mean_state(thought.z_high, mask)], dim=-1)
 
         # The gate decides at each position, by channel, how much of the bias enters.
-        token = self.token(slots.seen())
+        token = self.token(slots.seen(self.sees))
         seen = torch.cat([token, repeat(summary, "B d -> B T d", T=token.shape[1])], dim=-1)
         gate = torch.sigmoid(self.gate(seen) + self.gate_bias)
 
@@ -89,15 +105,17 @@ class InjectorCAB(nn.Module):
     Queries and keys carry RoPE at the tokens' positions. With `mem` > 0 that many learned queries first pool z_H into
     memory tokens, which have no positions. The readout is a SwiGLU over [query, attended], not a linear map: worth
     ten points in the experiments this design follows. A learned scalar gate starts at `gate_init`. `width` is D, `d`
-    the HRM's width, which `heads` divides.
+    the HRM's width, which `heads` divides, `sees` one of `SEES`.
     """
 
-    def __init__(self, width: int, d: int, heads: int, gate_init: float = 1.0, mem: int = 0):
+    def __init__(self, width: int, d: int, heads: int, gate_init: float = 1.0, mem: int = 0,
+                 sees: str = HIDDEN_TOO):
         super().__init__()
         self.width = width
         self.heads = heads
         self.head_dim = d // heads
-        self.query_in = linear(2 * width, d)
+        self.sees = sees
+        self.query_in = linear(seen_width(width, sees), d)
         self.query = linear(d, d)
         self.key_value = linear(d, 2 * d)
         self.readout = SwiGLU(2 * d, d, hidden=8 * d // 3)
@@ -111,7 +129,7 @@ class InjectorCAB(nn.Module):
     def forward(self, slots: Slots, thought: Thought) -> Tensor:
         """(B, T, D) bias to add to the hidden states."""
         _check_width(slots, self.width)
-        position = rms_norm(self.query_in(slots.seen()))
+        position = rms_norm(self.query_in(slots.seen(self.sees)))
         query = self._split(self.query(position))
 
         if self.mem:
@@ -148,15 +166,16 @@ class InjectorCAB(nn.Module):
 class VocabularyBias(nn.Module):
     """Optional gated bias on the logits, from the last state of z_H: (B, 1, V), zero at step 0."""
 
-    def __init__(self, width: int, d: int, vocabulary: int):
+    def __init__(self, width: int, d: int, vocabulary: int, sees: str = HIDDEN_TOO):
         super().__init__()
-        self.gate = linear(2 * width, 1)
+        self.sees = sees
+        self.gate = linear(seen_width(width, sees), 1)
         self.out = zero_linear(d, vocabulary)
 
     def forward(self, slots: Slots, thought: Thought) -> Tensor:
         """(B, T, V) bias to add to the logits."""
         bias = self.out(last_state(thought.z_high, thought.context.mask))
-        return torch.sigmoid(self.gate(slots.seen())) * rearrange(bias, "B V -> B 1 V")
+        return torch.sigmoid(self.gate(slots.seen(self.sees))) * rearrange(bias, "B V -> B 1 V")
 
 
 INJECTORS = {"grb": InjectorGRB, "cab": InjectorCAB}

@@ -117,6 +117,7 @@ class HRMAddonConfig(AdapterConfig):
         init_state: first z_H and z_L: "random", "fixed" or "zero", see `HRMCore`.
         state_mix: earlier states enter a block by "sum" or by "gated", see `HRMCore`.
         injector: "cab" or "grb", see injector.py.
+        injector_sees: what it sees of a position beside z_H: "hidden+embed" or, without the LLM's state, "embed".
         cab_mem: memory tokens of cab; 0 = it reads all of z_H.
         cab_gate_init, grb_gate_init: initial gate of cab (a factor) and of grb (a logit).
         logit_bias_head: also a gated bias over the vocabulary.
@@ -153,6 +154,7 @@ class HRMAddonConfig(AdapterConfig):
     init_state: str = "zero"
     state_mix: str = "gated"
     injector: str = "cab"
+    injector_sees: str = "hidden+embed"
     cab_mem: int = 0
     cab_gate_init: float = 1.0
     grb_gate_init: float = 0.0
@@ -381,8 +383,9 @@ class HRMAddon(nn.Module):
             state_mix=config.state_mix,
         )
         gate = config.cab_gate_init if config.injector == "cab" else config.grb_gate_init
-        self.injector = INJECTORS[config.injector](width, config.d_h, config.n_heads, gate, config.cab_mem)
-        self.vocabulary_bias = VocabularyBias(width, config.d_h, vocabulary) if config.logit_bias_head else None
+        sees = config.injector_sees
+        self.injector = INJECTORS[config.injector](width, config.d_h, config.n_heads, gate, config.cab_mem, sees)
+        self.vocabulary_bias = VocabularyBias(width, config.d_h, vocabulary, sees) if config.logit_bias_head else None
         self.verifier = nn.Linear(config.d_h, 1) if config.verifier_head else None
         self.conv = ShortConv(config.d_h, config.hrm_conv) if config.hrm_conv > 1 else None
 

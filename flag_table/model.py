@@ -58,6 +58,9 @@ TABLE = (
     # How z_H enters the LLM.
     addon("injector", "str", "cab", "how z_H enters the LLM: by cross-attention or by a gated bias",
           choices=("cab", "grb"), adapters=BLOCKS, shape=True),
+    addon("injector_sees", "str", "hidden+embed", "what the injector sees of a position beside z_H: the LLM's state "
+          "and its token, or the token alone, so that the answer must come from z_H", choices=("hidden+embed", "embed"),
+          adapters=BLOCKS, shape=True),
     addon("cab_mem", "int", 0, "learned memory tokens that cab reads; 0 = all of z_H", low=0, adapters=BLOCKS,
           shape=True),
     addon("cab_gate_init", "float", 1.0, "initial gate of cab, a factor", adapters=BLOCKS),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hrm_blocks import Context, rope
-from injector import INJECTORS, InjectorCAB, InjectorGRB, Slots, Thought, VocabularyBias
+from injector import INJECTORS, SEES, InjectorCAB, InjectorGRB, Slots, Thought, VocabularyBias
 
 B, S, T, D, WIDTH, HEADS, V = 2, 5, 3, 20, 16, 2, 11
 VARIANTS = {"cab": ("cab", 0), "cab_mem": ("cab", 3), "grb": ("grb", 0)}
@@ -61,6 +61,23 @@ def test_every_parameter_has_gradient_once_trained(variant):
     injector(slots_of(), thought_of()).backward(torch.randn(B, T, D))
     still = [name for name, p in injector.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert still == []
+
+
+@pytest.mark.parametrize("kind", ["cab", "grb"])
+def test_an_injector_that_sees_the_token_alone_reads_nothing_of_the_llms_state(kind):
+    slots, thought = slots_of(), thought_of()
+    other = Slots(torch.randn(B, T, D), slots.embedded, slots.positions)
+    differs = {}
+    for sees in SEES:
+        torch.manual_seed(0)
+        injector = INJECTORS[kind](D, WIDTH, HEADS, 1.0, 0, sees)
+        head = VocabularyBias(D, WIDTH, V, sees)
+        for part in (injector, head):
+            torch.nn.init.normal_(part.out.weight)
+        differs[sees] = [not torch.equal(part(slots, thought), part(other, thought)) for part in (injector, head)]
+    assert differs == {"hidden+embed": [True, True], "embed": [False, False]}
+    with pytest.raises(ValueError, match="injector_sees must be hidden\\+embed or embed, got 'last'"):
+        INJECTORS[kind](D, WIDTH, HEADS, 1.0, 0, "last")
 
 
 def test_vocabulary_bias_at_step_0_and_after():
