@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.batches import IGNORE
+from engine.batches import IGNORE, Padding, token_batches
 from engine.stopping import drawn
 from reasoning_gym_wrapper import Example
 from tasks.steps import steps_of
@@ -43,6 +43,16 @@ class Batch:
     def attention_mask(self) -> Tensor:
         """(B, S + T)"""
         return torch.cat([self.prompt_mask, (self.labels != IGNORE).to(self.prompt_mask.dtype)], dim=1)
+
+    @property
+    def columns(self) -> int:
+        """Tokens and pads: B (S + T)."""
+        return self.prompt_ids.numel() + self.target_ids.numel()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompts and targets, without pads."""
+        return int(self.prompt_mask.sum()) + int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
         tensors = (self.prompt_ids, self.prompt_mask, self.target_ids, self.labels)
@@ -263,11 +273,15 @@ def answer_length(ids: Sequence[int], ends: Collection[int]) -> int:
 # --- batches of them --------------------------------------------------------------------------------------------------
 
 
+TOKEN_WINDOW = 16  # batches of `size` examples whose items are drawn together for token batches, or more
+
+
 class TrainBatches:
     """Endless training batches of `size` examples per rank, grouped by length so that little is spent on padding.
 
     `window` batches are drawn together, sorted by prompt length, cut into batches and put in random order; every rank
-    draws the same items and keeps its share. The position is a small JSON-able state.
+    draws the same items and keeps its share. The position is a small JSON-able state. With `tokens` a batch has as many
+    examples as `token_batches` puts into so many tokens, in place of `size`: then `parts` gives it.
 
     Raises (from `next`):
         ValueError: with `overlong="error"`, an example longer than the format's max_seq_len.
@@ -283,11 +297,13 @@ class TrainBatches:
         overlong: str = "error",
         rank: int = 0,
         world: int = 1,
+        tokens: int = 0,
     ):
         self.stream = stream
         self.format = prompt_format
         self.size = size
-        self.window = window
+        self.window = max(window, TOKEN_WINDOW) if tokens else window
+        self.tokens = tokens
         self.seed = seed
         self.overlong = overlong
         self.rank = rank
@@ -296,38 +312,56 @@ class TrainBatches:
         # The position: where the stream stood when the window was drawn, the window's number, the next batch in it.
         self._start = stream.state_dict()
         self._windows = -1
-        self._place = window
-        self._batches: list[list[Example]] = []
+        self._place = 0
+        self._batches: list[list[list[Example]]] = []  # each of one or more parts
+        self.padding = Padding()
 
     def __iter__(self) -> TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        if self._place >= self.window:
+        (batch,) = self.parts()
+        return batch
+
+    def parts(self) -> list[Batch]:
+        """The next batch, with `tokens` in one or more parts of like length, else in one."""
+        if self._place >= len(self._batches):
             self._open()
         self._place += 1
-        return self.format.batch(self.latest[self.rank :: self.world])
+
+        parts = [self.format.batch(part[self.rank :: self.world]) for part in self._batches[self._place - 1]]
+        self.padding.add(sum(part.tokens for part in parts), sum(part.columns for part in parts))
+        return parts
 
     @property
     def latest(self) -> list[Example]:
         """The items of the newest batch, of all ranks."""
-        return self._batches[self._place - 1]
+        return [example for part in self._batches[self._place - 1] for example in part]
 
     def _open(self) -> None:
         """Draws the next window."""
         self._start = self.stream.state_dict()
         self._windows += 1
         self._place = 0
+        self._batches = []
         per_batch = self.size * self.world
         examples: list[Example] = []
         while len(examples) < per_batch * self.window:
             examples += self._fitting(drawn(self.stream, per_batch * self.window - len(examples)))
 
         # Batches of similar prompt length, in random order, so that lengths do not follow each other in training.
-        if self.window > 1:
+        if self.tokens:
+            prompts = self.format.prompt_lengths(examples)
+            whole = self.format.lengths(examples)
+            targets = [length - prompt for length, prompt in zip(whole, prompts, strict=True)]
+            cut = token_batches(prompts, targets, self.tokens, self.world)
+            for batch in cut:
+                self._batches.append([[examples[index] for index in part] for part in batch])
+        elif self.window > 1:
             lengths = self.format.prompt_lengths(examples)
             examples = [examples[index] for index in sorted(range(len(examples)), key=lengths.__getitem__)]
-        self._batches = [examples[start : start + per_batch] for start in range(0, len(examples), per_batch)]
+        if not self.tokens:
+            self._batches = [[examples[start : start + per_batch]] for start in range(0, len(examples), per_batch)]
         random.Random(f"{self.seed}/{self._windows}").shuffle(self._batches)
 
     def _fitting(self, drawn: list[Example]) -> list[Example]:
@@ -343,16 +377,21 @@ class TrainBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able."""
-        return {"stream": self._start, "windows": self._windows, "place": self._place}
+        state = {"stream": self._start, "windows": self._windows, "place": self._place}
+        if self.tokens:
+            state["padding"] = asdict(self.padding)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a position that `state_dict` returned."""
+        self.padding = Padding(**state.get("padding", {}))
         self.stream.load_state_dict(state["stream"])
         self._start = state["stream"]
         self._windows = state["windows"]
         self._place = state["place"]
 
         # Draw the window again, also where it is used up: the stream must stand behind it.
+        self._batches = []
         if self._windows >= 0:
             place = self._place
             self._windows -= 1

@@ -157,6 +157,20 @@ def a_run_is_sized_one_way(o: Namespace) -> str | None:
                 "--max_minutes and --max_steps 0, or it")
 
 
+@rule("batch_tokens", "epochs", "max_seq_len", "objective")
+def a_token_batch_holds_an_item(o: Namespace) -> str | None:
+    if not o.batch_tokens:
+        return None
+    if o.objective == "grpo":
+        return f"--batch_tokens {o.batch_tokens} does nothing with --objective grpo: leave it out"
+    if o.epochs:
+        return (f"--batch_tokens {o.batch_tokens}: nobody knows how many batches --epochs {o.epochs} would be; set "
+                "--max_steps or --max_minutes in place of --epochs")
+    if o.batch_tokens < o.max_seq_len:
+        return (f"--batch_tokens {o.batch_tokens} is less than --max_seq_len {o.max_seq_len}: one item might not fit; "
+                "raise it, or lower --max_seq_len")
+
+
 @rule("epochs", "train_n", "arch", "data", "task", "tasks")
 def epochs_have_a_fixed_set(o: Namespace) -> str | None:
     if o.arch == "addon" and o.epochs > 0 and o.train_n == 0 and not own_data_alone(o):

@@ -53,6 +53,7 @@ class AddonStepConfig:
     act_penalty: weight of the mean of 1 - p(halt), 0 or more; needs `use_act`.
     verifier_weight: weight of the verifier head's loss, 0 or more; 0 = off.
     verifier_every: batches between two sets of answers that are generated for that head, 1 or more.
+    batch_tokens: above 0 measures how much of a batch is padding.
     seed: of the draw of segments.
     """
 
@@ -66,6 +67,7 @@ class AddonStepConfig:
     act_penalty: float = 0.0
     verifier_weight: float = 0.0
     verifier_every: int = 50
+    batch_tokens: int = 0
     seed: int = 0
 
 
@@ -235,7 +237,15 @@ class Trainer(BaseTrainer):
             # Var p = E p^2 - (E p)^2, over the examples of the batch; rounding may take it below zero.
             variance = metrics.pop("halt_square") - metrics["halt_probability"] ** 2
             metrics["halt_deviation"] = max(variance, 0.0) ** 0.5
-        return {**metrics, "lr": lr, "segments": count, "tokens": tokens, "examples": examples}
+        counted = {"lr": lr, "segments": count, "tokens": tokens, "examples": examples}
+        return {**metrics, **self._padding(batches), **counted}
+
+    def _padding(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """The share of the global batch that is padding, where batches are made to have little."""
+        if not self.config.batch_tokens:
+            return {}
+        tokens, columns = self.totals([[batch.tokens, batch.columns] for batch in batches])
+        return {"padding": 1 - tokens / columns}
 
     def _segments(self, batches: Sequence[Batch], step: int) -> int:
         """How many segments batch `step` has, alike on all ranks."""

@@ -143,6 +143,8 @@ class AddonEvaluator(Evaluator):
         if refused:
             notes.append(f"{refused} answers of a full score were refused (--verifier_strict 1), counted as wrong")
         notes += self.data.left_out_notes()
+        if self.data.config.batch_tokens and self.data.batches:
+            notes.append(self.data.batches.padding.words())
 
         if evaluation.chances:
             notes += chance_notes(evaluation.chances)

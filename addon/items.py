@@ -42,6 +42,7 @@ class AddonDataConfig:
     seed: seed of the training items and their order.
     overlong: error or drop, for items longer than the prompt format allows.
     batch_size: items of a micro-batch of one process.
+    batch_tokens: most tokens of a micro-batch of one process, in place of `batch_size` examples; 0 = off.
     bucket_batches: batches whose items are drawn together and sorted by length.
     grad_accum_steps: micro-batches of a batch.
     max_new_tokens: longest answer; 0 = the longest held-out target and a margin.
@@ -68,6 +69,7 @@ class AddonDataConfig:
     overlong: str = "error"
     batch_size: int = 64
     bucket_batches: int = 1
+    batch_tokens: int = 0
     grad_accum_steps: int = 1
     max_new_tokens: int = 0
     curriculum: bool = False
@@ -243,10 +245,7 @@ class AddonData:
         config = self.config
 
         # A curriculum climbs unattended: a level's rare long item must not end the run.
-        overlong = config.overlong
-        if self.curriculum:
-            overlong = "drop"
-
+        overlong = "drop" if self.curriculum else config.overlong
         return TrainBatches(
             stream,
             self.format,
@@ -256,6 +255,7 @@ class AddonData:
             overlong,
             self.machine.rank,
             self.machine.world,
+            config.batch_tokens,
         )
 
     # --- curriculum ---
@@ -294,7 +294,9 @@ class AddonData:
             weights = mix_weights(self.config.mix, [task.name for task in self.tasks])
             stream = training_examples(self.tasks, self.reserve, self.config.seed, 0, weights)
             stream.load_state_dict(self.batches.stream.state_dict())
+            padding = self.batches.padding
             self.batches = self._batches(stream)
+            self.batches.padding = padding
 
     # --- what the loop asks, see `engine.system.Data` ---
 
@@ -308,7 +310,7 @@ class AddonData:
         self.before_first = None
         batches = []
         for _ in range(self.config.grad_accum_steps):
-            batches.append(next(self.batches).to(self.machine.device))
+            batches += [part.to(self.machine.device) for part in self.batches.parts()]
 
             # What the other processes train on, too: the main one's record is kept.
             for example in self.batches.latest:

@@ -48,7 +48,7 @@ def dry_run(
     for name, module in facts.parts.items():
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
         machine.say(f"  {name:16s} {count:>12,} parameters")
-    machine.say(f"{seconds:.2f} s a step of {config.batch_size} examples: {total}, evaluation aside")
+    machine.say(f"{seconds:.2f} s a step of {config.batch_words()}: {total}, evaluation aside")
     if config.fit_minutes:
         machine.say(words(config, seconds, fitting_steps(config, seconds)))
     machine.say(f"peak memory {peak_memory(machine.device) / 2**30:.2f} GiB; nothing was written")

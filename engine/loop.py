@@ -381,7 +381,7 @@ class RunLoop(KeptRun):
 
 def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup, step: int) -> None:
     """The first lines: model, data, how long the run is, and the batch `step` it goes on from."""
-    work = f"{warmup.limits.words()} of {config.batch_size} examples"
+    work = f"{warmup.limits.words()} of {config.batch_words()}"
     if config.eval_only:
         work = "evaluation only"
     line = f"{facts.introduction}; {work}"

@@ -28,6 +28,7 @@ class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig):
     max_minutes: minutes of training and evaluation, those before a resume included; 0 = no limit.
     fit_minutes: minutes of training that a new run chooses its steps for, at most `max_steps`; None, 0 = it does not.
     batch_size: items of a micro-batch of one process.
+    batch_tokens: most tokens of one, in place of so many items; 0 = off.
     grad_accum_steps: micro-batches of a batch, in each process.
     warmup_steps: batches over which the learning rate rises; at most half of the run.
     log_steps: batches from one line of metrics.jsonl to the next, at least 1.
@@ -45,6 +46,7 @@ class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig):
     max_minutes: float = 0.0
     fit_minutes: float | None = None
     batch_size: int = 64
+    batch_tokens: int = 0
     grad_accum_steps: int = 1
     warmup_steps: int = 50
     log_steps: int = 20
@@ -54,6 +56,10 @@ class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig):
     save_best_model: bool = False
     checkpoint_limit: int = 3
     report: bool = True
+
+    def batch_words(self) -> str:
+        """What a micro-batch has: `64 examples`, `at most 2048 tokens`."""
+        return f"at most {self.batch_tokens} tokens" if self.batch_tokens else f"{self.batch_size} examples"
 
 
 class Data(Protocol):

@@ -7,6 +7,8 @@ from flag_table.flag import BLOCKS, LEARNING, RECURRENT, Flag, addon
 TABLE = (
     # The optimizer's steps.
     Flag("batch_size", "int", 64, "examples per batch", low=1, high=2**20, by_arch={"hybrid": 32}, common=True),
+    addon("batch_tokens", "int", 0, "most tokens of a micro-batch, pads included, in place of batch_size examples; "
+          "at most 10 % of it are pads; 0 = off", low=0),
     Flag("bucket_batches", "int", 1, "batches drawn together and grouped by length; 1 = off", low=1),
     Flag("lr", "float", 3e-3, "peak learning rate", low=0, exclusive_low=True, aliases=("learning_rate",),
          by_arch={"hybrid": 3e-4, "enhanced": 5e-3}, common=True),
