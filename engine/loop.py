@@ -200,8 +200,9 @@ class RunLoop(KeptRun):
 
     def go(self) -> int:
         """Trains, evaluates and saves, or what --eval_only and --dry_run ask for. Returns the exit status."""
-        self._set_length(fitted(self.config, self.machine, self.data, self.trainer, self.step))
-        config = self.config
+        config = fitted(self.config, self.machine, self.data, self.trainer, self.step)
+        if config is not self.config:  # else the warmup keeps the seconds that a checkpoint brought
+            self._set_length(config)
         introduce(config, self.machine, self.facts, self.warmup, self.step)
         if config.dry_run:
             return dry_run(config, self.machine, self.data, self.trainer, self.facts, self.limits)
