@@ -14,7 +14,7 @@ from typing import Any
 from engine.ownership import Claim, claim
 from engine.records import plain
 from engine.tables import append, append_rows, check_csv, open_table, rewind_records, rewind_rows
-from engine.trackers import check_trackers, start_tracker
+from engine.trackers import answer_rows, check_trackers, evaluation_numbers, log_answers, start_tracker
 
 
 def _json_line(record: dict[str, Any]) -> str:
@@ -110,14 +110,30 @@ class RunLog:
         record = {"step": int(step), "elapsed_s": round(self.elapsed_s, 3), **plain(metrics)}
         append(self.metrics_path, _json_line(record), sync=False)
 
-        # Only now, so that a run which ends before its first step leaves nothing with a tracker.
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        for tracker in self._started():
+            tracker.log(numbers, step=int(step))
+
+    def _started(self) -> list[Any]:
+        """The trackers, which start only now: a run that ends before its first step leaves nothing with them."""
         while self._waiting:
             name = self._waiting.pop(0)
             self._trackers.append(start_tracker(name, self.folder, self._config, self._after))
+        return self._trackers
 
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
-        for tracker in self._trackers:
+    def evaluation(self, step: int, rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
+        """Writes down the evaluation of `step`, its rows and prediction lines, and shows it to the trackers."""
+        self.eval_rows(rows)
+        self.predictions(lines)
+        if not self.main:
+            return
+
+        answers = answer_rows(lines)
+        numbers = evaluation_numbers(rows)
+        for tracker in self._started():
             tracker.log(numbers, step=int(step))
+            if answers:
+                log_answers(tracker, answers, int(step))
 
     def eval_rows(self, rows: list[dict[str, Any]]) -> None:
         """Appends whole rows to the CSV in one write; missing values are empty, `elapsed_s` is added."""
@@ -149,6 +165,7 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the trackers that have started, and lets other processes have the folder."""
+        self._waiting = []  # what is recorded after the end starts none
         while self._trackers:
             self._trackers.pop().finish()
         self.claim.release()

@@ -33,6 +33,7 @@ class Item:
     text: str
     answer: str  # what was judged of the text
     bare: str | None  # what the bare LLM answered; None where it was not kept, or there is none
+    score: float
     solved: bool
     bare_solved: bool | None  # None: nothing to compare with
     finished: bool
@@ -187,6 +188,7 @@ def item_of(line: Mapping[str, Any]) -> Item:
         text=text,
         answer=line.get("answer", text),
         bare=line.get("bare_prediction"),
+        score=line["score"],
         solved=line["score"] == 1.0 and not line.get("refused", False),
         bare_solved=bare_solved,
         finished=line.get("finished", True),

@@ -21,7 +21,8 @@ TABLE = (
     Flag("save_best_model", "bool", False, "also keep the best checkpoint: solved rate, or validation loss"),
     Flag("log_steps", "int", 20, "batches between logged lines", low=1),
     Flag("report", "bool", True, "write report.html at the end: settings, curves, a table of each task, samples"),
-    Flag("trackers", "list", "", "where else to log", choices=("tensorboard", "wandb", "trackio")),
+    Flag("trackers", "list", "", "where else to log", choices=("tensorboard", "wandb", "trackio", "mlflow",
+         "comet_ml", "swanlab", "aim")),
     # The machine.
     Flag("device", "str", "auto", "where to compute; auto = CUDA, else MPS, else CPU",
          choices=("auto", "cpu", "cuda", "mps"), common=True),

@@ -112,8 +112,9 @@ class StageLoop:
 
     def record(self, report: Report) -> None:
         """Writes rows and predictions at the step of now."""
-        self.log.eval_rows(stamped(report.rows, self.progress.step, self.log.elapsed_s))
-        self.log.predictions(stamped(report.predictions, self.progress.step))
+        step = self.progress.step
+        rows = stamped(report.rows, step, self.log.elapsed_s)
+        self.log.evaluation(step, rows, stamped(report.predictions, step))
 
     # --- one stage ---
 

@@ -390,7 +390,7 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
     ("--tasks a,a", "--tasks a,a is not legal: expected distinct names with commas between"),
     ("--tasks a,,b", "--tasks a,,b is not legal: expected distinct names with commas between"),
     ("--trackers wandb,tb", "--trackers wandb,tb is not legal: expected distinct names with commas between, "
-                            "among tensorboard, wandb, trackio"),
+                            "among tensorboard, wandb, trackio, mlflow, comet_ml, swanlab, aim"),
     ("--d_h none", "--d_h none is not legal: expected an integer >= 8"),
     ("--d_h 64.0", "--d_h 64.0 is not legal: expected an integer >= 8"),
     ("--task_config {bad", "--task_config '{bad' is not legal: expected small, default, a file or a JSON object"),

@@ -258,7 +258,8 @@ def test_a_dry_run_of_a_broken_model_ends_as_training_would(call, monkeypatch, t
 
 
 UNUSABLE_HERE = {("device", "cuda"), ("device", "mps"), ("mixed_precision", "fp16"), ("trackers", "wandb"),
-                 ("trackers", "trackio")}
+                 ("trackers", "trackio"), ("trackers", "mlflow"), ("trackers", "comet_ml"), ("trackers", "swanlab"),
+                 ("trackers", "aim")}
 # Beside the choices: switches, and numbers that turn a part on.
 OURS = [flag for flag in options.FLAGS if "addon" in flag.archs]
 MORE = [*((flag.name, text) for flag in OURS for text in "01" if flag.type == "bool" and flag.name != "reset_progress"),
