@@ -374,8 +374,11 @@ def generate_answers(
     ends = stop_ids(model, prompt_format)
 
     # transformers needs the tokenizer to see the sentinel in what it has generated.
+    stops = list(extra.pop("stop_strings", ()))
     if prompt_format.sentinel:
-        extra |= {"stop_strings": [prompt_format.sentinel], "tokenizer": prompt_format.tokenizer}
+        stops.append(prompt_format.sentinel)
+    if stops:
+        extra |= {"stop_strings": stops, "tokenizer": prompt_format.tokenizer}
     out = model.generate(
         input_ids=prompt_ids.to(device),
         attention_mask=prompt_mask.to(device),

@@ -96,9 +96,13 @@ class CausalTextModel:
     # --- answers ---
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int, progress: Callable[[int], None] = lambda done: None
+        self, prompts: Sequence[str], max_new_tokens: int, progress: Callable[[int], None] = lambda done: None,
+        stop: Sequence[str] = (),
     ) -> list[str]:
-        """As `TextModel.generate`. A prompt that fills the LLM's positions gets fewer new tokens, or none and ""."""
+        """As `TextModel.generate`. A prompt that fills the LLM's positions gets fewer new tokens, or none and "".
+
+        Generation ends at any text of `stop`, which is still part of the answer.
+        """
         if not prompts:
             self.segments_used = None
             self.cuts = Cuts()
@@ -128,7 +132,7 @@ class CausalTextModel:
                 indices = groups[budget]
                 questions = [prompts[index] for index in indices]
                 sizes = [lengths[index] for index in indices]
-                run = functools.partial(self._answers, model, budget=budget, segments=segments, count=count)
+                run = functools.partial(self._answers, model, budget=budget, segments=segments, count=count, stop=stop)
                 answers = by_length(questions, sizes, self.batch_size, run)
                 for index, answer in zip(indices, answers, strict=True):
                     texts[index] = answer.text
@@ -138,14 +142,15 @@ class CausalTextModel:
         return texts
 
     def _answers(
-        self, model: Any, questions: list[str], budget: int, segments: list[int], count: Callable[[int], None]
+        self, model: Any, questions: list[str], budget: int, segments: list[int], count: Callable[[int], None],
+        stop: Sequence[str] = (),
     ) -> list[Generated]:
         """Answers of one batch, whose size `count` gets.
 
         An HRM model's segments, one number a question, are added to `segments`.
         """
         log: list[Tensor] = []
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"stop_strings": list(stop)}
         if "segments_log" in inspect.signature(model.forward).parameters:
             extra["segments_log"] = log
         answers = generate_all(model, self.format, questions, Decoding(max_new_tokens=budget), **extra)
@@ -161,7 +166,11 @@ class CausalTextModel:
         return [(float(terms.sum()), len(terms)) for terms in self.token_log_probs(pairs)]
 
     def token_log_probs(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
-        """(continuation tokens,) float64 log p of each continuation token, per pair.
+        """(continuation tokens,) float64 log p of each continuation token, per pair; see `token_scores`."""
+        return [scores[0] for scores in self.token_scores(pairs)]
+
+    def token_scores(self, pairs: Sequence[tuple[str, str]]) -> list[Tensor]:
+        """(2, continuation tokens) float64 per pair: log p of each token, and 1 where no token is likelier, else 0.
 
         Where the LLM's positions are too few, the context loses its beginning, and a long continuation is predicted
         piece by piece, each from all that fits before it.
@@ -192,10 +201,10 @@ class CausalTextModel:
         self.segments_used = _mean(segments)
 
         # Put the pieces of each continuation together again, in their order.
-        rows: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in pairs]
+        rows: list[list[Tensor]] = [[torch.zeros(2, 0, dtype=torch.float64)] for _ in pairs]
         for pair, start in sorted(terms):
             rows[pair].append(terms[pair, start])
-        return [torch.cat(row) for row in rows]
+        return [torch.cat(row, dim=1) for row in rows]
 
     def _context_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Opened as the tokenizer opens texts and never closed; an empty one holds a single special token."""
@@ -261,7 +270,7 @@ class CausalTextModel:
             yield batch
 
     def _score(self, model: Any, device: torch.device, batch: list[Piece], segments: list[int]) -> list[Tensor]:
-        """(tokens,) float64 log p of each piece's tokens; an HRM model's segments are added to `segments`.
+        """(2, tokens) float64 of each piece, as `token_scores`; an HRM model's segments are added to `segments`.
 
         Contexts are padded on the left, so all end in column S - 1. Columns S - 1 to S + T - 2 predict the T tokens.
         """
@@ -290,7 +299,9 @@ class CausalTextModel:
         for logits, piece in zip(out.logits[:, -width:], batch, strict=True):
             own = logits[: len(piece.ids)].float()
             picked = own.gather(1, torch.tensor(piece.ids, device=device)[:, None])[:, 0]
-            rows.append((picked - own.logsumexp(dim=-1)).double().cpu())
+            log_p = (picked - own.logsumexp(dim=-1)).double()
+            is_top = (picked >= own.amax(dim=-1)).double()
+            rows.append(torch.stack([log_p, is_top]).cpu())
         return rows
 
 
