@@ -23,6 +23,7 @@ from addon.host_dtype import host_parameters, pick_dtype
 from addon.items import AddonData, AddonDataConfig
 from addon.param_matching import check_size
 from addon.peft_files import library_of
+from addon.retain import RetainConfig, Retained, retain_problems
 from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
@@ -110,6 +111,8 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
         lines += steps_problems(chosen, task_config(opts), own, limits)
     lines += bare_problems(chosen, opts.few_shot)
     lines += errors_of(header_text, opts.system_header)
+    if not opts.eval_only:
+        lines += retain_problems(opts.retain)
 
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
     lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
@@ -294,6 +297,8 @@ class AddonRun:
         )
         trainer.frame = self.format.frame
         trainer.more_documents = document_of(self.data.own, self.plugin)
+        if opts.retain and not opts.eval_only:
+            trainer.retained = Retained(options.part(RetainConfig, opts), self.format)
         if self.plan and opts.dry_run:
             self.machine.say(
                 "--dry_run leaves the cache of hidden states empty: its time is that of a step without it"

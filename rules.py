@@ -137,6 +137,13 @@ def a_curriculum_is_evaluated(o: Namespace) -> str | None:
         return "--curriculum raises levels by evaluations: set --eval_every above 0"
 
 
+@rule("retain", "retain_weight", "retain_batch_size")
+def retaining_has_text(o: Namespace) -> str | None:
+    if o.retain is None and (o.retain_weight, o.retain_batch_size) != (1.0, 16):
+        name = "retain_weight" if o.retain_weight != 1.0 else "retain_batch_size"
+        return f"--{name} {getattr(o, name)} does nothing without --retain: name a file of text, or leave it out"
+
+
 # --- how long a run takes ---
 
 

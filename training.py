@@ -27,6 +27,7 @@ from addon.adapters import (
     record_of,
 )
 from addon.peft_files import own_names
+from addon.retain import Retained, bare_log_probs, divergence
 from batching import Batch, PromptConfig, needed_segments
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
@@ -55,6 +56,7 @@ class AddonStepConfig:
     verifier_every: batches between two sets of answers that are generated for that head, 1 or more.
     batch_tokens: above 0 measures how much of a batch is padding.
     seed: of the draw of segments.
+    retain_weight: weight of the divergence from the bare LLM on other text, above 0, see `addon.retain`.
     """
 
     segments: int = 1
@@ -69,6 +71,7 @@ class AddonStepConfig:
     verifier_every: int = 50
     batch_tokens: int = 0
     seed: int = 0
+    retain_weight: float = 1.0
 
 
 def segments_of_step(config: AddonStepConfig, step: int, progress: float = 1.0, needed: int = 1) -> int:
@@ -169,6 +172,7 @@ class Trainer(BaseTrainer):
         self.frame: Frame | None = None  # what is written around each question, where checkpoints are to keep it
         self.controller = controller
         self.answer_verdicts = answer_verdicts
+        self.retained: Retained | None = None  # other text, which the LLM is to answer as before
         self.encode = controller.encode  # what a batch becomes before its segments; a cache may stand in
 
     def weights(self) -> dict[str, Tensor]:
@@ -219,7 +223,9 @@ class Trainer(BaseTrainer):
         for segment in range(supervised):
             if segment and self.controller.config.lora_layers:
                 states = self._encode(batches)  # the last backward spent the graph, the last step moved the weights
-            items = list(zip(batches, states, carries, verdicts, strict=True))
+            items: list[Any] = list(zip(batches, states, carries, verdicts, strict=True))
+            if self.retained and segment == supervised - 1:
+                items.insert(0, (self._retained_batch(step), count))
             metrics, following = self._supervise(items, tokens, examples, earlier)
             metrics["grad_norm"] = self._update(step, metrics["loss"])
 
@@ -274,6 +280,8 @@ class Trainer(BaseTrainer):
                    ) -> tuple[dict[str, float], list[Any]]:
         """Gradients of one segment, over micro-batches given as (batch, states, carry, verdict).
 
+        One of other text is given as (batch, segments).
+
         They run through `earlier` segments before it. Returns the metrics of the global batch, which has `tokens`
         answer tokens and `examples`, and the carries.
         """
@@ -281,12 +289,36 @@ class Trainer(BaseTrainer):
         following = []
 
         def loss_of(item: tuple) -> MicroLoss:
+            if len(item) == 2:
+                return self._retain_loss(*item)
             batch, state, carry, verdict = item
             out = self.wrapped(state, batch.labels, carry, tokens / world, earlier)
             following.append(out.carry and out.carry.detach())
             return self._total_loss(out, verdict, examples / world)
 
         return self.accumulate(items, loss_of), following
+
+    def _retained_batch(self, step: int) -> Batch:
+        """This process's texts of batch `step`."""
+        return self.retained.batch(step, self.accelerator.process_index).to(self.accelerator.device)
+
+    def _retain_loss(self, batch: Batch, count: int) -> MicroLoss:
+        """How far the answers to other text are from the bare LLM's after `count` segments; the last one learns."""
+        with torch.autocast(self.accelerator.device.type, enabled=False):  # the bare LLM has its own precision
+            bare = bare_log_probs(self.controller, batch)
+        states = self.controller.encode(batch)
+        carry = None
+        for _ in range(count - 1):
+            (carry,) = self._advance([states], [carry])
+        out = self.wrapped(states, batch.labels, carry, 1.0, 0)
+
+        # A mean over the tokens of this process; DDP takes the mean over processes. Heads take part in every backward.
+        moved = divergence(out.logits, bare) / max(len(bare), 1)
+        loss = self.config.retain_weight * moved
+        for name in ("halt_logits", "verdict_logits"):
+            if name in out.metrics:
+                loss = loss + 0.0 * out.metrics[name].sum()
+        return MicroLoss(loss, {"retain_loss": moved.detach()})
 
     def _total_loss(self, out: Any, verdict: Tensor | None, examples: float) -> MicroLoss:
         """Answer loss plus the heads' losses. `out` is of one micro-batch, `examples` are those of the global batch."""

@@ -35,6 +35,8 @@ TABLE = (
           form="exact, number, choice, regex:PATTERN or PKG.MOD:FUNCTION", common=True),
     addon("mix", "str", None, "shares of the tasks in training; a task that is not named weighs 1; none = equal parts",
           nullable=True, pattern=r"[^,=]+=[^,=]+(,[^,=]+=[^,=]+)*", form="NAME=WEIGHT,NAME=WEIGHT"),
+    addon("retain", "path", None, "text on which the LLM is to stay as it is: a .txt, .jsonl or parquet file, or a "
+          "folder of them", nullable=True),
     addon("train_n", "int", 0, "training items; 0 = fresh items without end, of --data alone all rows", low=0,
           common=True),
     Flag("eval_n", "int", 256, "evaluation items of each task", low=1, common=True),

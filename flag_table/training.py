@@ -58,6 +58,10 @@ TABLE = (
           "earlier segments: less memory, more time; needs grad_horizon segments:N", adapters=RECURRENT),
     addon("carry_state", "bool", True, "each supervised segment goes on from the states of the one before; off: "
           "from the initial ones, a control for what recurrence adds to repeated steps", adapters=RECURRENT),
+    # Other text, which is left alone.
+    addon("retain_weight", "float", 1.0, "weight of the divergence from the bare LLM on the text of retain", low=0,
+          exclusive_low=True),
+    addon("retain_batch_size", "int", 16, "texts of retain in each batch", low=1),
     # Further heads and controls.
     addon("verifier_weight", "float", 0.0, "loss weight of the head that learns the verifier's verdict; 0 = off",
           low=0, adapters=BLOCKS),
