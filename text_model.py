@@ -194,7 +194,7 @@ class CausalTextModel:
         terms: dict[tuple[int, int], Tensor] = {}
         segments: list[int] = []
         with self._ready() as (model, device):
-            for batch in self._batches(pieces):
+            for batch in batches_of(pieces, self.batch_size, self.vocab_size):
                 scored = self._score(model, device, batch, segments)
                 for piece, row in zip(batch, scored, strict=True):
                     terms[piece.pair, piece.start] = row
@@ -254,21 +254,6 @@ class CausalTextModel:
                 before = before[-room:]
             yield Piece(pair, start, before, piece)
 
-    def _batches(self, pieces: list[Piece]) -> Iterator[list[Piece]]:
-        """Pieces in batches whose logits stay below MOST_LOGITS."""
-        batch: list[Piece] = []
-        longest = 0
-        for piece in pieces:
-            longest = max(longest, len(piece.ids))
-            full = len(batch) == self.batch_size or (len(batch) + 1) * longest * self.vocab_size > MOST_LOGITS
-            if batch and full:
-                yield batch
-                batch = []
-                longest = len(piece.ids)
-            batch.append(piece)
-        if batch:
-            yield batch
-
     def _score(self, model: Any, device: torch.device, batch: list[Piece], segments: list[int]) -> list[Tensor]:
         """(2, tokens) float64 of each piece, as `token_scores`; an HRM model's segments are added to `segments`.
 
@@ -303,6 +288,22 @@ class CausalTextModel:
             is_top = (picked >= own.amax(dim=-1)).double()
             rows.append(torch.stack([log_p, is_top]).cpu())
         return rows
+
+
+def batches_of(pieces: list[Piece], size: int, vocabulary: int) -> Iterator[list[Piece]]:
+    """Pieces in batches of at most `size` whose logits stay below MOST_LOGITS."""
+    batch: list[Piece] = []
+    longest = 0
+    for piece in pieces:
+        longest = max(longest, len(piece.ids))
+        full = len(batch) == size or (len(batch) + 1) * longest * vocabulary > MOST_LOGITS
+        if batch and full:
+            yield batch
+            batch = []
+            longest = len(piece.ids)
+        batch.append(piece)
+    if batch:
+        yield batch
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

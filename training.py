@@ -223,9 +223,8 @@ class Trainer(BaseTrainer):
         for segment in range(supervised):
             if segment and self.controller.config.lora_layers:
                 states = self._encode(batches)  # the last backward spent the graph, the last step moved the weights
-            items: list[Any] = list(zip(batches, states, carries, verdicts, strict=True))
-            if self.retained and segment == supervised - 1:
-                items.insert(0, (self._retained_batch(step), count))
+            other = self._other_text(step, count, segment == supervised - 1)
+            items = [*other, *zip(batches, states, carries, verdicts, strict=True)]
             metrics, following = self._supervise(items, tokens, examples, earlier)
             metrics["grad_norm"] = self._update(step, metrics["loss"])
 
@@ -298,9 +297,11 @@ class Trainer(BaseTrainer):
 
         return self.accumulate(items, loss_of), following
 
-    def _retained_batch(self, step: int) -> Batch:
-        """This process's texts of batch `step`."""
-        return self.retained.batch(step, self.accelerator.process_index).to(self.accelerator.device)
+    def _other_text(self, step: int, count: int, is_last: bool) -> list[tuple[Batch, int]]:
+        """What `--retain` adds to a segment of batch `step`, which has `count`: this process's texts, with the last."""
+        if self.retained is None or not is_last:
+            return []
+        return [(self.retained.batch(step, self.accelerator.process_index).to(self.accelerator.device), count)]
 
     def _retain_loss(self, batch: Batch, count: int) -> MicroLoss:
         """How far the answers to other text are from the bare LLM's after `count` segments; the last one learns."""
