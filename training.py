@@ -242,8 +242,7 @@ class Trainer(BaseTrainer):
             # Var p = E p^2 - (E p)^2, over the examples of the batch; rounding may take it below zero.
             variance = metrics.pop("halt_square") - metrics["halt_probability"] ** 2
             metrics["halt_deviation"] = max(variance, 0.0) ** 0.5
-        counted = {"lr": lr, "segments": count, "tokens": tokens, "examples": examples}
-        return {**metrics, **self._padding(batches), **counted}
+        return {**metrics, **self._padding(batches), "lr": lr, "segments": count, "tokens": tokens, "examples": examples}
 
     def _padding(self, batches: Sequence[Batch]) -> dict[str, float]:
         """The share of the global batch that is padding, where batches are made to have little."""
