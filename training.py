@@ -199,7 +199,6 @@ class Trainer(BaseTrainer):
         Raises:
             NonFiniteError: before the optimizer step that would have spoilt the weights.
         """
-        config = self.config
         self.begin(step, lr)
         verdicts = self._verdicts(batches, step)
         self.wrapped.train()
@@ -211,8 +210,8 @@ class Trainer(BaseTrainer):
 
         # The burn-in: segments whose states alone matter.
         count = self._segments(batches, step) if self.controller.recurrent else 1
-        supervised = min(config.supervised_segments or count, count)
-        horizon = segments_with_gradient(config.grad_horizon)
+        supervised = min(self.config.supervised_segments or count, count)
+        horizon = segments_with_gradient(self.config.grad_horizon)
         earlier = min(count - supervised, horizon - 1)
         states = self._encode(batches)
         carries = [None] * len(batches)
@@ -229,7 +228,7 @@ class Trainer(BaseTrainer):
             metrics["grad_norm"] = self._update(step, metrics["loss"])
 
             # The next one's gradient runs through as many segments, or through one more where there were fewer.
-            if not config.carry_state:
+            if not self.config.carry_state:
                 carries = [None] * len(batches)
             elif horizon == 1:
                 carries = following
@@ -242,7 +241,8 @@ class Trainer(BaseTrainer):
             # Var p = E p^2 - (E p)^2, over the examples of the batch; rounding may take it below zero.
             variance = metrics.pop("halt_square") - metrics["halt_probability"] ** 2
             metrics["halt_deviation"] = max(variance, 0.0) ** 0.5
-        return {**metrics, **self._padding(batches), "lr": lr, "segments": count, "tokens": tokens, "examples": examples}
+        seen = {"segments": count, "tokens": tokens, "examples": examples}
+        return {**metrics, **self._padding(batches), "lr": lr, **seen}
 
     def _padding(self, batches: Sequence[Batch]) -> dict[str, float]:
         """The share of the global batch that is padding, where batches are made to have little."""
