@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test slow lint host audit clean
+.PHONY: train test slow lint types host audit clean
 
 train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 7 minutes of training, or less where 1,900 steps take less
 	$(RUN) train.py
@@ -15,6 +15,9 @@ slow: $(VENV)/ready             ## the slow checks, hours on a slow machine
 
 lint: $(VENV)/ready             ## ruff
 	$(VENV)/bin/ruff check .
+
+types: $(VENV)/ready            ## mypy on all modules but those that pyproject.toml lists as not yet checked
+	$(RUN) -m mypy
 
 host: $(VENV)/ready             ## pretrain the embedded LLM anew: about 35 minutes on 2 idle cores with bf16 instructions
 	$(RUN) scripts/pretrain_host.py
@@ -30,4 +33,4 @@ $(VENV)/ready: requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -55,8 +55,14 @@ class Batch:
         return int(self.prompt_mask.sum()) + int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (self.prompt_ids, self.prompt_mask, self.target_ids, self.labels)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.examples)
+        """The same batch with its tensors on `device`."""
+        return Batch(
+            prompt_ids=self.prompt_ids.to(device),
+            prompt_mask=self.prompt_mask.to(device),
+            target_ids=self.target_ids.to(device),
+            labels=self.labels.to(device),
+            examples=self.examples,
+        )
 
 
 def needed_segments(examples: Sequence[Example]) -> Tensor:
@@ -146,7 +152,7 @@ class PromptFormat:
 
     def check_ids(self, rows: Sequence[Sequence[int]]) -> None:
         """Raises ValueError naming a token of these rows of ids that the LLM has no embedding of."""
-        if not self._has_more:
+        if self.rows is None or not self._has_more:
             return
         highest = max((max(row) for row in rows if len(row)), default=0)
         if highest >= self.rows:

@@ -191,14 +191,16 @@ def quantisation(load_in: str, device: str) -> dict:
 
     # Its cast to float16 is told by every layer in every forward pass.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
-    kind = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}[load_in]
-    return {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": device}}
+    kinds: dict[str, dict[str, Any]] = {
+        "8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    }
+    return {"quantization_config": BitsAndBytesConfig(**kinds[load_in]), "device_map": {"": device}}
 
 
 class _Once(logging.Filter):
     """Lets each message of a logger pass once, whatever its arguments."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
@@ -329,7 +331,7 @@ def _stacks(host) -> list[tuple[str, nn.ModuleList]]:
     return stacks
 
 
-def _is_product(module: nn.Module) -> bool:
+def _is_product(module: Any) -> bool:
     """False for a family's own kind of linear map that returns something else than a product, as some routers do."""
     if not type(module).__module__.startswith(("transformers.models.", "transformers_modules.")):
         return True

@@ -43,12 +43,12 @@ class Carry:
 
     def noisy(self, share: float) -> Carry:
         """The same state and Gaussian noise, at each position with `share` of the state's root mean square there."""
-        states = []
-        for z in (self.z_high, self.z_low):
-            scale = share * z.detach().square().mean(dim=-1, keepdim=True).sqrt()
-            states.append(z + scale * torch.randn_like(z))
 
-        return Carry(*states, self.steps, self.halted)
+        def blurred(z: Tensor) -> Tensor:
+            scale = share * z.detach().square().mean(dim=-1, keepdim=True).sqrt()
+            return z + scale * torch.randn_like(z)
+
+        return Carry(blurred(self.z_high), blurred(self.z_low), self.steps, self.halted)
 
     def where(self, chosen: Tensor, other: Carry) -> Carry:
         """The state of the examples that `chosen` (bool, (B,)) marks, and `other` in the other rows."""
@@ -314,6 +314,9 @@ class HRMCore(nn.Module):
         ValueError: a width that the heads do not divide, a shared block of two depths, an unknown horizon.
     """
 
+    z_high_init: Tensor  # (d,) buffers
+    z_low_init: Tensor
+
     def __init__(
         self,
         d: int,
@@ -399,6 +402,7 @@ class HRMCore(nn.Module):
         """One segment over x (B, S, d); a row that has had as many as `context.needed` says stays as it is."""
         z_low = self._initial(self.z_low_init, *x.shape[:2]) if self.reset_l else carry.z_low
         l_block = self.h_block if self.l_block is None else self.l_block
+        assert l_block is not None  # a shared block is H's
 
         def step_low(low: Tensor, high: Tensor) -> Tensor:
             return l_block(self._low_input(low, high, x), context)
@@ -438,6 +442,7 @@ class SinglePassCore(HRMCore):
 
     def forward(self, x: Tensor, context: Context, carry: Carry) -> Carry:
         """The pass over x (B, S, d); whatever state comes in, the same one goes out."""
+        assert self.l_block is not None  # nothing is shared without a recurrence
         z_low = self.l_block(x, context)
         z_high = z_low if self.h_block is None else self.h_block(z_low, context)
         return Carry(z_high, z_low, carry.steps + 1, carry.halted)

@@ -16,7 +16,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,15 +69,16 @@ class AdapterConfig(PreTrainedConfig):
     base_model_name: str = ""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.base_config, dict):
-            self.base_config = AutoConfig.for_model(**self.base_config)
+        base: Any = self.base_config
+        if isinstance(base, dict):
+            base = AutoConfig.for_model(**base)
         # A copy: transformers sets the attention of sub-configs to None below, and a host that shared it with us
         # would silently lose its causal mask.
-        self.base_config = copy.deepcopy(self.base_config)
+        self.base_config = copy.deepcopy(base)
 
         # `generate` asks the outer config for the special tokens.
-        if self.base_config is not None:
-            text = self.base_config.get_text_config()
+        if base is not None:
+            text = base.get_text_config()
             for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
                 kwargs.setdefault(name, getattr(text, name, None))
         kwargs.setdefault("tie_word_embeddings", False)  # tying is the host's own affair
@@ -85,9 +86,10 @@ class AdapterConfig(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The host's text config: cache creation and TRL ask it for layers, heads and vocabulary."""
-        if self.base_config is None:
+        base: Any = self.base_config  # no dict any more
+        if base is None:
             return self
-        return self.base_config.get_text_config(*args, **kwargs)
+        return base.get_text_config(*args, **kwargs)
 
     def settings(self) -> dict[str, Any]:
         """Name -> value of the adapter's own settings, in their order: with an LLM, they rebuild the adapter."""
@@ -135,7 +137,8 @@ class HRMAddonConfig(AdapterConfig):
     """
 
     model_type = "hrm_addon"
-    auto_map = {}  # TRL reads it when it loads a reference model whose class transformers does not export
+    # TRL reads it when it loads a reference model whose class transformers does not export.
+    auto_map: ClassVar[dict[str, str]] = {}
 
     d_h: int = 128
     h_layers: int = 1
@@ -256,9 +259,17 @@ class AdapterController(FrozenHostModel, GenerationMixin):
     """
 
     addon_prefix: str  # of the names of what trains, beside LoRA
-    recurrent: bool  # whether there are segments to draw, supervise and count
-    title: str  # what trains, in a few words for the user
     virtual_tokens = 0  # positions that the adapter takes before the prompt
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether there are segments to draw, supervise and count."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What trains, in a few words for the user."""
+        raise NotImplementedError
 
     @classmethod
     def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
@@ -314,7 +325,7 @@ class AdapterController(FrozenHostModel, GenerationMixin):
                                       **kwargs: Any) -> None:
         """As transformers'; where no layer of the cache counts tokens, one that does takes its place."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         counts = any(isinstance(layer, CacheLayerMixin) for layer in getattr(cache, "layers", ()))
         if type(cache) is DynamicCache and not counts and cache.layers:
             model_kwargs["past_key_values"] = RecurrentCache(config=self.config.get_text_config())
@@ -407,7 +418,7 @@ class HRMBackbone(FrozenHostModel):
     def __init__(self, config: HRMAddonConfig, host: PreTrainedModel | None = None):
         super().__init__(config)
         self.host = host if host is not None else AutoModelForCausalLM.from_config(config.base_config)
-        text = config.base_config.get_text_config()
+        text = config.get_text_config()
         width = self.host.get_output_embeddings().weight.shape[-1]
         self.addon = HRMAddon(config, width, text.num_hidden_layers, text.vocab_size)
         self.post_init()
@@ -608,6 +619,7 @@ class HRMBackbone(FrozenHostModel):
             prompt_mask = self._check_prompt(prompt_mask, input_ids, past) & attention_mask.bool()
             thought, used = self._think_about(prompt_mask, read, positions, needed)
 
+        assert thought.start is not None  # set wherever a prompt was thought about
         columns = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[-keep:]
         slots = Slots(
             last[:, -keep:],

@@ -68,7 +68,7 @@ def part(kind: type[Part], opts: argparse.Namespace, **given: Any) -> Part:
         TypeError: a field without a default that is neither a flag nor given.
     """
     values = {}
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # the stubs keep the type they ask for private
         if hasattr(opts, field.name):
             values[field.name] = getattr(opts, field.name)
     return kind(**values | given)
@@ -272,7 +272,7 @@ def dump(opts: argparse.Namespace) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def rerun_text(opts: argparse.Namespace) -> str:
+def rerun_text(opts: Options) -> str:
     """`dump` of what starts the run anew: the flags that belong to one call, such as --resume, at their defaults."""
     once = {flag.name: flag.default for flag in FLAGS if flag.one_call}
     return dump(replace(opts, **once))
@@ -372,7 +372,8 @@ def _from_yaml(flag: Flag, value: Any) -> Any:
     """The typed value of a YAML leaf. Raises ValueError, TypeError or OverflowError when it is of another type."""
     if value is None and flag.nullable:
         return None
-    if not isinstance(value, YAML_TYPES.get(flag.type, str)):
+    kinds: Any = YAML_TYPES.get(flag.type, str)
+    if not isinstance(value, kinds):
         raise TypeError("wrong type")
 
     if isinstance(value, dict):
@@ -400,11 +401,10 @@ def _read_command_line(argv: Iterable[str], problems: list[str]) -> dict[str, st
             continue
 
         # An unknown flag takes its value along: what follows it is no second problem.
-        name, equals, text = word.partition("=")
-        if not equals:
-            text = None
-            if words and not _is_flag(words[0]):
-                text = words.popleft()
+        name, equals, value = word.partition("=")
+        text = value if equals else None
+        if not equals and words and not _is_flag(words[0]):
+            text = words.popleft()
 
         flag = FIND.get(name.removeprefix("--"))
         if name in ("-h", "--help"):

@@ -391,7 +391,9 @@ class Reserve:
             self.examples += drawn
 
     def _draw(self, task: Task, n: int, seed: int) -> list[Example]:
-        drawn, seen, rejected = [], set(), 0  # deduplicated per task: n must not change what another task keeps
+        drawn: list[Example] = []
+        seen: set[str] = set()  # of this task alone: n must not change what another task keeps
+        rejected = 0
         until = time.monotonic() + self.seconds
         stream = task.items(seed)
         while len(drawn) < n and rejected < MAX_REJECTED:

@@ -142,7 +142,7 @@ def with_threads(opts: options.Options) -> options.Options:
     return options.replace(opts, num_threads=best_threads())
 
 
-def run_of(opts: options.Options) -> type:
+def run_of(opts: options.Options) -> type[Any]:
     """The class of a system's runs, which knows what is wrong with one (`problems`). torch loads here."""
     if opts.objective == "grpo":
         from grpo.run import GrpoRun

@@ -9,7 +9,7 @@ supervised segment runs through the N - 1 before it as well: what takes several 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,8 @@ class Trainer(BaseTrainer):
         self.controller = controller
         self.answer_verdicts = answer_verdicts
         self.retained: Retained | None = None  # other text, which the LLM is to answer as before
-        self.encode = controller.encode  # what a batch becomes before its segments; a cache may stand in
+        # What a batch becomes before its segments; a cache may stand in.
+        self.encode: Callable[[Batch], Any] = controller.encode
 
     def weights(self) -> dict[str, Tensor]:
         """The adapter's, never the LLM's, by the names that a checkpoint has for them."""

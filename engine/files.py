@@ -248,9 +248,7 @@ def parse_json(content: bytes | str, strict: bool = False) -> Any:
         ValueError: the text is not UTF-8, not JSON, nested too deeply, or holds half of a surrogate pair, which no
             UTF-8 file and no tokenizer can hold; what `strict` refuses.
     """
-    text = content
-    if isinstance(content, bytes):
-        text = content.decode("utf-8-sig")
+    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
         value = json.loads(text, object_pairs_hook=_once if strict else None)
     except RecursionError as error:

@@ -65,6 +65,7 @@ def seconds_of_step(data: Data, machine: Machine, trainer: BaseTrainer) -> float
 
 def fitting_steps(config: LoopConfig, seconds: float) -> int:
     """The steps of `seconds` each that fit into `fit_minutes`: `LEAST` or more, and `max_steps` at most."""
+    assert config.fit_minutes
     steps = int(60 * config.fit_minutes / seconds)
     return min(max(steps, LEAST), config.max_steps)
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -50,7 +49,7 @@ from engine.machine import Machine, run_folder
 from engine.optimization import BaseTrainer, NonFiniteError
 from engine.page import page_of_run
 from engine.patience import Patience
-from engine.progress import Progress
+from engine.progress import Progress, Speed
 from engine.report import Report, closing_words, stamped
 from engine.schedule import learning_rate
 from engine.state import RunState, load_run, save_run
@@ -82,7 +81,7 @@ class KeptRun:
         self.best: float | None = None  # best `Report.value` so far
         self.report: Report | None = None  # the newest evaluation's
         self.finished = False  # True once the closing evaluation is written
-        self.log: RunLog | None = None
+        self._log: RunLog | None = None  # open while the run trains or evaluates
         self._elapsed_before = 0.0  # seconds of the run before this process
         self._evaluated_at = -1
         self._owes_evaluation = False  # the newest step's was left when the run was told to stop
@@ -102,9 +101,15 @@ class KeptRun:
     @property
     def elapsed_s(self) -> float:
         """Seconds of the run, those before a resume included."""
-        if self.log is None:
+        if self._log is None:
             return self._elapsed_before
-        return self.log.elapsed_s
+        return self._log.elapsed_s
+
+    @property
+    def log(self) -> RunLog:
+        """The records, once they are open."""
+        assert self._log is not None
+        return self._log
 
     def _share(self) -> float:
         """How much of the run is done, 0 to 1."""
@@ -152,8 +157,9 @@ class KeptRun:
         """
         if not self.machine.is_main:
             return
-        is_best = report is not None and self._is_best(report)
-        if is_best:
+        is_best = False
+        if report is not None and self._is_best(report):
+            is_best = True
             self.best = report.value
 
         stream = self.data.state() if position is None else position
@@ -222,7 +228,7 @@ class RunLoop(KeptRun):
         trackers = options.names(config.trackers)
         flags = dict(config.flags)
         alone = not config.eval_only
-        with RunLog(self.folder, csv, trackers, flags, self.machine.is_main, self._elapsed_before, alone) as self.log:
+        with RunLog(self.folder, csv, trackers, flags, self.machine.is_main, self._elapsed_before, alone) as self._log:
             if config.eval_only:
                 self._close(self._evaluate())
                 return 0
@@ -238,11 +244,12 @@ class RunLoop(KeptRun):
             return status
 
         # An evaluation that is cut short must not cost what was trained: save before it, and again with its figures.
-        if self._evaluated_at != self.step:
+        report = self.report
+        if report is None or self._evaluated_at != self.step:
             self.save()
-            self._evaluate()
-        self.save(self.report)
-        self._close(self.report)
+            report = self._evaluate()
+        self.save(report)
+        self._close(report)
         return 0
 
     def _close(self, report: Report) -> None:
@@ -422,25 +429,6 @@ def folder_of(config: LoopConfig, label: str, checkpoint: Path | None) -> Path:
     # Each process has a clock of its own; the first one's decides.
     dated = gather_object([f"{label[:LONGEST_LABEL]}-{datetime.now():%Y%m%d-%H%M%S}"])[0]
     return run_folder(config, checkpoint) or Path(config.save_dir) / dated
-
-
-class Speed:
-    """Items and tokens a second since training began in this process."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._examples = 0
-        self._tokens = 0
-
-    def update(self, examples: int, tokens: int) -> dict[str, float]:
-        """The rates after a batch of so many examples and tokens; no rate of tokens where none were counted."""
-        self._examples += examples
-        self._tokens += tokens
-        seconds = time.monotonic() - self._began
-        rates = {"examples_per_second": self._examples / seconds}
-        if self._tokens:
-            rates["tokens_per_second"] = self._tokens / seconds
-        return rates
 
 
 def is_due(every: int, step: int) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.hardware import multiplies_bf16
 
@@ -45,7 +45,9 @@ class Muon(torch.optim.Muon):
         super().__init__(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(  # type: ignore[override]  # torch's annotations split this one signature into two
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """One step of every matrix that has a gradient."""
         loss = None
         if closure is not None:
@@ -54,7 +56,7 @@ class Muon(torch.optim.Muon):
 
         for group in self.param_groups:
             # Wide and tall matrices of one shape are worked on together, the tall ones turned over.
-            shapes: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            shapes: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     shapes[min(matrix.shape), max(matrix.shape)].append(matrix)
@@ -62,14 +64,14 @@ class Muon(torch.optim.Muon):
                 self._step_shape(group, matrices)
         return loss
 
-    def _step_shape(self, group: dict[str, Any], matrices: list[nn.Parameter]) -> None:
-        """One step of matrices that have one shape, or that shape turned over."""
-        gradients = [matrix.grad for matrix in matrices]
+    def _step_shape(self, group: dict[str, Any], matrices: list[Tensor]) -> None:
+        """One step of matrices that have a gradient and one shape, or that shape turned over."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients)).float()
         gradients = self._without_outliers(matrices, gradients, norms.tolist())
 
         # Nesterov's momentum.
-        momenta = [self._momentum(matrix) for matrix in matrices]
+        momenta = [self._momentum(*pair) for pair in zip(matrices, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
 
@@ -85,15 +87,15 @@ class Muon(torch.optim.Muon):
         for matrix, step in zip(matrices, steps, strict=True):
             matrix.add_(step if step.shape == matrix.shape else step.mT, alpha=-size)
 
-    def _momentum(self, matrix: nn.Parameter) -> Tensor:
-        """The momentum of a matrix, zero at first."""
+    def _momentum(self, matrix: Tensor, gradient: Tensor) -> Tensor:
+        """The momentum of a matrix, zero at first and laid out as its gradient."""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+            state["momentum_buffer"] = torch.zeros_like(gradient)
         return state["momentum_buffer"]
 
     def _without_outliers(
-        self, matrices: list[nn.Parameter], gradients: list[Tensor], norms: list[float]
+        self, matrices: list[Tensor], gradients: list[Tensor], norms: list[float]
     ) -> list[Tensor]:
         """The gradients, outliers cut to the usual norm of their matrix; that norm then follows the new one."""
         factors = []
@@ -108,7 +110,7 @@ class Muon(torch.optim.Muon):
         # Ordinary gradients stay as they are, bit for bit.
         if min(factors) == 1.0:
             return gradients
-        return torch._foreach_mul(gradients, factors)
+        return list(torch._foreach_mul(gradients, factors))
 
 
 def following(usual: float, norm: float) -> float:

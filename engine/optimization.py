@@ -294,7 +294,15 @@ class BaseTrainer:
         """Restores `weights`. Raises ValueError when the checkpoint does not fit this model."""
         raise NotImplementedError
 
-    # --- a step's parts ---
+    # --- a step and its parts ---
+
+    def step(self, batches: Sequence[Any], step: int, lr: float) -> dict[str, float]:
+        """One update, or one for each segment, from the micro-batches of batch `step`. Returns its metrics.
+
+        Raises:
+            NonFiniteError: before the optimizer step that would have spoilt the weights.
+        """
+        raise NotImplementedError
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Reduced precision for what trains."""

@@ -41,7 +41,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[
     tensors: dict[str, Tensor] = {}
     parameters: list[dict[str, Any]] = []
     for name, parameter, index in _parameters(optimizer, names):
-        entry = {"name": name, "shape": list(parameter.shape), "group": index, "tensors": [], "scalars": {}}
+        entry: dict[str, Any] = {"name": name}
+        entry |= {"shape": list(parameter.shape), "group": index, "tensors": [], "scalars": {}}
         parameters.append(entry)
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -147,7 +148,8 @@ def _set_option(group: dict[str, Any], key: str, value: Any) -> None:
 def pack_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """States of torch (CPU, each CUDA device), python's random and numpy's legacy generator: tensors, document."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()  # of the legacy generator always a tuple
+    kind, keys, position, has_gauss, cached = numpy_state
 
     # safetensors has no unsigned 32-bit integers: wider signed ones hold the same words.
     tensors = {

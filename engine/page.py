@@ -158,8 +158,8 @@ def paired_lines(items: Sequence[Item]) -> list[tuple[str, int, int, int, int]]:
             tasks.setdefault(item.task, Counter())[item.solved, item.bare_solved] += 1
     lines = []
     for task, counts in tasks.items():
-        kinds = ((True, True), (True, False), (False, True), (False, False))
-        lines.append((task, *(counts[kind] for kind in kinds)))
+        both = counts[True, True]
+        lines.append((task, both, counts[True, False], counts[False, True], counts[False, False]))
     return lines
 
 

@@ -153,3 +153,22 @@ class Progress:
         print(self.line(), file=self.stream, flush=True)
         self._shown = self.clock()
         self._printed = self._step
+
+
+class Speed:
+    """Items and tokens a second since training began in this process."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._examples = 0.0
+        self._tokens = 0.0
+
+    def update(self, examples: float, tokens: float) -> dict[str, float]:
+        """The rates after a batch of so many examples and tokens; no rate of tokens where none were counted."""
+        self._examples += examples
+        self._tokens += tokens
+        seconds = time.monotonic() - self._began
+        rates = {"examples_per_second": self._examples / seconds}
+        if self._tokens:
+            rates["tokens_per_second"] = self._tokens / seconds
+        return rates

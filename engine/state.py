@@ -101,6 +101,7 @@ def save_run(
     # The checkpoint is whole: what points at it may follow.
     write_text_aside(run / CONFIG, config.settings)
     if is_best:
+        assert state.best is not None
         mark_best(run, folder, metric, state.best)
     rotate(run, config.checkpoint_limit, keep=[folder])
     return folder
@@ -252,7 +253,7 @@ def _restore_optimizers(
                 own[name.removeprefix(prefix)] = tensor
 
         # The run's options stay, those typed on resume among them: loading would bring back the checkpoint's.
-        wanted = []
+        wanted: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             wanted.append({key: group[key] for key in ("weight_decay", "betas") if key in group})
         unpack_optimizer(optimizer, names, own, documents[index])

@@ -100,6 +100,7 @@ class Evaluator(Protocol):
 
     def before_training(self) -> Report | None:
         """What to write down of the untrained model, called once before step 1; None for nothing."""
+        return None
 
 
 class Hooks:

@@ -38,8 +38,8 @@ class TrainedOn:
         """Records one more."""
         self._keys.add(_kept(key_of(text)))
 
-    def __contains__(self, text: str) -> bool:
-        return _kept(key_of(text)) in self._keys
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and _kept(key_of(text)) in self._keys
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -109,7 +109,7 @@ class TrainedQuestions:
     own: TrainedOn = field(default_factory=TrainedOn)
     is_whole: bool = True
 
-    def __contains__(self, question: str) -> bool:
+    def __contains__(self, question: object) -> bool:
         return question in self.earlier or question in self.own
 
     def add(self, question: str) -> None:

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
+from typing import Any
 
 from verify.forms import words
 from verify.table import Entry, strict
@@ -119,7 +120,7 @@ def _small(power: ast.BinOp) -> bool:
     inside = [*ast.walk(power.right), *_numeric(power.left)]
     if any(isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) for node in inside):
         return False
-    numbers = [node.value for node in ast.walk(power.right) if isinstance(node, ast.Constant)]
+    numbers: list[Any] = [node.value for node in ast.walk(power.right) if isinstance(node, ast.Constant)]
     return all(abs(number) <= MOST_POWER for number in numbers)
 
 

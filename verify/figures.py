@@ -8,7 +8,7 @@ from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from fractions import Fraction
 
-from verify.forms import fraction, number, parts, shortened, whole
+from verify.forms import exponent_of, fraction, matched, number, parts, shortened, whole
 from verify.table import Entry, strict, strict_form
 
 COIN_DECIMALS = 4  # as many as the scorer's tolerance
@@ -43,7 +43,7 @@ def right_probability(answer: str, entry: Entry) -> bool:
 
     # Rounded, not cut: as near as its own decimals allow, and not to "never" or "always".
     given = number(answer)
-    decimals = -given.as_tuple().exponent
+    decimals = -exponent_of(given)
     error = abs(Fraction(given) - right)
     near = 2 * error * 10**decimals <= 1 and error <= COIN_SHARE * right
     return decimals >= COIN_DECIMALS and near and given != 1
@@ -58,7 +58,7 @@ def right_complex(answer: str, entry: Entry) -> bool:
     if REAL.fullmatch(text):
         given = (float(text), 0.0)
     else:
-        real, imaginary = COMPLEX.fullmatch(text).groups()
+        real, imaginary = matched(COMPLEX, text).groups()
         if imaginary in ("", "+", "-"):  # a sign alone before i, or nothing, is a one
             imaginary += "1"
         given = (float(real or 0), float(imaginary))
@@ -69,7 +69,7 @@ def right_complex(answer: str, entry: Entry) -> bool:
 def right_decimal(answer: str, entry: Entry) -> bool:
     gold = number(entry["answer"])
     given = number(answer)
-    digits = int(PRECISION.search(entry["question"])[1])
+    digits = int(PRECISION.findall(entry["question"])[0])
     if len(shortened(given)[0].lstrip("0")) > digits:
         return False
 
@@ -106,10 +106,9 @@ def right_matrix(answer: str, entry: Entry) -> bool:
 def right_geometry(answer: str, entry: Entry) -> bool:
     facts = entry["metadata"]
     if facts["task_type"] == "orthocenter":
-        match = PAIR.fullmatch(answer)
-        given = [_to_thousandths(coordinate) for coordinate in match.groups()]
+        point = [_to_thousandths(coordinate) for coordinate in matched(PAIR, answer).groups()]
         right = facts["orthocenter_approx"]
-        return all(abs(one - other) <= HALF_A_THOUSANDTH for one, other in zip(given, right, strict=True))
+        return all(abs(one - other) <= HALF_A_THOUSANDTH for one, other in zip(point, right, strict=True))
 
     if facts["task_type"] == "angle_measure":
         given = _to_thousandths(answer.removesuffix("°"))
@@ -162,7 +161,7 @@ def right_date(answer: str, entry: Entry) -> bool:
 def right_duration(answer: str, entry: Entry) -> bool:
     gold = entry["answer"].strip()
     if entry["metadata"]["task_type"] == "date":
-        return DAYS.fullmatch(answer)[1] == DAYS.fullmatch(gold)[1]
+        return matched(DAYS, answer)[1] == matched(DAYS, gold)[1]
 
     given = _milliseconds(answer)
     if given == _milliseconds(gold):
@@ -173,9 +172,9 @@ def right_duration(answer: str, entry: Entry) -> bool:
 def _milliseconds(text: str) -> tuple[str, int, int, int, int]:
     """(sign of the hours, days, hours, minutes, milliseconds) of `D days, HH:MM:SS.mmm`.
 
-    Raises AttributeError for another form.
+    Raises ValueError for another form.
     """
-    days, sign, hours, minutes, seconds, rest = CLOCK.fullmatch(text).groups()
+    days, sign, hours, minutes, seconds, rest = matched(CLOCK, text).groups()
     thousandths = int(seconds or 0) * 1000 + int((rest or "0").ljust(3, "0"))
     return sign, int(days or 0), int(hours), int(minutes), thousandths
 

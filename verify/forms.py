@@ -40,15 +40,30 @@ def number(text: str) -> Decimal:
     return Decimal(text.replace(",", "").replace(" ", ""))
 
 
+def matched(form: re.Pattern[str], text: str) -> re.Match[str]:
+    """The match of the whole text. Raises ValueError where it has another form."""
+    match = form.fullmatch(text)
+    if match is None:
+        raise ValueError("another form")
+    return match
+
+
+def exponent_of(value: Decimal) -> int:
+    """The power of ten of the last digit written. Raises ValueError for NaN and infinity."""
+    exponent = value.as_tuple().exponent
+    if not isinstance(exponent, int):
+        raise ValueError("not a finite number")
+    return exponent
+
+
 def shortened(value: Decimal) -> tuple[str, int]:
     """(significant digits, exponent) of a number without the zeros behind it.
 
     Unlike `Decimal.normalize` it rounds nothing: tasks set the precision of the whole process.
     """
-    _, figures, exponent = value.as_tuple()
-    every = "".join(map(str, figures))
+    every = "".join(map(str, value.as_tuple().digits))
     digits = every.rstrip("0")
-    return digits, exponent + len(every) - len(digits)
+    return digits, exponent_of(value) + len(every) - len(digits)
 
 
 def whole(text: str) -> int:

@@ -7,6 +7,7 @@ import re
 from functools import reduce
 from typing import Any
 
+from verify.forms import matched
 from verify.table import Entry, strict
 
 # --- knights and knaves -----------------------------------------------------------------------------------------------
@@ -17,7 +18,7 @@ BETWEEN = re.compile(r",? and |, ")
 
 @strict("knights_knaves", name="one role for each name, nothing else")
 def one_role_each(answer: str, entry: Entry) -> bool:
-    clauses = [CLAUSE.fullmatch(clause) for clause in BETWEEN.split(" ".join(answer.lower().split()).removesuffix("."))]
+    clauses = [matched(CLAUSE, clause) for clause in BETWEEN.split(" ".join(answer.lower().split()).removesuffix("."))]
     names = [clause[1] for clause in clauses]
     return sorted(names) == sorted(str(name).lower() for name in entry["metadata"]["names"])
 
@@ -93,7 +94,7 @@ def _marked(statement: Statement, premises: set[Statement]) -> Statement:
 
     # A premise `P ∨ Q` stands in `P ∨ Q ∨ R` as well.
     rest = parts[0]
-    marks = frozenset()
+    marks: frozenset[Statement] = frozenset()
     for premise in premises:
         if premise[0] == sign and premise[1] <= parts[0]:
             rest = rest - premise[1]

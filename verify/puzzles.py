@@ -9,7 +9,7 @@ import copy
 import re
 from typing import Any
 
-from verify.forms import from_json, is_text_list, words
+from verify.forms import from_json, is_text_list, matched, words
 from verify.table import Entry, strict, strict_form
 
 CELLS = re.compile(r"[01\s,\[\]]{1,5000}")
@@ -96,7 +96,7 @@ def one_color_each(answer: str, entry: Entry) -> bool:
 
 @strict("cryptarithm", name="one digit for each letter, once")
 def one_digit_each(answer: str, entry: Entry) -> bool:
-    pairs = [LETTER.fullmatch(pair.strip()) for pair in answer.split(",")]
+    pairs = [matched(LETTER, pair.strip()) for pair in answer.split(",")]
     letters = [pair[1] for pair in pairs]
     return sorted(letters) == sorted(entry["metadata"]["letters"])
 
