@@ -78,15 +78,15 @@ class Retained:
     def __init__(self, config: RetainConfig, prompt_format: PromptFormat):
         self.config = config
         self.format = prompt_format
-        documents = first_documents(config.retain, MOST_DOCUMENTS)
-        asked = [document for document in documents if document.prompt is not None]
+        documents = first_documents(config.retain or "", MOST_DOCUMENTS)
+        asked = [(document.prompt, document.text) for document in documents if document.prompt is not None]
         plain = [document.text for document in documents if document.prompt is None]
 
         # A pair has its place to cut already.
         self.pairs: list[Row] = []
         if asked:
-            prompts = prompt_format.prompts([document.prompt for document in asked])
-            targets = prompt_format.targets([document.text for document in asked])
+            prompts = prompt_format.prompts([prompt for prompt, _ in asked])
+            targets = prompt_format.targets([text for _, text in asked])
             limit = config.max_seq_len
             self.pairs = [pair for pair in zip(prompts, targets, strict=True) if len(pair[0]) + len(pair[1]) <= limit]
         self.texts = []
