@@ -18,7 +18,7 @@ TABLE = (
     Flag("epochs", "int", 0, "passes over train_n items; 0 = off", low=0),
     addon("fit_minutes", "float", None, "minutes of training for which a new run chooses its steps, max_steps at most; "
           "none = 7 where no task is named and nothing sets the length, else 0 = off", low=0, nullable=True, before=0.0,
-          adapters=LEARNING, common=True),
+          adapters=LEARNING),
     Flag("max_minutes", "float", 0.0, "stop training after this time; 0 = off", low=0, common=True),
     # The optimizer.
     Flag("grad_accum_steps", "int", 1, "micro-batches per batch", low=1),

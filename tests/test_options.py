@@ -560,7 +560,7 @@ def test_read_resolved_gives_what_dump_wrote():
     assert parse([], options.read_resolved(dump(opts))) == opts
     assert options.read_resolved("model: {d_h: 64, a_flag_of_tomorrow: 3}") == {
         "d_h": 64, "state_mix": "sum", "lr_fall": "whole_run", "verifier_strict": False, "host_dtype": "stored",
-        "min_roundtrip": 0.0}
+        "min_roundtrip": 0.0, "fit_minutes": 0.0}
 
 
 def test_a_file_from_before_a_flag_or_a_default_means_what_it_meant():
@@ -569,7 +569,7 @@ def test_a_file_from_before_a_flag_or_a_default_means_what_it_meant():
     saved = options.read_resolved("adapter: {adapter: mlp}\nmodel: {d_h: 64, init_state: fixed}")
     assert options.collect([], saved)[1] == [] and saved == {
         "adapter": "mlp", "d_h": 64, "lr_fall": "whole_run", "verifier_strict": False, "host_dtype": "stored",
-        "min_roundtrip": 0.0}
+        "min_roundtrip": 0.0, "fit_minutes": 0.0}
     assert "state_mix" not in options.read_resolved("model: {arch: hybrid, d_h: 64}")
 
 

@@ -524,7 +524,7 @@ def test_a_stage_s_start_is_measured_again_for_other_questions_or_rewards(tmp_pa
     from grpo.progress import GrpoProgress
 
     def start_of(chosen: Stage) -> float:
-        log = types.SimpleNamespace(csv_path=tmp_path / "none", eval_rows=list, predictions=list, elapsed_s=0.0)
+        log = types.SimpleNamespace(csv_path=tmp_path / "none", evaluation=lambda *rows: None, elapsed_s=0.0)
         loop = loop_over(tmp_path, GrpoProgress(2), log, chosen, eval_seed=0)
         loop._measure = lambda *given: measured.append(1) or Measured(
             "math", [], [], [], [], [], {name: [] for name in chosen.rewards}, None)

@@ -22,7 +22,7 @@ def completed(*words: str, shell: str = "bash") -> list[str]:
 
 @pytest.mark.parametrize("begin", [("python", "train.py"), ("python3", "./train.py"), ("train.py",)])
 def test_a_flag_is_completed_behind_each_way_to_call(begin):
-    assert completed(*begin, "--injec") == ["--injector"]
+    assert completed(*begin, "--injec") == ["--injector", "--injector_sees"]
     assert set(completed(*begin, "--learn")) == {"--learning_rate"}, "other spellings as well"
 
 
