@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +76,27 @@ def read_solved(path: Path, run: str = "") -> dict[str, list[Row]]:
     `run` leaves out what other runs have written to the same file. A file that is missing has no rows.
     """
     tasks: dict[str, list[Row]] = {}
-    if not path.exists():
-        return tasks
+    for row in table_rows(path, run):
+        numbers = {}
+        for key in NUMBERS:
+            number = _number(row.get(key))
+            if number is not None:
+                numbers[key] = number
+
+        # A row that a crash cut off lacks its last columns.
+        if row.get("metric") == "solved" and {"step", "value", "elapsed_s"} <= numbers.keys():
+            tasks.setdefault(row["task"], []).append(numbers)
+    return tasks
+
+
+def table_rows(path: Path, run: str = "") -> Iterator[dict[str, Any]]:
+    """The rows of an evaluation table as text, without those of other runs than `run`; none where it is missing."""
+    if not path.is_file():
+        return
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
-            if run and row.get("run") not in (run, "", None):
-                continue
-            numbers = {}
-            for key in NUMBERS:
-                number = _number(row.get(key))
-                if number is not None:
-                    numbers[key] = number
-
-            # A row that a crash cut off lacks its last columns.
-            if row.get("metric") == "solved" and {"step", "value", "elapsed_s"} <= numbers.keys():
-                tasks.setdefault(row["task"], []).append(numbers)
-    return tasks
+            if not run or row.get("run") in (run, "", None):
+                yield row
 
 
 def _number(text: str | None) -> float | None:

@@ -6,7 +6,6 @@ that crashed, or records that an earlier version did not keep, are no error.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import options
 from engine.checkpoints import newest_checkpoint
+from engine.figures import table_rows
 from engine.files import json_lines
 from engine.ownership import known_id
 
@@ -125,17 +125,13 @@ def read_flags(folder: Path) -> dict[str, Any]:
 def read_rows(path: Path, run: str = "") -> list[dict[str, Any]]:
     """The rows of a run in an evaluation table, see `RunRecords.rows`; damaged ones are left out."""
     rows: list[dict[str, Any]] = []
-    if not path.is_file():
-        return rows
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
-            if run and row.get("run") not in (run, "", None):
-                continue
-            numbers = {name: number_of(row.get(name)) for name in (*NUMBERS, "step")}
-            # A row that a crash cut off lacks its last columns.
-            if numbers["step"] is None or numbers["value"] is None or not row.get("task") or not row.get("metric"):
-                continue
-            rows.append({"task": row["task"], "metric": row["metric"], **numbers})
+    for row in table_rows(path, run):
+        numbers = {name: number_of(row.get(name)) for name in (*NUMBERS, "step")}
+
+        # A row that a crash cut off lacks its last columns.
+        if numbers["step"] is None or numbers["value"] is None or not row.get("task") or not row.get("metric"):
+            continue
+        rows.append({"task": row["task"], "metric": row["metric"], **numbers})
     return rows
 
 
