@@ -35,7 +35,9 @@ class Decoding:
             # transformers' own values of the fields that greedy decoding does not read: others make it warn.
             return arguments | {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
+        # Greedy decoding passes over a logit that is no number; sampling would end the program.
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        sampling["remove_invalid_values"] = True
         return arguments | {"do_sample": True} | sampling
 
 

@@ -95,6 +95,7 @@ def write_problem(path: Path, error: OSError, needed: int = 0, flag: str = "--sa
         free = shutil.disk_usage(existing).free
         return (f"cannot write {path}: the disk is full: {needed / 1e6:.3f} MB needed, {free / 1e6:.3f} MB free; "
                 f"free some space or choose another {flag}")
+
     return f"cannot write {path}: {reason_of(error)}; choose a {flag} that can be written"
 
 
@@ -264,6 +265,7 @@ def parse_json(content: bytes | str, strict: bool = False) -> Any:
         if odd:
             line = text.count("\n", 0, match.start()) + 1
             raise NoTextError(odd.encode("ascii", "backslashreplace").decode(), line)
+
     return value
 
 
@@ -357,6 +359,7 @@ def named_paths(text: str) -> list[tuple[str, str]]:
                     del parts[:count]
                     break
         entries.append((name.strip(), path))
+
     return entries
 
 

@@ -60,6 +60,7 @@ def seconds_of_step(data: Data, machine: Machine, trainer: BaseTrainer) -> float
         finally:
             data.load_state(position)
         seconds = (time.perf_counter() - began) / TIMED
+
     return machine.mean_of_processes(seconds)
 
 

@@ -64,6 +64,7 @@ class Warmup:
             if self.seconds is None:
                 self.seconds = elapsed_s * self.steps / max(step, 1)
             self._share = self.limits.share(self.steps, self.seconds)
+
         return self._share
 
     def document(self) -> float | None:
@@ -93,4 +94,5 @@ def limits_of(config: LoopConfig, data: Data, machine: Machine) -> Limits:
             steps = min(steps, by_epochs)
         else:
             steps = by_epochs
+
     return Limits(steps or None, config.max_minutes, machine)

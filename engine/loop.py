@@ -31,22 +31,21 @@ import json
 import math
 import signal
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
-
 import options
-from engine.checkpoints import step_folder
+from engine.beginning import folder_of, introduce
+from engine.checkpoints import newest_checkpoint, step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
 from engine.figures import draw_curve
 from engine.files import shell_path, write_text_aside
 from engine.fit import fitted
 from engine.limits import Warmup, limits_of
 from engine.logs import RunLog
-from engine.machine import Machine, run_folder
-from engine.optimization import BaseTrainer, NonFiniteError
+from engine.machine import Machine
+from engine.nonfinite import LeftOut
+from engine.optimization import BaseTrainer, NonFiniteError, check_weights
 from engine.page import page_of_run
 from engine.patience import Patience
 from engine.progress import Progress, Speed
@@ -55,8 +54,6 @@ from engine.schedule import learning_rate
 from engine.state import RunState, load_run, save_run
 from engine.stopping import Stop, StopRequested, interruptible, leavable
 from engine.system import Data, Evaluator, Facts, Hooks, LoopConfig
-
-LONGEST_LABEL = 60  # characters of it in a folder's name
 
 
 @dataclass(eq=False)
@@ -89,6 +86,7 @@ class KeptRun:
 
         self.folder = folder_of(self.config, self.facts.label, self.checkpoint)
         self.patience = Patience(self.config)
+        self.left_out = LeftOut(self.config.on_nonfinite)
         self._set_length(self.config)
         if self.checkpoint:
             self._restore(self.checkpoint)
@@ -120,8 +118,9 @@ class KeptRun:
     def _evaluate(self, share: float | None = None) -> Report:
         """Measures, writes the figures down and tells the hooks; `share` as in `Hooks.after_evaluation`.
 
-        Raises StopRequested, before anything is written down.
+        Raises StopRequested or NonFiniteError, before anything is written down.
         """
+        check_weights(self.trainer.parameters, self.step)
         with leavable(self._alone):
             report = self.evaluator.evaluate(self.step)
         self.record(report)
@@ -154,7 +153,9 @@ class KeptRun:
         """Writes the whole state of the run at this step, with the evaluation of this step where there is one.
 
         `position` is that in the training items; None = where they are now.
+        Raises NonFiniteError rather than keep weights that nothing can go on from.
         """
+        check_weights(self.trainer.parameters, self.step)
         if not self.machine.is_main:
             return
         is_best = False
@@ -165,7 +166,7 @@ class KeptRun:
         stream = self.data.state() if position is None else position
         state = RunState(
             self.step, self.elapsed_s, self.best, stream, self.hooks.extra, self.warmup.document(),
-            self._owes_evaluation, self.patience.document(),
+            self._owes_evaluation, self.patience.document(), self.left_out.document(),
         )
         table = ""
         if report:
@@ -185,6 +186,7 @@ class KeptRun:
         self.warmup.seconds = saved.state.warmup_s
         self._owes_evaluation = saved.state.owes_evaluation and is_due(self.config.eval_every, self.step)
         self.patience.restore(saved.state.patience, saved.state.extra)
+        self.left_out.restore(saved.state.left_out)
         self.hooks.extra = saved.state.extra
         notes = saved.notes + self.hooks.restored(saved.flags)
 
@@ -229,10 +231,14 @@ class RunLoop(KeptRun):
         flags = dict(config.flags)
         alone = not config.eval_only
         with RunLog(self.folder, csv, trackers, flags, self.machine.is_main, self._elapsed_before, alone) as self._log:
-            if config.eval_only:
-                self._close(self._evaluate())
-                return 0
-            return self._train_and_close()
+            try:
+                if config.eval_only:
+                    self._close(self._evaluate())
+                    return 0
+                return self._train_and_close()
+            except NonFiniteError as error:
+                self.machine.say(f"{options.PROG}: {error}: nothing of them is saved; {self._way_back()}")
+                return NON_FINITE_EXIT
 
     def _train_and_close(self) -> int:
         """Everything after the logs are open. Returns the exit status."""
@@ -256,6 +262,7 @@ class RunLoop(KeptRun):
         """Marks the end, and tells it."""
         self.finished = True
         if self.machine.is_main:
+            print(self.left_out.closing(), end="")
             newest = self.checkpoint
             next_stage = None
             if not self.config.eval_only:
@@ -313,20 +320,38 @@ class RunLoop(KeptRun):
         try:
             metrics = self.trainer.step(batches, self.step, lr)
         except NonFiniteError as error:
-            return self._not_finite(error, batches)
-        self.step += 1
-
-        # Tell the user and the records.
-        rates = speed.update(metrics["examples"], metrics.pop("tokens_read", 0))
-        loss = metrics.get("answer_loss", metrics["loss"])
-        rate = rates.get("tokens_per_second", rates["examples_per_second"])
-        progress.update(self.step, loss=loss, lr=lr, **self.hooks.shown(metrics), rate=rate)
-        self._after_step(metrics | rates, progress)
+            check_weights(self.trainer.parameters, self.step)  # else no batch is at fault
+            if not self.left_out.another():
+                return self._not_finite(error, batches)
+            self._leave_out(error, progress)
+        else:
+            self._count(metrics, lr, speed, progress)
+        self._take_turns(progress)
 
         # The ranks end together: a signal may have reached one of them only.
         if self.machine.any_process(stop.signal is not None):
             return self._stopped(stop)
         return 0
+
+    def _leave_out(self, error: NonFiniteError, progress: Progress) -> None:
+        """Counts a batch whose step is left out, and tells it; the weights are those before it."""
+        self.step += 1
+        self.log.log(self.step, loss=error.loss, grad_norm=error.norm, **self.left_out.metrics)
+        progress.say(f"WARNING: {error}: the batch is left out ({self.left_out.count} so far)")
+
+    def _count(self, metrics: dict[str, float], lr: float, speed: Speed, progress: Progress) -> None:
+        """Counts a batch that was trained on; progress line, records and alarms."""
+        self.step += 1
+        self.left_out.good()
+        rates = speed.update(metrics["examples"], metrics.pop("tokens_read", 0))
+        loss = metrics.get("answer_loss", metrics["loss"])
+        rate = rates.get("tokens_per_second", rates["examples_per_second"])
+        progress.update(self.step, loss=loss, lr=lr, **self.hooks.shown(metrics), rate=rate)
+
+        if self.step % self.config.log_steps == 0 or self.step == self.limits.total_steps:
+            self.log.log(self.step, **metrics, **rates, **self.left_out.metrics)
+        for alarm in self.hooks.alarms(self.step, metrics | rates):
+            progress.say(f"WARNING: step {self.step}: {alarm}")
 
     def _stopped(self, stop: Stop, position: dict[str, Any] | None = None) -> int:
         """Saves what there is, tells how to go on, and returns the exit status; `position` as `save` takes it."""
@@ -338,21 +363,14 @@ class RunLoop(KeptRun):
         self.machine.say(f"stopped at step {self.step}, saved; go on with: {resume_command(self.folder)}")
         return status
 
-    def _after_step(self, metrics: dict[str, float], progress: Progress) -> None:
-        """Log, alarms, samples, evaluation and checkpoint, each where its turn has come."""
+    def _take_turns(self, progress: Progress) -> None:
+        """Samples, evaluation and checkpoint, each where its turn has come."""
         config = self.config
         step = self.step
-
-        # Of the batch itself.
-        if step % config.log_steps == 0 or step == self.limits.total_steps:
-            self.log.log(step, **metrics)
-        for alarm in self.hooks.alarms(step, metrics):
-            progress.say(f"WARNING: step {step}: {alarm}")
         if is_due(config.log_samples_every, step):
             for text in self.evaluator.samples(step // config.log_samples_every):
                 progress.say(f"[step {step}] {text}")
 
-        # Of the weights.
         self._owes_evaluation = is_due(config.eval_every, step)
         if self._owes_evaluation:
             self._evaluate_in_turn(progress)
@@ -374,6 +392,15 @@ class RunLoop(KeptRun):
             self.save(report)
         return True
 
+    def _way_back(self) -> str:
+        """What to do where the weights are lost."""
+        if self.config.eval_only:
+            return "give an earlier checkpoint"
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
+            return "begin anew with a lower --lr"
+        return f"go on from {newest} with a lower --lr"
+
     def _not_finite(self, error: NonFiniteError, batches: list[Any]) -> int:
         """Keeps the weights, which are those before the bad step, and the batch that would have spoilt them."""
         self.save()
@@ -382,26 +409,10 @@ class RunLoop(KeptRun):
             record = {"step": self.step, "examples": self.data.describe(batches)}
             write_text_aside(path, json.dumps(record, indent=1))
         self.machine.say(
-            f"{options.PROG}: {error}: stopped before the step; the weights are saved, the batch is in {path}"
+            f"{options.PROG}: {error}{self.left_out.reason()}: stopped before the step; the weights are saved, the "
+            f"batch is in {path}"
         )
         return NON_FINITE_EXIT
-
-
-def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup, step: int) -> None:
-    """The first lines: model, data, how long the run is, and the batch `step` it goes on from."""
-    work = f"{warmup.limits.words()} of {config.batch_words()}"
-    if config.eval_only:
-        work = "evaluation only"
-    line = f"{facts.introduction}; {work}"
-    if step:
-        line += f", from step {step}"
-    machine.say(line)
-
-    warning = warmup.warning(config)
-    if warning and not config.eval_only:
-        machine.say(warning)
-    if machine.world > 1:
-        machine.say(f"{machine.world} processes, {config.batch_size * machine.world} examples a batch")
 
 
 def tell_end(
@@ -422,13 +433,6 @@ def tell_end(
 def resume_command(folder: Path) -> str:
     """What the user types to go on with the run in `folder`."""
     return f"python {options.PROG} --resume {shell_path(folder)}"
-
-
-def folder_of(config: LoopConfig, label: str, checkpoint: Path | None) -> Path:
-    """The run's folder: that of the checkpoint it goes on from, else a named one, else one with the date."""
-    # Each process has a clock of its own; the first one's decides.
-    dated = gather_object([f"{label[:LONGEST_LABEL]}-{datetime.now():%Y%m%d-%H%M%S}"])[0]
-    return run_folder(config, checkpoint) or Path(config.save_dir) / dated
 
 
 def is_due(every: int, step: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,30 @@ Optimizers = list[tuple[torch.optim.Optimizer, list[str]]]  # each with its para
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is no number, found before the optimizer step: the weights are still good."""
+    """A loss or gradient that is no number, found before the optimizer step: the weights are still good.
+
+    loss, norm: of the batch, the norm of all its gradients; None where it was not measured.
+    """
+
+    def __init__(self, message: str, loss: float | None = None, norm: float | None = None):
+        super().__init__(message)
+        self.loss = loss
+        self.norm = norm
+
+
+def spoilt(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that is not all numbers; None: all are."""
+    for name, tensor in tensors:
+        if not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
+    """Raises NonFiniteError where weights that train are not all numbers: nothing that follows is worth keeping."""
+    name = spoilt(parameters.items())
+    if name is not None:
+        raise NonFiniteError(f"after batch {step} the weights {name} are not all numbers")
 
 
 @dataclass(frozen=True)
@@ -395,8 +418,9 @@ class BaseTrainer:
             self.scaler_skips += 1
             overflow = self.precision == "fp16" and math.isfinite(loss) and self.scaler_skips < MAX_SCALER_SKIPS
             if not overflow:
+                self.scaler.update()  # closes the step for it, too: another batch may follow
                 self._forget_gradients()
-                raise NonFiniteError(f"batch {step}: loss {loss}, gradient norm {norm}")
+                raise NonFiniteError(f"batch {step}: loss {loss}, gradient norm {norm}", loss, norm)
 
         for optimizer, _ in self.optimizers:
             self.scaler.step(optimizer)

@@ -71,6 +71,7 @@ def claim(folder: Path, alone: bool = True) -> Claim:
         claimed._handle = handle
     else:
         handle.close()
+
     return claimed
 
 
@@ -125,6 +126,7 @@ def _identify(folder: Path, handle: BinaryIO) -> Claim:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
+
     return Claim(run, before)
 
 

@@ -91,6 +91,7 @@ def task_lines(records: RunRecords) -> list[Line]:
             gain,
             "" if chance is None else percent(chance),
         ))
+
     return lines
 
 
@@ -108,6 +109,7 @@ def compared_lines(task: str, rows: Mapping[str, Any], compared: str, shots: int
             "", n, f"{compared}, {shots}-shot", "", share(rows, "bare_few_shot_strict"),
             share(rows, "bare_few_shot_extracted"), count(rows, "bare_few_shot_truncated"),
         ))
+
     return lines
 
 
@@ -147,6 +149,7 @@ def metric_lines(records: RunRecords) -> list[list[str]]:
             bare = "" if row["bare"] is None else f"{row['bare']:.4g}"
             cells = [task, metric, f"{row['value']:.4g}", interval, shown_count(row["n"]), bare]
             lines.append([*cells, f"{row['step']:.0f}"])
+
     return lines
 
 
@@ -160,6 +163,7 @@ def paired_lines(items: Sequence[Item]) -> list[tuple[str, int, int, int, int]]:
     for task, counts in tasks.items():
         both = counts[True, True]
         lines.append((task, both, counts[True, False], counts[False, True], counts[False, False]))
+
     return lines
 
 
@@ -206,6 +210,7 @@ def setting_groups(flags: Mapping[str, Any]) -> tuple[list[tuple[str, str]], lis
         groups.setdefault(flag.group, []).append((flag.name, shown))
         if value != flag.default_in(arch):
             changed.append((flag.name, shown))
+
     return changed, list(groups.items())
 
 
@@ -240,6 +245,7 @@ def curves(records: RunRecords) -> str:
             axes.grid(alpha=0.3)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
+
     return text.getvalue()[text.getvalue().index("<svg") :]  # without the XML head, which HTML has not
 
 
@@ -264,6 +270,7 @@ def read_series(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
         lines = {key: thinned(found[key]) for key in keys if key in found}
         if lines:
             panels[title] = lines
+
     return panels
 
 

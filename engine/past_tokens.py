@@ -97,4 +97,5 @@ def _read_by_token(decoder: nn.Module, ids: Tensor) -> Tensor | None:
         if cache is None:
             return None
         pieces.append(out.last_hidden_state.float())
+
     return torch.cat(pieces, dim=1)[:, 2:]

@@ -127,6 +127,7 @@ class Progress:
         if self.total is not None and done:
             left = max(0.0, (self.total - self._step) * elapsed / done)
             time_text += f", {clock_text(left)} left"
+
         return "  ".join([*parts, time_text])
 
     def update(self, step: int, **fields: Any) -> None:

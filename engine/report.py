@@ -126,6 +126,7 @@ def text_table(rows: Sequence[Sequence[str]], align: str = "", widths: Sequence[
     for row in rows:
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, broad, strict=True)]
         lines.append("  ".join(cells).rstrip())
+
     return "\n".join(lines)
 
 
@@ -192,6 +193,7 @@ def format_table(tasks: Sequence[TaskLines]) -> str:
             if with_chance:
                 row.append(percent(task.chance) if is_first and task.chance is not None else "")
             cells.append(row)
+
     return text_table(cells, "<><<<><" + "<" * with_chance, (16, 4))
 
 
@@ -225,4 +227,5 @@ def closing_words(
         beside = "--compare " if compare else ""
         place = shlex.quote(str(checkpoint))
         lines.append(f"next:       python generate.py --checkpoint {place} {beside}--prompt{prompt}")
+
     return "\n".join(lines)

@@ -119,6 +119,7 @@ def read_flags(folder: Path) -> dict[str, Any]:
             arch = saved.get("arch", "addon")
             default = {flag.name: flag.default_in(arch) for flag in options.FLAGS if arch in flag.archs}
             return default | saved
+
     return {}
 
 
@@ -132,6 +133,7 @@ def read_rows(path: Path, run: str = "") -> list[dict[str, Any]]:
         if numbers["step"] is None or numbers["value"] is None or not row.get("task") or not row.get("metric"):
             continue
         rows.append({"task": row["task"], "metric": row["metric"], **numbers})
+
     return rows
 
 
@@ -166,6 +168,7 @@ def read_items(path: Path, unscored: Iterable[str] = ()) -> list[Item]:
     for line in lines:
         if line["step"] == last[line["task"]] and line["task"] not in unscored:
             newest[line["id"]] = line
+
     return [item_of(line) for line in newest.values()]
 
 
@@ -203,4 +206,5 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
         for queue in queues.values():
             if turn < len(queue) and len(taken) < most:
                 taken.append(queue[turn])
+
     return taken

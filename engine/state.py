@@ -50,6 +50,7 @@ class RunState:
     warmup_s: float | None = None  # seconds that the warmup took, where the clock decides how far a run is
     owes_evaluation: bool = False  # the evaluation of this step was left when the run was told to stop
     patience: dict[str, Any] = field(default_factory=dict)  # what `engine.patience` has counted
+    left_out: dict[str, Any] = field(default_factory=dict)  # what `engine.nonfinite` has counted
 
 
 @dataclass(frozen=True)

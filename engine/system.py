@@ -9,14 +9,15 @@ from typing import Any, Protocol
 from torch import nn
 
 from engine.machine import MachineConfig
+from engine.nonfinite import NonFiniteConfig
 from engine.patience import PatienceConfig
 from engine.report import Card, Report
 from engine.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig):
-    """The flags of the loop, those of `MachineConfig`, `ScheduleConfig` and `PatienceConfig` among them.
+class LoopConfig(MachineConfig, ScheduleConfig, PatienceConfig, NonFiniteConfig):
+    """The flags of the loop, those of `MachineConfig` and the other three among them.
 
     `options.part(LoopConfig, opts, ...)` makes one.
 

@@ -28,6 +28,8 @@ TABLE = (
     Flag("beta2", "float", 0.95, "second beta of AdamW", low=0, high=1, exclusive_high=True),
     Flag("optimizer", "str", "muon", "muon = Muon on hidden matrices, AdamW on the rest",
          choices=("muon", "adamw", "adamw_8bit"), by_arch={"hybrid": "adamw"}),
+    Flag("on_nonfinite", "str", "stop", "a batch whose loss or gradient is no number: stop = end the run before its "
+         "step; skip = leave its step out, count it, and end after 10 in a row", choices=("stop", "skip")),
     # The course of the learning rate.
     Flag("lr_scheduler", "str", "cosine", "course of the learning rate after the warmup; wsd = constant, then "
          "linear over the last 30 %", choices=("cosine", "linear", "constant", "wsd")),

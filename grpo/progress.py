@@ -27,6 +27,7 @@ class GrpoProgress:
         start: stage name -> metrics before its first step.
         conditions: stage name -> what these metrics were measured on, as `conditions_of` says.
         elapsed_s: seconds of the run.
+        left_out: optimizer steps that were left out, since a gradient was no number.
     """
 
     step: int
@@ -34,6 +35,7 @@ class GrpoProgress:
     start: dict[str, Metrics] = field(default_factory=dict)
     conditions: dict[str, dict[str, Any]] = field(default_factory=dict)
     elapsed_s: float = 0.0
+    left_out: int = 0
 
     def document(self) -> str:
         """The text of `grpo.json`."""
@@ -49,6 +51,7 @@ def read_progress(checkpoint: Path) -> GrpoProgress | None:
     if PROGRESS not in documents:
         return None
 
+    # Fields that are newer than the checkpoint have their defaults.
     record = json.loads(documents[PROGRESS])
     for name, in_file in FILE_NAMES.items():
         record[name] = record.pop(in_file, {})

@@ -17,6 +17,7 @@ from engine.dry_run import NON_FINITE_EXIT
 from engine.figures import draw_curve
 from engine.files import read_json, write_text_aside
 from engine.logs import RunLog
+from engine.nonfinite import LeftOut
 from engine.optimization import NonFiniteError
 from engine.ownership import RECORD
 from engine.page import page_of_run
@@ -43,6 +44,7 @@ class StageLoopConfig:
         settings: text of config.resolved.yaml, which alone reruns the run.
         flags: every flag by name, for trackers.
         seed: seed of the questions that are trained on.
+        on_nonfinite: stop or skip, what happens to a step whose gradient is no number.
         eval_batch_size: completions generated at a time.
         checkpoint_limit: newest checkpoints to keep; 0 = all.
         trackers: comma list of where else to log; "" = nowhere.
@@ -53,6 +55,7 @@ class StageLoopConfig:
     settings: str
     flags: Mapping[str, Any]
     seed: int = 0
+    on_nonfinite: str = "stop"
     eval_batch_size: int = 128
     checkpoint_limit: int = 3
     trackers: str = ""
@@ -87,6 +90,8 @@ class StageLoop:
         self.progress = progress
         self.checkpoint = trained.checkpoint  # the newest
         self.log: RunLog | None = None
+        self.left_out = LeftOut(config.on_nonfinite)  # of all stages
+        self.left_out.restore({"count": progress.left_out})
 
     def run(self) -> int:
         """Runs what is left. Returns 0, or the exit status of an early but orderly end."""
@@ -137,10 +142,8 @@ class StageLoop:
         self.log.truncate_after(base + steps, evaluate=steps > 0)
         before = self._start_of(stage, functions, place)
 
-        line = f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs"
-        if state:
-            line += f", going on from {state.name}"
-        self.machine.say(line)
+        going_on = f", going on from {state.name}" if state else ""
+        self.machine.say(f"stage {stage.name}: {len(problems)} questions x {stage.epochs:g} epochs{going_on}")
 
         run = StageRun(
             stage,
@@ -151,6 +154,7 @@ class StageLoop:
             stopped=lambda: stop.signal is not None,
             precision=self.machine.precision,
             device=self.machine.device.type,
+            left_out=self.left_out,
         )
         status, steps = self._train(problems, run, stop)
         if status:
@@ -161,6 +165,7 @@ class StageLoop:
 
         # The checkpoint comes last: a crash before it runs the end of the stage again.
         self.progress.step = base + steps
+        self.progress.left_out = self.left_out.count
         after = self._measure(stage, functions)
         self._record_end(stage, after, before)
         self._save(after)
@@ -198,7 +203,7 @@ class StageLoop:
         conditions = conditions_of(stage, self.held_out)
         if not isinstance(record, dict) or record.get("asked") != conditions:
             start = self._measure(stage, functions)
-            if not self._is_recorded(stage):
+            if not is_recorded(self.log, self.progress.step, stage.name):
                 self.record(start.report())
             record = {"asked": conditions, "metrics": start.means()}
             write_text_aside(path, json.dumps(record))
@@ -207,15 +212,6 @@ class StageLoop:
         self.progress.start[stage.name] = record["metrics"]
         self.progress.conditions[stage.name] = conditions
         return record["metrics"]
-
-    def _is_recorded(self, stage: Stage) -> bool:
-        """Whether the CSV holds the stage's figures of this step: the warm start ends with those of every stage."""
-        if not self.log.csv_path.exists():  # on other ranks
-            return False
-
-        place = (str(self.progress.step), stage.name, self.log.run)
-        with open(self.log.csv_path, newline="", encoding="utf-8") as file:
-            return any((row["step"], row["task"], row["run"]) == place for row in csv.DictReader(file))
 
     def _train(self, problems: Sequence[Any], run: Any, stop: Stop) -> tuple[int, int]:
         """Trains the stage. Returns (0 or the exit status, the stage's optimizer steps so far)."""
@@ -303,6 +299,7 @@ class StageLoop:
         if not self.machine.is_main:
             return
 
+        print(self.left_out.closing(), end="")
         print(change_table(changes_of(self.progress, self.stages, self.held_out)))
 
         curve = draw_curve(self.trained.folder, self.log.csv_path, self.log.run)
@@ -318,6 +315,16 @@ def read_own(path: Path) -> Any:
         return read_json(path)
     except ValueError:
         return None
+
+
+def is_recorded(log: RunLog, step: int, stage: str) -> bool:
+    """Whether the CSV holds the stage's figures of this step: the warm start ends with those of every stage."""
+    if not log.csv_path.exists():  # on other ranks
+        return False
+
+    place = (str(step), stage, log.run)
+    with open(log.csv_path, newline="", encoding="utf-8") as file:
+        return any((row["step"], row["task"], row["run"]) == place for row in csv.DictReader(file))
 
 
 def stage_problems(stage: Stage, seed: int, reserved: set[str], record: Path) -> list[Problem]:

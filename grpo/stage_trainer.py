@@ -18,7 +18,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from batching import PromptFormat
-from engine.optimization import NonFiniteError
+from engine.nonfinite import LeftOut
+from engine.optimization import MAX_SCALER_SKIPS, NonFiniteError, spoilt
 from engine.schedule import ScheduleConfig, learning_rate
 from evaluation import stop_ids
 from grpo.problems import Problem
@@ -42,6 +43,7 @@ __all__ = ["StageRun", "StageTrainer", "end_of_prompt", "newest_state", "rollout
 
 WARMUP_STEPS = 5
 ALIKE = 1e-6  # total rewards nearer to each other than this are equal
+LEFT_OUT = "left_out"  # key of the entries in TRL's history, by which an interrupted stage goes on counting
 PATIENCE = 5  # logged steps without a difference inside any group before that is said
 NOTHING_LEARNT = (
     "WARNING: stage {stage}, step {step}: for {count} logged steps the {group} completions of every question were "
@@ -70,6 +72,7 @@ class StageRun:
         stopped: whether somebody asked for an orderly end after the step at hand.
         precision: none, bf16 or fp16.
         device: device type, such as cpu or cuda.
+        left_out: what follows a gradient that is no number, and how often that was.
     """
 
     stage: Stage
@@ -80,6 +83,7 @@ class StageRun:
     stopped: Callable[[], bool]
     precision: str = "none"
     device: str = "cpu"
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def trl_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
@@ -262,27 +266,66 @@ class Reporter(TrainerCallback):
     def __init__(self, run: StageRun):
         self.run = run
         self.steps_alike = 0  # logged steps in a row in which no group had a difference
+        self.overflows = 0  # steps in a row with a gradient that is no number
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Saves and stops after this step where the run is to end."""
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+        """Saves and stops after this step where the run is to end. Raises NonFiniteError, as `check`, before a save."""
+        self.check(model, state)
         if self.run.stopped() and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Raises NonFiniteError before a step with a gradient that is no number."""
-        if args.fp16:  # its scaling overflows now and then by design, and skips that step itself
+        """Looks at the gradients, alike on all ranks: a step with one that is no number is left out.
+
+        Raises:
+            NonFiniteError: the run is to end before such a step.
+        """
+        left_out = self.run.left_out
+        name = spoilt((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        if name is None:
+            left_out.good()
+            self.overflows = 0
             return
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-                raise NonFiniteError(f"stage {self.run.stage.name}, step {state.global_step}: gradient of {name}")
+
+        # The scaling of fp16 overflows now and then by design, and skips that step itself.
+        self.overflows += 1
+        if args.fp16 and self.overflows < MAX_SCALER_SKIPS:
+            return
+
+        found = f"stage {self.run.stage.name}, step {state.global_step}: the gradient of {name} is no number"
+        if not left_out.another():
+            raise NonFiniteError(f"{found}{left_out.reason()}")
+
+        # An optimizer moves nothing that has no gradient.
+        for parameter in model.parameters():
+            parameter.grad = None
+        state.log_history.append({"step": state.global_step, LEFT_OUT: left_out.document()})
+        if state.is_world_process_zero:
+            print(f"WARNING: {found}: the step is left out ({left_out.count} so far)", file=sys.stderr, flush=True)
+
+    def check(self, model: Any, state: Any) -> None:
+        """Raises NonFiniteError where weights that train are not all numbers: nothing could be sampled from them."""
+        name = spoilt((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        if name is not None:
+            stage = self.run.stage.name
+            raise NonFiniteError(f"stage {stage}, step {state.global_step}: the weights {name} are not all numbers")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Goes on counting where an interrupted stage had come to. Raises NonFiniteError, as `check`."""
+        self.check(model, state)
+        entries = [entry for entry in state.log_history if LEFT_OUT in entry]
+        if entries:
+            self.run.left_out.restore(entries[-1][LEFT_OUT])
+        if not entries or entries[-1]["step"] + 1 != state.global_step:
+            self.run.left_out.good()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Logs a step's metrics, and warns after every PATIENCE of them without a difference inside any group."""
         if not logs or "reward" not in logs:
             return
-        numbers = metrics_of(logs, args.beta)
+        numbers = metrics_of(logs, args.beta) | self.run.left_out.metrics
         self.run.log(state.global_step, numbers)
 
         if numbers.get("frac_reward_zero_std", 0.0) < 1.0:

@@ -18,7 +18,7 @@ from engine.batches import by_length
 from engine.limits import Limits, limits_of
 from engine.loop import RunLoop
 from engine.machine import machine_problems, start_machine
-from engine.optimization import BaseTrainer, OptimConfig
+from engine.optimization import BaseTrainer, NonFiniteError, OptimConfig
 from engine.ownership import RECORD, known_id, taken
 from engine.report import Card, Report, metric_row, prediction_line
 from engine.system import Evaluator, Facts, Hooks, LoopConfig
@@ -182,6 +182,40 @@ def test_patience_ends_training_and_outlives_a_resume(build, monkeypatch, tmp_pa
     assert again.go() == 0 and again.trainer.steps == []
     more = build(**flags | {"patience": 4})
     assert more.go() == 0 and more.step == 7, "a new best at step 6 begins the count anew"
+
+
+def spoilt_at(*bad: int):
+    """A step of `Adder` that finds no number in these batches."""
+
+    def step(self, batches, step, lr):
+        if step in bad:
+            raise NonFiniteError(f"batch {step}: loss nan, gradient norm nan", float("nan"), float("nan"))
+        return Adder.plain(self, batches, step, lr)
+
+    return step
+
+
+def test_batches_without_a_number_are_left_out_and_counted_across_a_resume(build, monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as patch:  # killed behind the first of two
+        patch.setattr(Adder, "step", lambda self, *rest: 1 / 0 if rest[1] == 2 else spoilt_at(1)(self, *rest))
+        with pytest.raises(ZeroDivisionError):
+            build(on_nonfinite="skip").go()
+    monkeypatch.setattr(Adder, "step", spoilt_at(2))
+    loop = build(on_nonfinite="skip")
+    assert loop.left_out.count == loop.left_out.row == 1
+    assert loop.go() == 0 and loop.step == 4 and float(loop.trainer.model.weight) == 0 + 3
+    text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["batches_left_out"] for line in lines] == [0, 1, 2, 2]
+    assert "2 batches were left out" in capsys.readouterr().out
+
+
+def test_the_tenth_batch_in_a_row_without_a_number_ends_the_run(build, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Adder, "step", spoilt_at(*range(1, 20)))
+    loop = build(on_nonfinite="skip", max_steps=30)
+    assert loop.go() == 3 and loop.step == 10 and loop.left_out.count == 9
+    assert "the 10th batch in a row without a number" in capsys.readouterr().err
+    assert (tmp_path / "run" / "bad_batch.json").exists()
 
 
 def test_every_part_is_asked_in_its_turn(build, capsys, tmp_path):

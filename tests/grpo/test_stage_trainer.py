@@ -593,7 +593,7 @@ def test_progress_is_read_as_older_checkpoints_hold_it(tmp_path):
     folder = write_checkpoint(tmp_path / "step-00000004", weights, {PROGRESS: json.dumps(record)})
     progress = read_progress(folder)
     assert progress == GrpoProgress(4, done, {}, {"math": conditions}, 1.5)
-    assert json.loads(progress.document()) == record
+    assert json.loads(progress.document()) == record | {"left_out": 0}
 
 
 def test_the_closing_table_shows_each_stage_from_its_start_to_its_end_with_intervals():
@@ -776,9 +776,31 @@ def test_a_gradient_that_is_no_number_ends_the_stage_before_its_step(reasoner, t
     before = weights_of(model)
     everything = Everything(tmp_path, stage(config=settings()), [lambda completions, **rest: [1e38, -1e38] * 4])
     model.model.skip.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(NonFiniteError, match="gradient of model"):
+    with pytest.raises(NonFiniteError, match="the gradient of model"):
         train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
+def test_a_step_with_a_gradient_that_is_no_number_is_left_out_and_counted(reasoner, tmp_path):
+    from engine.nonfinite import LeftOut
+    from grpo.stage_trainer import train_stage
+
+    model = tiny(reasoner)
+    everything = Everything(tmp_path, stage(config=settings(), size=4), [length_reward])
+    everything.run.left_out = LeftOut("skip")
+    calls: list[int] = []
+
+    def spoil(gradient):
+        calls.append(1)
+        return gradient * (float("nan") if len(calls) == 1 else 1.0)
+
+    model.model.skip.register_hook(spoil)
+    before = weights_of(model)
+    train_stage(model, PromptFormat(reasoner), problems_of(4), everything.run)
+    assert [numbers["batches_left_out"] for _, numbers in everything.lines] == [1, 1]
+    after = weights_of(model)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
 # --- the add-on -------------------------------------------------------------------------------------------------------
