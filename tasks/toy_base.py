@@ -10,8 +10,8 @@ from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_TOKENS = 76  # characters of a question, one token each: with the chat template under 80 of the embedded LLM
-# (nodes, letters, steps beyond the fewest) of a curriculum's first levels. With as many letters as nodes, a few thousand
-# questions are all there are, and they are learnt by heart.
+# (nodes, letters, steps beyond the fewest) of a curriculum's first levels. With as many letters as nodes, a few
+# thousand questions are all there are, and they are learnt by heart.
 FEW = ((4, 6, 0), (6, 8, 0), (6, 8, 1), (8, 10, 2), (10, 12, 3), (13, 15, 4), (16, 18, 5), (18, 22, 6))
 GROWTHS = ("together", "letters_first")
 MOST_PAIRS = 18  # pairs `A>B,` of four tokens each, and up to five more for what is asked

@@ -15,7 +15,7 @@ from engine.records import normalise
 from host import DEFAULT_HOST, load_tokenizer
 from reasoning_gym_wrapper import Example, Reserve, Task, TaskError
 from tasks.chance import task_chances
-from tasks.toy_base import FEW, StepsConfig
+from tasks.toy_base import StepsConfig
 from tasks.toy_rewrite import rounds
 
 # Name -> most steps that are tried at its default size.
