@@ -1,4 +1,4 @@
-"""How a run begins: its folder, and the first lines that it says."""
+"""How a run begins: its folder, whether that is still as it was chosen, and the first lines that it says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from engine.checkpoints import FOLDER, MANIFEST, checkpoint_folders, newest_checkpoint
 from engine.limits import Warmup
 from engine.machine import Machine, run_folder
 from engine.system import Facts, LoopConfig
@@ -17,8 +18,59 @@ LONGEST_LABEL = 60  # characters of it in a folder's name
 def folder_of(config: LoopConfig, label: str, checkpoint: Path | None) -> Path:
     """The run's folder: that of the checkpoint it goes on from, else a named one, else one with the date."""
     # Each process has a clock of its own; the first one's decides.
-    dated = gather_object([f"{label[:LONGEST_LABEL]}-{datetime.now():%Y%m%d-%H%M%S}"])[0]
+    dated = gather_object([new_name(Path(config.save_dir), label)])[0]
     return run_folder(config, checkpoint) or Path(config.save_dir) / dated
+
+
+def new_name(save_dir: Path, label: str) -> str:
+    """A folder's name with the date of now that no run in `save_dir` has, those of the same second included."""
+    name = f"{label[:LONGEST_LABEL]}-{datetime.now():%Y%m%d-%H%M%S}"
+    free = name
+    number = 1
+    while (save_dir / free).exists():
+        number += 1
+        free = f"{name}-{number}"
+
+    return free
+
+
+def check_untouched(folder: Path, checkpoint: Path | None, resume: str | None, run_name: str | None) -> None:
+    """Asks, once `folder` is this process's own, whether its run is still as far as when `checkpoint` was chosen.
+
+    Loading takes a while. A run of the same name may have begun and ended meanwhile, and would be overwritten.
+    A call that names one checkpoint goes on from that one, whatever came after it.
+
+    Args:
+        folder: the run's folder.
+        checkpoint: the checkpoint that the call goes on from, of this run or another; None = it begins anew.
+        resume, run_name: the flags, as typed.
+
+    Raises:
+        ValueError: another process has written a checkpoint of this run since.
+    """
+    chosen = None
+    if checkpoint is not None and checkpoint.parent.name == FOLDER:
+        if checkpoint.parent.parent.resolve() == folder.resolve():
+            chosen = checkpoint.name
+
+    typed = resume or ""
+    if chosen and (typed.endswith("@best") or Path(typed).resolve().name == chosen):
+        return
+
+    # As the call chose it: without a name, --resume auto takes what was written last.
+    newest = _last_written(folder) if typed == "auto" and not run_name else newest_checkpoint(folder)
+    if newest is not None and newest.name != chosen:
+        raise ValueError(
+            f"{folder} was written by another process while this one loaded: the same command again goes on from "
+            f"{newest.name}, another --run_name begins anew"
+        )
+
+
+def _last_written(run: Path) -> Path | None:
+    """The checkpoint written last; not that of the highest step in a run that went on from an earlier one."""
+    written = [(folder / MANIFEST, folder) for folder in checkpoint_folders(run)]
+    whole = [(manifest.stat().st_mtime_ns, folder) for manifest, folder in written if manifest.exists()]
+    return max(whole)[1] if whole else None
 
 
 def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup, step: int) -> None:

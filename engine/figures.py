@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ NUMBERS = ("step", "value", "ci_low", "ci_high", "bare", "segments_used", "elaps
 Row = dict[str, float]
 
 
+def quiet_matplotlib() -> None:
+    """Called before matplotlib is imported: it would complain of a home that cannot be written, and do without."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
 def style(index: int, count: int) -> dict[str, Any]:
     """Line style, marker and grey tone of curve `index` of `count`."""
     return {
@@ -34,6 +40,7 @@ def style(index: int, count: int) -> dict[str, Any]:
 
 def new_figure(columns: int, rows: int = 1, width: float = 5.0, height: float = 4.0) -> tuple[Any, list[Any]]:
     """(figure, its axes row by row) of `rows` x `columns` panels, each `width` x `height` inches."""
+    quiet_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

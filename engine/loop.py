@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import options
-from engine.beginning import folder_of, introduce
+from engine.beginning import check_untouched, folder_of, introduce
 from engine.checkpoints import newest_checkpoint, step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
 from engine.figures import draw_curve
@@ -235,6 +235,8 @@ class RunLoop(KeptRun):
                 if config.eval_only:
                     self._close(self._evaluate())
                     return 0
+                if self.machine.is_main:
+                    check_untouched(self.folder, self.checkpoint, config.resume, config.run_name)
                 return self._train_and_close()
             except NonFiniteError as error:
                 self.machine.say(f"{options.PROG}: {error}: nothing of them is saved; {self._way_back()}")

@@ -33,6 +33,7 @@ class MachineConfig:
     save_dir: folder of all runs.
     run_name: the run's folder in it; None = still to be named.
     log_csv: the evaluation table; None = eval.csv in the run's folder.
+    resume: the checkpoint or run to go on from, as typed; None = none is named.
     reset_progress: True begins a new run from the weights of a checkpoint.
     dry_run: True writes nothing.
     eval_only: True evaluates a checkpoint, beside a process that trains it as well.
@@ -45,6 +46,7 @@ class MachineConfig:
     save_dir: str = "runs"
     run_name: str | None = None
     log_csv: str | None = None
+    resume: str | None = None
     reset_progress: bool = False
     dry_run: bool = False
     eval_only: bool = False

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import options
-from engine.figures import DASHES, draw_losses, draw_tasks, new_figure, read_losses, read_solved
+from engine.figures import DASHES, draw_losses, draw_tasks, new_figure, quiet_matplotlib, read_losses, read_solved
 from engine.files import json_lines, write_text_aside
 from engine.intervals import wilson
 from engine.report import percent
@@ -227,6 +227,7 @@ def curves(records: RunRecords) -> str:
         return ""
 
     # Text stays text, and a dollar sign in a task's name is no formula.
+    quiet_matplotlib()
     import matplotlib
 
     columns = min(count, 3)

@@ -68,6 +68,7 @@ class GrpoRun:
         # A run that has begun its stages, and the add-on, go on from weights alone: what trained them is over.
         goes_on = self.checkpoint is not None and not opts.reset_progress
         progress = read_progress(self.checkpoint) if goes_on else None
+        weights = self.checkpoint
         if progress is not None or opts.arch == "addon":
             self.supervised = self._kind.weights_of(opts, self.checkpoint)
         else:
@@ -75,20 +76,21 @@ class GrpoRun:
             status = self.supervised.go()
             if status:
                 return status
+            weights = None
 
         # From here on both systems are alike.
-        trained = self._trained()
+        trained = self._trained(weights)
         progress = progress or GrpoProgress(trained.step, elapsed_s=trained.elapsed_s)
         self.stage_loop = self._stage_loop(trained, progress)
         status = self.stage_loop.run()
         self.finished = status == 0
         return status
 
-    def _trained(self) -> TrainedModel:
-        """What the supervised run hands over."""
+    def _trained(self, checkpoint: Path | None) -> TrainedModel:
+        """What the supervised run hands over: the weights of `checkpoint`; None = those of its newest."""
         if isinstance(self.supervised, AddonRun):
-            return trained_addon(self.supervised, self.checkpoint)
-        return trained_planner(self.supervised)
+            return trained_addon(self.supervised, checkpoint)
+        return trained_planner(self.supervised, checkpoint)
 
     def _stage_loop(self, trained: TrainedModel, progress: GrpoProgress) -> StageLoop:
         """The stages, with their held-out questions drawn. Raises ValueError for stages that cannot be run."""

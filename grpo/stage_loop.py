@@ -12,6 +12,7 @@ from typing import Any
 
 import options
 from addon.draws import Draws
+from engine.beginning import check_untouched
 from engine.checkpoints import rotate, step_folder, write_checkpoint
 from engine.dry_run import NON_FINITE_EXIT
 from engine.figures import draw_curve
@@ -50,6 +51,7 @@ class StageLoopConfig:
         trackers: comma list of where else to log; "" = nowhere.
         log_csv: the evaluation table; None = eval.csv in the run's folder.
         report: write report.html at the end.
+        resume, run_name: what the call goes on from, as typed.
     """
 
     settings: str
@@ -61,6 +63,8 @@ class StageLoopConfig:
     trackers: str = ""
     log_csv: str | None = None
     report: bool = True
+    resume: str | None = None
+    run_name: str | None = None
 
 
 class StageLoop:
@@ -103,6 +107,8 @@ class StageLoop:
         with RunLog(
             self.trained.folder, csv_path, trackers, dict(config.flags), self.machine.is_main, self.progress.elapsed_s
         ) as self.log:
+            if self.machine.is_main:
+                check_untouched(self.trained.folder, self.checkpoint, config.resume, config.run_name)
             with interruptible() as stop:
                 for index, stage in enumerate(self.stages):
                     if stage.name in self.progress.done:

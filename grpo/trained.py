@@ -88,8 +88,8 @@ def trained_addon(run: AddonRun, checkpoint: Path | None) -> TrainedModel:
     )
 
 
-def trained_planner(run: EnhancedRun) -> TrainedModel:
-    """The planner/worker LM after its warm start."""
+def trained_planner(run: EnhancedRun, checkpoint: Path | None) -> TrainedModel:
+    """The planner/worker LM after its warm start; its weights are those of `checkpoint`, or None = the newest."""
     run.trainer.end_training()
     folder = run.loop.folder
 
@@ -100,7 +100,7 @@ def trained_planner(run: EnhancedRun) -> TrainedModel:
         run.trainer,
         run.text_models,
         folder=folder,
-        checkpoint=newest_checkpoint(folder),
+        checkpoint=checkpoint or newest_checkpoint(folder),
         step=run.loop.step,
         elapsed_s=run.loop.elapsed_s,
         title="Planner/worker LM",

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def tiny_trainer(
     return Trainer(*parts, controller, accelerator or Accelerator(cpu=True), precision, verdicts)
 
 
-def command(*argv: str, script: str = "train.py", **environment: str) -> subprocess.Popen:
-    """The command in a process of its own, as a user types it; stdout and stderr are pipes."""
+def command(
+    *argv: str, script: str = "train.py", prefix: Sequence[str] = (), **environment: str
+) -> subprocess.Popen:
+    """The command in a process of its own, as a user types it behind `prefix`; stdout and stderr are pipes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
-    return subprocess.Popen([sys.executable, script, *argv], cwd=ROOT, encoding="utf-8", env=environment,
+    return subprocess.Popen([*prefix, sys.executable, script, *argv], cwd=ROOT, encoding="utf-8", env=environment,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
