@@ -49,6 +49,8 @@ from text_data.roundtrip import ROWS_TRIED, check_round_trip
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
 
+LARGE = 100_000_000  # parameters of an LLM that the defaults were not chosen on
+
 
 def task_names(opts: argparse.Namespace) -> list[str]:
     """The chosen tasks, or the default ones; none beside own data that stand alone."""
@@ -200,6 +202,9 @@ class AddonRun:
         self.bare = BareLLM(options.part(BareConfig, opts), self.data)
         self.bare.formats()
         self._check_roundtrip()
+        if checkpoint is None and not opts.eval_only:
+            for text in self.format.shown(self.data.eval_examples[0]):
+                self.machine.say(text)
         self.plan = self._plan()
 
         # The first weights depend on the seed alone, not on how many items were drawn before.
@@ -323,6 +328,9 @@ class AddonRun:
         opts = self.opts
         count = sum(p.numel() for p in self.model.addon_parameters().values())
         host = host_parameters(self.model.host)
+        if self.machine.is_main and not opts.eval_only:
+            for line in size_warnings(opts, host):
+                self.machine.say(line)
         names = [task.name for task in self.data.tasks]
         tasks = ", ".join(names)
         metric = "solved"
@@ -384,6 +392,19 @@ def prompt_format(opts: argparse.Namespace, checkpoint: Path | None) -> tuple[Pr
     if ADAPTER_CONFIG not in documents:
         return PromptFormat(tokenizer, config, rows), None
     return saved_format(record_of(documents), tokenizer, rows, config)
+
+
+def size_warnings(opts: argparse.Namespace, parameters: int) -> list[str]:
+    """One line where an LLM of so many parameters meets the batch size and learning rate of the embedded one."""
+    default = {flag.name: flag.default_in(opts.arch) for flag in options.FLAGS}
+    usual = (default["batch_size"], default["lr"])
+    if parameters < LARGE or (opts.batch_size, opts.lr) != usual:
+        return []
+    return [
+        f"WARNING: --batch_size {usual[0]} and --lr {usual[1]:g} were chosen on an LLM of 3.6 M parameters, and "
+        f"{opts.model_name} has {parameters / 1e6:,.0f} M: begin with a file of configs/recipes/, or with "
+        "--batch_size 16 --lr 1e-3 --cache_hidden disk"
+    ]
 
 
 def decoding(opts: argparse.Namespace) -> Decoding:

@@ -227,6 +227,16 @@ class PromptFormat:
             return text.split(self.sentinel)[0].strip(), True
         return text.strip(), length < len(row)
 
+    def shown(self, example: Example) -> list[str]:
+        """Lines that show one example as the LLM reads it: its prompt and its target, as text and as ids."""
+        (prompt,) = self.prompts([example.question])
+        (target,) = self.targets([example.target or ""])
+        lines = []
+        for what, ids in (("prompt", prompt), ("target", target)):
+            text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            lines.append(f"  {what}, {len(ids)} tokens: {text!r} = {ids}")
+        return ["one example as the LLM reads it; the loss is on the target's tokens alone:", *lines]
+
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
         """Tokens of each example's prompt."""
         return [len(prompt) for prompt in self.prompts([example.question for example in examples])]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.gguf import SUFFIX, converted, is_gguf
 from engine.past_tokens import UnfitError, check_cache
 from text_data.tokenizer import read_whole
 
@@ -38,7 +39,7 @@ class HostError(ValueError):
 class HostConfig:
     """Which LLM is frozen, and how it is loaded; each field is the flag of its name.
 
-    model_name: a local folder or a hub name.
+    model_name: a local folder, a GGUF file or a hub name.
     load_in: none, 8bit or 4bit.
     host_dtype: of its weights: stored (as they are saved), bf16, fp32, fp16 or auto (see addon/host_dtype.py).
     trust_remote_code: run Python code that comes with a hub model.
@@ -51,11 +52,29 @@ class HostConfig:
 
 
 def resolve_name(name: str) -> str:
-    """A local folder as an absolute path (tried from here, then from the repository), any other name as it is."""
+    """A local folder as an absolute path (tried from here, then from the repository), any other name as it is.
+
+    A GGUF file is the folder that it is converted to. Raises HostError where it cannot be.
+    """
     for candidate in (Path(name), ROOT / name):
         if candidate.is_dir():
             return str(candidate.resolve())
+        if candidate.suffix and candidate.is_file():
+            return str(_folder_of(candidate))
     return name
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder that a GGUF file is converted to. Raises HostError for another kind of file, and as `converted`."""
+    if not is_gguf(path):
+        raise HostError(
+            f"--model_name {path} is a file, and no GGUF file: give a folder as save_pretrained writes it, a GGUF file "
+            "or a hub name"
+        )
+    try:
+        return converted(path)
+    except ValueError as error:
+        raise HostError(f"--model_name {error}") from error
 
 
 @functools.cache
@@ -106,7 +125,9 @@ def load_config(name: str, trust_remote_code: bool = False):
     path = resolve_name(name)
     local = Path(path).is_dir()
     if local and not any(any(Path(path).glob(pattern)) for pattern in WEIGHT_PATTERNS):
-        raise HostError(f"--model_name {name}: the folder {path} holds no weights (*.safetensors): give a saved model")
+        packed = sorted(Path(path).glob(f"*{SUFFIX}"))
+        advice = f"give the GGUF file itself, --model_name {packed[0]}" if packed else "give a saved model"
+        raise HostError(f"--model_name {name}: the folder {path} holds no weights (*.safetensors): {advice}")
 
     try:
         config = AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)

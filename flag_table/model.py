@@ -11,7 +11,7 @@ TABLE = (
     reasoner("objective", "str", "ce", "ce = cross-entropy on the answers; grpo = afterwards also rewards on the "
              "model's own answers, in stages", choices=("ce", "grpo"), common=True),
     # The frozen LLM.
-    addon("model_name", "path", "assets/tiny_host", "frozen LLM: a local folder or a Hugging Face hub name",
+    addon("model_name", "path", "assets/tiny_host", "frozen LLM: a local folder, a GGUF file or a hub name",
           common=True),
     addon("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit")),
     addon("host_dtype", "str", "auto", "what the frozen LLM's weights are held in: as saved (stored), or auto = as "

@@ -580,3 +580,23 @@ def test_evaluation_questions_are_never_trained_on(call, monkeypatch):
         trained.clear()
         assert call("--task_config", config, "--eval_n", "12", "--max_steps", "20", "--train_n", train_n)[0] == 0
         assert len(reserved) == 12 and len(trained) > 10 and not trained & reserved
+
+
+def test_the_embedded_llm_s_batch_size_and_lr_on_a_large_llm_bring_a_warning():
+    def warnings(parameters, *words):
+        return run.size_warnings(options.parse(list(words)), parameters)
+
+    (line,) = warnings(494_000_000)
+    assert line.startswith("WARNING: --batch_size 64 and --lr 0.003 were chosen on an LLM of 3.6 M parameters")
+    assert "has 494 M: begin with a file of configs/recipes/" in line
+    assert warnings(3_600_000) == warnings(494_000_000, "--lr", "1e-3") == []
+    assert warnings(494_000_000, "--batch_size", "8") == []
+
+
+def test_every_recipe_is_legal_and_those_that_nobody_ran_say_so():
+    folder = Path(run.__file__).parent / "configs" / "recipes"
+    for path in sorted(folder.glob("*.yaml")):
+        opts = options.parse(["--config", str(path)])
+        assert opts.cache_hidden == "disk" and opts.train_n
+        is_tried = path.stem == "smollm2_135m"
+        assert ("UNTESTED" in path.read_text(encoding="utf-8")) != is_tried, path

