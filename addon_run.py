@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -183,8 +184,7 @@ class AddonRun:
             self.machine.say(line)
 
         # The items come before the model: a mistake in them is told before gigabytes are loaded.
-        for warning in task_warnings(task_names(opts), opts.verifier_strict):
-            self.machine.say(f"WARNING: {warning}")
+        self._say_warnings(task_warnings(task_names(opts), opts.verifier_strict))
         self.format, note = prompt_format(opts, checkpoint)
         if note:
             self.machine.say(note)
@@ -197,8 +197,7 @@ class AddonRun:
         )
         self._tell_of_own_data(checkpoint)
         if self.machine.is_main:
-            for warning in chance_warnings(self.data.chances()):
-                self.machine.say(f"WARNING: {warning}")
+            self._say_warnings(chance_warnings(self.data.chances()))
         self.bare = BareLLM(options.part(BareConfig, opts), self.data)
         self.bare.formats()
         self._check_roundtrip()
@@ -233,6 +232,10 @@ class AddonRun:
     def go(self) -> int:
         """Runs the command and returns its exit status."""
         return self.loop.go()
+
+    def _say_warnings(self, warnings: Iterable[str]) -> None:
+        for warning in warnings:
+            self.machine.say(f"WARNING: {warning}")
 
     def _tell_of_own_data(self, checkpoint: Path | None) -> None:
         """Says what was left out of the user's own data, and what has changed since the checkpoint."""
@@ -329,8 +332,7 @@ class AddonRun:
         count = sum(p.numel() for p in self.model.addon_parameters().values())
         host = host_parameters(self.model.host)
         if self.machine.is_main and not opts.eval_only:
-            for line in size_warnings(opts, host):
-                self.machine.say(line)
+            self._say_warnings(size_warnings(opts, host))
         names = [task.name for task in self.data.tasks]
         tasks = ", ".join(names)
         metric = "solved"
@@ -401,7 +403,7 @@ def size_warnings(opts: argparse.Namespace, parameters: int) -> list[str]:
     if parameters < LARGE or (opts.batch_size, opts.lr) != usual:
         return []
     return [
-        f"WARNING: --batch_size {usual[0]} and --lr {usual[1]:g} were chosen on an LLM of 3.6 M parameters, and "
+        f"--batch_size {usual[0]} and --lr {usual[1]:g} were chosen on an LLM of 3.6 M parameters, and "
         f"{opts.model_name} has {parameters / 1e6:,.0f} M: begin with a file of configs/recipes/, or with "
         "--batch_size 16 --lr 1e-3 --cache_hidden disk"
     ]

@@ -587,7 +587,7 @@ def test_the_embedded_llm_s_batch_size_and_lr_on_a_large_llm_bring_a_warning():
         return run.size_warnings(options.parse(list(words)), parameters)
 
     (line,) = warnings(494_000_000)
-    assert line.startswith("WARNING: --batch_size 64 and --lr 0.003 were chosen on an LLM of 3.6 M parameters")
+    assert line.startswith("--batch_size 64 and --lr 0.003 were chosen on an LLM of 3.6 M parameters")
     assert "has 494 M: begin with a file of configs/recipes/" in line
     assert warnings(3_600_000) == warnings(494_000_000, "--lr", "1e-3") == []
     assert warnings(494_000_000, "--batch_size", "8") == []
