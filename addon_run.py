@@ -202,8 +202,7 @@ class AddonRun:
         self.bare.formats()
         self._check_roundtrip()
         if checkpoint is None and not opts.eval_only:
-            for text in self.format.shown(self.data.eval_examples[0]):
-                self.machine.say(text)
+            self._show_example()
         self.plan = self._plan()
 
         # The first weights depend on the seed alone, not on how many items were drawn before.
@@ -236,6 +235,10 @@ class AddonRun:
     def _say_warnings(self, warnings: Iterable[str]) -> None:
         for warning in warnings:
             self.machine.say(f"WARNING: {warning}")
+
+    def _show_example(self) -> None:
+        for line in self.format.shown(self.data.eval_examples[0]):
+            self.machine.say(line)
 
     def _tell_of_own_data(self, checkpoint: Path | None) -> None:
         """Says what was left out of the user's own data, and what has changed since the checkpoint."""
