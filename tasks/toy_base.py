@@ -12,7 +12,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_TOKENS = 76  # characters of a question, one token each: with the chat template under 80 of the embedded LLM
 # (nodes, letters, steps beyond the fewest) of a curriculum's first levels. With as many letters as nodes, a few
 # thousand questions are all there are, and they are learnt by heart.
-FEW = ((4, 6, 0), (6, 8, 0), (6, 8, 1), (8, 10, 2), (10, 12, 3), (13, 15, 4), (16, 18, 5), (18, 22, 6))
+FEW = (
+    *((4, 6, 0), (6, 8, 0), (6, 8, 1), (8, 10, 2), (10, 12, 3), (12, 14, 4), (14, 16, 5), (16, 17, 6)),
+    *((16, 18, 7), (18, 20, 8), (18, 22, 9), (18, 24, 10)),
+)
 GROWTHS = ("together", "letters_first")
 MOST_PAIRS = 18  # pairs `A>B,` of four tokens each, and up to five more for what is asked
 
