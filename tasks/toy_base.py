@@ -10,13 +10,9 @@ from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_TOKENS = 76  # characters of a question, one token each: with the chat template under 80 of the embedded LLM
-# (nodes, letters, steps beyond the fewest) of a curriculum's first levels. With as many letters as nodes, a few
-# thousand questions are all there are, and they are learnt by heart.
-FEW = (
-    *((4, 6, 0), (6, 8, 0), (6, 8, 1), (8, 10, 2), (10, 12, 3), (12, 14, 4), (14, 16, 5), (16, 17, 6)),
-    *((16, 18, 7), (18, 20, 8), (18, 22, 9), (18, 24, 10)),
-)
-GROWTHS = ("together", "letters_first")
+# (nodes, letters) of a curriculum's first levels. With as many letters as nodes, a few thousand questions are all there
+# are, and they are learnt by heart.
+FEW = ((4, 6), (6, 8), (8, 10), (10, 12), (13, 15), (16, 18), (18, 22))
 MOST_PAIRS = 18  # pairs `A>B,` of four tokens each, and up to five more for what is asked
 
 
@@ -78,46 +74,34 @@ class StepsConfig:
 
 @dataclass
 class LettersConfig(StepsConfig):
-    """A probe of pointers between letters. Its first levels have few nodes of few letters.
+    """A probe of pointers between letters. Its first levels have few nodes of few letters, at the fewest steps.
 
     nodes: letters that an item holds.
     letters: how many of the alphabet, from A on, they are drawn from.
-    growth: of a curriculum: together = letters and steps grow level by level; letters_first = all letters at the fewest
-        steps, then the steps.
     """
 
     nodes: int = MOST_PAIRS
     letters: int = len(LETTERS)
-    growth: str = "together"
 
     def validate(self) -> None:
         super().validate()
         assert self.letters <= len(LETTERS), f"letters must be {len(LETTERS)} or fewer, got {self.letters}"
         assert self.nodes <= self.letters, f"nodes must be at most the {self.letters} letters, got {self.nodes}"
-        assert self.growth in GROWTHS, f"growth must be {' or '.join(GROWTHS)}, got {self.growth!r}"
 
     def levels(self) -> list[dict[str, Any]]:
-        """First few nodes of few letters, more of them and one more step at each level; then the rest of the steps.
+        """First few nodes of few letters, more of them at each level; then, with all of them, one more step at each.
 
-        A model learns to find a letter among 8 within a few hundred batches. Among 26 it does not begin to. The second
-        step is found among 8 letters within a hundred batches, and among 18 in some runs not within seven hundred.
+        A model learns to find a letter among 8 within a few hundred batches. Among 26 it does not begin to.
         """
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        levels: list[dict[str, Any]] = []
-        reached = self.min_steps
-        for nodes, letters, more in FEW:
-            steps = min(self.min_steps + more, reached + 1, self.max_steps)
-            if self.growth == "letters_first":
-                steps = self.min_steps
-            fields = {"nodes": nodes, "letters": letters, "max_steps": steps, **self.shrunk(nodes)}
+        levels = []
+        for nodes, letters in FEW:
+            fields = {"nodes": nodes, "letters": letters, "max_steps": self.min_steps, **self.shrunk(nodes)}
             is_smaller = nodes <= self.nodes and letters < self.letters
-            if is_smaller and fields not in levels and is_legal(type(self)(**own | fields)):
+            if is_smaller and is_legal(type(self)(**own | fields)):
                 levels.append(fields)
-                reached = steps
-
-        # With all nodes and letters the steps go on from where they are.
         back = {name: own[name] for name in (levels[0] if levels else ())}
-        return levels + [back | {"max_steps": most} for most in range(reached, self.max_steps + 1)]
+        return levels + [back | level for level in super().levels()]
 
     def shrunk(self, nodes: int) -> dict[str, Any]:
         """Further fields of a level of so many nodes."""
