@@ -100,6 +100,8 @@ def _source(name: str) -> dict:
 
 def _one_line(error: Exception) -> str:
     """The beginning of a library's message, its line breaks taken out."""
+    if type(error).__name__ == "UnpicklingError":  # torch says how to read it all the same
+        return "its .bin file holds more than tensors, so it is not read: save it as safetensors where you trust it"
     return " ".join(str(error).split())[:200]
 
 
@@ -131,7 +133,9 @@ def load_config(name: str, trust_remote_code: bool = False):
 
     try:
         config = AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a family's code raises at a file that it does not expect
         if not local:
             raise _no_host(name, error) from error
         raise HostError(
@@ -149,7 +153,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - as in `load_config`
         raise HostError(f"--model_name {name}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     tokenizer.padding_side = "left"
 
@@ -173,7 +179,6 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     Raises:
         HostError: as `load_config`; broken weights; a family whose logits `host_logits` does not reproduce.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code)
@@ -182,7 +187,9 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
         host, info = AutoModelForCausalLM.from_pretrained(
             **_source(name), **arguments, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - as in `load_config`
         raise HostError(f"--model_name {name}: the model cannot be loaded: {_one_line(error)}") from error
     if info["missing_keys"]:
         # transformers would draw them at random and say so in a warning alone.
@@ -196,8 +203,9 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     try:
         check_logits(host)
         check_cache(host)
+        end_ids(host, None)
     except (HostError, UnfitError) as error:
-        raise HostError(str(error)) from error
+        raise HostError(f"--model_name {name}: {error}") from error
     except Exception as error:  # bitsandbytes cannot multiply every shape, and a family's forward is foreign code
         reason = f"the model cannot be loaded: {_one_line(error)}"
         raise HostError(f"--model_name {name} --load_in {load_in}: {reason}") from error
@@ -269,6 +277,9 @@ def check_logits(host) -> None:
     device = host.get_input_embeddings().weight.device
     ids = torch.arange(8, device=device)[None] % host.config.get_text_config().vocab_size
     own = host(input_ids=ids).logits.float()
+    if not bool(torch.isfinite(own).all()):
+        raise HostError("its logits are not all numbers, so its weights are damaged: load it anew")
+
     ours = host_logits(host, host.base_model(input_ids=ids).last_hidden_state)
 
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
@@ -293,10 +304,12 @@ def host_fingerprint(host) -> dict[str, Any]:
 
 
 def end_ids(model, tokenizer) -> frozenset[int]:
-    """Ids of every token that ends an answer: those of the tokenizer, of generation_config, config and its parts.
+    """Ids of every token that ends an answer: those of the tokenizer, where there is one, of configs and their parts.
 
     Families such as Gemma, Phi-3 and Llama 3 name several, and the end of a turn often in generation_config alone. An
     id beyond the embedding table is left out: it cannot be generated.
+
+    Raises HostError for an end that is no id.
     """
     config = model.config
     owners = [tokenizer, getattr(model, "generation_config", None), config, config.get_text_config()]
@@ -307,7 +320,10 @@ def end_ids(model, tokenizer) -> frozenset[int]:
         own = getattr(owner, "eos_token_id", None)
         if isinstance(own, int):
             own = [own]
+        if not all(isinstance(index, int) for index in own or ()):
+            raise HostError(f"the model's eos_token_id is {own!r}: expected the id of a token, or a list of ids")
         ids.update(own or ())
+
     return frozenset(index for index in ids if 0 <= index < config.get_text_config().vocab_size)
 
 

@@ -54,12 +54,20 @@ def reasoning_tokenizer(name_or_dir: str | None = None) -> Any:
 
 
 def has_assistant_prompt(tokenizer: Any) -> bool:
-    """True when the chat template ends a conversation differently where the assistant is to speak next."""
+    """True when the chat template ends a conversation differently where the assistant is to speak next.
+
+    Raises ValueError where the template fails.
+    """
     if not tokenizer.chat_template:
         return False
     turn = [{"role": "user", "content": "?"}]
-    plain = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
-    prompted = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+    # Templates are foreign code, which raises what it likes.
+    try:
+        plain = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=False)
+        prompted = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # noqa: BLE001 - see above
+        raise ValueError(f"the tokenizer's chat template failed ({error}): choose another --tokenizer") from error
     return len(prompted) > len(plain)
 
 

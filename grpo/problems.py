@@ -18,7 +18,7 @@ from addon.streams import most_owed
 from engine.records import normalise
 from enhanced.reasoning_format import END_SOLUTION, END_THINK, SOLUTION, THINK
 from grpo.rewards import item_text
-from reasoning_gym_wrapper import EVAL_SEED, MAX_REJECTED, Example, Task, for_evaluation
+from reasoning_gym_wrapper import EVAL_SEED, MAX_REJECTED, Example, Task, TaskError, for_evaluation
 from tasks.limits import USUAL, JudgeConfig
 
 HELD_OUT_SHARE = 5  # of a finite source, one in so many problems is kept for evaluation at most
@@ -176,6 +176,9 @@ class TaskSource:
 
 def task_source(level: Mapping[str, Mapping[str, Any] | None], limits: JudgeConfig = USUAL) -> TaskSource:
     """The source of {task: config}; `limits` hold for making and scoring items. Raises TaskError."""
+    for name, config in level.items():
+        if not isinstance(config, Mapping | None):
+            raise TaskError(f"task {name}: expected settings such as min_terms by name, got {config!r}")
     return TaskSource(tuple(Task(name, dict(config or {}), limits) for name, config in level.items()))
 
 

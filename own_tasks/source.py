@@ -7,6 +7,7 @@ JSON is read by the project's own strict reader, which knows the line of every r
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -236,7 +237,8 @@ def _open(source: Source, text_fields: Sequence[str]) -> Any:
     """The split as an iterable of rows. Raises whatever `datasets` does."""
     import datasets
 
-    datasets.utils.logging.set_verbosity_error()
+    # What it finds is told in our own line; its errors would stand before that.
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
     datasets.utils.logging.disable_progress_bar()
 
     if source.kind == "csv":

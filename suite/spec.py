@@ -60,8 +60,9 @@ def suite_problems(text: str, split: str | None = None) -> list[str]:
 
     for name, path in entries:
         problem = _entry_problem(name, path, split)
-        if problem:
+        if problem and problem not in lines:
             lines.append(problem)
+
     return lines
 
 
