@@ -45,7 +45,7 @@ from suite.spec import spec_problems
 from tasks.chance import chance_warnings
 from tasks.limits import JudgeConfig
 from tasks.plugins import load_plugin
-from text_data.frames import header_text
+from text_data.frames import header_text, template_text, template_values
 from text_data.roundtrip import ROWS_TRIED, check_round_trip
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
@@ -114,6 +114,9 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
         lines += steps_problems(chosen, task_config(opts), own, limits)
     lines += bare_problems(chosen, opts.few_shot)
     lines += errors_of(header_text, opts.system_header)
+    lines += errors_of(template_values, opts.chat_template_kwargs)
+    if opts.chat_template and checkpoint is None:
+        lines += errors_of(template_text, opts.chat_template)
     if not opts.eval_only:
         lines += retain_problems(opts.retain)
 

@@ -19,7 +19,7 @@ from engine.stopping import drawn
 from reasoning_gym_wrapper import Example
 from tasks.steps import steps_of
 from text_data.frames import PLAIN_CUE as PLAIN_CUE
-from text_data.frames import Frame, Guard, anchors_of, continuation_ids, render_frame
+from text_data.frames import Frame, Guard, anchors_of, continuation_ids, give_template, render_frame
 
 NO_LIMIT = 2**31  # segments of an item whose task does not say how many steps it needs
 
@@ -79,6 +79,8 @@ class PromptConfig:
     sentinel: text that ends every target, at which generation stops; None = none.
     max_seq_len: most tokens of a prompt, 8 or more.
     answer_from: how the answer is taken out of a generated text, see `text_data.taken`.
+    chat_template: a Jinja file in place of the tokenizer's template; None = the tokenizer's own.
+    chat_template_kwargs: JSON object, the values of the template's variables; None = none.
     """
 
     prompt_style: str = "auto"
@@ -86,6 +88,8 @@ class PromptConfig:
     sentinel: str | None = None
     max_seq_len: int = 512
     answer_from: str = "text"
+    chat_template: str | None = None
+    chat_template_kwargs: str | None = None
 
 
 class PromptFormat:
@@ -102,7 +106,8 @@ class PromptFormat:
         frame: what to write around a question; None renders it now.
 
     Raises:
-        ValueError: `chat` without a chat template; a tokenizer without an end of sequence that the LLM can generate.
+        ValueError: `chat` without a chat template; a tokenizer without an end of sequence that the LLM can generate; as
+            `give_template`.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class PromptFormat:
         self.answer_from = config.answer_from
         self.sentinel = config.sentinel
         self.max_seq_len = config.max_seq_len
+        if frame is None:
+            give_template(tokenizer, config.chat_template, config.chat_template_kwargs)
         self.frame = frame or render_frame(tokenizer, config.prompt_style, config.system_header)
         self.chat = self.frame.chat
         self.prefix = self.frame.prefix

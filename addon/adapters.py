@@ -25,7 +25,7 @@ from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
 from host import HostConfig, HostError, host_fingerprint
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
-from text_data.frames import Frame, kept_frame
+from text_data.frames import Frame, give_template, kept_frame
 
 ADAPTER = "adapter_model"  # file stem of the weights in a checkpoint
 ADAPTER_CONFIG = PEFT_CONFIG  # the record of HRM and of checkpoints of earlier versions
@@ -155,9 +155,17 @@ def saved_format(
     trained = PromptConfig(**document["prompt"])
     config = config or trained
 
-    same_wish = (config.prompt_style, config.system_header) == (trained.prompt_style, trained.system_header)
-    if not same_wish:
+    wishes = ("prompt_style", "system_header", "chat_template", "chat_template_kwargs")
+    if any(getattr(config, name) != getattr(trained, name) for name in wishes):
         return PromptFormat(tokenizer, config, rows), None
+
+    # The file of a template need not be where the checkpoint is: its frame was kept.
+    try:
+        give_template(tokenizer, config.chat_template, config.chat_template_kwargs)
+    except ValueError:
+        if "frame" not in document:
+            raise
+        return PromptFormat(tokenizer, config, rows, Frame(**document["frame"])), None
     frame, note = kept_frame(document.get("frame"), tokenizer, config.prompt_style, config.system_header)
     return PromptFormat(tokenizer, config, rows, frame), note
 

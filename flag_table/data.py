@@ -73,6 +73,9 @@ TABLE = (
     addon("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True),
     addon("system_header", "str", None, "text put before every prompt; rg:NAME = that one of Reasoning Gym's "
           "prompts", nullable=True, pattern=r".*", form="text"),
+    addon("chat_template", "path", None, "a Jinja file in place of the tokenizer's chat template", nullable=True),
+    addon("chat_template_kwargs", "str", None, "values of the chat template's variables, a JSON object: "
+          '{"enable_thinking": false}', nullable=True, pattern=r".*", form="a JSON object"),
     addon("prompt_style", "str", "auto", "how a question is put to the LLM; auto = chat if it has a template",
           choices=("auto", "chat", "plain")),
     Flag("max_seq_len", "int", 512, "most tokens of a prompt; the hybrid cuts longer ones", low=8,

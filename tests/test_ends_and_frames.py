@@ -362,3 +362,54 @@ def test_a_prompt_that_ends_in_a_space_is_not_given_another():
     text = prompt_format.prefix + "What" + prompt_format.suffix + "19"
     joint = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(prompt + ids[:-1]) == tokenizer.decode(joint)
+
+
+# --- another chat template --------------------------------------------------------------------------------------------
+
+THINKING = (
+    "{% for turn in messages %}<|user|>{{ turn.content }}{% endfor %}<|assistant|>"
+    "{% if enable_thinking is not defined or enable_thinking %}think{% else %}answer{% endif %}"
+)
+
+
+def test_a_template_file_and_its_variables_write_the_frame(tokenizer, tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(THINKING)
+    own = tokenizer.chat_template
+    try:
+        assert PromptFormat(tokenizer, PromptConfig(chat_template=str(file))).suffix == "<|assistant|>think"
+        config = PromptConfig(chat_template=str(file), chat_template_kwargs='{"enable_thinking": false, "date": null}')
+        trained = PromptFormat(tokenizer, config)
+        assert (trained.prefix, trained.suffix) == ("<|user|>", "<|assistant|>answer")
+
+        # A checkpoint asks as it was trained to, with the file and without it.
+        document = {"prompt": dataclasses.asdict(config), "frame": dataclasses.asdict(trained.frame)}
+        rows = len(tokenizer)
+        for _ in range(2):
+            tokenizer.chat_template = own
+            asked, note = saved_format(document, tokenizer, rows)
+            assert asked.frame == trained.frame and note is None
+            file.unlink(missing_ok=True)
+    finally:
+        tokenizer.chat_template = own
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ("{thinking}", "is no JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"messages": []}', "'messages' is no variable"),
+        ('{"a-b": 1}', "'a-b' is no variable"),
+    ],
+)
+def test_variables_that_no_template_can_be_given_are_refused(tokenizer, values, told):
+    with pytest.raises(ValueError, match=f"--chat_template_kwargs.*{told}"):
+        PromptFormat(tokenizer, PromptConfig(chat_template_kwargs=values))
+
+
+def test_a_template_that_is_not_there_is_refused(tokenizer, plain_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="--chat_template .* cannot be read: No such file or directory"):
+        PromptFormat(tokenizer, PromptConfig(chat_template=str(tmp_path / "none.jinja")))
+    with pytest.raises(ValueError, match="needs a chat template, this tokenizer has none"):
+        PromptFormat(plain_tokenizer, PromptConfig(chat_template_kwargs='{"a": 1}'))

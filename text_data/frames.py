@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 PLAIN_CUE = "\nAnswer:"
@@ -13,6 +15,8 @@ EXAMPLE_GAP = "\n\n"  # between solved examples in plain text
 NAMED_HEADER = "rg:"  # before the name of one of Reasoning Gym's own system prompts
 _QUESTION = "QUESTION-GOES-HERE"
 _ANSWER = "ANSWER-GOES-HERE"
+
+TAKEN = ("messages", "add_generation_prompt")  # variables of a template that the question itself fills
 
 IdsOf = Callable[[Any, Sequence[str]], list[list[int]]]  # of a tokenizer and texts
 
@@ -68,6 +72,59 @@ def render_frame(tokenizer: Any, style: str, header: str | None) -> Frame:
         raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
     prefix, suffix = text.split(_QUESTION)
     return Frame(prefix, suffix, chat=True, end=_end_of_turn(tokenizer, turns))
+
+
+def give_template(tokenizer: Any, path: str | None, variables: str | None) -> None:
+    """Gives a tokenizer the chat template in a file, and a chat template's variables their values.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer; it is changed.
+        path: a Jinja file, as models bring it; None keeps the tokenizer's own.
+        variables: a JSON object, such as `{"enable_thinking": false}`; None sets none.
+
+    Raises:
+        ValueError: no such file, no JSON object, a name that a template cannot be given so, or no template to give to.
+    """
+    values = template_values(variables)
+    if path is not None:
+        tokenizer.chat_template = template_text(path)
+    if not values:
+        return
+    if not isinstance(tokenizer.chat_template, str):
+        raise ValueError(f"--chat_template_kwargs {variables} needs a chat template, this tokenizer has none")
+
+    # What the template itself says first holds wherever it is rendered, in an exported folder too.
+    lines = ""
+    for name, value in values.items():
+        literal = "none" if value is None else json.dumps(value)
+        lines += f"{{% set {name} = {literal} %}}"
+    if not tokenizer.chat_template.startswith(lines):
+        tokenizer.chat_template = lines + tokenizer.chat_template
+
+
+def template_text(path: str) -> str:
+    """The chat template in a file. Raises ValueError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ValueError(f"--chat_template {path} cannot be read: {reason}") from error
+
+
+def template_values(variables: str | None) -> dict[str, Any]:
+    """The values of `--chat_template_kwargs`. Raises ValueError for what is no JSON object of names that are free."""
+    if variables is None:
+        return {}
+    try:
+        values = json.loads(variables)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat_template_kwargs {variables!r} is no JSON ({error.msg})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--chat_template_kwargs {variables!r}: expected a JSON object, name to value")
+    for name in values:
+        if not name.isidentifier() or name in TAKEN:
+            raise ValueError(f"--chat_template_kwargs: {name!r} is no variable that a template can be given")
+    return values
 
 
 def header_text(header: str | None) -> str | None:
