@@ -77,6 +77,15 @@ def test_the_shipped_grid_compares_the_loop_with_a_single_pass_of_no_fewer_layer
     assert set(grid.tasks) == set(grid.difficulties) and len(grid.seeds) == 3
 
 
+def test_the_shipped_grid_of_two_layers_compares_arms_of_equal_parameters():
+    grid = read_grid(ROOT / "configs" / "depth" / "real_tasks_two_layers.yaml")
+    assert segments_of(grid) == {"single_pass": 0, "hrm_n": 3} and len(grid.seeds) == 3
+
+    # The single pass has one layer in L and one in H, the loop two in L.
+    assert grid.arms["single_pass"]["h_layers"] + 1 == grid.arms["hrm_n"]["l_layers"] == 2
+    assert grid.arms["hrm_n"]["h_layers"] == 0
+
+
 def test_each_difficulty_is_a_run_of_its_own_with_its_own_settings(tmp_path):
     difficulties = {"toy_chain": {"short": {"max_steps": 2}, "long": {"max_steps": 4}}}
     path = grid_file(tmp_path, difficulties=difficulties, tasks=["toy_chain", "toy_add"])
