@@ -72,7 +72,7 @@ def read_losses(path: Path, key: str = "loss") -> list[Row]:
         try:
             value = float(record.get(key, record["loss"]))
             rows.append({"step": float(record["step"]), "elapsed_s": float(record["elapsed_s"]), "value": value})
-        except (AttributeError, KeyError, TypeError, ValueError):  # no record of a step, or a loss that is null
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # no step, or a loss that is null
             continue
     return rows
 

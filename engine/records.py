@@ -23,6 +23,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def is_finite(value: object) -> bool:
+    """Whether the value is a number that a float can hold: neither NaN, infinity nor an integer beyond both."""
+    if not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def normalise(question: str) -> str:
     """The form in which questions are compared: lower case, runs of white space as one space."""
     return " ".join(question.lower().split())

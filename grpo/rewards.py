@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.records import is_finite
 from enhanced.reasoning_format import (
     REASONING_TOKENS,
     Parsed,
@@ -415,7 +415,7 @@ def _weight_problems(weights: Mapping[str, float]) -> list[str]:
             problems.append(f"unknown reward {name!r}: choose from {choices}, or name a function as PKG.MOD:FUNCTION")
 
     for name, weight in weights.items():
-        if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        if not is_finite(weight) or weight < 0:
             problems.append(f"the weight of {name} must be a finite number of 0 or more, got {weight!r}")
 
     if not any(weights.values()):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.files import parse_json, read_text, reason_of
-from engine.records import normalise
+from engine.records import is_finite, normalise
 from engine.schedule import ScheduleConfig
 from flags import FIND
 from grpo.own_rewards import is_own, try_reward
@@ -193,7 +193,7 @@ class Limit:
 
     def allows(self, value: Any) -> bool:
         """Whether `value` is a finite number (a bool is none) within the limit. 8.0 is a whole number."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not is_finite(value):
             return False
         if self.whole and value != int(value):
             return False
@@ -237,6 +237,8 @@ def stages_of(config: StagesConfig, own: Sequence[Task] = ()) -> tuple[list[Stag
             given = parse_json(config.stages)
         except ValueError as error:
             return [], [f"--stages is no JSON object: {error}"]
+        if not isinstance(given, dict):
+            return [], [f"--stages is no JSON object, but {type(given).__name__}: give stages by name"]
 
     # Names first: a misspelt stage would otherwise be left out in silence.
     choices = ", ".join(published)

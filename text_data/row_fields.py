@@ -59,7 +59,7 @@ def answer_text(value: Any, name: str) -> str:
         return value.replace("\r\n", "\n").replace("\r", "\n").strip()
     if isinstance(value, bool):
         raise ValueError(f"has the {name} {str(value).lower()}: write the text that the model must give, such as yes")
-    if isinstance(value, int | float) and math.isfinite(value):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, list) or not value:
         raise ValueError(f"has a {name} that is {kind_of(value)}: give text or a number")
