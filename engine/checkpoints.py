@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import files as of_files
 from engine.files import process_lives, reason_of, sync_folder, write_problem, write_synced, write_text_aside
 
 if TYPE_CHECKING:  # torch loads where tensors are read or written, so that documents alone are read at once
@@ -211,13 +212,13 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
     files = {}
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = of_files.parse_json(path.read_bytes())
         kind = manifest["format"]
         version = manifest["version"]
         for name, entry in manifest["files"].items():
             plain_name = Path(name).name  # a forged manifest must not reach outside its folder
             files[plain_name] = {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {reason_of(error)}); {EARLIER}") from error
 
     if (kind, version) != (FORMAT, VERSION):
@@ -355,11 +356,11 @@ def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
         return None
 
     try:
-        record = json.loads(path.read_bytes())
+        record = of_files.parse_json(path.read_bytes())
         name = str(record["checkpoint"])
         metric = str(record["metric"])
         value = float(record["value"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({reason_of(error)}); remove it, evaluation rewrites it") from error
 
     # Its folder may have been removed by hand; a forged name must not reach outside the run.

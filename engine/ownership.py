@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
+from engine.files import parse_json
 
 RECORD = "run.json"
 HELD = (errno.EAGAIN, errno.EACCES)  # another process has the lock; other errors: a file system without locks
@@ -134,7 +135,7 @@ def _read(handle: BinaryIO) -> dict[str, str]:
     """The record in an open file; empty where there is none, or a damaged one."""
     handle.seek(0)
     try:
-        record = json.loads(handle.read())
+        record = parse_json(handle.read())
     except ValueError:
         return {}
     if not isinstance(record, dict):
@@ -158,7 +159,7 @@ def _of_checkpoint(folder: Path) -> str | None:
         if checkpoint is None:
             return None
         text = read_checkpoint(checkpoint, stems=[]).documents.get(RECORD, "{}")
-        return json.loads(text).get("run")
+        return parse_json(text).get("run")
     except (CheckpointError, ValueError, AttributeError):
         return None
 

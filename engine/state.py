@@ -23,7 +23,7 @@ from engine.checkpoints import (
     step_folder,
     write_checkpoint,
 )
-from engine.files import write_text_aside
+from engine.files import parse_json, write_text_aside
 from engine.optimization import BaseTrainer
 from engine.optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
 from engine.ownership import RECORD
@@ -197,7 +197,7 @@ def peek(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Both are empty where it has none, or cannot be read: `load_run` tells what is wrong with it.
     """
     try:
-        document = json.loads((folder / f"{STATE}.json").read_text(encoding="utf-8"))
+        document = parse_json((folder / f"{STATE}.json").read_bytes())
         flags = options.read_resolved((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}, {}

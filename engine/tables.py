@@ -76,7 +76,7 @@ def _step_of_record(line: str) -> float:
     """The step of a JSON line; infinity if it is damaged."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf
 
 

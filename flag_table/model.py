@@ -19,7 +19,8 @@ TABLE = (
           choices=("auto", "stored", "bf16", "fp32", "fp16"), before="stored"),
     reasoner("min_roundtrip", "float", 0.95, "least share of texts that the tokenizer gives back", low=0, high=1,
           before=0.0),
-    addon("trust_remote_code", "bool", False, "run Python code that comes with the hub model"),
+    addon("trust_remote_code", "bool", False, "run Python code that comes with the hub model; holds only where it is "
+          "typed", one_call=True, file_turns_on=False),
     # What is trained beside it, and of which size.
     addon("adapter", "str", "hrm", "what trains beside the frozen LLM: the HRM, LoRA, virtual tokens, HRM's "
           "blocks in a single pass, or nothing", choices=ADAPTERS, shape=True, common=True),

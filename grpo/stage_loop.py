@@ -340,7 +340,7 @@ def stage_problems(stage: Stage, seed: int, reserved: set[str], record: Path) ->
         ValueError: as `training_problems`.
     """
     tasks = [task for level in stage.levels for task in getattr(level, "tasks", ())]
-    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    known = read_own(record) or {}
     draws = Draws.of(known, repeats=False)
     for task in tasks:
         draws.prepare(task)

@@ -698,7 +698,8 @@ def legal_values(flag: Flag) -> st.SearchStrategy:
 @st.composite
 def settings_of_a_run(draw) -> dict:
     """A few flags with legal values, as a user would set them; together they have no problem."""
-    chosen = draw(st.lists(st.sampled_from([flag for flag in FLAGS if flag.in_file]), unique=True, max_size=10))
+    in_file = [flag for flag in FLAGS if flag.in_file and flag.file_turns_on]
+    chosen = draw(st.lists(st.sampled_from(in_file), unique=True, max_size=10))
     values = {flag.name: draw(legal_values(flag)) for flag in chosen}
     opts = options.Options(**{**vars(parse([])), **values, "explicit": set(values)})
     assume(not problems(opts))

@@ -243,7 +243,7 @@ def check(name: str, folder: Path, examples: int) -> None:
     """No generated input makes the parser raise what the commands do not tell."""
     strategy, parse = PARSERS[name]
 
-    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(strategy)
     def never_a_traceback(made: Any) -> None:
         try:

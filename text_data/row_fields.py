@@ -23,7 +23,7 @@ def prompt_text(value: Any, name: str) -> str:
             return text
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"has a {name} that is a chat printed as text: write the chat, or its text") from None
     messages = [value] if isinstance(value, Mapping) else value
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
