@@ -242,10 +242,7 @@ def stages_of(config: StagesConfig, own: Sequence[Task] = ()) -> tuple[list[Stag
 
     # Names first: a misspelt stage would otherwise be left out in silence.
     choices = ", ".join(published)
-    problems = []
-    for name in given:
-        if name not in published:
-            problems.append(f"stages: there is no stage {name!r}: choose from {choices}")
+    problems = [f"stages: there is no stage {name!r}: choose from {choices}" for name in given if name not in published]
     if not given:
         problems.append(f"stages: none is given: choose from {choices}")
 
