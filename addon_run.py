@@ -141,7 +141,7 @@ def reserve_problems(opts: argparse.Namespace) -> list[str]:
 
 def _check_host(opts: argparse.Namespace) -> None:
     """Raises ValueError for an LLM that cannot be read, or has too few layers or positions for the flags."""
-    config = load_config(opts.model_name, opts.trust_remote_code).get_text_config()
+    config = load_config(opts.model_name, opts.trust_remote_code, opts.revision).get_text_config()
     if opts.lora_layers > config.num_hidden_layers:  # a lower number may still be too high, see `host.lora_layers`
         raise ValueError(
             f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
@@ -286,7 +286,7 @@ class AddonRun:
             return None
 
         # In RAM each process of this machine holds a cache of its own, since every epoch deals the items anew.
-        config = load_config(opts.model_name, opts.trust_remote_code)
+        config = load_config(opts.model_name, opts.trust_remote_code, opts.revision)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         plan = plan_cache(
             options.part(CacheConfig, opts), config, self.format, self.data.fixed_examples, processes
@@ -389,8 +389,8 @@ def prompt_format(opts: argparse.Namespace, checkpoint: Path | None) -> tuple[Pr
     Raises:
         ValueError: the tokenizer cannot be loaded (HostError), or serve (see `PromptFormat`).
     """
-    tokenizer = load_tokenizer(opts.model_name, opts.trust_remote_code)
-    rows = load_config(opts.model_name, opts.trust_remote_code).get_text_config().vocab_size
+    tokenizer = load_tokenizer(opts.model_name, opts.trust_remote_code, opts.revision)
+    rows = load_config(opts.model_name, opts.trust_remote_code, opts.revision).get_text_config().vocab_size
     config = options.part(PromptConfig, opts)
     if checkpoint is None:
         return PromptFormat(tokenizer, config, rows), None

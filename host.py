@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.gguf import SUFFIX, converted, is_gguf
+from engine.gguf import SUFFIX, folder_of
 from engine.past_tokens import UnfitError, check_cache
 from text_data.tokenizer import read_whole
 
@@ -43,38 +43,29 @@ class HostConfig:
     load_in: none, 8bit or 4bit.
     host_dtype: of its weights: stored (as they are saved), bf16, fp32, fp16 or auto (see addon/host_dtype.py).
     trust_remote_code: run Python code that comes with a hub model.
+    revision: branch, tag or commit of a hub model; None = its main branch.
+    attn_implementation: of its attention, a name of transformers'; None = transformers' choice.
     """
 
     model_name: str = DEFAULT_HOST
     load_in: str = "none"
     host_dtype: str = "auto"
     trust_remote_code: bool = False
+    revision: str | None = None
+    attn_implementation: str | None = None
 
 
 def resolve_name(name: str) -> str:
     """A local folder as an absolute path (tried from here, then from the repository), any other name as it is.
 
-    A GGUF file is the folder that it is converted to. Raises HostError where it cannot be.
+    A GGUF file is the folder that it is converted to. Raises ValueError as `engine.gguf.folder_of`.
     """
     for candidate in (Path(name), ROOT / name):
         if candidate.is_dir():
             return str(candidate.resolve())
         if candidate.suffix and candidate.is_file():
-            return str(_folder_of(candidate))
+            return str(folder_of(candidate))
     return name
-
-
-def _folder_of(path: Path) -> Path:
-    """The folder that a GGUF file is converted to. Raises HostError for another kind of file, and as `converted`."""
-    if not is_gguf(path):
-        raise HostError(
-            f"--model_name {path} is a file, and no GGUF file: give a folder as save_pretrained writes it, a GGUF file "
-            "or a hub name"
-        )
-    try:
-        return converted(path)
-    except ValueError as error:
-        raise HostError(f"--model_name {error}") from error
 
 
 @functools.cache
@@ -91,11 +82,12 @@ def hub_unreachable() -> bool:
     return False
 
 
-def _source(name: str) -> dict:
+def _source(name: str, revision: str | None) -> dict:
     """Where transformers finds `name`: a folder, the hub, or, with the hub unreachable, what it once downloaded."""
     path = resolve_name(name)
     local = Path(path).is_dir()
-    return {"pretrained_model_name_or_path": path, "local_files_only": not local and hub_unreachable()}
+    return {"pretrained_model_name_or_path": path, "local_files_only": not local and hub_unreachable(),
+            "revision": revision or "main"}
 
 
 def _one_line(error: Exception) -> str:
@@ -116,7 +108,7 @@ def _no_host(name: str, error: Exception) -> HostError:
     )
 
 
-def load_config(name: str, trust_remote_code: bool = False):
+def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None):
     """The config of a base model without its weights, to refuse a bad name before anything heavy is loaded.
 
     Raises:
@@ -132,7 +124,7 @@ def load_config(name: str, trust_remote_code: bool = False):
         raise HostError(f"--model_name {name}: the folder {path} holds no weights (*.safetensors): {advice}")
 
     try:
-        config = AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**_source(name, revision), trust_remote_code=trust_remote_code)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a family's code raises at a file that it does not expect
@@ -147,12 +139,12 @@ def load_config(name: str, trust_remote_code: bool = False):
     return config
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False):
+def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None):
     """The tokenizer of a base model. Raises HostError as `load_config`."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(**_source(name, revision), trust_remote_code=trust_remote_code)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - as in `load_config`
@@ -166,7 +158,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 
 def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
-              host_dtype: str = "stored"):
+              host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None):
     """The causal LM (quantised on request), frozen, in evaluation mode, its logits checked.
 
     Args:
@@ -175,17 +167,21 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
         trust_remote_code: run Python code that comes with a hub model.
         device: "cpu", "cuda" or "mps".
         host_dtype: what its weights are held in: "stored" as they are saved, else a name of `DTYPES`.
+        revision: branch, tag or commit of a hub model; None = its main branch.
+        attn_implementation: eager, sdpa, flash_attention_2 and the like; None = transformers' choice.
 
     Raises:
         HostError: as `load_config`; broken weights; a family whose logits `host_logits` does not reproduce.
     """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(name, trust_remote_code)
+    config = load_config(name, trust_remote_code, revision)
     arguments = {"config": config, "dtype": DTYPES.get(host_dtype, "auto"), **quantisation(load_in, device)}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
     try:
         host, info = AutoModelForCausalLM.from_pretrained(
-            **_source(name), **arguments, trust_remote_code=trust_remote_code, output_loading_info=True
+            **_source(name, revision), **arguments, trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except MemoryError:
         raise

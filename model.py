@@ -273,7 +273,8 @@ class AdapterController(FrozenHostModel, GenerationMixin):
 
     @classmethod
     def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
-                  host_dtype: str = "stored", **settings: Any) -> AdapterController:
+                  host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None,
+                  **settings: Any) -> AdapterController:
         """A new adapter on the causal LM `name`, loaded as `host.load_host` does, with `settings` of its config.
 
         Raises:
@@ -691,9 +692,10 @@ class HRMController(AdapterController):
 
     @classmethod
     def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
-                  host_dtype: str = "stored", **settings: Any) -> HRMController:
+                  host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None,
+                  **settings: Any) -> HRMController:
         """A new add-on on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
-        host = load_host(name, load_in, trust_remote_code, device, host_dtype)
+        host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation)
         config = HRMAddonConfig(base_config=host.config, base_model_name=name, **settings)
         controller = cls(config, host)
         controller.model.addon.to(device)

@@ -47,7 +47,8 @@ def build_controller(host: HostConfig, config: AdapterConfig, device: str) -> Ad
     kind = CONTROLLERS[type(config)]
     dtype, _ = pick_dtype(host, device)
     controller = kind.from_base(
-        host.model_name, host.load_in, host.trust_remote_code, device, dtype, **config.settings()
+        host.model_name, host.load_in, host.trust_remote_code, device, dtype, host.revision, host.attn_implementation,
+        **config.settings(),
     )
     check_forward(controller)
     return controller
@@ -96,6 +97,7 @@ def adapter_document(controller: AdapterController, prompt: PromptConfig, frame:
         "base_fingerprint": host_fingerprint(controller.host),
         "host_dtype": host_dtype(controller.host),
         "load_in": load_in(controller.host),
+        "attn_implementation": getattr(controller.host.config, "_attn_implementation", None),
         "mixed_precision": precision,
         "prompt": dataclasses.asdict(prompt),
     }
@@ -251,6 +253,7 @@ def _controller(folder: Path, document: dict[str, Any], tensors: dict[str, Tenso
         load_in=document["load_in"],
         host_dtype=document.get("host_dtype", "stored"),  # older versions kept what is saved
         trust_remote_code=trust_remote_code,
+        revision=document.get("base_revision"),  # the commit of its training
     )
     controller = build_controller(host, config, device)
     check_fingerprint(controller.host, document, folder)

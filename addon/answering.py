@@ -29,7 +29,7 @@ class AddonAnswerer:
 
         # Questions are put as they were in training.
         base = document["base_model_name_or_path"]
-        tokenizer = load_tokenizer(base, config.trust_remote_code)
+        tokenizer = load_tokenizer(base, config.trust_remote_code, document.get("base_revision"))
         rows = self.model.host.get_input_embeddings().weight.shape[0]
         self.format, note = saved_format(document, tokenizer, rows)
         if note:

@@ -80,9 +80,10 @@ class BaselineController(AdapterController):
 
     @classmethod
     def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
-                  host_dtype: str = "stored", **settings: Any) -> BaselineController:
+                  host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None,
+                  **settings: Any) -> BaselineController:
         """A new baseline on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
-        host = load_host(name, load_in, trust_remote_code, device, host_dtype)
+        host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation)
         controller = cls(BaselineConfig(base_config=host.config, base_model_name=name, **settings), host)
         if controller.prompt is not None:
             controller.prompt.to(device)

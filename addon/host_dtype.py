@@ -19,7 +19,7 @@ def meta_host(host: HostConfig) -> Any:
     """The LLM without its weights. Raises HostError as `load_config`."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(host.model_name, host.trust_remote_code)
+    config = load_config(host.model_name, host.trust_remote_code, host.revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=host.trust_remote_code)
     return model.requires_grad_(False)
@@ -42,7 +42,7 @@ def pick_dtype(host: HostConfig, device: str) -> tuple[str, str]:
         return "stored", ""
 
     # Most LLMs whose config does not tell are saved in 16 bits.
-    config = load_config(host.model_name, host.trust_remote_code)
+    config = load_config(host.model_name, host.trust_remote_code, host.revision)
     stored = config.dtype or config.get_text_config().dtype or torch.bfloat16
     slow = {torch.bfloat16: not multiplies_bf16(device), torch.float16: device == "cpu"}
     if device == "mps" or not slow.get(stored, False):

@@ -24,6 +24,19 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
+def folder_of(path: Path) -> Path:
+    """The folder that a GGUF file is converted to. Raises ValueError for another kind of file, and as `converted`."""
+    if not is_gguf(path):
+        raise ValueError(
+            f"--model_name {path} is a file, and no GGUF file: give a folder as save_pretrained writes it, a GGUF file "
+            "or a hub name"
+        )
+    try:
+        return converted(path)
+    except ValueError as error:
+        raise ValueError(f"--model_name {error}") from error
+
+
 def converted(path: Path) -> Path:
     """The folder of a GGUF file's model and tokenizer, made where there is none yet.
 

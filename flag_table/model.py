@@ -13,6 +13,9 @@ TABLE = (
     # The frozen LLM.
     addon("model_name", "path", "assets/tiny_host", "frozen LLM: a local folder, a GGUF file or a hub name",
           common=True),
+    addon("revision", "str", None, "branch, tag or commit of a hub model", nullable=True),
+    addon("attn_implementation", "str", None, "the frozen LLM's attention, by transformers' name: eager, sdpa, "
+          "flash_attention_2, ...; none = transformers' choice", nullable=True),
     addon("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit")),
     addon("host_dtype", "str", "auto", "what the frozen LLM's weights are held in: as saved (stored), or auto = as "
           "saved where the device multiplies that natively, else fp32 if it fits the memory",

@@ -125,7 +125,9 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     opts = options.Options(**{flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS})
     device = pick_device(args.device)
     model, document = load_controller(folder, device, args.trust_remote_code)
-    tokenizer = load_tokenizer(document["base_model_name_or_path"], args.trust_remote_code)
+    tokenizer = load_tokenizer(
+        document["base_model_name_or_path"], args.trust_remote_code, document.get("base_revision")
+    )
     rows = model.host.get_input_embeddings().weight.shape[0]
     prompt, note = saved_format(document, tokenizer, rows, options.part(PromptConfig, opts))
     if note:

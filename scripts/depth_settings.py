@@ -74,7 +74,8 @@ def _setting(trained: str, opts: argparse.Namespace) -> Setting:
     # The very items that its runs are evaluated on.
     examples = Reserve(chosen_tasks(opts), opts.eval_n, opts.eval_seed, by_group=opts.group_split).examples
 
-    prompt = PromptFormat(load_tokenizer(opts.model_name, opts.trust_remote_code), options.part(PromptConfig, opts))
+    tokenizer = load_tokenizer(opts.model_name, opts.trust_remote_code, opts.revision)
+    prompt = PromptFormat(tokenizer, options.part(PromptConfig, opts))
     prompts = prompt.prompts([example.question for example in examples])
     answers = prompt.targets([example.target for example in examples])
 

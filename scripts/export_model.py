@@ -116,7 +116,7 @@ def load(args: argparse.Namespace) -> Source:
     refuse(record_of(documents), args, folder)
 
     model, record = load_controller(folder, pick_device(args.device))
-    tokenizer = load_tokenizer(record["base_model_name_or_path"])
+    tokenizer = load_tokenizer(record["base_model_name_or_path"], revision=record.get("base_revision"))
     rows = model.host.get_input_embeddings().weight.shape[0]
     prompt, note = saved_format(record, tokenizer, rows)
     if note:

@@ -85,7 +85,8 @@ class HRMEvalModel(LM):
 
         name = pick_device(device or "auto")
         self.model, record = load_controller(folder, name, bool(trust_remote_code))
-        tokenizer = load_tokenizer(record["base_model_name_or_path"], bool(trust_remote_code))
+        base = record["base_model_name_or_path"]
+        tokenizer = load_tokenizer(base, bool(trust_remote_code), record.get("base_revision"))
         rows = self.model.host.get_input_embeddings().weight.shape[0]
         self.format, note = saved_format(record, tokenizer, rows)
         if note:

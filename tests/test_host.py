@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import types
 
 import pytest
@@ -14,6 +17,8 @@ import host as host_module
 from addon.adapters import build_controller
 from engine.past_tokens import check_cache
 from host import (
+    DEFAULT_HOST,
+    ROOT,
     HostConfig,
     HostError,
     add_lora,
@@ -30,6 +35,7 @@ from host import (
     without_lora,
 )
 from model import HRMAddonConfig, HRMController
+from patience import HANG_S
 from tiny_families import FAMILIES, SCALED, left_padded, random_ids
 from tiny_families import tiny_host as family_host
 
@@ -103,7 +109,7 @@ def test_a_reachable_hub_is_asked(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: types.SimpleNamespace(head=lambda *_, **__: None))
     hub_unreachable.cache_clear()
     try:
-        assert not hub_unreachable() and not host_module._source("Qwen/Qwen2.5-1.5B")["local_files_only"]
+        assert not hub_unreachable() and not host_module._source("Qwen/Qwen2.5-1.5B", None)["local_files_only"]
     finally:
         hub_unreachable.cache_clear()
 
@@ -425,3 +431,35 @@ def test_the_addon_trains_and_answers_on_a_quantised_host(tmp_path, load_in, lor
         assert "lora_" in name or torch.equal(tensor, host_before[name]), name
     answer = controller.eval().generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=0)
     assert answer.shape[1] <= 9
+
+
+def test_a_revision_of_a_hub_model_is_the_one_that_is_read(tmp_path):
+    """From the hub's own cache folder, as it lies after a download."""
+    repository = tmp_path / "hub" / "models--org--tiny"
+    for name, commit, positions in (("main", "a" * 40, 512), ("v1", "b" * 40, 256)):
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+        config = json.loads((ROOT / DEFAULT_HOST / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    code = (
+        "import host\n"
+        "for revision in (None, 'v1', 'b' * 40):\n"
+        "    config = host.load_config('org/tiny', revision=revision)\n"
+        "    print(config.max_position_embeddings)\n"
+        "host.load_config('org/tiny', revision='v2')"
+    )
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG_S)
+    assert done.stdout.split("\n") == ["512", "256", "256", ""]
+    assert "HostError: --model_name org/tiny: no such folder here" in done.stderr
+
+
+def test_the_attention_of_the_host_is_the_one_that_is_asked_for():
+    for name in ("eager", "sdpa"):
+        assert load_host(DEFAULT_HOST, attn_implementation=name).config._attn_implementation == name
+    with pytest.raises(HostError, match=f"--model_name {DEFAULT_HOST}: the model cannot be loaded: .*nonsense"):
+        load_host(DEFAULT_HOST, attn_implementation="nonsense")

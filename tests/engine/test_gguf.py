@@ -105,13 +105,13 @@ def test_a_folder_with_a_gguf_file_says_how_to_name_it(packed):
 def test_another_file_is_refused_and_a_broken_one_leaves_nothing(tmp_path, cache):
     text = tmp_path / "notes.txt"
     text.write_text("no model")
-    with pytest.raises(host.HostError, match="is a file, and no GGUF file: give a folder"):
+    with pytest.raises(ValueError, match="is a file, and no GGUF file: give a folder"):
         host.load_config(str(text))
 
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + bytes(60))
     assert is_gguf(broken)
-    with pytest.raises(host.HostError, match="cannot be converted"):
+    with pytest.raises(ValueError, match="cannot be converted"):
         host.load_config(str(broken))
     assert not any((cache / "gguf").iterdir())
 
