@@ -29,7 +29,7 @@ class HaltHead(nn.Linear):
         nn.init.constant_(self.bias, HALT_BIAS)
 
     def logits(self, z_high: Tensor, mask: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B,) logits of z_high (B, S, d) under mask (B, S); `before` is z_H a segment earlier, which `change` needs."""
+        """(B,) logits of z_high (B, S, d) under mask (B, S); `before`, z_H a segment earlier, is read for `change`."""
         state = last_state(z_high, mask)
         if self.sees == "change":
             assert before is not None, "the halting head sees what a segment changed"

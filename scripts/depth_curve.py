@@ -55,7 +55,17 @@ from depth_measures import (  # noqa: E402
     trajectory,
 )
 from depth_report import draw, draw_reliability, table, verdicts, write  # noqa: E402
-from depth_steps import LAST, OWN, add_steps, items_by_steps, note_of_steps, read_steps, steps_table, trained_steps  # noqa: E402
+from depth_steps import (  # noqa: E402
+    LAST,
+    OWN,
+    add_steps,
+    changed,
+    items_by_steps,
+    note_of_steps,
+    read_steps,
+    steps_table,
+    trained_steps,
+)
 from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.progress import Progress  # noqa: E402
@@ -72,6 +82,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="a checkpoint or a run's folder (its newest checkpoint)")
     parser.add_argument("--segments", "--eval_segments", default="1,2,4,8,16", help="comma list")
     parser.add_argument("--steps", default="", help="of depth probes: a comma list with ranges, 1-12,16")
+    parser.add_argument("--task_config", default="", help="with --steps: fields of the tasks in place of the run's, as "
+                        "train.py takes them, to measure items of another shape")
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task (default: as in the run)")
     parser.add_argument("--difficulty", default="auto", help="auto, length, or a name in the items' metadata")
     parser.add_argument("--halt_settled", type=float, default=0.0, help="share of change under which an example stops")
@@ -98,6 +110,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         if value < low:
             parser.error(f"--{name} {value} is not legal: expected at least {low}")
+    if args.task_config and not args.steps:
+        parser.error("--task_config needs --steps: the items of the run itself have the run's own settings")
     if not 0 <= args.halt_settled <= 1:
         parser.error(f"--halt_settled {args.halt_settled} is not legal: expected a share from 0 (off) to 1")
     return args
@@ -183,7 +197,8 @@ def held_out(
     if not known.is_whole:
         warn_of_unknown(args, opts, trained)
     if args.steps:
-        return fitting(items_by_steps(as_configured, args.steps, n, opts.eval_seed, known)), trained
+        shaped = changed(as_configured, args.task_config)
+        return fitting(items_by_steps(shaped, args.steps, n, opts.eval_seed, known)), trained
     if curriculum is None:
         drawn = Reserve(tasks, n, opts.eval_seed, by_group=opts.group_split, trained=known)
         return fitting(drawn.examples), trained

@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plot_tools import curve_of, draw_line, finish, where  # noqa: E402
-from reasoning_gym_wrapper import Example, Reserve, Task  # noqa: E402
+from reasoning_gym_wrapper import Example, Reserve, Task, read_task_config  # noqa: E402
 from tasks.toy_base import StepsConfig  # noqa: E402
 
 Row = dict[str, Any]
@@ -44,6 +44,18 @@ def trained_steps(tasks: Sequence[Task]) -> dict[str, int]:
         if isinstance(config, StepsConfig):
             most[task.name] = config.max_steps
     return most
+
+
+def changed(tasks: Sequence[Task], text: str) -> list[Task]:
+    """The tasks with the fields of a `--task_config` in place of their own; "" changes nothing.
+
+    Raises:
+        TaskError: as `read_task_config` and `Task`.
+    """
+    if not text:
+        return list(tasks)
+    fields = read_task_config(text, [task.name for task in tasks])
+    return [Task(task.name, task.config | fields[task.name], task.limits) for task in tasks]
 
 
 def items_by_steps(

@@ -11,7 +11,7 @@ import pytest
 
 import train
 from depth_measures import difficulties
-from depth_steps import add_steps, by_task, items_by_steps, read_steps, steps_table, trained_steps
+from depth_steps import add_steps, by_task, changed, items_by_steps, read_steps, steps_table, trained_steps
 from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, TaskError
 from tiny_runs import arguments, newest, only_run
 
@@ -65,6 +65,18 @@ def test_items_have_the_number_of_steps_that_was_asked_for():
     assert found == [(task.name, steps) for task in tasks for steps in (1, 9) for _ in range(5)]
     assert all(example.question.count(",") == 15 for example in examples[:10]), "the run's other settings are kept"
     assert len({example.question for example in examples}) == 20
+
+
+def test_items_may_have_another_shape_than_the_run_s():
+    tasks = [Task("toy_chain", {"max_steps": 2})]
+    assert changed(tasks, "") == tasks
+    (shaped,) = changed(tasks, '{"toy_chain": {"chains": 2, "letters": 18}}')
+    assert {name: shaped.config[name] for name in ("chains", "letters", "max_steps")} == {
+        "chains": 2, "letters": 18, "max_steps": 2}
+    with pytest.raises(TaskError, match="has no config field hops"):
+        changed(tasks, '{"hops": 3}')
+    with pytest.raises(SystemExit):
+        script.parse(["runs/x", "--task_config={}"])
 
 
 def test_a_task_without_steps_and_steps_that_do_not_fit_are_refused():
