@@ -277,11 +277,19 @@ def check_adapter(asked: options.Options, saved: Mapping[str, Any], checkpoint: 
                          "new run")
 
 
+def adds_halting(opts: options.Options, saved: Mapping[str, Any]) -> bool:
+    """Whether a next stage trains a halting head on weights that had none: they fit, and the head begins anew."""
+    return opts.reset_progress and opts.use_act and not saved.get("use_act", False)
+
+
 def other_shape(opts: options.Options, saved: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
     """At most one line, naming every flag that contradicts the weights of `checkpoint`, whose options are `saved`."""
     other = []
+    head = ("use_act", "halt_sees") if adds_halting(opts, saved) else ()
     for flag in FLAGS:
         value = getattr(opts, flag.name)
+        if flag.name in head:
+            continue
         if flag.shape and saved.get(flag.name, value) != value:
             other.append(f"--{flag.name} {value} (checkpoint: {saved[flag.name]})")
     if not other:

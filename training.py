@@ -38,6 +38,9 @@ from model import ADDON_PREFIX, AdapterController, SegmentLoss
 from text_data.frames import Frame
 
 
+HALT_HEAD = "core.halt."  # in the names of the halting head's weights
+
+
 @dataclass(frozen=True)
 class AddonStepConfig:
     """What a step of the add-on consists of; each field is the flag of its name.
@@ -127,7 +130,7 @@ def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
 
     # Muon's steps have one size; what begins at zero must leave it slowly.
     inner = name.removeprefix(ADDON_PREFIX)
-    zero_or_head = ("injector.out.", "vocabulary_bias.out.", "core.halt.", "verifier.", "injector.memory")
+    zero_or_head = ("injector.out.", "vocabulary_bias.out.", HALT_HEAD, "verifier.", "injector.memory")
     return parameter.ndim == 2 and inner != name and not (inner + ".").startswith(zero_or_head)
 
 
@@ -190,7 +193,12 @@ class Trainer(BaseTrainer):
         document = record_of(saved.documents)
         check_fingerprint(self.controller.host, document, folder)
         check_adapter(self.controller, document, folder)
-        self.controller.load_addon_state(own_names(saved.tensors[ADAPTER]))
+        tensors = own_names(saved.tensors[ADAPTER])
+
+        # A head that nothing has trained is no part of what was learnt: a next stage begins it, in its own shape.
+        if self.config.use_act and not document.get("hrm", {}).get("use_act", True):
+            tensors |= {name: value for name, value in self.weights().items() if HALT_HEAD in name}
+        self.controller.load_addon_state(tensors)
 
     # --- a step ---
 
