@@ -37,7 +37,6 @@ from hrm_blocks import segments_with_gradient
 from model import ADDON_PREFIX, AdapterController, SegmentLoss
 from text_data.frames import Frame
 
-
 HALT_HEAD = "core.halt."  # in the names of the halting head's weights
 
 

@@ -260,6 +260,24 @@ def test_a_next_stage_on_other_items_needs_no_warning(call, done, more):
     assert status == 0 and "training items begin anew" in err and "WARNING" not in err
 
 
+def test_a_next_stage_may_train_a_halting_head_on_weights_that_had_none(call, done, tmp_path):
+    shape = ("--segments", "3", "--injector", "grb")
+    head = ("--use_act", "--halt_sees", "change", "--halt_detach")
+    status, _, err = call("--resume", str(done), "--reset_progress", "--run_name", "B", *shape, *head)
+    assert status == 0 and "WARNING: training" not in err, err
+    (weight,) = [
+        tensor for name, tensor in tensors(newest(tmp_path / "runs" / "B"), "adapter_model").items()
+        if name.endswith("core.halt.weight")
+    ]
+    assert weight[0, -1] != 0, "the head has seen the change"
+
+    # The same run goes on with its head, and no run changes its head's shape in its course.
+    status, _, err = call("--resume", str(tmp_path / "runs" / "B"), "--max_steps", "4", *shape, *head)
+    assert status == 0, err
+    status, _, err = call("--resume", str(done), *shape, *head)
+    assert status == 2 and "was trained with another shape: --use_act True (checkpoint: False)" in err
+
+
 def test_evaluation_only_inherits_the_runs_options_and_touches_no_checkpoint(call, done, tmp_path, capsys):
     before = {path: content for path, content in contents(done).items() if path.startswith("checkpoints")}
     trained = {line["id"]: line["prediction"] for line in records(done)["predictions"] if line["step"] == 6}
