@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from engine.halt_head import HaltHead
+from engine.positions import last_state
 
 NORM_EPS = 1e-5
+HALT_BIAS = -5.0  # a bias near 0 halts every example at once and fails most runs (arXiv 2604.21999)
 
 
 @dataclass
@@ -307,7 +308,7 @@ class HRMCore(nn.Module):
     With `share` one block makes both steps, as in the Tiny Recursive Model (arXiv 2510.04871): it can tell them apart
     because only L's input holds x. With `h_layers` 0 there is no H: `z_H = z_L = L(z_L + x)`, one looped block. `d` is
     the width, `heads` divides it into an even number of channels, `inner_T` counts the L steps before each H step,
-    `horizon` is `first_call_with_gradient`'s, `reset_l` starts z_L anew at each segment, `halt_sees` is `HaltHead`'s.
+    `horizon` is `first_call_with_gradient`'s, `reset_l` starts z_L anew at each segment.
 
     Raises:
         ValueError: a width that the heads do not divide, a shared block of two depths, an unknown horizon.
@@ -328,7 +329,6 @@ class HRMCore(nn.Module):
         init_state: str = "fixed",
         share: bool = False,
         state_mix: str = "sum",
-        halt_sees: str = "state",
     ):
         super().__init__()
         if share and h_layers != l_layers:
@@ -353,7 +353,9 @@ class HRMCore(nn.Module):
             self.high_gate = nn.Parameter(torch.zeros(d))
             self.carry_gate = nn.Parameter(torch.zeros(d))
 
-        self.halt = HaltHead(d, halt_sees)
+        self.halt = nn.Linear(d, 1)
+        nn.init.zeros_(self.halt.weight)
+        nn.init.constant_(self.halt.bias, HALT_BIAS)
 
         # Drawn for "zero" as well, so that the random numbers after this do not depend on `init_state`.
         for name in ("z_high_init", "z_low_init"):
@@ -412,9 +414,9 @@ class HRMCore(nn.Module):
         after = Carry(z_high, z_low, carry.steps + 1, carry.halted)
         return after if context.needed is None else after.where(carry.steps < context.needed, carry)
 
-    def halt_logits(self, z_high: Tensor, mask: Tensor, before: Tensor | None = None) -> Tensor:
-        """(B,) logits of "this answer is right", as `HaltHead.logits`."""
-        return self.halt.logits(z_high, mask, before)
+    def halt_logits(self, z_high: Tensor, mask: Tensor) -> Tensor:
+        """(B,) logits of "this answer is right": the head reads the last readable column, for column 0 may be a pad."""
+        return self.halt(last_state(z_high, mask)).squeeze(-1)
 
 
 class SinglePassCore(HRMCore):

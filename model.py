@@ -127,7 +127,6 @@ class HRMAddonConfig(AdapterConfig):
         lora_rank: rank of that LoRA.
         use_act: a halting head learns, and halts examples at evaluation.
         halt_detach: the halting head's loss leaves z_H alone.
-        halt_sees: what the halting head reads, see `engine.halt_head.HaltHead`.
         halt_max_segments: most segments at evaluation with use_act; 0 = `segments`.
         halt_settled: share of its norm, 0 to 1; at evaluation an example stops when a segment changes z_H by less than
             that; 0 = off.
@@ -167,7 +166,6 @@ class HRMAddonConfig(AdapterConfig):
     lora_rank: int = 8
     use_act: bool = False
     halt_detach: bool = False
-    halt_sees: str = "state"
     halt_max_segments: int = 0
     halt_settled: float = 0.0
     eval_readout: str = "last"
@@ -395,7 +393,6 @@ class HRMAddon(nn.Module):
             init_state=config.init_state,
             share=config.share_hl,
             state_mix=config.state_mix,
-            halt_sees=config.halt_sees,
         )
         gate = config.cab_gate_init if config.injector == "cab" else config.grb_gate_init
         sees = config.injector_sees
@@ -536,7 +533,7 @@ class HRMBackbone(FrozenHostModel):
             # Who answers from this segment?
             done = torch.full_like(carry.halted, segment == limit - 1)
             if config.use_act:
-                done |= core.halt_logits(carry.z_high, context.mask, before.z_high) > 0
+                done |= core.halt_logits(carry.z_high, context.mask) > 0
             if config.halt_settled:
                 done |= relative_change(before.z_high, carry.z_high, context.mask) < config.halt_settled
             if not bool(done.any()):
@@ -557,14 +554,12 @@ class HRMBackbone(FrozenHostModel):
         """As `think`, all segments; each example answers from the (first) one of the highest halting score."""
         core = self.addon.core
         x = self.addon.inputs(features, context.mask)
-        before = core.initial_carry(context.mask)
-        carry = core(x, context, before)
+        carry = core(x, context, core.initial_carry(context.mask))
         z_high = carry.z_high
-        score = core.halt_logits(carry.z_high, context.mask, before.z_high)
+        score = core.halt_logits(carry.z_high, context.mask)
         for _ in range(limit - 1):
-            before = carry.detach()
-            carry = core(x, context, before)
-            logits = core.halt_logits(carry.z_high, context.mask, before.z_high)
+            carry = core(x, context, carry.detach())
+            logits = core.halt_logits(carry.z_high, context.mask)
             z_high = torch.where((logits > score)[:, None, None], carry.z_high, z_high)
             score = torch.maximum(score, logits)
         return z_high.to(x.dtype), carry.steps
@@ -756,16 +751,11 @@ class HRMController(AdapterController):
     def segment(self, states: HostStates, labels: Tensor, carry: Carry | None = None, denominator: float | None = None,
                 earlier: int = 0) -> ControllerOutput:
         """One segment of deep supervision (HRM, section 2), see `AdapterController.segment`."""
-        earlier_halting = []
-        if carry is None:
-            carry = self.model.addon.core.initial_carry(states.context.mask)
-        before = carry
+        before = []
         for _ in range(earlier):
-            before = carry
             carry = self.model.recomputed(states.features, states.context, carry)
             if self.config.use_act:
-                earlier_halting.append(self._halting_before(states, labels, carry.detach(), before.detach()))
-        before = carry
+                before.append(self._halting_before(states, labels, carry.detach()))
         carry = self.model.advance(states.features, states.context, carry)
         logits = self._answer_logits(states, labels, carry)
         target = labels[labels != IGNORE]
@@ -773,15 +763,11 @@ class HRMController(AdapterController):
 
         # The heads read the new z_H; their losses are the trainer's.
         metrics = {"correct": all_correct(logits, labels)}
-        if earlier_halting:
-            logit_rows, correct_rows = zip(*earlier_halting, strict=True)
-            metrics["earlier_halt_logits"] = torch.stack(logit_rows)
-            metrics["earlier_correct"] = torch.stack(correct_rows)
+        if before:
+            metrics["earlier_halt_logits"], metrics["earlier_correct"] = map(torch.stack, zip(*before, strict=True))
         if self.config.use_act:
             z_high = carry.z_high.detach() if self.config.halt_detach else carry.z_high
-            metrics["halt_logits"] = self.model.addon.core.halt_logits(
-                z_high, states.context.mask, before.z_high.detach()
-            )
+            metrics["halt_logits"] = self.model.addon.core.halt_logits(z_high, states.context.mask)
         if self.model.addon.verifier is not None:
             state = last_state(carry.z_high, states.context.mask)
             metrics["verdict_logits"] = self.model.addon.verifier(state).squeeze(-1)
@@ -794,17 +780,14 @@ class HRMController(AdapterController):
         logits = host_logits(self.host, hidden[labelled])
         return logits if bias is None else logits + bias[labelled].float()
 
-    def _halting_before(
-        self, states: HostStates, labels: Tensor, carry: Carry, before: Carry
-    ) -> tuple[Tensor, Tensor]:
+    def _halting_before(self, states: HostStates, labels: Tensor, carry: Carry) -> tuple[Tensor, Tensor]:
         """(halting logits, whether the answer is right), (B,) each, where no answer is asked for yet.
 
-        `carry`, and `before` it, are detached: the head learns to see that an answer is still wrong, and nothing else
-        learns from it.
+        `carry` is detached: the head learns to see that an answer is still wrong, and nothing else learns from it.
         """
         with torch.no_grad():
             correct = all_correct(self._answer_logits(states, labels, carry), labels)
-        return self.model.addon.core.halt_logits(carry.z_high, states.context.mask, before.z_high), correct
+        return self.model.addon.core.halt_logits(carry.z_high, states.context.mask), correct
 
     # --- the causal LM ---
 

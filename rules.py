@@ -271,12 +271,6 @@ def a_penalty_needs_halting(o: Namespace) -> str | None:
         return f"--act_penalty {o.act_penalty} does nothing without --use_act"
 
 
-@rule("halt_sees", "use_act")
-def what_the_head_sees_needs_halting(o: Namespace) -> str | None:
-    if o.halt_sees != "state" and not o.use_act:
-        return f"--halt_sees {o.halt_sees} does nothing without --use_act"
-
-
 @rule("halt_detach", "use_act")
 def detaching_needs_halting(o: Namespace) -> str | None:
     if o.halt_detach and not o.use_act:

@@ -285,10 +285,9 @@ def adds_halting(opts: options.Options, saved: Mapping[str, Any]) -> bool:
 def other_shape(opts: options.Options, saved: Mapping[str, Any], checkpoint: Path | None) -> list[str]:
     """At most one line, naming every flag that contradicts the weights of `checkpoint`, whose options are `saved`."""
     other = []
-    head = ("use_act", "halt_sees") if adds_halting(opts, saved) else ()
     for flag in FLAGS:
         value = getattr(opts, flag.name)
-        if flag.name in head:
+        if flag.name == "use_act" and adds_halting(opts, saved):
             continue
         if flag.shape and saved.get(flag.name, value) != value:
             other.append(f"--{flag.name} {value} (checkpoint: {saved[flag.name]})")

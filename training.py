@@ -194,7 +194,7 @@ class Trainer(BaseTrainer):
         check_adapter(self.controller, document, folder)
         tensors = own_names(saved.tensors[ADAPTER])
 
-        # A head that nothing has trained is no part of what was learnt: a next stage begins it, in its own shape.
+        # A head that nothing has trained is no part of what was learnt: a next stage begins it.
         if self.config.use_act and not document.get("hrm", {}).get("use_act", True):
             tensors |= {name: value for name, value in self.weights().items() if HALT_HEAD in name}
         self.controller.load_addon_state(tensors)

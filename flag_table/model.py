@@ -81,8 +81,6 @@ TABLE = (
     # Halting (adaptive computation time).
     addon("use_act", "bool", False, "learn when to halt, and halt examples at evaluation", adapters=RECURRENT,
           shape=True, common=True),
-    addon("halt_sees", "str", "state", "what the halting head reads: z_H at the prompt's last token, or also by how "
-          "much the segment changed z_H; needs use_act", choices=("state", "change"), adapters=RECURRENT, shape=True),
     addon("halt_detach", "bool", False, "the halting head only reads z_H: its loss does not change z_H; needs "
           "use_act"),
     addon("act_penalty", "float", 0.0, "weight of the sum of 1 - p_halt; needs use_act", low=0,

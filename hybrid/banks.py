@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.halt_head import HALT_BIAS
-from hrm_blocks import HBlock, LBlock, first_call_with_gradient, linear, recur, rms_norm, rope
+from hrm_blocks import HALT_BIAS, HBlock, LBlock, first_call_with_gradient, linear, recur, rms_norm, rope
 from hybrid.layers import CrossAttention, Keys
 
 SLOT_DEVIATION = 0.5  # of slot embeddings, beside states of deviation 1

@@ -214,7 +214,7 @@ def _segments(model: HRMController, batch: Any, segments: int) -> Iterator[torch
             [
                 relative_change(before.z_high, carry.z_high, mask),
                 relative_change(before.z_low, carry.z_low, mask),
-                core.halt_logits(carry.z_high, mask, before.z_high).float().sigmoid(),
+                core.halt_logits(carry.z_high, mask).float().sigmoid(),
             ]
         )
 

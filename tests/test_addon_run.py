@@ -262,14 +262,14 @@ def test_a_next_stage_on_other_items_needs_no_warning(call, done, more):
 
 def test_a_next_stage_may_train_a_halting_head_on_weights_that_had_none(call, done, tmp_path):
     shape = ("--segments", "3", "--injector", "grb")
-    head = ("--use_act", "--halt_sees", "change", "--halt_detach")
+    head = ("--use_act", "--halt_detach")
     status, _, err = call("--resume", str(done), "--reset_progress", "--run_name", "B", *shape, *head)
     assert status == 0 and "WARNING: training" not in err, err
     (weight,) = [
         tensor for name, tensor in tensors(newest(tmp_path / "runs" / "B"), "adapter_model").items()
         if name.endswith("core.halt.weight")
     ]
-    assert weight[0, -1] != 0, "the head has seen the change"
+    assert weight.any(), "the head has learnt"
 
     # The same run goes on with its head, and no run changes its head's shape in its course.
     status, _, err = call("--resume", str(tmp_path / "runs" / "B"), "--max_steps", "4", *shape, *head)

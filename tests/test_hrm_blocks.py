@@ -487,20 +487,6 @@ def test_halting_head_reads_the_last_readable_column(side):
     assert torch.equal(last_state(z, mask), z[torch.arange(3), torch.tensor(last)])
 
 
-def test_a_halting_head_may_see_by_how_much_a_segment_changed_the_state():
-    core, mask = core_of(halt_sees="change"), padding(4, 4)
-    assert core.halt.weight.shape == (1, WIDTH + 1) and not core.halt.weight.any()
-    with torch.no_grad():
-        core.halt.weight[0, -1] = 1.0
-    before = torch.ones(2, 4, WIDTH)
-    after = torch.stack([before[0] * 4 / 3, before[1] * 16 / 15]).requires_grad_()
-    logits = core.halt_logits(after, mask, before)
-    torch.testing.assert_close(logits, torch.tensor([-5.0 + 4.0, -5.0 + 8.0]))  # by a quarter, by a sixteenth
-    (reach,) = torch.autograd.grad(logits.sum(), after)
-    assert not reach.any(), "the change is looked at, not trained"
-    assert torch.isfinite(core.halt_logits(before, mask, before)).all(), "a state that stands still"
-
-
 def test_mean_state_counts_readable_columns_alone():
     z = torch.tensor([[[1.0], [2.0], [6.0]], [[5.0], [7.0], [9.0]]])
     mask = torch.tensor([[False, True, True], [False] * 3])

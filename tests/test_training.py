@@ -592,17 +592,6 @@ def test_the_penalty_makes_halting_likelier(make, batches):
     assert halting(20.0) > 2 * halting(0.0)
 
 
-def test_a_head_that_sees_change_learns_and_halts(make, batches):
-    trainer = make(use_act=True, halt_sees="change", segments=3, grad_horizon="segments:3", supervised_segments=1)
-    for step in range(3):
-        told = trainer.step([batches[0]], step, 1e-2)
-    assert told["halt_loss"] > 0
-    assert trainer.controller.model.addon.core.halt.weight[0, -1] != 0
-    used = trainer.controller.generate(input_ids=batches[0].prompt_ids, attention_mask=batches[0].prompt_mask,
-                                       max_new_tokens=1)
-    assert used is not None
-
-
 def test_a_halting_head_without_act_stays_as_it_was(make, batches):
     trainer = make(segments=2)
     trainer.step([batches[0]], 0, 1e-2)
