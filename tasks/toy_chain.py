@@ -16,11 +16,13 @@ class ToyChainConfig(LettersConfig):
     """Chains of pointers; the start lies `steps` pointers before the end of its own.
 
     chains: how many there are; a guess among their ends solves one item in so many.
+    decoys: chains beside the start's that are as long, where there is room; else its length may say which end is right.
     ends: self = an end points at itself, so that every hop is alike; none = an end points nowhere, one pair less for
         each chain, and the model must learn to stay there.
     """
 
     chains: int = 6
+    decoys: int = 0
     ends: str = "self"
 
     @property
@@ -32,6 +34,7 @@ class ToyChainConfig(LettersConfig):
         super().validate()
         assert self.ends in ENDS, f"ends must be {' or '.join(ENDS)}, got {self.ends!r}"
         assert self.chains >= 1, f"chains must be 1 or more, got {self.chains}"
+        assert 0 <= self.decoys < self.chains, f"decoys must be from 0 to {self.chains - 1}, got {self.decoys}"
         assert self.nodes >= self.fewest * self.chains, (
             f"{self.chains} chains with ends {self.ends} need {self.fewest * self.chains} nodes, got {self.nodes}"
         )
@@ -50,13 +53,15 @@ class ToyChainConfig(LettersConfig):
 
     def shrunk(self, nodes: int) -> dict[str, Any]:
         """Chains of two nodes at least."""
-        return {"chains": min(self.chains, nodes // 2)}
+        chains = min(self.chains, nodes // 2)
+        return {"chains": chains, "decoys": min(self.decoys, chains - 1)}
 
 
 class ToyChainDataset(StepsDataset):
     """`B>D,A>Q,...:S>`, answered with the letter where the chain of S ends.
 
-    The start's chain has as many nodes as the others while `steps` allows that, so its length says nothing.
+    The start's chain has as many nodes as the others while `steps` allows that. With `decoys` so many others have its
+    length at every number of steps up to `max_steps`, or as many as there is room for.
     """
 
     name = "toy_chain"
@@ -80,8 +85,14 @@ class ToyChainDataset(StepsDataset):
         """Nodes of the start's chain, then of the others, which share the rest as equally as possible."""
         config = self.config
         own = max(steps + 1, config.nodes // config.chains)
-        if config.chains == 1:
-            return [config.nodes]
-        share, more = divmod(config.nodes - own, config.chains - 1)
-        others = [share + 1] * more + [share] * (config.chains - 1 - more)
-        return [own, *others]
+        if config.decoys:
+            own = max(own, config.max_steps + 1)
+        room = config.nodes - own - config.fewest * (config.chains - 1)
+        decoys = min(config.decoys, room // max(own - config.fewest, 1))
+        alike = [own] * (1 + decoys)
+        others = config.chains - len(alike)
+        if not others:
+            alike[-1] += config.nodes - sum(alike)
+            return alike
+        share, more = divmod(config.nodes - sum(alike), others)
+        return alike + [share + 1] * more + [share] * (others - more)
