@@ -129,6 +129,13 @@ def test_first_levels_have_few_nodes_of_few_letters(name):
     assert few == [(6, 4), (8, 6), (10, 8), (12, 10), (12, 10)], "levels larger than the task itself"
 
 
+def test_decoys_are_other_chains_and_fit_each_level():
+    with pytest.raises(TaskError, match="decoys must be from 0 to 5, got 6"):
+        Task("toy_chain", {"decoys": 6})
+    levels = ladder(Task("toy_chain", {"decoys": 2, "letters": 18}))
+    assert [level.config["decoys"] for level in levels] == [1, 2, 2, 2, 2, 2, 2, 2, 2]
+
+
 def test_a_level_is_solved_by_the_items_that_it_adds():
     """Nine in ten items of level 9 are of the levels below: all of them solved are no ground to go up."""
     curriculum = Curriculum([Task("toy_chain", {"max_steps": 10}), Task("gcd")], CurriculumConfig(eval_n=64))
@@ -194,6 +201,19 @@ def test_chains_are_all_as_long_while_the_steps_allow_it_so_that_length_says_not
         text, start = example.question.removesuffix(">").split(":")
         lengths = chain_lengths(pointers(text), start)
         assert lengths.pop(example.target) == 10 and sorted(lengths.values()) == [2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("config", "alike"), [
+    ({"decoys": 2}, 3), ({"decoys": 1}, 2), ({"decoys": 2, "max_steps": 6}, 2), ({"decoys": 5, "max_steps": 2}, 6)])
+def test_with_decoys_the_length_of_a_chain_does_not_tell_the_start_s(config, alike):
+    """At each number of steps as many chains are the longest, the start's among them; without, it stands alone."""
+    for own, count in ((config, alike), ({"min_steps": 3}, 1)):
+        for example in drawn("toy_chain", 60, **own):
+            text, start = example.question.removesuffix(">").split(":")
+            lengths = chain_lengths(pointers(text), start)
+            longest = [end for end, length in lengths.items() if length == max(lengths.values())]
+            assert len(longest) == count and example.target in longest
+            assert len(pointers(text)) == 18
 
 
 @pytest.mark.parametrize(
