@@ -11,7 +11,14 @@ from pathlib import Path
 from accelerate.utils import set_seed
 
 import options
-from addon.adapters import ADAPTER_CONFIG, build_controller, config_class, record_of, saved_format
+from addon.adapters import (
+    ADAPTER_CONFIG,
+    build_controller,
+    config_class,
+    record_of,
+    saved_format,
+    trained_revision,
+)
 from addon.bare import BareConfig, BareLLM, bare_problems
 from addon.cache_plan import CacheConfig, CachePlan, plan_cache
 from addon.cache_shards import check_folder
@@ -180,6 +187,7 @@ class AddonRun:
         # So is what the LLM's weights are held in, whatever machine goes on with the run.
         dtype, line = pick_dtype(options.part(HostConfig, opts), pick_device(opts.device))
         opts = options.replace(opts, task_config=task_config(opts), host_dtype=dtype)
+        opts = with_trained_revision(opts, checkpoint)
         self.opts = opts
         config = options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
         self.machine = start_machine(config)
@@ -400,6 +408,14 @@ def prompt_format(opts: argparse.Namespace, checkpoint: Path | None) -> tuple[Pr
     if ADAPTER_CONFIG not in documents:
         return PromptFormat(tokenizer, config, rows), None
     return saved_format(record_of(documents), tokenizer, rows, config)
+
+
+def with_trained_revision(opts: options.Options, checkpoint: Path | None) -> options.Options:
+    """The options with the LLM's commit that a checkpoint's weights were trained on, whatever the hub has today."""
+    if checkpoint is None or opts.revision is not None:
+        return opts
+    documents = read_checkpoint(checkpoint, stems=[]).documents
+    return options.replace(opts, revision=trained_revision(documents, opts.model_name))
 
 
 def size_warnings(opts: argparse.Namespace, parameters: int) -> list[str]:

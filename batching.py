@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -120,9 +120,7 @@ class PromptFormat:
         self.answer_from = config.answer_from
         self.sentinel = config.sentinel
         self.max_seq_len = config.max_seq_len
-        if frame is None:
-            give_template(tokenizer, config.chat_template, config.chat_template_kwargs)
-        self.frame = frame or render_frame(tokenizer, config.prompt_style, config.system_header)
+        self.frame = frame or self._new_frame()
         self.chat = self.frame.chat
         self.prefix = self.frame.prefix
         self.suffix = self.frame.suffix
@@ -137,6 +135,15 @@ class PromptFormat:
         self._has_more = False  # the tokenizer has ids beyond the table
         if rows is not None:
             self.fit_table(rows)
+
+    def _new_frame(self) -> Frame:
+        """Today's frame, with the template that the flags give. Raises ValueError as `__init__`."""
+        config = self.config
+        give_template(self.tokenizer, config.chat_template, config.chat_template_kwargs)
+        frame = render_frame(self.tokenizer, config.prompt_style, config.system_header)
+        if config.chat_template or config.chat_template_kwargs:
+            return replace(frame, template=self.tokenizer.chat_template)
+        return frame
 
     def fit_table(self, rows: int) -> None:
         """From now on no id is beyond the `rows` of the LLM's embedding table, not even a pad.

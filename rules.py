@@ -262,6 +262,12 @@ def a_stretch_needs_steps(o: Namespace) -> str | None:
         return f"--segments_stretch {o.segments_stretch} does nothing without --segments_sampling steps"
 
 
+@rule("attn_implementation", "trust_remote_code")
+def kernels_of_the_hub_are_code(o: Namespace) -> str | None:
+    if "/" in (o.attn_implementation or "") and not o.trust_remote_code:
+        return f"--attn_implementation {o.attn_implementation} would run code of the hub: add --trust_remote_code"
+
+
 # --- halting ---
 
 

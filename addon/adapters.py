@@ -25,7 +25,7 @@ from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
 from host import HostConfig, HostError, host_fingerprint
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
-from text_data.frames import Frame, give_template, kept_frame
+from text_data.frames import Frame, kept_frame
 
 ADAPTER = "adapter_model"  # file stem of the weights in a checkpoint
 ADAPTER_CONFIG = PEFT_CONFIG  # the record of HRM and of checkpoints of earlier versions
@@ -97,7 +97,6 @@ def adapter_document(controller: AdapterController, prompt: PromptConfig, frame:
         "base_fingerprint": host_fingerprint(controller.host),
         "host_dtype": host_dtype(controller.host),
         "load_in": load_in(controller.host),
-        "attn_implementation": getattr(controller.host.config, "_attn_implementation", None),
         "mixed_precision": precision,
         "prompt": dataclasses.asdict(prompt),
     }
@@ -139,6 +138,16 @@ def record_of(documents: Mapping[str, str]) -> dict[str, Any]:
     return record
 
 
+def trained_revision(documents: Mapping[str, str], name: str) -> str | None:
+    """The hub's commit of the LLM `name` that a checkpoint of these documents was trained on; None: not known."""
+    if ADAPTER_CONFIG not in documents:
+        return None
+    record = record_of(documents)
+    if record.get("base_model_name_or_path") != name:
+        return None
+    return record.get("base_revision")
+
+
 def saved_format(
     document: dict[str, Any], tokenizer: Any, rows: int, config: PromptConfig | None = None
 ) -> tuple[PromptFormat, str | None]:
@@ -161,13 +170,10 @@ def saved_format(
     if any(getattr(config, name) != getattr(trained, name) for name in wishes):
         return PromptFormat(tokenizer, config, rows), None
 
-    # The file of a template need not be where the checkpoint is: its frame was kept.
-    try:
-        give_template(tokenizer, config.chat_template, config.chat_template_kwargs)
-    except ValueError:
-        if "frame" not in document:
-            raise
-        return PromptFormat(tokenizer, config, rows, Frame(**document["frame"])), None
+    # The file of a template need not be where the checkpoint is: its text was kept.
+    template = (document.get("frame") or {}).get("template")
+    if template:
+        tokenizer.chat_template = template
     frame, note = kept_frame(document.get("frame"), tokenizer, config.prompt_style, config.system_header)
     return PromptFormat(tokenizer, config, rows, frame), note
 

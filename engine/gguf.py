@@ -7,9 +7,10 @@ weights packed, which nothing can be trained beside or saved from. The folder ha
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 SUFFIX = ".gguf"
@@ -62,20 +63,22 @@ def convert(path: Path, folder: Path) -> None:
     Raises:
         ValueError: as `converted`.
     """
-    aside = folder.with_name(f"{MARK}{folder.name}-{os.getpid()}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf==0.19.0")
     try:
-        aside.mkdir(parents=True)
-        _save(path, aside)
-        os.rename(aside, folder)
-    except ImportError as error:
-        raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf==0.19.0") from error
+        # A name of its own: processes of several machines may share the folder, and have the same number.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=MARK, dir=folder.parent) as aside:
+            whole = Path(aside) / "model"
+            _save(path, whole)
+            os.rename(whole, folder)
+    except MemoryError:
+        raise
     except Exception as error:  # the reader of foreign files raises what it likes
         # Another process may have been as far at the same time.
         if not folder.is_dir():
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{path} cannot be converted: {reason}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _save(path: Path, folder: Path) -> None:

@@ -26,6 +26,7 @@ Output, by default in depth/ of the run: depth.csv, depth.png, and reliability.p
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -87,7 +88,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task (default: as in the run)")
     parser.add_argument("--difficulty", default="auto", help="auto, length, or a name in the items' metadata")
     parser.add_argument("--halt_settled", type=float, default=0.0, help="share of change under which an example stops")
-    parser.add_argument("--output", type=Path, help="folder (default: depth/ in the run's folder)")
+    parser.add_argument("--output", type=Path, help="folder (default: depth/ in the run's folder, with "
+                        "--task_config one of its own)")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
@@ -222,6 +224,13 @@ def warn_of_unknown(args: argparse.Namespace, opts: options.Options, trained: di
             print(line, file=sys.stderr)
 
 
+def folder_name(task_config: str) -> str:
+    """The folder of a curve in its run's: items of another shape have one of their own."""
+    if not task_config:
+        return "depth"
+    return "depth-" + hashlib.sha256(task_config.encode()).hexdigest()[:8]
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     run = loaded.folder
     if run.parent.name == FOLDER:
         run = run.parent.parent
-    output = args.output or run / "depth"
+    output = args.output or run / folder_name(args.task_config)
 
     curve = measure(loaded, args)
     write(curve.rows, output / "depth.csv")

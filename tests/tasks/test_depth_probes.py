@@ -132,6 +132,10 @@ def test_first_levels_have_few_nodes_of_few_letters(name):
 def test_decoys_are_other_chains_and_fit_each_level():
     with pytest.raises(TaskError, match="decoys must be from 0 to 5, got 6"):
         Task("toy_chain", {"decoys": 6})
+    with pytest.raises(TaskError, match="2 decoys of 9 nodes do not fit 18 nodes in 6 chains: lower"):
+        Task("toy_chain", {"decoys": 2, "max_steps": 8})
+    with pytest.raises(TaskError, match="1 decoys of 9 nodes do not fit 17 nodes in 2 chains"):
+        Task("toy_chain", {"decoys": 1, "nodes": 17, "chains": 2})
     levels = ladder(Task("toy_chain", {"decoys": 2, "letters": 18}))
     assert [level.config["decoys"] for level in levels] == [1, 2, 2, 2, 2, 2, 2, 2, 2]
 
@@ -204,7 +208,7 @@ def test_chains_are_all_as_long_while_the_steps_allow_it_so_that_length_says_not
 
 
 @pytest.mark.parametrize(("config", "alike"), [
-    ({"decoys": 2}, 3), ({"decoys": 1}, 2), ({"decoys": 2, "max_steps": 6}, 2), ({"decoys": 5, "max_steps": 2}, 6)])
+    ({"decoys": 2}, 3), ({"decoys": 1}, 2), ({"decoys": 1, "max_steps": 6}, 2), ({"decoys": 5, "max_steps": 2}, 6)])
 def test_with_decoys_the_length_of_a_chain_does_not_tell_the_start_s(config, alike):
     """At each number of steps as many chains are the longest, the start's among them; without, it stands alone."""
     for own, count in ((config, alike), ({"min_steps": 3}, 1)):
