@@ -186,8 +186,7 @@ class AddonRun:
         # The difficulty is kept with the run, so that it stays the same when a resumed run names other tasks.
         # So is what the LLM's weights are held in, whatever machine goes on with the run.
         dtype, line = pick_dtype(options.part(HostConfig, opts), pick_device(opts.device))
-        opts = options.replace(opts, task_config=task_config(opts), host_dtype=dtype)
-        opts = with_trained_revision(opts, checkpoint)
+        opts = with_trained_revision(options.replace(opts, task_config=task_config(opts), host_dtype=dtype), checkpoint)
         self.opts = opts
         config = options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
         self.machine = start_machine(config)
