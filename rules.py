@@ -264,7 +264,8 @@ def a_stretch_needs_steps(o: Namespace) -> str | None:
 
 @rule("attn_implementation", "trust_remote_code")
 def kernels_of_the_hub_are_code(o: Namespace) -> str | None:
-    if "/" in (o.attn_implementation or "") and not o.trust_remote_code:
+    is_kernel = "/" in (o.attn_implementation or "")
+    if not o.trust_remote_code and is_kernel:
         return f"--attn_implementation {o.attn_implementation} would run code of the hub: add --trust_remote_code"
 
 

@@ -237,6 +237,8 @@ def values_of(flag: Flag) -> list:
         return [flag.default, *(value for value in (0, 1, 2, 3, 8, 10, 100) if flag.allows(value))]
     if flag.name == "grad_horizon":
         return ["full", "one_step", "k:2", "segments:1", "segments:2"]
+    if flag.name == "attn_implementation":
+        return [flag.default, "sdpa", "owner/kernel"]
     return [flag.default, "some"]
 
 
