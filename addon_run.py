@@ -211,8 +211,6 @@ class AddonRun:
         self.bare = BareLLM(options.part(BareConfig, opts), self.data)
         self.bare.formats()
         self._check_roundtrip()
-        if checkpoint is None and not opts.eval_only:
-            self._show_example()
         self.plan = self._plan()
 
         # The first weights depend on the seed alone, not on how many items were drawn before.
@@ -232,6 +230,8 @@ class AddonRun:
         self.loop = RunLoop(
             config, self.machine, self.data, self.trainer, self.evaluator, self._facts(), self._hooks(), checkpoint
         )
+        if checkpoint is None and not opts.eval_only:  # once nothing can be wrong any more
+            self._show_example()
 
     @classmethod
     def weights_of(cls, opts: options.Options, checkpoint: Path) -> AddonRun:
