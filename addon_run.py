@@ -40,6 +40,7 @@ from engine.optimization import OptimConfig
 from engine.report import Card
 from engine.system import Facts, LoopConfig
 from evaluation import Decoding
+from flags import FIND
 from host import HostConfig, load_config, load_tokenizer
 from model import AdapterConfig, HRMAddonConfig
 from own_tasks.choice import own_problems, steps_problems, tasks_with_own
@@ -184,10 +185,10 @@ class AddonRun:
 
     def __init__(self, opts: options.Options, checkpoint: Path | None):
         # The difficulty is kept with the run, so that it stays the same when a resumed run names other tasks.
-        # So is what the LLM's weights are held in, whatever machine goes on with the run.
+        # So are the LLM's commit and what its weights are held in, whatever machine goes on with the run.
+        opts = with_trained_revision(opts, checkpoint)
         dtype, line = pick_dtype(options.part(HostConfig, opts), pick_device(opts.device))
-        opts = with_trained_revision(options.replace(opts, task_config=task_config(opts), host_dtype=dtype), checkpoint)
-        self.opts = opts
+        self.opts = opts = options.replace(opts, task_config=task_config(opts), host_dtype=dtype)
         config = options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
         self.machine = start_machine(config)
         if line:
@@ -419,8 +420,7 @@ def with_trained_revision(opts: options.Options, checkpoint: Path | None) -> opt
 
 def size_warnings(opts: argparse.Namespace, parameters: int) -> list[str]:
     """One line where an LLM of so many parameters meets the batch size and learning rate of the embedded one."""
-    default = {flag.name: flag.default_in(opts.arch) for flag in options.FLAGS}
-    usual = (default["batch_size"], default["lr"])
+    usual = (FIND["batch_size"].default_in(opts.arch), FIND["lr"].default_in(opts.arch))
     if parameters < LARGE or (opts.batch_size, opts.lr) != usual:
         return []
     return [
