@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from batching import PromptFormat, answer_length, needed_segments, pad
 from engine.batches import by_length
+from engine.confidence import Confidence
 from engine.decoding import AnswerConfig, Decoding
 from engine.intervals import wilson
 from engine.report import AnswerLine, TaskLines, metric_row, prediction_line
@@ -49,6 +51,7 @@ class Answer:
     strict: bool | None = None  # the whole text is solved; None: as `solved`
     extracted: bool | None = None  # the answer taken out of it is solved; None: as `solved`
     read: str | None = None  # what the score is of, as --answer_from reads it; None: the text
+    confidence: float | None = None  # probability that the model gave its tokens, where `Decoding` asks for it
 
     def solved_by(self, reading: str) -> bool:
         """Whether it is solved by one of `READINGS`."""
@@ -340,7 +343,7 @@ def _answer_batch(
         answers.append(
             Answer(
                 example, generated.text, verdict.score, generated.finished, verdict.raised, segments,
-                verdict.timed_out, verdict.refused, read.strict, read.extracted, read.answer,
+                verdict.timed_out, verdict.refused, read.strict, read.extracted, read.answer, generated.confidence,
             )
         )
     return answers
@@ -353,11 +356,13 @@ class Generated:
     text: the answer, without its end.
     finished: False where it was cut off by the limit of tokens.
     tokens: its tokens, the one that ended it included.
+    confidence: their probability, where `Decoding` asks for it.
     """
 
     text: str
     finished: bool
     tokens: int
+    confidence: float | None = None
 
 
 def stop_ids(model: Any, prompt_format: PromptFormat) -> list[int]:
@@ -379,6 +384,9 @@ def generate_answers(
         stops.append(prompt_format.sentinel)
     if stops:
         extra |= {"stop_strings": stops, "tokenizer": prompt_format.tokenizer}
+    confidence = Confidence() if decoding.confidence else None
+    if confidence:
+        extra["logits_processor"] = LogitsProcessorList([confidence])
     out = model.generate(
         input_ids=prompt_ids.to(device),
         attention_mask=prompt_mask.to(device),
@@ -390,12 +398,11 @@ def generate_answers(
     )
 
     # Behind its end a row is padding.
-    answers = []
-    for row in out[:, prompt_ids.shape[1] :]:
-        text, finished = prompt_format.answer_text(row, ends)
-        tokens = min(answer_length(row.tolist(), ends) + 1, len(row))
-        answers.append(Generated(text, finished, tokens))
-    return answers
+    rows = out[:, prompt_ids.shape[1] :]
+    tokens = [min(answer_length(row.tolist(), ends) + 1, len(row)) for row in rows]
+    texts = [prompt_format.answer_text(row, ends) for row in rows]
+    sure = confidence.of(tokens) if confidence else [None] * len(rows)
+    return [Generated(*text, count, chance) for text, count, chance in zip(texts, tokens, sure, strict=True)]
 
 
 @torch.no_grad()

@@ -39,6 +39,11 @@ class Slots:
     positions: Tensor  # (B, T) int64
     allowed: Tensor | None = None  # (B, T) bool, False before the last prompt token; None: all may be injected
 
+    def rows(self, index: Tensor) -> Slots:
+        """The positions of the examples that `index` (bool or int, (B,)) selects."""
+        allowed = None if self.allowed is None else self.allowed[index]
+        return Slots(self.hidden[index], self.embedded[index], self.positions[index], allowed)
+
     def seen(self, sees: str = HIDDEN_TOO) -> Tensor:
         """(B, T, 2 D) float32, what an injector sees of each position beside z_H; with `embed` (B, T, D), the token."""
         embedded = rms_norm(self.embedded.float())

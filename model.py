@@ -52,7 +52,7 @@ from injector import INJECTORS, Slots, Thought, VocabularyBias
 ADDON_PREFIX = "model.addon."
 CORES = {"hrm": HRMCore, "mlp": SinglePassCore}  # by `HRMAddonConfig.adapter`
 # What a saved record without the key was made with, where that is not today's default.
-OLD_DEFAULTS = {"segments": 4, "init_state": "fixed", "state_mix": "sum"}
+OLD_DEFAULTS = {"segments": 4, "init_state": "fixed", "state_mix": "sum", "halt_settled_at": "prompt"}
 
 
 class AdapterConfig(PreTrainedConfig):
@@ -128,8 +128,10 @@ class HRMAddonConfig(AdapterConfig):
         use_act: a halting head learns, and halts examples at evaluation.
         halt_detach: the halting head's loss leaves z_H alone.
         halt_max_segments: most segments at evaluation with use_act; 0 = `segments`.
-        halt_settled: share of its norm, 0 to 1; at evaluation an example stops when a segment changes z_H by less than
-            that; 0 = off.
+        halt_settled: share of a norm, 0 to 1; at evaluation an example stops when a segment changes what
+            `halt_settled_at` names by less than that; 0 = off.
+        halt_settled_at: "answer", what the injector writes at the last prompt token, which predicts the first token of
+            the answer; or "prompt", z_H over the whole prompt.
         eval_readout: segment that answers: "last", or "best_halt" for the one of the highest halting score.
         verifier_head: a head learns the task verifier's verdict.
         train_injector_scale, eval_injector_scale: factor on the injection; 0 = the bare LLM.
@@ -168,6 +170,7 @@ class HRMAddonConfig(AdapterConfig):
     halt_detach: bool = False
     halt_max_segments: int = 0
     halt_settled: float = 0.0
+    halt_settled_at: str = "answer"
     eval_readout: str = "last"
     verifier_head: bool = False
     train_injector_scale: float = 1.0
@@ -407,6 +410,37 @@ class HRMAddon(nn.Module):
         return x if self.conv is None else rms_norm(self.conv(x, mask))
 
 
+def first_slot(embedding: nn.Module, input_ids: Tensor, last: Tensor, prompt_mask: Tensor, positions: Tensor) -> Slots:
+    """The last token of each prompt, T 1, whose state in `last` (B, N, D) predicts the answer's first token."""
+    rows = torch.arange(len(last), device=last.device)[:, None]
+    column = last_column(prompt_mask)[:, None]
+    return Slots(last[rows, column], embedding(input_ids[rows, column]), positions[rows, column])
+
+
+def watched_in(place: str, injector: nn.Module, slots: Slots, thought: Thought) -> Tensor:
+    """What settles before an example stops, by `halt_settled_at`.
+
+    answer: (B, 1, D) that the injector writes at `slots`, T 1; of HRM the answer's first token depends on it alone.
+    prompt: z_high (B, S, d) with zeros at padding, which waits for all that the prompt sets going.
+    """
+    if place == "answer":
+        return injector(slots, thought)
+    return thought.z_high * thought.context.mask[..., None].to(thought.z_high.dtype)
+
+
+def best_halted(core: HRMCore, x: Tensor, context: Context, segments: int) -> tuple[Tensor, Tensor]:
+    """As `HRMBackbone.think`, all segments; each example answers from the (first) one of the highest halting score."""
+    carry = core(x, context, core.initial_carry(context.mask))
+    z_high = carry.z_high
+    score = core.halt_logits(carry.z_high, context.mask)
+    for _ in range(segments - 1):
+        carry = core(x, context, carry.detach())
+        logits = core.halt_logits(carry.z_high, context.mask)
+        z_high = torch.where((logits > score)[:, None, None], carry.z_high, z_high)
+        score = torch.maximum(score, logits)
+    return z_high.to(x.dtype), carry.steps
+
+
 class HRMBackbone(FrozenHostModel):
     """Host and add-on in one backbone whose last hidden state is already injected.
 
@@ -508,34 +542,36 @@ class HRMBackbone(FrozenHostModel):
             return checkpoint(self.advance, features, context, carry, use_reentrant=False)
         return self.advance(features, context, carry)
 
-    def think(self, features: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """All segments of inference: (z_high (B, S, d), segments used (B,)).
+    def think(self, features: Tensor, context: Context, slots: Slots) -> tuple[Tensor, Tensor]:
+        """All segments of inference: (z_high (B, S, d), segments used (B,)); `slots` holds the last prompt token, T 1.
 
         An example leaves the batch, and costs nothing more, when its halting head says "right" (`use_act`, logit > 0)
-        or when a segment changed its z_high by a share less than `halt_settled`: more of the same would change nothing.
+        or when a segment changed `watched_in` by a share less than `halt_settled`: more of it would change nothing.
         """
         config = self.config
         limit = (config.halt_max_segments if config.use_act else 0) or config.segments
-        if config.use_act and config.eval_readout == "best_halt":
-            return self._think_all(features, context, limit)
-
         core = self.addon.core
         x = self.addon.inputs(features, context.mask)
+        if config.use_act and config.eval_readout == "best_halt":
+            return best_halted(core, x, context, limit)
+
         carry = core.initial_carry(context.mask)
         z_high = torch.empty_like(x)
         used = torch.zeros_like(carry.steps)
         active = torch.arange(len(x), device=x.device)  # row in the batch of each example that still thinks
+        watched = None
         for segment in range(limit):
-            # As in training, gradient stays within a segment.
-            before = carry.detach()
-            carry = core(x, context, before)
+            carry = core(x, context, carry.detach())  # as in training, gradient stays within a segment
 
             # Who answers from this segment?
             done = torch.full_like(carry.halted, segment == limit - 1)
             if config.use_act:
                 done |= core.halt_logits(carry.z_high, context.mask) > 0
             if config.halt_settled:
-                done |= relative_change(before.z_high, carry.z_high, context.mask) < config.halt_settled
+                earlier = watched
+                watched = watched_in(config.halt_settled_at, self.addon.injector, slots, Thought(carry.z_high, context))
+                if earlier is not None:
+                    done |= relative_change(earlier, watched) < config.halt_settled
             if not bool(done.any()):
                 continue
 
@@ -548,21 +584,9 @@ class HRMBackbone(FrozenHostModel):
             carry = carry.rows(~done)
             x = x[~done]
             context = context.rows(~done)
+            slots = slots.rows(~done)
+            watched = None if watched is None else watched[~done]
         return z_high, used
-
-    def _think_all(self, features: Tensor, context: Context, limit: int) -> tuple[Tensor, Tensor]:
-        """As `think`, all segments; each example answers from the (first) one of the highest halting score."""
-        core = self.addon.core
-        x = self.addon.inputs(features, context.mask)
-        carry = core(x, context, core.initial_carry(context.mask))
-        z_high = carry.z_high
-        score = core.halt_logits(carry.z_high, context.mask)
-        for _ in range(limit - 1):
-            carry = core(x, context, carry.detach())
-            logits = core.halt_logits(carry.z_high, context.mask)
-            z_high = torch.where((logits > score)[:, None, None], carry.z_high, z_high)
-            score = torch.maximum(score, logits)
-        return z_high.to(x.dtype), carry.steps
 
     def inject(self, slots: Slots, thought: Thought) -> tuple[Tensor, Tensor | None]:
         """(hidden states with z_H's bias (B, T, D), logit bias (B, T, V) or None); scale 0 skips the branch."""
@@ -618,7 +642,8 @@ class HRMBackbone(FrozenHostModel):
         used = None
         if thought is None:
             prompt_mask = self._check_prompt(prompt_mask, input_ids, past) & attention_mask.bool()
-            thought, used = self._think_about(prompt_mask, read, positions, needed)
+            first = first_slot(self.get_input_embeddings(), input_ids, last, prompt_mask, positions)
+            thought, used = self._think_about(prompt_mask, read, positions, needed, first)
 
         assert thought.start is not None  # set wherever a prompt was thought about
         columns = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[-keep:]
@@ -631,15 +656,16 @@ class HRMBackbone(FrozenHostModel):
         hidden, bias = self.inject(slots, thought)
         return BackboneOutput(hidden, cache, thought, used, bias)
 
-    def _think_about(self, prompt_mask: Tensor, read: list[Tensor], positions: Tensor, needed: Tensor | None
-                     ) -> tuple[Thought, Tensor]:
-        """(thought, segments used (B,)) of the prompts that `prompt_mask` (B, N) marks."""
+    def _think_about(self, prompt_mask: Tensor, read: list[Tensor], positions: Tensor, needed: Tensor | None,
+                     first: Slots) -> tuple[Thought, Tensor]:
+        """(thought, segments used (B,)) of the prompts that `prompt_mask` (B, N) marks, up to their tokens `first`."""
         last = last_column(prompt_mask)
         length = max(int(last.max()) + 1, 1)
-        read = [part[:, :length] for part in read]
-        features, context = self.prompt_features(read, prompt_mask[:, :length], positions[:, :length])
+        features, context = self.prompt_features(
+            [part[:, :length] for part in read], prompt_mask[:, :length], positions[:, :length]
+        )
         context.needed = needed
-        z_high, used = self.think(features, context)
+        z_high, used = self.think(features, context, first)
         return Thought(z_high, context, last), used
 
     def _check_prompt(self, prompt_mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor:

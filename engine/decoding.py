@@ -18,6 +18,7 @@ class Decoding:
     seed: of the random numbers of one call of `answer`.
     item_segments: each item has as many of HRM's segments as it needs steps, where its task says how many, within the
         model's number.
+    confidence: the answers know the probability that the model gave their tokens; of greedy decoding alone.
     """
 
     temperature: float = 0.0
@@ -27,6 +28,7 @@ class Decoding:
     batch_size: int = 128
     seed: int = 0
     item_segments: bool = False
+    confidence: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `generate`; every sampling field is set, so no host default sneaks in."""

@@ -26,12 +26,14 @@ def last_state(z: Tensor, mask: Tensor) -> Tensor:
     return z[torch.arange(len(z), device=z.device), last_column(mask)]
 
 
-def relative_change(before: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-    """(B,) of ||after - before|| / ||after||, norms over the readable positions of (B, S, d)."""
-    weight = mask[..., None].float()
-    difference = (after.float() - before.float()) * weight
-    size = (after.float() * weight).flatten(1).norm(dim=1)
-    return difference.flatten(1).norm(dim=1) / size.clamp(min=1e-12)
+def relative_change(before: Tensor, after: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B,) of ||after - before|| / ||after||, norms over the readable positions of (B, S, d); no mask: over all."""
+    before, after = before.float(), after.float()
+    if mask is not None:
+        weight = mask[..., None].float()
+        before, after = before * weight, after * weight
+    size = after.flatten(1).norm(dim=1)
+    return (after - before).flatten(1).norm(dim=1) / size.clamp(min=1e-12)
 
 
 def mean_state(z: Tensor, mask: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ TABLE = (
     addon("eval_segments", "int", 0, "segments at evaluation; 0 = as trained", low=0, adapters=RECURRENT),
     addon("eval_readout", "str", "last", "the segment that answers: the last, or of all segments the one with "
           "the highest halting score; needs use_act", choices=("last", "best_halt")),
-    addon("halt_settled", "float", 0.0, "at evaluation an example also stops when a segment changes z_H by less "
-          "than this share of its norm; 0 = off", low=0, high=1, adapters=RECURRENT),
+    addon("halt_settled", "float", 0.0, "at evaluation an example also stops when a segment changes what "
+          "halt_settled_at names by less than this share of its norm; 0 = off", low=0, high=1, adapters=RECURRENT),
+    addon("halt_settled_at", "str", "answer", "what must settle: what the injector writes where the answer begins, or "
+          "z_H over the whole prompt", choices=("answer", "prompt"), before="prompt", adapters=RECURRENT),
     addon("eval_injector_scale", "float", 1.0, "factor on the injection at evaluation; 0 = bare LLM", low=0,
           adapters=BLOCKS),
     # How answers are generated.

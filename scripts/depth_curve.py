@@ -8,13 +8,16 @@ Each number of segments answers the same evaluation items, per task and per diff
 is the readout with halting off. A checkpoint with --use_act is also measured with halting `on` (at most so many
 segments) and with `best_halt` (all segments run, the one with the highest halting score answers), and its halting head
 is calibrated: the probability after k segments against whether the answer read after k segments is right.
-`--halt_settled X` adds `settled`: as `on`, or without a head, and an example stops too when a segment changes z_H by
-less than the share X of its norm. A run with `--segments_sampling item` gets the readout `own`: each item has as many
+`--halt_settled X` adds `settled`: as `on`, or without a head, and an example stops too when a segment changes what the
+injector writes where the answer begins (`--halt_settled_at prompt`: z_H over the whole prompt) by less than the share X
+of its norm. `confidence` is the mean probability of the generated answers, greedy ones, and `confidence_error` its
+expected calibration error. A run with `--segments_sampling item` gets the readout `own`: each item has as many
 segments as it needs steps, at most the largest number asked for.
 
 Difficulty groups items by a whole number that the task itself gives each item (`num_terms`, `num_empty`), the first
 that varies and takes at most 12 values; without one, by quartiles of the prompt's tokens. The `change` columns hold the
 mean over items of ||z_k - z_(k-1)|| / ||z_k||, norms over the whole prompt: a recurrence that settles goes to 0.
+`answer_change` is the same of what `--halt_settled` looks at.
 
 `--steps` draws `--eval_n` items of each of these numbers of steps, of tasks whose config has `max_steps` (toy_chain).
 `beyond_training` is 1 where the run had been trained on fewer steps at this checkpoint. This goes with any adapter; one
@@ -48,6 +51,7 @@ from batching import PromptConfig, PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from depth_measures import (  # noqa: E402
     Loaded,
+    Settled,
     Trajectory,
     answers_at,
     difficulties,
@@ -55,7 +59,7 @@ from depth_measures import (  # noqa: E402
     rows_of,
     trajectory,
 )
-from depth_report import draw, draw_reliability, table, verdicts, write  # noqa: E402
+from depth_report import calibrations, draw, draw_reliability, table, verdicts, write  # noqa: E402
 from depth_steps import (  # noqa: E402
     LAST,
     OWN,
@@ -88,6 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task (default: as in the run)")
     parser.add_argument("--difficulty", default="auto", help="auto, length, or a name in the items' metadata")
     parser.add_argument("--halt_settled", type=float, default=0.0, help="share of change under which an example stops")
+    parser.add_argument("--halt_settled_at", default="answer", choices=("answer", "prompt"), help="what must settle")
     parser.add_argument("--output", type=Path, help="folder (default: depth/ in the run's folder, with "
                         "--task_config one of its own)")
     parser.add_argument("--batch_size", type=int, default=128)
@@ -237,7 +242,7 @@ def folder_name(task_config: str) -> str:
 class Curve:
     """The rows of every readout at every number of segments, and what the halting head said of each answer."""
 
-    def __init__(self, loaded: Loaded, labels: list[str], walk: Trajectory | None, settled: float):
+    def __init__(self, loaded: Loaded, labels: list[str], walk: Trajectory | None, settled: Settled):
         self.loaded = loaded
         self.walk = walk
         self.settled = settled
@@ -277,7 +282,7 @@ def measure(loaded: Loaded, args: argparse.Namespace) -> Curve:
     total = len(measurements) + 1
     with Progress(total, "measurement", "measurement") as progress:
         walk = trajectory(loaded, max(args.segments), args.batch_size) if loaded.has_segments else None
-        curve = Curve(loaded, labels, walk, args.halt_settled)
+        curve = Curve(loaded, labels, walk, Settled(args.halt_settled, args.halt_settled_at))
         done = 1
         for readout, segments in measurements:
             progress.update(done, readout=readout, segments=segments)
@@ -305,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     curve = measure(loaded, args)
     write(curve.rows, output / "depth.csv")
     draw(curve.rows, curve.walk, opts.segments, loaded.trained, output / "depth.png")
-    lines = [table(curve.rows)]
+    lines = [table(curve.rows), *calibrations(curve.rows)]
     if loaded.has_segments:
         lines += verdicts(curve.rows)
     print("\n".join([*lines, *steps_table(curve.rows)]))

@@ -21,13 +21,16 @@ from depth_steps import LAST, OWN  # noqa: E402
 from engine.intervals import wilson  # noqa: E402
 from engine.positions import relative_change  # noqa: E402
 from evaluation import OVERALL, Answer, Decoding, answer  # noqa: E402
+from injector import Thought  # noqa: E402
 from model import AdapterController, HRMController  # noqa: E402
 from reasoning_gym_wrapper import Example  # noqa: E402
 
 ALL = "all"  # every difficulty
 QUANTILES = 4  # groups of prompt length
 MOST_GROUPS = 12  # values of a difficulty that still make groups
-READOUT_FIELDS = ("use_act", "eval_readout", "segments", "halt_max_segments", "halt_settled")  # of the model's config
+READOUT_FIELDS = (  # of the model's config
+    *("use_act", "eval_readout", "segments", "halt_max_segments", "halt_settled", "halt_settled_at"),
+)
 
 
 @dataclass
@@ -177,11 +180,13 @@ class Trajectory:
     """What the recurrence does on each item, segment by segment; all (segments, n).
 
     z_high_change, z_low_change: ||z_k - z_(k-1)|| / ||z_k||, norms over the whole prompt.
+    answer_change: the same of what the injector writes where the answer begins; 1 after the first segment.
     halt_probability: of the halting head, after each segment.
     """
 
     z_high_change: torch.Tensor
     z_low_change: torch.Tensor
+    answer_change: torch.Tensor
     halt_probability: torch.Tensor
 
 
@@ -194,33 +199,48 @@ def trajectory(loaded: Loaded, segments: int, batch_size: int) -> Trajectory:
         batch = loaded.format.batch(loaded.examples[start : start + batch_size]).to(loaded.model.device)
         with loaded.autocast():
             rows = list(_segments(loaded.model, batch, segments))
-        parts.append(torch.stack(rows).cpu())  # (segments, 3, B)
+        parts.append(torch.stack(rows).cpu())  # (segments, 4, B)
 
     return Trajectory(*torch.cat(parts, dim=2).unbind(dim=1))
 
 
 def _segments(model: HRMController, batch: Any, segments: int) -> Iterator[torch.Tensor]:
-    """(3, B) after each segment: change of z_H, change of z_L, halting probability."""
+    """(4, B) after each segment: change of z_H, of z_L, of what is written where the answer begins, halting chance."""
     backbone = model.model
     core = backbone.addon.core
     states = model.encode(batch)
     mask = states.context.mask
     carry = core.initial_carry(mask)
+    written = None
 
     for _ in range(segments):
         before = carry
         carry = backbone.advance(states.features, states.context, before)
+        earlier = written
+        written = backbone.addon.injector(states.slots, Thought(carry.z_high, states.context))[:, :1]
         yield torch.stack(
             [
                 relative_change(before.z_high, carry.z_high, mask),
                 relative_change(before.z_low, carry.z_low, mask),
+                relative_change(torch.zeros_like(written) if earlier is None else earlier, written),
                 core.halt_logits(carry.z_high, mask).float().sigmoid(),
             ]
         )
 
 
+@dataclass(frozen=True)
+class Settled:
+    """The rule of the readout `settled`: an example stops where a segment changes `at` by less than `share`."""
+
+    share: float = 0.0
+    at: str = "answer"  # or "prompt", as --halt_settled_at
+
+
+OFF = Settled()
+
+
 @contextlib.contextmanager
-def readout_config(loaded: Loaded, readout: str, segments: int, settled: float) -> Iterator[None]:
+def readout_config(loaded: Loaded, readout: str, segments: int, settled: Settled) -> Iterator[None]:
     """Inside, the model answers by `readout` after (`on`, `settled`: at most) so many segments."""
     config = loaded.model.config
     before = {name: getattr(config, name) for name in READOUT_FIELDS}
@@ -228,7 +248,8 @@ def readout_config(loaded: Loaded, readout: str, segments: int, settled: float) 
     config.eval_readout = "best_halt" if readout == "best_halt" else "last"
     config.segments = segments
     config.halt_max_segments = segments
-    config.halt_settled = settled if readout == "settled" else 0.0
+    config.halt_settled = settled.share if readout == "settled" else 0.0
+    config.halt_settled_at = settled.at
 
     try:
         yield
@@ -237,17 +258,23 @@ def readout_config(loaded: Loaded, readout: str, segments: int, settled: float) 
             setattr(config, name, value)
 
 
-def answers_at(loaded: Loaded, readout: str, segments: int, settled: float = 0.0) -> list[Answer]:
-    """The items' answers by one readout after (`on`, `settled`: at most) so many segments.
-
-    `settled` is the share of change under which an example stops, with the readout of that name.
-    """
+def answers_at(loaded: Loaded, readout: str, segments: int, settled: Settled = OFF) -> list[Answer]:
+    """The items' answers by one readout after (`on`, `settled`: at most) so many segments; `settled` is its rule."""
     setting: contextlib.AbstractContextManager = contextlib.nullcontext()
     if loaded.has_segments:
         setting = readout_config(loaded, readout, segments, settled)
-    decoding = replace(loaded.decoding, item_segments=readout == OWN)
+    greedy = loaded.decoding.temperature == 0
+    decoding = replace(loaded.decoding, item_segments=readout == OWN, confidence=greedy)
     with setting, loaded.autocast():
         return answer(loaded.model, loaded.format, loaded.examples, decoding)
+
+
+def confidence_of(sure: Sequence[float | None], solved: Sequence[bool]) -> dict[str, float]:
+    """The mean probability of answers and its calibration error; nothing where an answer's is not known."""
+    known = [chance for chance in sure if chance is not None]
+    if len(known) < len(sure):
+        return {}
+    return {"confidence": sum(known) / len(known), "confidence_error": calibration_error(known, solved)}
 
 
 def rows_of(
@@ -286,10 +313,11 @@ def rows_of(
             "seconds": seconds,
             "segments_used": sum(answers[place].segments for place in places) / len(places),
         }
+        row |= confidence_of([answers[place].confidence for place in places], solved)
 
         # Only `last` reads the state after exactly so many segments, which is what the trajectory is of.
         if readout == "last" and walk is not None:
-            for name in ("z_high_change", "z_low_change"):
+            for name in ("z_high_change", "z_low_change", "answer_change"):
                 row[name] = float(getattr(walk, name)[segments - 1, places].mean())
             if calibrated:
                 chances = walk.halt_probability[segments - 1, places].tolist()

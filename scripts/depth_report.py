@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from calibration import calibration_error, reliability  # noqa: E402
 from depth_measures import ALL, Trajectory  # noqa: E402
-from depth_steps import LAST, by_task, draw_steps  # noqa: E402
+from depth_steps import LAST, by_task, draw_steps, draw_used  # noqa: E402
 from engine.figures import new_figure, save_figure, style  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.intervals import wilson  # noqa: E402
@@ -23,7 +23,8 @@ from script_tools import csv_text  # noqa: E402
 Row = dict[str, Any]
 COLUMNS = (
     *("task", "difficulty", "readout", "segments", "n", "solved", "ci_low", "ci_high", "segments_used"),
-    *("z_high_change", "z_low_change", "halt_probability", "ece", "seconds", "steps", "beyond_training"),
+    *("z_high_change", "z_low_change", "answer_change", "halt_probability", "ece", "confidence", "confidence_error"),
+    *("seconds", "steps", "beyond_training"),
 )
 # Readouts that may stop early, and what the terminal calls them.
 STOPPING = {"on": "halting", "settled": "stopping what has settled (and halting)"}
@@ -56,6 +57,20 @@ def table(rows: Sequence[Row]) -> str:
         )
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def calibrations(rows: Sequence[Row]) -> list[str]:
+    """Per task: how far the probability that answers are given is from how often they are right, with most segments."""
+    lines = []
+    for task in tasks_of(rows):
+        sure = [row for row in where(rows, task=task, difficulty=ALL) if "confidence" in row]
+        most = max((row["segments"] for row in sure), default=0)
+        for row in where(sure, segments=most):
+            lines.append(
+                f"{task}: {row['readout']} gives its answers a probability of {row['confidence']:.3f}, "
+                f"{row['solved']:.3f} are right; calibration error {row['confidence_error']:.3f}"
+            )
+    return lines
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
@@ -95,6 +110,8 @@ def draw(rows: Sequence[Row], walk: Trajectory | None, trained: int, most_steps:
     steps = by_task(rows)
     for task, members in steps.items():
         panels.append(partial(draw_steps, task=task, rows=members, trained=most_steps[task]))
+    for task, members in by_task(rows, "settled").items():
+        panels.append(partial(draw_used, task=task, rows=members))
 
     # One panel for each task, one more for a task whose items differ in another difficulty, one for the states.
     if walk is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.figures import style  # noqa: E402
 from plot_tools import curve_of, draw_line, finish, where  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, Task, read_task_config  # noqa: E402
 from tasks.toy_base import StepsConfig  # noqa: E402
@@ -147,3 +148,15 @@ def draw_steps(axes: Any, task: str, rows: Sequence[Row], trained: int) -> None:
         ylabel="solved, % (95 %)",
         ylim=(-2, 102),
     )
+
+
+def draw_used(axes: Any, task: str, rows: Sequence[Row]) -> None:
+    """Segments used over the steps needed, where an example stops when it has settled; one curve for each limit."""
+    limits = sorted(set(map(itemgetter("segments"), rows)))
+    for index, limit in enumerate(limits):
+        own = sorted(where(rows, segments=limit), key=itemgetter("steps"))
+        axes.plot([row["steps"] for row in own], [row["segments_used"] for row in own], label=f"at most {limit}",
+                  **style(index, len(limits)))
+
+    title = f"{task}: segments until the answer settles"
+    finish(axes, title=title, xlabel="steps needed", ylabel="mean segments used", ylim=(0, max(limits) + 1))

@@ -16,6 +16,7 @@ from batching import Batch, pad
 from engine.batches import IGNORE, all_correct
 from engine.positions import relative_change, token_positions
 from hrm_blocks import Carry
+from injector import Thought
 from model import HRMAddonConfig, HRMController, is_addon_parameter, prompt_before
 from tiny_families import EOS, FAMILIES, SCALED, VOCABULARY, left_padded, random_ids, tiny_controller, tiny_host
 
@@ -586,7 +587,7 @@ def test_compacted_equals_padded():
             carry = controller.model.advance(states.features, states.context, carry)
             done = waiting & ((core.halt_logits(carry.z_high, states.context.mask) > 0) | (segment == LIMIT))
             expected[done], waiting = carry.z_high[done], waiting & ~done
-        found, used = controller.model.think(states.features, states.context)
+        found, used = controller.model.think(states.features, states.context, states.slots)
     mask = batch.prompt_mask.bool()
     torch.testing.assert_close(found[mask], expected[mask], atol=1e-4, rtol=0)
     assert used.max() == LIMIT and used.min() < LIMIT
@@ -607,35 +608,40 @@ def test_with_act_the_limit_is_its_own_or_the_segments():
         assert controller(ids, mask, prompt_mask=mask).segments_used.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("place", ["answer", "prompt"])
 @pytest.mark.parametrize("use_act", [False, True])
 @torch.no_grad()
-def test_an_example_stops_at_the_first_segment_that_hardly_changes_its_z(use_act):
+def test_an_example_stops_at_the_first_segment_that_hardly_changes_what_must_settle(use_act, place):
     """With a halting head or without; and it answers from the state it stopped at."""
-    settings = {"segments": LIMIT, "state_mix": "sum", "init_state": "fixed"}
+    settings = {"segments": LIMIT, "state_mix": "sum", "init_state": "fixed", "halt_settled_at": place}
     controller, questions = tiny_controller(use_act=use_act, **settings), prompts(QUESTIONS)
+    nn.init.normal_(controller.model.addon.injector.out.weight)
     states = controller.encode(batch_of(questions, lengths=(1,) * len(questions)))
-    mask, carry, before = states.context.mask, None, controller.model.addon.core.initial_carry(states.context.mask)
-    changes, walk = [], []
+    mask, carry = states.context.mask, None
+    seen, walk = [], []
     for _ in range(LIMIT):
         carry = controller.model.advance(states.features, states.context, carry)
-        changes.append(relative_change(before.z_high, carry.z_high, mask))
+        written = controller.model.addon.injector(states.slots, Thought(carry.z_high, states.context))
+        seen.append((written[:, :1], None) if place == "answer" else (carry.z_high, mask))
         walk.append(carry.z_high)
-        before = carry
-    changes = torch.stack(changes)
+    nothing = torch.full((len(questions),), torch.inf)  # what one segment alone has changed says nothing
+    changes = torch.stack([nothing, *(relative_change(seen[k - 1][0], *seen[k]) for k in range(1, LIMIT))])
     limit = float(changes[2].median()) * 1.0001
     settled = changes < limit
     settled[-1] = True
     expected = settled.int().argmax(dim=0) + 1
     assert len(expected.unique()) >= 2 and expected.min() > 1, "the case must have something to stop"
     controller.config.halt_settled = limit
-    z_high, used = controller.model.think(states.features, states.context)
+    z_high, used = controller.model.think(states.features, states.context, states.slots)
     assert used.tolist() == expected.tolist()
+    (ids, attended) = left_padded(questions)
+    assert controller(ids, attended, prompt_mask=attended).segments_used.tolist() == expected.tolist()
     for row, segment in enumerate(expected.tolist()):
         torch.testing.assert_close(z_high[row][mask[row]], walk[segment - 1][row][mask[row]], atol=1e-4, rtol=0)
 
 
 def test_settling_takes_nothing_back_that_the_halting_head_stopped():
-    controller, expected = halting_controller(state_mix="sum", init_state="fixed")
+    controller, expected = halting_controller(state_mix="sum", init_state="fixed", halt_settled_at="prompt")
     controller.config.halt_settled = 1e-9  # nothing settles: the head alone stops
     (ids, mask) = left_padded(prompts(QUESTIONS))
     with torch.no_grad():

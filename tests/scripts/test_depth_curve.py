@@ -20,6 +20,7 @@ from addon.halting import HaltingAlarm, collapse, evaluation_collapse
 from calibration import calibration_error, reliability
 from depth_measures import MOST_GROUPS, QUANTILES, length_labels, own_difficulty
 from engine.positions import last_column, relative_change
+from injector import Slots
 from text_data.trained import TrainedQuestions, trained_by
 from tiny_runs import arguments, newest, only_run, tiny_model
 
@@ -156,6 +157,11 @@ def thinker(tiny_host, **changes):
     return model, features, model.model.addon.core.context(mask, positions)
 
 
+def slots_of(rows: int) -> Slots:
+    """Random states at two positions that predict an answer."""
+    return Slots(torch.randn(rows, 2, 32), torch.randn(rows, 2, 32), torch.tensor([[5, 6]] * rows))
+
+
 def test_best_halt_answers_from_the_segment_of_the_highest_halting_score(tiny_host):
     model, features, context = thinker(tiny_host, eval_readout="best_halt")
     with torch.no_grad():
@@ -167,7 +173,7 @@ def test_best_halt_answers_from_the_segment_of_the_highest_halting_score(tiny_ho
         # A head for which the first example is best at the start and the second at the end.
         head, fallen = model.model.addon.core.halt, read[0] - read[3]
         head.weight.copy_((fallen[0] - fallen[1])[None])
-        z, used = model.model.think(features, context)
+        z, used = model.model.think(features, context, slots_of(3))
         best = head(read).squeeze(-1).argmax(dim=0)
     assert best[0] != best[1], "the case must have something to choose"
     torch.testing.assert_close(z, torch.stack([states[k][i] for i, k in enumerate(best.tolist())]))
@@ -178,11 +184,9 @@ def test_best_halt_answers_from_the_segment_of_the_highest_halting_score(tiny_ho
 def test_a_detached_halting_head_reads_z_without_reshaping_it(tiny_host, detach):
     model, features, context = thinker(tiny_host, halt_detach=detach)
     model.train()
-    from injector import Slots
     from model import HostStates
 
-    slots = Slots(torch.randn(3, 2, 32), torch.randn(3, 2, 32), torch.tensor([[5, 6]] * 3))
-    out = model.segment(HostStates(features, context, slots), torch.ones(3, 2, dtype=torch.int64), None, None)
+    out = model.segment(HostStates(features, context, slots_of(3)), torch.ones(3, 2, dtype=torch.int64), None, None)
     out.metrics["halt_logits"].sum().backward()
     core = model.model.addon.core
     assert float(core.halt.weight.grad.abs().max()) > 0
@@ -221,6 +225,10 @@ def test_every_readout_is_measured_at_every_depth_and_difficulty(measured):
     last = [row for row in whole if row["readout"] == "last"]
     assert [float(row["segments_used"]) for row in last] == [1, 2, 3]
     assert all(0 < float(row["z_high_change"]) < 10 and 0 <= float(row["ece"]) <= 1 for row in last)
+    assert [float(row["answer_change"]) == 1 for row in last] == [True, False, False]
+    for row in rows:
+        assert 0 < float(row["confidence"]) <= 1 and 0 <= float(row["confidence_error"]) <= 1
+        assert float(row["confidence_error"]) >= abs(float(row["confidence"]) - float(row["solved"])) - 1e-6
     assert all(float(row["segments_used"]) <= int(row["segments"]) for row in whole)
     used = {(row["readout"], row["segments"]): float(row["segments_used"]) for row in whole}
     assert used["settled", "3"] < used["on", "3"] == 3, "this head stops nobody, the second segment changes less"
