@@ -372,6 +372,7 @@ def _from_yaml(flag: Flag, value: Any) -> Any:
     """The typed value of a YAML leaf. Raises ValueError, TypeError or OverflowError when it is of another type."""
     if value is None and flag.nullable:
         return None
+    value = flag.spelled(value)
     kinds: Any = YAML_TYPES.get(flag.type, str)
     if not isinstance(value, kinds):
         raise TypeError("wrong type")

@@ -28,6 +28,8 @@ LEARNING = ("hrm", "lora", "prompt", "mlp")
 RECURRENT = ("hrm",)
 BLOCKS = ("hrm", "mlp")  # read hidden states and inject: the HRM, and its blocks in a single pass
 
+# What YAML reads as a truth value although a person means a choice of that name.
+SWITCHED = {True: ("on", "yes", "true"), False: ("off", "no", "none", "false")}
 METAVARS = {"int": "N", "float": "X", "bool": "0|1", "str": "TEXT", "path": "PATH", "list": "A,B", "json": "TEXT"}
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # no text file holds these; bytes that are not UTF-8 come as halves
 
@@ -110,6 +112,19 @@ class Flag:
 
         kind = "an integer" if self.type == "int" else "a finite number"
         return f"{kind} {' and '.join(ends)}".rstrip()
+
+    def spelled(self, value: Any) -> Any:
+        """A value of a YAML file as the flag's own choice: `cache_hidden: off` is read as false there, and means off.
+
+        Other values, and truth values where no choice has such a name, come back as they are.
+        """
+        if self.type != "str" or not isinstance(value, bool):
+            return value
+
+        for word in SWITCHED[value]:
+            if word in (self.choices or ()):
+                return word
+        return value
 
     def allows(self, value: Any) -> bool:
         """True when `value`, already of the right type, is legal for this flag alone."""

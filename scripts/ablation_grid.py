@@ -308,12 +308,14 @@ def _flag_problems(where: str, flags: Mapping[str, Any], minutes: float | None) 
 
 
 def plain_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags under their first names: `steps` and `max_steps` are one."""
+    """The flags under their first names (`steps` and `max_steps` are one), choices by theirs (off, not False)."""
     plain = {}
     for name, value in flags.items():
-        if name in options.FIND:
-            name = options.FIND[name].name
-        plain[name] = value
+        flag = options.FIND.get(name)
+        if flag is None:
+            plain[name] = value
+        else:
+            plain[flag.name] = flag.spelled(value)
     return plain
 
 

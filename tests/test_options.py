@@ -608,6 +608,20 @@ def test_yaml_values_are_read_by_the_flags_type(config):
     assert opts.system_header == "none"  # in YAML only null is none
 
 
+@pytest.mark.parametrize("leaf,value", [("cache_hidden: off", "off"), ("cache_hidden: no", "off"),
+                                        ("load_in: off", "none"), ("mixed_precision: no", "none"),
+                                        ("adapter: false", "none")])
+def test_a_choice_that_yaml_reads_as_a_truth_value_is_that_choice(leaf, value, config):
+    name = leaf.partition(":")[0]
+    assert getattr(parse(config(leaf + "\n")), name) == value
+    assert options.read_resolved(leaf + "\n")[name] == value
+
+
+def test_a_truth_value_that_is_no_choice_is_refused(config, capsys):
+    assert "on_bad_line False is not legal" in refused(config("arch: hybrid\non_bad_line: off\n"), capsys)[0]
+    assert "cache_hidden True is not legal" in refused(config("cache_hidden: on\n"), capsys)[0]
+
+
 def test_none_on_the_command_line_takes_a_yaml_value_back(config):
     opts = parse([*config("task: toy_add\n"), "--task", "none", "--tasks", "a,b"])
     assert opts.task is None and opts.tasks == "a,b"

@@ -139,6 +139,14 @@ def test_flags_survive_the_command_line_as_yaml_means_them(flags):
         assert {f.name: getattr(opts, f.name) for f in options.FLAGS} == by_yaml
 
 
+def test_off_and_no_in_a_grid_are_choices_where_a_flag_has_them(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("arms: {plain: {mixed_precision: no}, bf16: {mixed_precision: bf16}}\ntasks: [toy_add]\n"
+                    "seeds: [0]\ncommon: {cache_hidden: off, reset_l: off}\n", encoding="utf-8")
+    flags = ablation.jobs_of(read_grid(path))[0].flags
+    assert (flags["mixed_precision"], flags["cache_hidden"], flags["reset_l"]) == ("none", "off", False)
+
+
 # --- equal minutes ----------------------------------------------------------------------------------------------------
 
 
