@@ -2,16 +2,23 @@
 
 transformers 5.23 reads such a file whole for every config, tokenizer and model (about 20 s for 98 MB), and keeps the
 weights packed, which nothing can be trained beside or saved from. The folder has plain float32 weights.
+
+Of several processes that want the same folder one converts and the others wait. The folder gets its name when it is
+whole; what a killed process left is removed by the next one that converts the same file.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+from engine.locks import locked
 
 SUFFIX = ".gguf"
 MARK = ".converting-"  # begins the names of unfinished folders
@@ -52,7 +59,6 @@ def converted(path: Path) -> Path:
     key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = Path(HF_HOME) / "gguf" / f"{path.stem}-{key}"
     if not folder.is_dir():
-        print(f"{path} is converted once, to {folder}", file=sys.stderr)
         convert(path, folder)
     return folder
 
@@ -60,25 +66,47 @@ def converted(path: Path) -> Path:
 def convert(path: Path, folder: Path) -> None:
     """Writes the model and the tokenizer of the GGUF file `path` to `folder`, in float32, whole or not at all.
 
+    Where another process is at it, this one waits for it and does nothing more.
+
     Raises:
         ValueError: as `converted`.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{path}: GGUF files need the package gguf: pip install gguf==0.19.0")
+
+    def waits() -> None:
+        print(f"{path}: another process converts it, waiting", file=sys.stderr)
+
+    lock = folder.parent / f"{MARK}{folder.name}.lock"
     try:
-        # A name of its own: processes of several machines may share the folder, and have the same number.
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=MARK, dir=folder.parent) as aside:
-            whole = Path(aside) / "model"
-            _save(path, whole)
-            os.rename(whole, folder)
+        with locked(lock, waits):
+            try:
+                if not folder.is_dir():
+                    print(f"{path} is converted once, to {folder}", file=sys.stderr)
+                    _write(path, folder)
+            finally:
+                lock.unlink(missing_ok=True)
     except MemoryError:
         raise
     except Exception as error:  # the reader of foreign files raises what it likes
-        # Another process may have been as far at the same time.
+        # On a file system without locks another process may have been as far at the same time.
         if not folder.is_dir():
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{path} cannot be converted: {reason}") from error
+
+
+def _write(path: Path, folder: Path) -> None:
+    """Converts beside the folder and renames; removes first what killed processes left of it."""
+    mark = f"{MARK}{folder.name}-"
+    for leftover in folder.parent.glob(f"{glob.escape(mark)}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+    # A name of its own: processes of several machines may share the folder, and have the same number.
+    with tempfile.TemporaryDirectory(prefix=mark, dir=folder.parent) as aside:
+        whole = Path(aside) / "model"
+        _save(path, whole)
+        os.rename(whole, folder)
 
 
 def _save(path: Path, folder: Path) -> None:

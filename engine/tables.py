@@ -6,19 +6,18 @@ of a copy that takes the file's name.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.files import staged
+from engine.locks import locked
 from engine.records import plain
 
 # What a row says of an evaluation, and what it may say; the file has one column more, the run that the row is of.
@@ -83,23 +82,6 @@ def _step_of_record(line: str) -> float:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file, made if missing, open for reading and appending; others who want the same wait. Raises OSError."""
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(path, "a+b", buffering=0))
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-
-            # Whoever had the lock before may have put another file in its place.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-            stack.close()
-        yield file
-
-
 def _whole_lines(file: BinaryIO) -> list[str]:
     """The lines of an open file that have their line break. Only a newline ends one: answers may hold U+2028."""
     file.seek(0)
@@ -133,7 +115,7 @@ def append(path: Path, text: str, sync: bool = True, header: str = "") -> None:
         ValueError: the disk refuses; the file is as it was.
     """
     try:
-        with _locked(path) as file:
+        with locked(path) as file:
             _cut_torn_line(file)
             start = file.seek(0, os.SEEK_END)
             if start == 0:
@@ -156,7 +138,7 @@ def append(path: Path, text: str, sync: bool = True, header: str = "") -> None:
 def _rewrite(path: Path, change: Callable[[list[str]], list[str]]) -> None:
     """Puts what `change` makes of the whole lines in their place. Raises ValueError."""
     try:
-        with _locked(path) as file:
+        with locked(path) as file:
             lines = _whole_lines(file)
             changed = change(lines)
             if changed != lines:
@@ -225,7 +207,7 @@ def open_table(path: Path, run: str, own: bool, before: str | None = None) -> No
             changed.append(_joined([row.get(column, "") for column in CSV_HEADER]))
         return changed
 
-    with _locked(path) as file:
+    with locked(path) as file:
         _cut_torn_line(file)
     _rewrite(path, renewed)
 

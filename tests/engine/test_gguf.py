@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import host
 from engine.gguf import convert, is_gguf
+from engine.locks import locked
 from patience import HANG_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -115,6 +117,47 @@ def test_another_file_is_refused_and_a_broken_one_leaves_nothing(tmp_path, cache
     with pytest.raises(ValueError, match="cannot be converted"):
         host.load_config(str(broken))
     assert not any((cache / "gguf").iterdir())
+
+
+def process_that(code: str, cache: Path, *words: object) -> subprocess.Popen:
+    """A Python process that runs `code` in the repository's folder, with HF's cache folder in `cache`."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HOME": str(cache)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_of_processes_started_together_one_converts_and_the_others_wait(packed, cache):
+    """The test has the lock until all of them have asked for it."""
+    (cache / "gguf").mkdir(parents=True)
+    code = ("import sys\nfrom pathlib import Path\nfrom engine import gguf\n"
+            "print(gguf.converted(Path(sys.argv[1])), 'torch' in sys.modules)")
+    state = packed.stat()
+    key = hashlib.sha256(f"{packed.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    with locked(cache / "gguf" / f".converting-tiny-{key}.lock"):
+        both = [process_that(code, cache, packed) for _ in range(2)]
+        told = [process.stderr.readline() for process in both]
+    assert told == [f"{packed}: another process converts it, waiting\n"] * 2
+
+    ends = [process.communicate(timeout=HANG_S) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert "".join(err for _, err in ends).count("is converted once") == 1
+    folder = cache / "gguf" / f"tiny-{key}"
+    assert sorted(out for out, _ in ends) == [f"{folder} False\n", f"{folder} True\n"]  # who waited loads nothing
+    assert list((cache / "gguf").iterdir()) == [folder]
+
+
+def test_a_killed_conversion_leaves_nothing_that_is_taken_for_whole(packed, cache):
+    code = ("import sys, time\nfrom pathlib import Path\nfrom engine import gguf\n"
+            "def half(path, folder):\n    folder.mkdir()\n    (folder / 'config.json').write_text('{')\n"
+            "    print('half', flush=True)\n    time.sleep(10**6)\n"
+            "gguf._save = half\ngguf.converted(Path(sys.argv[1]))")
+    with process_that(code, cache, packed) as process:
+        assert process.stdout.readline() == "half\n"
+        process.kill()
+    assert all(path.name.startswith(".converting-") for path in (cache / "gguf").iterdir())
+
+    assert host.load_config(str(packed)).model_type == "llama"
+    assert [path.name.startswith("tiny-") for path in (cache / "gguf").iterdir()] == [True]
 
 
 def test_a_folder_that_cannot_be_written_is_told(packed, tmp_path):
