@@ -1,13 +1,15 @@
 """Draws what halting saves against the steps that an item needs, from the depth.csv files of several seeds.
 
     python scripts/plot_halting.py runs/chain-seed0 runs/chain-seed1 --output docs/depth_halting
+    python scripts/plot_halting.py runs/chain-seed0 --readout on
 
-Each argument is a run's folder, or a depth.csv that `depth_curve.py RUN --steps ...` wrote of a run with --use_act. The
-readout `on` stops where the halting head says "right"; it is compared with `last`, where all segments run, at the same
-most segments. Means over the files.
+Each argument is a run's folder, or a depth.csv that `depth_curve.py RUN --steps ...` wrote. The readout `settled` stops
+what has settled (--halt_settled X), `on` where the halting head says "right" (a run with --use_act). It is compared
+with `last`, where all segments run, at the same most segments. Means over the files.
 
 OUTPUT.png   segments used, and solved with and without halting, against the steps
-OUTPUT.md    the same as a table, and below it what is saved and lost
+OUTPUT.md    the same as a table, and below it what is saved and lost, and how far the probabilities that the stopped
+             answers were given are from how often they are right
 """
 
 from __future__ import annotations
@@ -27,6 +29,12 @@ from engine.figures import new_figure  # noqa: E402
 from engine.files import staged  # noqa: E402
 from plot_tools import Row, finish, read_rows, where  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
+
+# Readout that stops early -> how a run gets rows of it.
+HALTING = {
+    "settled": "measure with depth_curve.py RUN --steps ... --halt_settled X",
+    "on": "train with --use_act 1, and measure with depth_curve.py RUN --steps ...",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, `files` as paths. Exits with status 2 and one line for a mistake."""
     parser = ScriptParser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="RUN", help="a run's folder or a depth.csv, one a seed")
+    parser.add_argument("--readout", choices=tuple(HALTING), default="settled", help="the way to stop")
     parser.add_argument("--segments", type=int, default=0, help="most segments (default: the most that all files have)")
     parser.add_argument("--output", type=Path, default=Path("runs") / "halting", help="path without suffix")
     args = parser.parse_args(argv)
@@ -60,19 +69,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_halting(path: Path) -> list[Row]:
-    """The rows by steps of the readouts `on` and `last`. Raises ValueError: the file has no halting by steps."""
-    rows = [row for row in read_rows(path) if row.get("steps") and row.get("readout") in ("on", "last")]
-
-    if not where(rows, readout="on"):
-        raise ValueError(f"{path} has no rows with halting by steps: train with --use_act 1, and measure with "
-                         "depth_curve.py RUN --steps")
-    return rows
+def read_halting(path: Path, readout: str) -> list[Row]:
+    """The rows by steps of `readout`, as `halted`, and of `last`. Raises ValueError: there are none."""
+    rows = [row for row in read_rows(path) if row.get("steps") and row.get("readout") in (readout, "last")]
+    if not where(rows, readout=readout):
+        raise ValueError(f"{path} has no rows by steps of the readout {readout}: {HALTING[readout]}")
+    return [row if row["readout"] == "last" else row | {"readout": "halted"} for row in rows]
 
 
 def shared_segments(files: Sequence[list[Row]], wanted: int) -> str:
     """The most segments at which every file was measured with halting, or `wanted`. Raises ValueError."""
-    counts = set.intersection(*({int(row["segments"]) for row in where(rows, readout="on")} for rows in files))
+    counts = set.intersection(*({int(row["segments"]) for row in where(rows, readout="halted")} for rows in files))
 
     if not counts or wanted and wanted not in counts:
         raise ValueError(f"not every file was measured with {wanted or 'the same'} segments: measure all with the same "
@@ -82,11 +89,11 @@ def shared_segments(files: Sequence[list[Row]], wanted: int) -> str:
 
 def places_of(files: Sequence[list[Row]], segments: str) -> list[Place]:
     """One `Place` for each number of steps that every file has, in ascending order."""
-    shared = set.intersection(*({int(row["steps"]) for row in where(rows, readout="on")} for rows in files))
+    shared = set.intersection(*({int(row["steps"]) for row in where(rows, readout="halted")} for rows in files))
     places = []
 
     for steps in sorted(shared):
-        found: dict[str, list[Row]] = {"on": [], "last": []}
+        found: dict[str, list[Row]] = {"halted": [], "last": []}
         for readout, rows in found.items():
             for file in files:
                 rows += where(file, readout=readout, segments=segments, steps=str(steps))
@@ -94,9 +101,9 @@ def places_of(files: Sequence[list[Row]], segments: str) -> list[Place]:
         places.append(
             Place(
                 steps,
-                all(row["beyond_training"] == "1" for row in found["on"]),
-                fmean(float(row["segments_used"]) for row in found["on"]),
-                fmean(float(row["solved"]) for row in found["on"]),
+                all(row["beyond_training"] == "1" for row in found["halted"]),
+                fmean(float(row["segments_used"]) for row in found["halted"]),
+                fmean(float(row["solved"]) for row in found["halted"]),
                 fmean(float(row["solved"]) for row in found["last"]),
             )
         )
@@ -129,6 +136,17 @@ def markdown(places: Sequence[Place], segments: int, seeds: int) -> str:
     return "\n".join([*lines, ""])
 
 
+def calibration(files: Sequence[Path], readout: str, segments: str) -> str:
+    """A line with the mean calibration error over all steps of the stopped answers; "" where a file has none."""
+    errors = []
+    for path in files:
+        (row,) = where(read_rows(path), readout=readout, segments=segments, difficulty="all")
+        if not row.get("confidence_error"):
+            return ""
+        errors.append(float(row["confidence_error"]))
+    return f"Calibration error of the answers' own probability: {fmean(errors):.3f}.\n"
+
+
 def draw(places: Sequence[Place], segments: int) -> Any:
     """Two panels against the steps: segments used, and solved with and without halting."""
     figure, (left, right) = new_figure(2, width=4.6, height=3.4)
@@ -152,7 +170,7 @@ def draw(places: Sequence[Place], segments: int) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """The exit status. Raises ValueError and OSError for the user's mistakes; nothing is written then."""
     args = parse(argv)
-    files = [read_halting(path) for path in args.files]
+    files = [read_halting(path, args.readout) for path in args.files]
     segments = shared_segments(files, args.segments)
 
     places = places_of(files, segments)
@@ -160,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("the files have no steps in common: measure all with the same --steps")
 
     # Both or none.
-    text = markdown(places, int(segments), len(files))
+    text = markdown(places, int(segments), len(files)) + calibration(args.files, args.readout, segments)
     figure = draw(places, int(segments))
     names = [args.output.name + suffix for suffix in (".md", ".png")]
     with staged(args.output.parent, names) as (table, picture):

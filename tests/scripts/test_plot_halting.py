@@ -15,28 +15,31 @@ script = importlib.util.module_from_spec(spec)
 sys.modules["plot_halting"] = script
 spec.loader.exec_module(script)
 
-NAMES = ("task", "difficulty", "readout", "segments", "solved", "segments_used", "steps", "beyond_training")
+NAMES = ("task", "difficulty", "readout", "segments", "solved", "segments_used", "steps", "beyond_training",
+         "confidence_error")
 
 
-def write(path: Path, used: dict[int, float], halted: float = 0.9, whole: float = 1.0, segments: int = 8) -> Path:
+def write(path: Path, used: dict[int, float], halted: float = 0.9, whole: float = 1.0, segments: int = 8,
+          readout: str = "on", error: object = "") -> Path:
     """A depth.csv with halting: `used` segments by steps; 2 steps are trained."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(NAMES)
-        table.writerow(("toy_chain", "all", "on", segments, halted, 3, "", ""))
+        table.writerow(("toy_chain", "all", readout, segments, halted, 3, "", "", error))
         for steps, count in used.items():
             beyond = int(steps > 2)
-            table.writerow(("toy_chain", f"steps {steps}", "on", segments, halted, count, steps, beyond))
-            table.writerow(("toy_chain", f"steps {steps}", "last", segments, whole, segments, steps, beyond))
-            table.writerow(("toy_chain", f"steps {steps}", "best_halt", segments, 0, 0, steps, beyond))
+            table.writerow(("toy_chain", f"steps {steps}", readout, segments, halted, count, steps, beyond, error))
+            table.writerow(("toy_chain", f"steps {steps}", "last", segments, whole, segments, steps, beyond, error))
+            table.writerow(("toy_chain", f"steps {steps}", "best_halt", segments, 0, 0, steps, beyond, error))
     return path
 
 
 def test_savings_and_losses_are_means_over_seeds_and_steps(tmp_path, capsys):
     one = write(tmp_path / "one" / "depth" / "depth.csv", {1: 1, 2: 2, 3: 6})
     two = write(tmp_path / "two.csv", {1: 1, 2: 4, 3: 8}, halted=1.0)
-    assert script.main([str(one.parent.parent), str(two), "--output", str(tmp_path / "out" / "halting")]) == 0
+    assert script.main([str(one.parent.parent), str(two), "--readout", "on", "--output",
+                        str(tmp_path / "out" / "halting")]) == 0
     text = (tmp_path / "out" / "halting.md").read_text(encoding="utf-8")
     assert "| steps | 1 | 2 | 3+ |" in text and "| segments used | 1.0 | 3.0 | 7.0 |" in text
     assert "| solved with halting, % | 95 | 95 | 95 |" in text and "| solved with all 8, % | 100 | 100 | 100 |" in text
@@ -46,17 +49,27 @@ def test_savings_and_losses_are_means_over_seeds_and_steps(tmp_path, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_stopping_what_has_settled_is_the_default_and_says_how_well_it_is_calibrated(tmp_path):
+    one = write(tmp_path / "one.csv", {1: 2, 3: 6}, readout="settled", error=0.01)
+    two = write(tmp_path / "two.csv", {1: 2, 3: 6}, readout="settled", error=0.03)
+    assert script.main([str(one), str(two), "--output", str(tmp_path / "halting")]) == 0
+    text = (tmp_path / "halting.md").read_text(encoding="utf-8")
+    assert "| segments used | 2.0 | 6.0 |" in text
+    assert text.endswith("Calibration error of the answers' own probability: 0.020.\n")
+
+
 def test_files_without_halting_or_without_common_ground_are_refused(tmp_path):
     plain = tmp_path / "plain.csv"
-    plain.write_text(",".join(NAMES) + "\ntoy_chain,steps 1,last,8,1,8,1,0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="has no rows with halting by steps: train with --use_act 1"):
-        script.main([str(plain)])
+    plain.write_text(",".join(NAMES) + "\ntoy_chain,steps 1,last,8,1,8,1,0,\n", encoding="utf-8")
+    for readout, told in (("on", "train with --use_act 1"), ("settled", "--halt_settled X")):
+        with pytest.raises(ValueError, match=f"has no rows by steps of the readout {readout}: .*{told}"):
+            script.main([str(plain), "--readout", readout])
     one = write(tmp_path / "one.csv", {1: 1})
     with pytest.raises(ValueError, match="not every file was measured with 16 segments"):
-        script.main([str(one), "--segments", "16"])
+        script.main([str(one), "--readout", "on", "--segments", "16"])
     other = write(tmp_path / "other.csv", {2: 1})
     with pytest.raises(ValueError, match="no steps in common"):
-        script.main([str(one), str(other)])
+        script.main([str(one), str(other), "--readout", "on"])
     with pytest.raises(SystemExit) as ended:
         script.parse([str(one), str(one)])
     assert ended.value.code == 2
