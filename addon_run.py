@@ -103,7 +103,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     """Everything wrong with a run of the add-on that can be found without loading a model, one line each."""
     # A plugin adds tasks that may be named.
     chosen = task_names(opts)
-    lines = missing_plugin(read_record(checkpoint), chosen, opts.plugin)
+    lines = missing_plugin(read_record(checkpoint), [*chosen, *options.names(opts.reserve_tasks)], opts.plugin)
     if opts.plugin:
         lines += errors_of(load_plugin, opts.plugin)
     if lines:

@@ -4,6 +4,7 @@
     python scripts/ablate.py configs/ablation/baselines.yaml --jobs 2 --threads 1 --minutes 3 --seeds 0,1,2
     python scripts/ablate.py configs/ablation/baselines.yaml --eval_n 1000     # finished runs, on more items
     python scripts/ablate.py configs/ablation/segments.yaml --plan             # what would run, and stop
+    python scripts/ablate.py my_grid.yaml --plugin my_tasks.py --set lr=1e-3   # tasks of your own; a flag of every arm
 
 What a grid file says stands at the top of ablation_grid.py. Called again, finished runs are skipped and interrupted
 ones go on; Ctrl-C lets every running batch end and saves. With `minutes`, each arm's speed on each task is measured
@@ -38,6 +39,7 @@ from ablation_grid import (  # noqa: E402
     calibration_job,
     jobs_of,
     read_grid,
+    typed_alone,
     with_steps,
 )
 from ablation_results import (  # noqa: E402
@@ -57,6 +59,7 @@ from ablation_runner import Board, Child, Runner, last_words, stoppable  # noqa:
 from engine.figures import new_figure, save_figure  # noqa: E402
 from engine.files import read_json, write_text_aside  # noqa: E402
 from script_tools import ScriptParser, csv_text, run_script  # noqa: E402
+from tasks.plugins import load_plugin  # noqa: E402
 
 
 def _names(text: str) -> list[str]:
@@ -74,6 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", help="comma list in place of the grid's")
     parser.add_argument("--tasks", help="comma list in place of the grid's; + joins tasks trained together")
     parser.add_argument("--minutes", type=float, help="training minutes of each run in place of the grid's")
+    add_typed_flags(parser)
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task on which every finished run is "
                         "evaluated once more; 0 = as trained")
     parser.add_argument("--plan", action="store_true", help="show the runs and stop")
@@ -83,9 +87,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, low in (("jobs", 1), ("threads", 0), ("eval_n", 0)):
         if getattr(args, name) < low:
             parser.error(f"--{name} {getattr(args, name)} is not legal: expected at least {low}")
+    check_typed_flags(parser, args)
     args.threads = args.threads or max((os.cpu_count() or 1) // args.jobs, 1)
     args.output = args.output or Path("runs") / "ablation" / args.grid.stem
     return args
+
+
+def add_typed_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what gives flags of train.py to every arm; what runs foreign code, no grid file can."""
+    parser.add_argument("--plugin", help="a Python file with tasks of your own; no grid file can name one")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a flag of train.py, for "
+                        "every arm; several times for several flags")
+
+
+def check_typed_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the process with one line where a --set has no value."""
+    for text in args.set:
+        if "=" not in text:
+            parser.error(f"--set {text} is not legal: expected NAME=VALUE, such as batch_size=64")
+
+
+def typed_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags of every arm that the command line gives; the plugin's tasks can be named from now on. Raises ValueError.
+
+    The plugin's path becomes whole: runs start in another folder.
+    """
+    flags: dict[str, Any] = {}
+    for text in args.set:
+        name, _, value = text.partition("=")
+        flags[name] = value
+
+    if args.plugin:
+        load_plugin(args.plugin)
+        flags["plugin"] = str(Path(args.plugin).resolve())
+    return flags
 
 
 def changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -239,7 +274,7 @@ def _note_end(child: Child, runner: Runner, board: Board) -> bool:
 def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> int:
     """Finished runs whose last evaluation was not of `n` items a task. Returns how many failed."""
     runs = runner.output / "runs"
-    # A job of its own flags: train.py takes the rest from the run's checkpoint.
+    # A job of its own flags: train.py takes the rest from the run's checkpoint, but for what is typed in each call.
     todo = []
     for job in jobs:
         record = read_record(runs / job.name)
@@ -247,7 +282,7 @@ def evaluate_again(grid: Grid, jobs: Sequence[Job], runner: Runner, n: int) -> i
         if record is None or record["status"] != "finished" or record.get("eval_n", before) == n:
             continue
         # Items beyond those that were kept off training: each run leaves out what it has trained on.
-        todo.append(dataclasses.replace(job, flags={"eval_only": True, "eval_n": n}))
+        todo.append(dataclasses.replace(job, flags=typed_alone(job.flags) | {"eval_only": True, "eval_n": n}))
 
     # The record keeps the flags of training, so that the run still counts as the grid's.
     trained = {job.name: job for job in jobs}
@@ -361,7 +396,7 @@ def print_plan(jobs: Sequence[Job]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit status. Raises ValueError (GridError among it) and OSError for the user's mistakes."""
     args = parse(argv)
-    grid = read_grid(args.grid, changes(args), args.arms)
+    grid = read_grid(args.grid, changes(args), args.arms, typed_flags(args))
     jobs = jobs_of(grid)
     length = f"{grid.minutes:g} minutes each, speeds measured first" if grid.minutes else "steps as their flags say"
     print(

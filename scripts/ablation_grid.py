@@ -181,6 +181,9 @@ def read_grid(
         elif value is not None:
             given[key] = value
 
+    # What runs foreign code is typed, and a grid may be a stranger's.
+    problems += [line for where, own in _places(given) for line in _from_a_file(f"{path}: {where}", own)]
+
     given |= changes or {}
     if flags and _is_flags(given.get("common", {})):
         given["common"] = plain_flags(given.get("common", {})) | plain_flags(flags)
@@ -287,6 +290,32 @@ def _task_problems(grid: Grid) -> list[str]:
         for own in settings.values():
             lines += task_problems([task], json.dumps({task: own}), allow_code, supervised=True)
     return list(dict.fromkeys(lines))
+
+
+def _places(given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each place of a grid file that sets flags, and what it sets there; shapes are not checked yet."""
+    arms = given.get("arms")
+    named = {f"arm {name}": flags for name, flags in arms.items()} if isinstance(arms, dict) else {}
+    for where, flags in ({"common": given.get("common")} | named).items():
+        if isinstance(flags, dict):
+            yield where, flags
+
+
+def typed_alone(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the flags those that no file sets and no run records: a plugin, and switches that run foreign code."""
+    kept = {}
+    for name, value in plain_flags(flags).items():
+        flag = options.FIND.get(name)
+        # What the grid's own keys set is another matter.
+        if flag and name not in OWN and (not flag.in_file or (value and not flag.file_turns_on)):
+            kept[name] = value
+    return kept
+
+
+def _from_a_file(where: str, flags: Mapping[str, Any]) -> list[str]:
+    """One line for each flag that no file sets."""
+    return [f"{where}: {name} runs foreign code and belongs on the command line only: leave it out and type "
+            f"--set {name}=..." for name in typed_alone(flags)]
 
 
 def _flag_problems(where: str, flags: Mapping[str, Any], minutes: float | None) -> list[str]:

@@ -3,6 +3,7 @@
     python scripts/depth_curve.py runs/NAME --segments 1,2,4,8,16
     python scripts/depth_curve.py runs/NAME/checkpoints/step-00004000 --eval_n 512 --difficulty num_terms
     python scripts/depth_curve.py runs/NAME --steps 1-12,16 --segments 1,4,16
+    python scripts/depth_curve.py runs/NAME --plugin plugins.py      # a run on tasks of your own
 
 Each number of segments answers the same evaluation items, per task and per difficulty, with Wilson 95 % bands; `last`
 is the readout with halting off. A checkpoint with --use_act is also measured with halting `on` (at most so many
@@ -46,7 +47,7 @@ import options  # noqa: E402
 from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_of, saved_format  # noqa: E402
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon.streams import beyond_reserve  # noqa: E402
-from addon_run import chosen_tasks  # noqa: E402
+from addon_run import chosen_tasks, task_names  # noqa: E402
 from batching import PromptConfig, PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from depth_measures import (  # noqa: E402
@@ -76,8 +77,10 @@ from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
+from own_tasks.record import changes, missing_plugin, read_record  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
+from tasks.plugins import load_plugin  # noqa: E402
 from text_data.trained import trained_in  # noqa: E402
 
 
@@ -98,6 +101,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--plugin", help="the Python file of tasks that the run was trained with; it runs only when "
+                        "typed")
     parser.add_argument("--trust_remote_code", action="store_true")
     args = parser.parse_args(argv)
 
@@ -144,6 +149,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     # A checkpoint from before a flag was there gets the flag's default.
     saved = options.read_resolved(documents["config.resolved.yaml"])
     opts = options.Options(**{flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS})
+    add_plugin(folder, task_names(opts), args.plugin)
     device = pick_device(args.device)
     model, document = load_controller(folder, device, args.trust_remote_code)
     tokenizer = load_tokenizer(
@@ -169,6 +175,21 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
         opts.segments_sampling == "item",
     )
     return loaded, opts
+
+
+def add_plugin(folder: Path, names: list[str], plugin: str | None) -> None:
+    """Adds the tasks of `--plugin`; says on stderr where the file has changed since the checkpoint.
+
+    Raises:
+        ValueError: the file cannot be used, or one of the run's tasks needs one and none is typed.
+    """
+    record = read_record(folder)
+    lines = missing_plugin(record, names, plugin)
+    if lines:
+        raise ValueError(lines[0])
+    if plugin:
+        for line in changes(record, None, load_plugin(plugin)):
+            print(line, file=sys.stderr)
 
 
 def held_out(

@@ -20,6 +20,7 @@ from engine.report import percent
 from evaluation import Decoding, generate_texts
 from host import hub_unreachable, resolve_name
 from model import AdapterController
+from own_tasks.record import read_record
 
 ELSEWHERE = (
     "What is the capital of France?",
@@ -269,6 +270,11 @@ def command(source: Source) -> str:
             value = source.base
         text = str(int(value)) if isinstance(value, bool) else str(value)
         words += [f"--{flag.name}", shlex.quote(text)]
+
+    # Typed in every call, so no flag of the record; where the file lay is nobody's concern.
+    plugin = read_record(source.folder).get("plugin")
+    if plugin:
+        words += ["--plugin", shlex.quote(Path(plugin["path"]).name)]
     return " ".join(words)
 
 

@@ -213,6 +213,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--include_path", type=Path, help="folder of further task files")
     parser.add_argument("--batch_size", type=int, default=16, help="items at a time")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
     parser.add_argument("--to", type=Path, help="write the harness's results to this JSON file, too")
     args = parser.parse_args(argv)
 
@@ -232,7 +233,8 @@ def measured(args: argparse.Namespace, bare: bool) -> dict[str, dict[str, Any]]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    model = HRMEvalModel(args.run, int(bare), args.frame, args.batch_size, args.device)
+    model = HRMEvalModel(args.run, int(bare), args.frame, args.batch_size, args.device,
+                         trust_remote_code=args.trust_remote_code)
     manager = TaskManager(include_path=str(args.include_path) if args.include_path else None)
     results = lm_eval.simple_evaluate(
         model, tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.num_fewshot, task_manager=manager,

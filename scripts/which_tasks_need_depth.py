@@ -35,7 +35,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
-from ablate import changes, print_plan, train_all, write_results  # noqa: E402
+from ablate import (  # noqa: E402
+    add_typed_flags,
+    changes,
+    check_typed_flags,
+    print_plan,
+    train_all,
+    typed_flags,
+    write_results,
+)
 from ablation_grid import DATA, Grid, GridError, Job, arguments, jobs_of, read_grid  # noqa: E402
 from ablation_runner import Runner, stoppable  # noqa: E402
 from depth_settings import LONGEST, Setting, settings_of  # noqa: E402
@@ -43,7 +51,6 @@ from depth_verdicts import COLUMNS, comparisons, markdown, rows_of, segments_of 
 from engine.files import write_text_aside  # noqa: E402
 from reasoning_gym_wrapper import read_task_config  # noqa: E402
 from script_tools import ScriptParser, csv_text, run_script  # noqa: E402
-from tasks.plugins import load_plugin  # noqa: E402
 
 GRID = ROOT / "configs" / "depth" / "real_tasks.yaml"
 
@@ -57,9 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task_config", action="append", default=[], help="settings of --tasks, as train.py takes "
                         "them, in place of the grid's difficulties; several times for several difficulties")
     parser.add_argument("--data", help="own data in place of the grid's tasks, as train.py takes them")
-    parser.add_argument("--plugin", help="a Python file with tasks of your own")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a flag of train.py, for "
-                        "every arm; several times for several flags")
+    add_typed_flags(parser)
     parser.add_argument("--arms", type=lambda text: text.split(","), help="comma list of the grid's arms")
     parser.add_argument("--seeds", help="comma list in place of the grid's")
     parser.add_argument("--steps", type=int, help="batches of each run in place of the grid's max_steps")
@@ -79,9 +84,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--task_config needs --tasks: name the tasks whose settings these are")
     if args.data and args.tasks:
         parser.error("--data and --tasks: one of them says what is trained on, leave the other out")
-    for text in args.set:
-        if "=" not in text:
-            parser.error(f"--set {text} is not legal: expected NAME=VALUE, such as batch_size=64")
+    check_typed_flags(parser, args)
     args.threads = args.threads or max((os.cpu_count() or 1) // args.jobs, 1)
     args.output = args.output or Path("runs") / "which_tasks" / args.grid.stem
     args.minutes = None  # of ablate's command line: examples are equal here, not minutes
@@ -93,8 +96,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def grid_of(args: argparse.Namespace) -> Grid:
     """The grid that the command line asks for. Raises GridError, TaskError (a ValueError as well)."""
-    if args.plugin:
-        load_plugin(args.plugin)
+    # A plugin's tasks may be named from here on.
+    flags = _flags(args)
 
     # What stands in place of the grid's own tasks.
     fields = changes(args)
@@ -103,7 +106,7 @@ def grid_of(args: argparse.Namespace) -> Grid:
     if args.task_config:
         fields["difficulties"] = _difficulties(args.tasks.split(","), args.task_config)
 
-    grid = read_grid(args.grid, fields, args.arms, _flags(args))
+    grid = read_grid(args.grid, fields, args.arms, flags)
 
     if args.steps:
         grid = dataclasses.replace(grid, common=grid.common | _steps(args.steps, grid.common))
@@ -120,13 +123,7 @@ def grid_of(args: argparse.Namespace) -> Grid:
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     """Flags of every arm that the command line gives. Files become whole paths: runs start in another folder."""
-    flags: dict[str, Any] = {}
-    for text in args.set:
-        name, _, value = text.partition("=")
-        flags[name] = value
-
-    if args.plugin:
-        flags["plugin"] = str(Path(args.plugin).resolve())
+    flags = typed_flags(args)
     if args.data:
         path, colon, split = args.data.partition(":")
         flags["data"] = str(Path(path).resolve()) + colon + split if Path(path).exists() else args.data

@@ -23,6 +23,7 @@ import ablation_results
 import options
 from ablation_grid import GridError, Job, read_grid
 from patience import HANG_S
+from tiny_rows import PLUGIN
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRIDS = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
@@ -98,6 +99,30 @@ def test_the_grids_asked_for_are_shipped():
 def test_a_grid_that_cannot_run_is_refused_with_every_reason(tmp_path, changes, told):
     with pytest.raises(GridError, match=f"(?s){told}"):
         read_grid(grid_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"common": {"trust_remote_code": True}}, {"common": {"plugin": "theirs.py"}},
+                                     {"arms": {"cab": {"trust_remote_code": 1}}}])
+def test_no_grid_file_turns_foreign_code_on(tmp_path, changes):
+    (name,) = {**changes.get("common", {}), **changes.get("arms", {}).get("cab", {})}
+    with pytest.raises(GridError, match=f"grid.yaml: .*{name} runs foreign code and belongs on the command line only"):
+        read_grid(grid_file(tmp_path, **changes))
+    read_grid(grid_file(tmp_path, common={"trust_remote_code": False}))
+
+
+def test_tasks_of_a_plugin_and_flags_of_every_arm_are_typed(tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(PLUGIN + 'TASKS = {"ablate_doubles": (Doubles, Config)}\n', encoding="utf-8")
+    given = ["--tasks", "ablate_doubles", "--plugin", str(plugin), "--set", "trust_remote_code=1"]
+    args = script.parse([str(grid_file(tmp_path)), *given])
+    grid = read_grid(args.grid, script.changes(args), args.arms, script.typed_flags(args))
+    assert (grid.common["plugin"], grid.common["trust_remote_code"]) == (str(plugin), "1")
+    opts, lines = options.collect(ablation.arguments(ablation.jobs_of(grid)[0].flags))
+    assert not lines and opts.trust_remote_code and opts.plugin == str(plugin)
+
+    # Evaluated once more, the run brings its own flags, but none of these.
+    again = ablation.typed_alone(ablation.jobs_of(grid)[0].flags)
+    assert again == {"plugin": str(plugin), "trust_remote_code": "1"}
 
 
 def test_an_arm_written_twice_is_told_and_a_missing_file_too(tmp_path):

@@ -8,12 +8,16 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import export_card
+import generate
+import options
 import train
 from addon import halting
 from addon.halting import HaltingAlarm, collapse, evaluation_collapse
@@ -21,7 +25,9 @@ from calibration import calibration_error, reliability
 from depth_measures import MOST_GROUPS, QUANTILES, length_labels, own_difficulty
 from engine.positions import last_column, relative_change
 from injector import Slots
+from tasks.plugins import LOADED, PLUGINS
 from text_data.trained import TrainedQuestions, trained_by
+from tiny_rows import PLUGIN
 from tiny_runs import arguments, newest, only_run, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -261,6 +267,29 @@ def test_the_trained_depth_is_the_evaluation_of_the_run_itself(measured):
         (solved,) = [row for row in csv.DictReader(file) if row["metric"] == "solved"]
     (ours,) = [row for row in rows if (row["readout"], row["segments"], row["difficulty"]) == ("on", "2", "all")]
     assert (ours["solved"], ours["n"], ours["segments_used"]) == (solved["value"], solved["n"], solved["segments_used"])
+
+
+def test_a_run_on_a_plugin_s_task_is_measured_where_the_plugin_is_typed(tiny_host, tmp_path, capsys):
+    path = tmp_path / "doubling.py"
+    path.write_text(PLUGIN + "TASKS = {'curve_doubles': (Doubles, Config)}\n", encoding="utf-8")
+    more = ("--plugin", str(path), "--task", "curve_doubles", "--run_name", "r")
+    assert train.main(arguments(tiny_host, tmp_path / "runs", *more)) == 0
+    PLUGINS.clear()
+    LOADED.clear()
+
+    run = str(tmp_path / "runs" / "r")
+    with pytest.raises(ValueError, match=f"runs only when it is typed: add --plugin {path}"):
+        script.main([run, "--segments", "1", "--device", "cpu"])
+    path.write_text(path.read_text(encoding="utf-8") + "# later\n", encoding="utf-8")
+    assert script.main([run, "--segments", "1", "--device", "cpu", "--plugin", str(path)]) == 0
+    told = capsys.readouterr()
+    assert "--plugin doubling.py has changed since the checkpoint" in told.err and "curve_doubles" in told.out
+
+    # What needs no task needs no plugin, and a card names the file alone.
+    PLUGINS.clear()
+    assert generate.main(["--checkpoint", run, "--prompt", "Twice 2?", "--max_new_tokens", "2"]) == 0
+    source = SimpleNamespace(opts=options.parse(["--task", "curve_doubles"]), folder=newest(Path(run)), base="llm")
+    assert export_card.command(source).endswith("--plugin doubling.py")
 
 
 @pytest.mark.parametrize(
