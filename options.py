@@ -350,7 +350,8 @@ def _read_config(path: str, problems: list[str]) -> dict[str, Any]:
         if flag is None:
             problems.append(f"{path}: unknown key {shown(key)}{hint(str(key), FIND)}")
         elif not flag.in_file or (value and not flag.file_turns_on):
-            problems.append(f"{path}: {key} belongs on the command line only")
+            typed = f": type --{flag.name} in each call" if flag.in_file else ""
+            problems.append(f"{path}: {key} belongs on the command line only{typed}")
         elif flag.name in values:
             problems.append(f"{path}: {flag.name} is given twice, under different nests or names")
         else:

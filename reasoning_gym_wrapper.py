@@ -290,7 +290,7 @@ def task_problems(names: Sequence[str], config_text: str, allow_code: bool, supe
     # What a task would do that nobody asked for, or cannot do.
     for name in names:
         if name in EXECUTES_CODE and not allow_code:
-            lines.append(f"task {name} executes code ({EXECUTES_CODE[name]}): add --allow_code_tasks to accept that")
+            lines.append(f"task {name} executes code ({EXECUTES_CODE[name]}): type --allow_code_tasks to accept that")
         if name in NO_GOLD and supervised:
             lines.append(f"task {name} has no gold answers, so supervised training has no target: choose another task")
 

@@ -57,7 +57,8 @@ TABLE = (
           "each token", choices=("bf16", "int8")),
     addon("cache_max_gb", "float", 4.0, "largest such cache in GB; a larger one is refused", low=0,
           exclusive_low=True),
-    addon("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code"),
+    addon("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code; holds only where it is typed",
+          one_call=True, file_turns_on=False),
     reasoner("draw_timeout_s", "float", 60.0, "most seconds to make one item; a slower one is passed over; 0 = no "
              "limit", low=0),
     reasoner("score_timeout_s", "float", 10.0, "most seconds to score one answer; a slower one is wrong; 0 = no "

@@ -39,7 +39,8 @@ TABLE = (
     Flag("eval_suite_n", "int", 0, "most items of each entry of the suite; 0 = all", low=0),
     Flag("eval_suite_split", "str", None, "split of the suite's files whose rows name one, such as test; all mixes "
          "them; none = the only one there is", nullable=True),
-    Flag("allow_unconfined_code", "bool", False, "run generated code even where nothing can confine it"),
+    Flag("allow_unconfined_code", "bool", False, "run generated code even where nothing can confine it; holds "
+         "only where it is typed", one_call=True, file_turns_on=False),
     # Records.
     Flag("log_csv", "path", None, "file of the evaluation table; none = eval.csv in the run folder",
          nullable=True),

@@ -72,7 +72,7 @@ class Flag:
     pattern: str = ".+"  # text only: what the whole value must match
     form: str = "text, not empty"  # text only: `pattern` in words
     in_file: bool = True  # False: on the command line only, and never dumped
-    file_turns_on: bool = True  # False: a switch that runs foreign code; a file, which may be foreign, leaves it off
+    file_turns_on: bool = True  # False: a switch that runs foreign code; a file may be foreign, and leaves it off
     archs: tuple[str, ...] = ARCHS  # the systems that know it
     by_arch: Mapping[str, Any] = field(default_factory=dict, hash=False)  # system -> its default, where it differs
     adapters: tuple[str, ...] = ADAPTERS  # the add-on's adapters that know it

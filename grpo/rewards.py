@@ -400,7 +400,7 @@ def build_rewards(weights: Mapping[str, float], **settings: Any) -> tuple[list[R
     if "code" in weights and not bound.allow_unconfined_code:
         reason = confinement()
         if reason is not None:
-            problems.append(f"the code reward cannot run: {reason}")
+            problems.append(f"the code reward cannot run: {reason}; type --allow_unconfined_code to accept that")
     if problems:
         raise ValueError("; ".join(problems))
     return [_bind(name, bound) for name in weights], [float(weight) for weight in weights.values()]

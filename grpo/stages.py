@@ -381,7 +381,8 @@ def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Sour
     for level in given:
         for name in level:
             if name in EXECUTES_CODE and not config.allow_code_tasks:
-                raise TaskError(f"{name} executes code ({EXECUTES_CODE[name]}): choose another task")
+                allow = "type --allow_code_tasks to accept that" if config.arch == "addon" else "choose another task"
+                raise TaskError(f"{name} executes code ({EXECUTES_CODE[name]}): {allow}")
     limits = JudgeConfig(config.draw_timeout_s, config.score_timeout_s, config.verifier_strict)
     return tuple(task_source(level, limits) for level in given)
 

@@ -275,7 +275,7 @@ def _task_problems(grid: Grid) -> list[str]:
     if isinstance(config, dict):
         config = json.dumps(config)
     text = str(config or "default")
-    allow_code = bool(grid.common.get("allow_code_tasks"))
+    allow_code = options.BOOLS.get(str(grid.common.get("allow_code_tasks", 0)).lower(), False)
 
     lines = []
     for task in grid.tasks:

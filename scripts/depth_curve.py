@@ -47,7 +47,7 @@ import options  # noqa: E402
 from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_of, saved_format  # noqa: E402
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon.streams import beyond_reserve  # noqa: E402
-from addon_run import chosen_tasks, task_names  # noqa: E402
+from addon_run import chosen_tasks, task_config, task_names  # noqa: E402
 from batching import PromptConfig, PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from depth_measures import (  # noqa: E402
@@ -78,7 +78,7 @@ from engine.progress import Progress  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from own_tasks.record import changes, missing_plugin, read_record  # noqa: E402
-from reasoning_gym_wrapper import Example, Reserve  # noqa: E402
+from reasoning_gym_wrapper import Example, Reserve, task_problems  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from tasks.plugins import load_plugin  # noqa: E402
 from text_data.trained import trained_in  # noqa: E402
@@ -104,6 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plugin", help="the Python file of tasks that the run was trained with; it runs only when "
                         "typed")
     parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--allow_code_tasks", action="store_true", help="as in train.py, typed in each call")
     args = parser.parse_args(argv)
 
     try:
@@ -150,6 +151,9 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     saved = options.read_resolved(documents["config.resolved.yaml"])
     opts = options.Options(**{flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS})
     add_plugin(folder, task_names(opts), args.plugin)
+    lines = task_problems(task_names(opts), task_config(opts), args.allow_code_tasks, supervised=False)
+    if lines:
+        raise ValueError("\n".join(lines))
     device = pick_device(args.device)
     model, document = load_controller(folder, device, args.trust_remote_code)
     tokenizer = load_tokenizer(

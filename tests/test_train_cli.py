@@ -53,7 +53,7 @@ def test_segments_cannot_follow_steps_that_no_item_states(refused, sampling):
     ("--d_h 18 --n_heads 4", "--d_h 18 is not divisible by --n_heads 4: choose a multiple of 8, such as 24"),
     ("--task chain_sun", "unknown task 'chain_sun': the nearest names are chain_sum, "),
     ("--task none --tasks toy_add,bix", "unknown task 'bix': the nearest names are "),
-    ("--task codeio", "task codeio executes code (it runs generated programs to make its items): add --allow_code_ta"),
+    ("--task codeio", "task codeio executes code (it runs generated programs to make its items): type --allow_code_t"),
     ("--task rubiks_cube", "task rubiks_cube has no gold answers, so supervised training has no target: "),
     ("--task_config missing.yaml", "--task_config 'missing.yaml' is no file: "),
     ('--task_config {"min":3}', "task toy_add has no config field min: choose from max_value, min_value"),

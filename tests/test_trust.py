@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import depth_curve
 import generate
 import options
 import train
@@ -25,6 +26,7 @@ SOURCES = [
     if not {"tests", "findings", "runs", ".venv", ".git"} & set(path.relative_to(ROOT).parts)
 ]
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+SWITCHES = ("trust_remote_code", "allow_unconfined_code", "allow_code_tasks")  # each lets foreign code run
 SECRETS = {
     "HF_TOKEN": "hf_of-a-test-1", "HUGGING_FACE_HUB_TOKEN": "hf_of-a-test-2", "WANDB_API_KEY": "wb-of-a-test-3",
     "COMET_API_KEY": "comet-of-a-test-4", "SWANLAB_API_KEY": "swan-of-a-test-5", "AWS_SECRET_ACCESS_KEY": "aws-6-test",
@@ -85,21 +87,57 @@ def test_foreign_code_is_trusted_only_where_a_flag_says_so():
 # --- foreign code runs only when it is typed --------------------------------------------------------------------------
 
 
-def test_no_checkpoint_and_no_file_turns_foreign_code_on(tmp_path, capsys):
-    saved = train.kept({"trust_remote_code": True, "segments": 2}, anew=False)
-    assert "trust_remote_code" not in saved and "trust_remote_code" in options.INVOCATION
+@pytest.mark.parametrize("name", SWITCHES)
+def test_no_checkpoint_and_no_file_turns_foreign_code_on(name, tmp_path, capsys):
+    saved = train.kept({name: True, "segments": 2}, anew=False)
+    assert name not in saved and name in options.INVOCATION
     path = tmp_path / "theirs.yaml"
-    path.write_text("trust_remote_code: true\n", encoding="utf-8")
+    path.write_text(f"{name}: true\n", encoding="utf-8")
     assert train.main(["--config", str(path)]) == 2
-    assert "trust_remote_code belongs on the command line only" in capsys.readouterr().err
-    assert options.parse(["--trust_remote_code"]).trust_remote_code
-    path.write_text("trust_remote_code: false\n", encoding="utf-8")
-    assert not options.parse(["--config", str(path)]).trust_remote_code
+    assert f"{name} belongs on the command line only: type --{name} in each call" in capsys.readouterr().err
+    assert getattr(options.parse([f"--{name}"]), name)
+    path.write_text(f"{name}: false\n", encoding="utf-8")
+    assert not getattr(options.parse(["--config", str(path)]), name)
 
 
-def test_what_a_run_records_does_not_turn_foreign_code_on():
-    text = options.rerun_text(options.parse(["--trust_remote_code"]))
-    assert "trust_remote_code: false" in text
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_a_run_records_does_not_turn_foreign_code_on(name):
+    text = options.rerun_text(options.parse([f"--{name}"]))
+    assert f"{name}: false" in text
+
+
+def test_no_checkpoint_allows_code_to_run(tiny_host, tmp_path, capsys, monkeypatch):
+    """A checkpoint of an earlier version, or a forged one, says that it may."""
+    assert train.main(arguments(tiny_host, tmp_path / "runs", "--run_name", "r")) == 0
+    run = tmp_path / "runs" / "r"
+    checkpoint = newest(run)
+    documents = read_checkpoint(checkpoint, stems=[]).documents
+    text = documents["config.resolved.yaml"]
+    for name in ("allow_unconfined_code", "allow_code_tasks"):
+        assert f"{name}: false" in text
+        text = text.replace(f"{name}: false", f"{name}: true")
+    text = text.replace("task: toy_add", "task: codeio")
+    (checkpoint / "config.resolved.yaml").write_text(text, encoding="utf-8")
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    content = text.encode()
+    manifest["files"]["config.resolved.yaml"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert read_checkpoint(checkpoint, stems=[]).documents["config.resolved.yaml"] == text
+
+    monkeypatch.setattr("suite.spec.runner.confinement", lambda: "no user namespaces")
+    row = {"text": "Write f.", "code": "def f(x):\n    return x", "test_list": ["assert f(1) == 1"], "task_id": 1}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    words = ["--resume", str(run), "--eval_only", "--eval_suite", f"mbpp={tmp_path / 'mbpp.jsonl'}"]
+    assert train.main(words) == 2
+    told = capsys.readouterr().err
+    assert "task codeio executes code" in told and "type --allow_code_tasks to accept that" in told
+    with pytest.raises(ValueError, match="task codeio executes code .*: type --allow_code_tasks to accept that"):
+        depth_curve.main([str(run), "--segments", "1", "--device", "cpu"])
+
+    # Without the task the suite is what is refused.
+    assert train.main([*words, "--task", "toy_add"]) == 2
+    assert "accept the risk with --allow_unconfined_code" in capsys.readouterr().err
 
 
 def test_the_code_of_a_model_folder_does_not_run(tiny_host, tmp_path, capsys):
