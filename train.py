@@ -101,6 +101,7 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
     if lines:
         return opts, checkpoint, lines
 
+    trust_what_is_typed(opts)
     opts = with_places(options.resolve(opts))
     return opts, checkpoint, run_of(opts).problems(opts, checkpoint)
 
@@ -111,6 +112,13 @@ def wait_passively() -> None:
     By default they spin for a while, and take the core of another thread or program.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def trust_what_is_typed(opts: options.Options) -> None:
+    """Lets the functions of the user's own be imported that this call names on its command line."""
+    from own_tasks.trusted import functions_of, type_in
+
+    type_in(functions_of({name: getattr(opts, name) for name in opts.typed}))
 
 
 def with_places(opts: options.Options) -> options.Options:

@@ -33,6 +33,9 @@ TABLE = (
     addon("verifier", "str", "exact", "how an answer to --data is judged",
           pattern=r"exact|number|choice|regex:.+|[A-Za-z_][\w.]*:[A-Za-z_]\w*",
           form="exact, number, choice, regex:PATTERN or PKG.MOD:FUNCTION", common=True),
+    reasoner("trust_functions", "list", None, "functions of your own (verifiers, rewards) that a file or a checkpoint "
+             "names and that may be imported; one typed before on this machine needs it no more", nullable=True,
+             in_file=False, one_call=True),
     addon("mix", "str", None, "shares of the tasks in training; a task that is not named weighs 1; none = equal parts",
           nullable=True, pattern=r"[^,=]+=[^,=]+(,[^,=]+=[^,=]+)*", form="NAME=WEIGHT,NAME=WEIGHT"),
     addon("retain", "path", None, "text on which the LLM is to stay as it is: a .txt, .jsonl or parquet file, or a "

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+from own_tasks.trusted import FUNCTION, refusal, remember
 from text_data.answers import bare, gold_of
 from text_data.choices import option_letter
 from text_data.equality import OPTION
 from text_data.numbers import one_number
 
 FORM = "exact, number, choice, regex:PATTERN or PKG.MOD:FUNCTION"
-_FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def verifier_of(text: str) -> Verifier:
     if kind == "regex":
         return _regex(text, pattern)
 
-    named = _FUNCTION.fullmatch(text)
+    named = FUNCTION.fullmatch(text)
     if named is None:
         raise ValueError(f"--verifier {text} is not legal: expected {FORM}")
     function = imported(text, "--verifier")
@@ -130,10 +130,11 @@ def _regex(text: str, pattern: str) -> Verifier:
 def imported(text: str, flag: str) -> FunctionType:
     """The function that `PKG.MOD:FUNCTION` names, found as Python does, and in the folder that the command runs in.
 
-    A checkpoint brings such a name, so what Python itself has is refused: `os:system` is no verifier.
+    A checkpoint brings such a name, so it must be trusted, see own_tasks/trusted.py. What Python itself has is refused
+    in any case: `os:system` is no verifier.
 
     Raises:
-        ValueError: one line: no such module or function, or none that was written in Python.
+        ValueError: one line: nobody typed it, no such module or function, or none that was written in Python.
     """
     module_name, _, name = text.partition(":")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
@@ -142,6 +143,9 @@ def imported(text: str, flag: str) -> FunctionType:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)
+    line = refusal(text, flag)
+    if line:
+        raise ValueError(line)
 
     # Whatever a module does when it is imported may fail.
     try:
@@ -160,4 +164,5 @@ def imported(text: str, flag: str) -> FunctionType:
         if function is not None:
             what = f"{type(function).__name__}, no function,"
         raise ValueError(f"{flag} {text}: {module_name} has {what} of the name {name}")
+    remember(text)
     return function

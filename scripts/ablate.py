@@ -58,6 +58,7 @@ from ablation_results import (  # noqa: E402
 from ablation_runner import Board, Child, Runner, last_words, stoppable  # noqa: E402
 from engine.figures import new_figure, save_figure  # noqa: E402
 from engine.files import read_json, write_text_aside  # noqa: E402
+from own_tasks.trusted import functions_of, type_in  # noqa: E402
 from script_tools import ScriptParser, csv_text, run_script  # noqa: E402
 from tasks.plugins import load_plugin  # noqa: E402
 
@@ -116,6 +117,7 @@ def typed_flags(args: argparse.Namespace) -> dict[str, Any]:
     for text in args.set:
         name, _, value = text.partition("=")
         flags[name] = value
+    type_in(functions_of(flags))
 
     if args.plugin:
         load_plugin(args.plugin)

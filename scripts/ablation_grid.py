@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import options
+from own_tasks.trusted import functions_of, refusal
 from reasoning_gym_wrapper import task_problems
 
 # What the runner sets itself, or what would make runs of one grid incomparable.
@@ -313,9 +314,14 @@ def typed_alone(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_a_file(where: str, flags: Mapping[str, Any]) -> list[str]:
-    """One line for each flag that no file sets."""
-    return [f"{where}: {name} runs foreign code and belongs on the command line only: leave it out and type "
-            f"--set {name}=..." for name in typed_alone(flags)]
+    """One line for each flag that no file sets, and for each function that a file names and nobody typed."""
+    lines = [f"{where}: {name} runs foreign code and belongs on the command line only: leave it out and type "
+             f"--set {name}=..." for name in typed_alone(flags)]
+    for function in functions_of(flags):
+        line = refusal(function, where)
+        if line:
+            lines.append(line.replace("--trust_functions ", "--set trust_functions="))
+    return lines
 
 
 def _flag_problems(where: str, flags: Mapping[str, Any], minutes: float | None) -> list[str]:

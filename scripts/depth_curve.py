@@ -78,6 +78,7 @@ from engine.progress import Progress  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from own_tasks.record import changes, missing_plugin, read_record  # noqa: E402
+from own_tasks.trusted import type_in  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, task_problems  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 from tasks.plugins import load_plugin  # noqa: E402
@@ -104,6 +105,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plugin", help="the Python file of tasks that the run was trained with; it runs only when "
                         "typed")
     parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--trust_functions", default="", help="as in train.py: verifiers of your own that the "
+                        "checkpoint names")
     parser.add_argument("--allow_code_tasks", action="store_true", help="as in train.py, typed in each call")
     args = parser.parse_args(argv)
 
@@ -150,6 +153,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     # A checkpoint from before a flag was there gets the flag's default.
     saved = options.read_resolved(documents["config.resolved.yaml"])
     opts = options.Options(**{flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS})
+    type_in(options.names(args.trust_functions))
     add_plugin(folder, task_names(opts), args.plugin)
     lines = task_problems(task_names(opts), task_config(opts), args.allow_code_tasks, supervised=False)
     if lines:

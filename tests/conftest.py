@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import HealthCheck, settings
 
 # Before anything imports transformers: a test that reaches for the hub fails at once, here and in its subprocesses.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="")
+
+# What tests type is not kept in the user's own list of trusted functions.
+STATES = tempfile.TemporaryDirectory(prefix="hrm-states-")
+os.environ["XDG_STATE_HOME"] = STATES.name
 
 # A shared, slow machine must not make a property fail; the example count is what each test can afford. Every run draws
 # the same examples, so that a red test is the fault of the change; `--hypothesis-profile search` looks for new ones.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from own_tasks.trusted import type_in
 from own_tasks.verifiers import verifier_of
 
 
@@ -31,6 +32,8 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "broken_here.py").write_text("1 / 0\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
+    type_in([f"{name}" for name in ("judges_here:half", "judges_here:nothing", "judges_here:other", "judges_here:five",
+                                    "no_such_module:f", "broken_here:f")])
 
 
 def test_a_function_of_the_users_judges(module):

@@ -23,7 +23,7 @@ import ablation_results
 import options
 from ablation_grid import GridError, Job, read_grid
 from patience import HANG_S
-from tiny_rows import PLUGIN
+from tiny_rows import PLUGIN, sums, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRIDS = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
@@ -108,6 +108,20 @@ def test_no_grid_file_turns_foreign_code_on(tmp_path, changes):
     with pytest.raises(GridError, match=f"grid.yaml: .*{name} runs foreign code and belongs on the command line only"):
         read_grid(grid_file(tmp_path, **changes))
     read_grid(grid_file(tmp_path, common={"trust_remote_code": False}))
+
+
+def test_a_verifier_that_a_grid_file_names_must_be_typed(tmp_path, monkeypatch):
+    (tmp_path / "grid_judge.py").write_text("def near(answer, entry): return 1.0\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    write(tmp_path / "rows.jsonl", sums(40))
+    path = grid_file(tmp_path, tasks=["data"], common={"data": "rows.jsonl", "verifier": "grid_judge:near"})
+    ablate = [str(path), "--set", "lr=0.1"]
+    with pytest.raises(GridError, match="grid_judge:near is named by a file .* type --set trust_functions=grid_judge"):
+        read_grid(path, flags=script.typed_flags(script.parse(ablate)))
+    assert "grid_judge" not in sys.modules
+    args = script.parse([*ablate, "--set", "trust_functions=grid_judge:near"])
+    assert read_grid(path, flags=script.typed_flags(args)).common["trust_functions"] == "grid_judge:near"
 
 
 def test_tasks_of_a_plugin_and_flags_of_every_arm_are_typed(tmp_path):
