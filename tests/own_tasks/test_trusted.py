@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import depth_curve
 import train
 from own_tasks.trusted import functions_of, refusal, remember, type_in
 from own_tasks.verifiers import verifier_of
@@ -69,8 +70,15 @@ def test_a_checkpoint_s_verifier_is_imported_only_where_it_is_typed(theirs, tiny
     capsys.readouterr()
     assert train.main(again) == 2
     assert "type --trust_functions their_judge:near" in error_lines(capsys.readouterr().err)[0]
+    curve = [str(tmp_path / "runs" / "mine"), "--segments", "1", "--device", "cpu"]
+    with pytest.raises(ValueError, match="type --trust_functions their_judge:near"):
+        depth_curve.main(curve)
     assert not (tmp_path / "it ran").exists()
 
+    assert depth_curve.main([*curve, "--trust_functions", "their_judge:near"]) == 0
+    (tmp_path / "it ran").unlink()
+    shutil.rmtree(tmp_path / "states")
+    forget()
     assert train.main([*again, "--verifier", "their_judge:near"]) == 0
     assert (tmp_path / "it ran").exists()
 
