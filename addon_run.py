@@ -37,6 +37,7 @@ from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
 from engine.machine import MachineConfig, errors_of, machine_problems, pick_device, start_machine
 from engine.optimization import OptimConfig
+from engine.placement import SpreadConfig, check_spread, spread_text
 from engine.report import Card
 from engine.system import Facts, LoopConfig
 from evaluation import Decoding
@@ -130,6 +131,8 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
 
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
     lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
+    if not lines:
+        lines += errors_of(check_spread, options.part(SpreadConfig, opts), pick_device(opts.device))
     lines += errors_of(_check_host, opts)
     if lines:
         return lines
@@ -345,6 +348,8 @@ class AddonRun:
         opts = self.opts
         count = sum(p.numel() for p in self.model.addon_parameters().values())
         host = host_parameters(self.model.host)
+        if spread_text(self.model.host):
+            self.machine.say(spread_text(self.model.host))
         if self.machine.is_main and not opts.eval_only:
             self._say_warnings(size_warnings(opts, host))
         names = [task.name for task in self.data.tasks]

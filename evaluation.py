@@ -22,6 +22,7 @@ from engine.batches import by_length
 from engine.confidence import Confidence
 from engine.decoding import AnswerConfig, Decoding
 from engine.intervals import wilson
+from engine.placement import device_of
 from engine.report import AnswerLine, TaskLines, metric_row, prediction_line
 from host import end_ids
 from reasoning_gym_wrapper import Example
@@ -302,7 +303,7 @@ def answer(
         thinks: asks an HRM model to report the segments it used.
     """
     budget = answer_budget(prompt_format, examples, decoding.max_new_tokens)
-    device = next(model.parameters()).device
+    device = device_of(model)
     done = 0
 
     def answer_batch(batch: list[Example]) -> list[Answer]:
@@ -410,10 +411,9 @@ def generate_all(
     model: Any, prompt_format: PromptFormat, questions: Sequence[str], decoding: Decoding, **extra: Any
 ) -> list[Generated]:
     """Answers to bare questions, without a verifier; `extra` goes to `generate`."""
-    device = next(model.parameters()).device
     torch.manual_seed(decoding.seed)
     return generate_answers(
-        model, prompt_format, questions, decoding.max_new_tokens, decoding, device, **extra
+        model, prompt_format, questions, decoding.max_new_tokens, decoding, device_of(model), **extra
     )
 
 

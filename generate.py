@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from flags import UNWRITABLE
 
@@ -17,9 +17,10 @@ COMMANDS = "an empty line or Ctrl-D ends"
 
 
 class Answerer(Protocol):
-    """A loaded checkpoint; `title` says what it is."""
+    """A loaded checkpoint; `title` says what it is, `has_host` whether a frozen LLM is part of it."""
 
     title: str
+    has_host: bool
 
     def check_length(self, question: str) -> None:
         """Raises ValueError when prompt and answer cannot fit."""
@@ -50,6 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save_dir", default="runs", help="folder of all runs")
     parser.add_argument("--dataset", help="take the newest checkpoint that was trained on this data set (hybrid)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="device")
+    parser.add_argument("--device_map", default="none", choices=("none", "auto"), help="auto spreads an add-on's LLM "
+                        "over all accelerators, then memory, then the disk")
+    parser.add_argument("--max_memory", metavar="JSON", help="with --device_map auto: the most that each place holds, "
+                        'such as {"0": "10GiB", "cpu": "30GiB"}')
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
 
     # What is asked.
@@ -117,7 +122,7 @@ def dataset_of(folder: Path) -> str | None:
     return read_resolved(read_checkpoint(folder, stems=[]).documents["config.resolved.yaml"]).get("dataset")
 
 
-def answerer_of(folder: Path) -> type:
+def answerer_of(folder: Path) -> type[Any]:
     """The class that answers with a checkpoint of its system; its constructor takes (config, folder, device)."""
     from addon.adapters import ADAPTER_CONFIG
     from engine.checkpoints import read_checkpoint
@@ -147,6 +152,7 @@ def load(opts: argparse.Namespace) -> Answerer:
     import transformers
 
     from engine.machine import pick_device
+    from engine.placement import SpreadConfig
     from evaluation import AnswerConfig, Decoding
 
     # stderr is for the title and for the user's mistakes.
@@ -154,10 +160,15 @@ def load(opts: argparse.Namespace) -> Answerer:
     transformers.logging.disable_progress_bar()
     decoding = Decoding(opts.decode_temperature, opts.decode_top_p, opts.decode_top_k, opts.max_new_tokens,
                         seed=opts.seed)
-    config = AnswerConfig(decoding, opts.eval_segments, opts.compare, opts.trust_remote_code)
+    config = AnswerConfig(decoding, opts.eval_segments, opts.compare, opts.trust_remote_code,
+                          SpreadConfig(opts.device_map, opts.max_memory))
 
     folder = find_checkpoint(opts.checkpoint, Path(opts.save_dir), opts.dataset)
-    answerer = answerer_of(folder)(config, folder, pick_device(opts.device))
+    kind = answerer_of(folder)
+    if opts.device_map != "none" and not kind.has_host:
+        raise ValueError(f"--device_map {opts.device_map} spreads the frozen LLM of an add-on, and {folder} holds "
+                         "another system: leave it out")
+    answerer = kind(config, folder, pick_device(opts.device))
     print(answerer.title, file=sys.stderr)
     return answerer
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,15 @@ from torch import Tensor, nn
 
 from engine.gguf import SUFFIX, folder_of
 from engine.past_tokens import UnfitError, check_cache
+from engine.placement import (
+    ONE_DEVICE,
+    SpreadConfig,
+    device_of,
+    keep_offloaded,
+    quantisation,
+    real_tensor,
+    spreading,
+)
 from text_data.tokenizer import read_whole
 
 ROOT = Path(__file__).resolve().parent
@@ -45,6 +53,7 @@ class HostConfig:
     trust_remote_code: run Python code that comes with a hub model.
     revision: branch, tag or commit of a hub model; None = its main branch.
     attn_implementation: of its attention, a name of transformers'; None = transformers' choice.
+    device_map, max_memory: how it is spread, see `engine.placement.SpreadConfig`.
     """
 
     model_name: str = DEFAULT_HOST
@@ -53,6 +62,8 @@ class HostConfig:
     trust_remote_code: bool = False
     revision: str | None = None
     attn_implementation: str | None = None
+    device_map: str = "none"
+    max_memory: str | None = None
 
 
 def resolve_name(name: str) -> str:
@@ -158,8 +169,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
 
 
 def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
-              host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None):
-    """The causal LM (quantised on request), frozen, in evaluation mode, its logits checked.
+              host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None,
+              spread: SpreadConfig = ONE_DEVICE):
+    """The causal LM (quantised or spread on request), frozen, in evaluation mode, its logits checked.
 
     Args:
         name: hub name or folder.
@@ -169,6 +181,7 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
         host_dtype: what its weights are held in: "stored" as they are saved, else a name of `DTYPES`.
         revision: branch, tag or commit of a hub model; None = its main branch.
         attn_implementation: eager, sdpa, flash_attention_2 and the like; None = transformers' choice.
+        spread: over which devices, memory and disk; by default all of it lies on `device`.
 
     Raises:
         HostError: as `load_config`; broken weights; a family whose logits `host_logits` does not reproduce.
@@ -180,9 +193,13 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
     try:
-        host, info = AutoModelForCausalLM.from_pretrained(
-            **_source(name, revision), **arguments, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        # Some families draw random numbers while they load on one device: what is added begins alike without them.
+        with torch.random.fork_rng(devices=[]), spreading(spread, device) as placed:
+            host, info = AutoModelForCausalLM.from_pretrained(
+                **_source(name, revision), **arguments | placed, trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        keep_offloaded(host, placed)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - as in `load_config`
@@ -192,10 +209,16 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
         missing = info["missing_keys"]
         raise HostError(f"--model_name {name}: {len(missing)} weights are missing, the first is {min(missing)}")
 
-    # A quantised model is on its device already, and may not be moved.
-    if load_in == "none":
+    # A quantised or spread model is where it belongs already, and may not be moved.
+    if load_in == "none" and spread.device_map == "none":
         host.to(device)
     freeze(host)
+    _check_family(host, name, load_in)
+    return host
+
+
+def _check_family(host, name: str, load_in: str) -> None:
+    """Raises HostError for a loaded LLM that the add-on cannot be added to faithfully."""
     try:
         check_logits(host)
         check_cache(host)
@@ -205,34 +228,6 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
     except Exception as error:  # bitsandbytes cannot multiply every shape, and a family's forward is foreign code
         reason = f"the model cannot be loaded: {_one_line(error)}"
         raise HostError(f"--model_name {name} --load_in {load_in}: {reason}") from error
-    return host
-
-
-def quantisation(load_in: str, device: str) -> dict:
-    """Arguments of `from_pretrained` that quantise while loading; none for "none"."""
-    if load_in == "none":
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    # Its cast to float16 is told by every layer in every forward pass.
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_Once())
-    kinds: dict[str, dict[str, Any]] = {
-        "8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    }
-    return {"quantization_config": BitsAndBytesConfig(**kinds[load_in]), "device_map": {"": device}}
-
-
-class _Once(logging.Filter):
-    """Lets each message of a logger pass once, whatever its arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        new = str(record.msg) not in self.seen
-        self.seen.add(str(record.msg))
-        return new
 
 
 def freeze(host: nn.Module) -> None:
@@ -260,7 +255,7 @@ def host_logits(host, hidden: Tensor) -> Tensor:
         if getattr(config, "final_logit_softcapping", None):
             cap = config.final_logit_softcapping
             logits = torch.tanh(logits / cap) * cap
-    return logits.float()
+    return logits.float().to(hidden.device)  # of a spread LLM the head may be elsewhere
 
 
 @torch.no_grad()
@@ -270,7 +265,7 @@ def check_logits(host) -> None:
     Raises:
         HostError: they differ, so this family does something to its logits that we do not know.
     """
-    device = host.get_input_embeddings().weight.device
+    device = device_of(host)
     ids = torch.arange(8, device=device)[None] % host.config.get_text_config().vocab_size
     own = host(input_ids=ids).logits.float()
     if not bool(torch.isfinite(own).all()):
@@ -288,7 +283,7 @@ def check_logits(host) -> None:
 def host_fingerprint(host) -> dict[str, Any]:
     """What identifies a base model wherever it lies: family, sizes and a digest of some of its weights."""
     text = host.config.get_text_config()
-    head = host.get_output_embeddings().weight
+    head = real_tensor(host.get_output_embeddings())
     rows = head.detach()[:: max(len(head) // 64, 1)].float().cpu().numpy().tobytes()
     return {
         "model_type": text.model_type,

@@ -38,6 +38,7 @@ from batching import Batch
 from engine.batches import IGNORE, all_correct
 from engine.optimization import check_fit
 from engine.past_tokens import cached_tokens, position_arguments, run_decoder
+from engine.placement import ONE_DEVICE, SpreadConfig, device_of
 from engine.positions import last_column, last_state, relative_change, token_positions
 from host import (
     add_lora,
@@ -237,6 +238,15 @@ class FrozenHostModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.host.get_input_embeddings()
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(B, N, D) embeddings of tokens (B, N), on their device, wherever the LLM's table is."""
+        return self.host.get_input_embeddings()(input_ids).to(input_ids.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are taken and what is added computes."""
+        return device_of(self)
+
     def train(self, mode: bool = True) -> FrozenHostModel:
         """Trains what is added; the host stays in evaluation mode, its dropout off."""
         super().train(mode)
@@ -277,7 +287,7 @@ class AdapterController(FrozenHostModel, GenerationMixin):
     @classmethod
     def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
                   host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None,
-                  **settings: Any) -> AdapterController:
+                  spread: SpreadConfig = ONE_DEVICE, **settings: Any) -> AdapterController:
         """A new adapter on the causal LM `name`, loaded as `host.load_host` does, with `settings` of its config.
 
         Raises:
@@ -495,7 +505,7 @@ class HRMBackbone(FrozenHostModel):
     def states_read(self, input_ids: Tensor, last: Tensor) -> list[Tensor]:
         """What `hrm_read` names, "all" aside: (B, N, D) each."""
         names = self.config.hrm_read.split("+")
-        return [last if name == "last" else self.get_input_embeddings()(input_ids) for name in names]
+        return [last if name == "last" else self.embed(input_ids) for name in names]
 
     def _layer_states(self, input_ids: Tensor, out: Any) -> list[Tensor]:
         """The states before, between and behind the decoder layers, num_hidden_layers + 1 tensors (B, N, D).
@@ -510,7 +520,7 @@ class HRMBackbone(FrozenHostModel):
         if len(states) != count or any(state.shape != out.last_hidden_state.shape for state in states):
             raise ValueError(f"--hrm_read all: the LLM does not give one state for each of {count - 1} layers")
         if not hasattr(out, "past_key_values"):
-            states = [self.get_input_embeddings()(input_ids), *states[:-2], states[-1]]
+            states = [self.embed(input_ids), *states[:-2], states[-1]]
         return states
 
     def prompt_features(self, read: list[Tensor], mask: Tensor, positions: Tensor) -> tuple[Tensor, Context]:
@@ -649,7 +659,7 @@ class HRMBackbone(FrozenHostModel):
         columns = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[-keep:]
         slots = Slots(
             last[:, -keep:],
-            self.get_input_embeddings()(input_ids[:, -keep:]),
+            self.embed(input_ids[:, -keep:]),
             positions[:, -keep:],
             allowed=columns >= thought.start[:, None],
         )
@@ -719,9 +729,9 @@ class HRMController(AdapterController):
     @classmethod
     def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
                   host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None,
-                  **settings: Any) -> HRMController:
+                  spread: SpreadConfig = ONE_DEVICE, **settings: Any) -> HRMController:
         """A new add-on on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
-        host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation)
+        host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation, spread)
         config = HRMAddonConfig(base_config=host.config, base_model_name=name, **settings)
         controller = cls(config, host)
         controller.model.addon.to(device)
@@ -771,7 +781,7 @@ class HRMController(AdapterController):
         features, context = self.model.prompt_features(
             [part[:, :length] for part in read], batch.prompt_mask.bool(), positions[:, :length]
         )
-        embedded = self.get_input_embeddings()(batch.input_ids[:, length - 1 : -1])
+        embedded = self.embed(batch.input_ids[:, length - 1 : -1])
         return HostStates(features, context, Slots(last[:, length - 1 :], embedded, positions[:, length - 1 :]))
 
     def segment(self, states: HostStates, labels: Tensor, carry: Carry | None = None, denominator: float | None = None,

@@ -398,6 +398,15 @@ def a_quantised_llm_has_its_own_dtype(o: Namespace) -> str | None:
                 "quantised; keep one")
 
 
+@rule("device_map", "load_in", "objective", "lora_layers", "adapter")
+def a_spread_llm_is_only_read(o: Namespace) -> str | None:
+    unfit = {"load_in": o.load_in != "none", "objective": o.objective == "grpo", "lora_layers": o.lora_layers > 0,
+             "adapter": o.adapter in ("lora", "prompt")}
+    flag = next((f"--{name} {getattr(o, name)}" for name, is_unfit in unfit.items() if is_unfit), None)
+    if flag and o.device_map != "none":
+        return f"--device_map {o.device_map} and {flag}: an LLM that is spread can only be read; keep one"
+
+
 # --- the hybrid's losses ---
 
 

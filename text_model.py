@@ -18,6 +18,7 @@ from torch import Tensor
 
 from batching import PromptFormat, pad
 from engine.batches import by_length
+from engine.placement import device_of
 from evaluation import Decoding, Generated, generate_all
 from suite.text_model import Cuts, TextModel
 from text_data.frames import adds_space, anchors_of, continuation_ids, text_ids
@@ -89,7 +90,7 @@ class CausalTextModel:
             autocast = self.autocast()
         try:
             with answering as model, autocast, torch.no_grad():
-                yield model, next(model.parameters()).device
+                yield model, device_of(model)
         finally:
             self.model.train(was_training)
 

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 import options
 from addon.baselines import BaselineConfig, BaselineController
 from addon.host_dtype import host_dtype, load_in, pick_dtype
-from addon.peft_files import PEFT_CONFIG, is_pefts, own_names, peft_files
+from addon.peft_files import PEFT_CONFIG, PEFTS, is_pefts, own_names, peft_files
 from batching import PromptConfig, PromptFormat
 from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
+from engine.placement import ONE_DEVICE, SpreadConfig, check_spread, device_of
 from host import HostConfig, HostError, host_fingerprint
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
 from text_data.frames import Frame, kept_frame
@@ -48,7 +49,7 @@ def build_controller(host: HostConfig, config: AdapterConfig, device: str) -> Ad
     dtype, _ = pick_dtype(host, device)
     controller = kind.from_base(
         host.model_name, host.load_in, host.trust_remote_code, device, dtype, host.revision, host.attn_implementation,
-        **config.settings(),
+        SpreadConfig(host.device_map, host.max_memory), **config.settings(),
     )
     check_forward(controller)
     return controller
@@ -63,7 +64,7 @@ def check_forward(controller: AdapterController) -> None:
     Raises:
         HostError: the forward pass fails.
     """
-    device = controller.get_input_embeddings().weight.device
+    device = device_of(controller)
     ids = torch.arange(1, 9, device=device)[None] % controller.config.get_text_config().vocab_size
     was_training = controller.training
     controller.eval()
@@ -211,6 +212,17 @@ def check_fingerprint(host: PreTrainedModel, document: dict[str, Any], folder: P
         )
 
 
+def check_read_only(document: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError where the adapter in `folder` needs more of its LLM than one that is spread can give."""
+    reason = ""
+    if document["load_in"] != "none":
+        reason = f"its LLM is packed in {document['load_in']}, and stays on one device"
+    elif adapter_of(document) in PEFTS or document.get("hrm", {}).get("lora_layers"):
+        reason = "what was trained lies inside the LLM, and accelerate's hooks do not see it"
+    if reason:
+        raise ValueError(f"--device_map auto does not work with {folder}: {reason}; leave it out")
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,15 +232,18 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record_of(saved.documents), own_names(saved.tensors[ADAPTER])
 
 
-def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool = False
-                    ) -> tuple[AdapterController, dict[str, Any]]:
+def load_controller(folder: Path, device: str = "cpu", trust_remote_code: bool = False,
+                    spread: SpreadConfig = ONE_DEVICE) -> tuple[AdapterController, dict[str, Any]]:
     """The controller of a checkpoint of any adapter, in evaluation mode, and its adapter document.
 
     Raises:
-        ValueError: a broken checkpoint, or a base model that is missing or another one.
+        ValueError: a broken checkpoint, a base model that is missing or another one, or one that cannot be spread so.
     """
     document, tensors = read_adapter(folder)
-    return _controller(folder, document, tensors, device, trust_remote_code), document
+    check_spread(spread, device)
+    if spread.device_map != "none":
+        check_read_only(document, folder)
+    return _controller(folder, document, tensors, device, trust_remote_code, spread), document
 
 
 def load_adapter(
@@ -247,7 +262,7 @@ def load_adapter(
 
 
 def _controller(folder: Path, document: dict[str, Any], tensors: dict[str, Tensor], device: str,
-                trust_remote_code: bool) -> AdapterController:
+                trust_remote_code: bool, spread: SpreadConfig = ONE_DEVICE) -> AdapterController:
     """The controller that `document` describes, with the weights of `tensors`."""
     if "hrm" in document:
         # A setting that an older version left out has the value it had then.
@@ -260,6 +275,8 @@ def _controller(folder: Path, document: dict[str, Any], tensors: dict[str, Tenso
         host_dtype=document.get("host_dtype", "stored"),  # older versions kept what is saved
         trust_remote_code=trust_remote_code,
         revision=document.get("base_revision"),  # the commit of its training
+        device_map=spread.device_map,
+        max_memory=spread.max_memory,
     )
     controller = build_controller(host, config, device)
     check_fingerprint(controller.host, document, folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from addon.adapters import load_controller, saved_format
+from engine.placement import spread_text
 from evaluation import AnswerConfig, generate_texts
 from host import load_tokenizer
 from text_data.taken import taken_answer
@@ -21,9 +22,11 @@ class AddonAnswerer:
         ValueError: a broken checkpoint, or a base model that is missing or another one.
     """
 
+    has_host = True
+
     def __init__(self, config: AnswerConfig, folder: Path, device: str):
         self.config = config
-        self.model, document = load_controller(folder, device, config.trust_remote_code)
+        self.model, document = load_controller(folder, device, config.trust_remote_code, config.spread)
         if config.eval_segments and self.model.recurrent:
             self.model.config.segments = config.eval_segments
 
@@ -36,6 +39,8 @@ class AddonAnswerer:
             print(note, file=sys.stderr)
         packed = "" if document["load_in"] == "none" else f" in {document['load_in']}"
         self.title = f"{folder}: {base}{packed} + {self.model.title} on {device}"
+        if spread_text(self.model.host):
+            self.title += f"; {spread_text(self.model.host)}"
 
     def check_length(self, question: str) -> None:
         """Raises ValueError when prompt and answer may outgrow the LLM's positions."""

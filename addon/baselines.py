@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, StaticCache
 from batching import Batch
 from engine.batches import IGNORE, all_correct
 from engine.past_tokens import cached_tokens, position_arguments, run_decoder
+from engine.placement import ONE_DEVICE, SpreadConfig
 from engine.positions import token_positions
 from host import (
     HostError,
@@ -81,13 +82,13 @@ class BaselineController(AdapterController):
     @classmethod
     def from_base(cls, name: str, load_in: str = "none", trust_remote_code: bool = False, device: str = "cpu",
                   host_dtype: str = "stored", revision: str | None = None, attn_implementation: str | None = None,
-                  **settings: Any) -> BaselineController:
+                  spread: SpreadConfig = ONE_DEVICE, **settings: Any) -> BaselineController:
         """A new baseline on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
-        host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation)
+        host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation, spread)
         controller = cls(BaselineConfig(base_config=host.config, base_model_name=name, **settings), host)
         if controller.prompt is not None:
             controller.prompt.to(device)
-        if controller.config.adapter == "lora" and load_in == "none":
+        if controller.config.adapter == "lora" and load_in == "none" and spread.device_map == "none":
             host.to(device)
         return controller
 
@@ -144,7 +145,7 @@ class BaselineController(AdapterController):
 
         # With an empty cache the virtual tokens are read first; later calls find them in the cache.
         if self.prompt is not None and not past:
-            embedded = self.get_input_embeddings()(input_ids)
+            embedded = self.embed(input_ids)
             virtual = self.prompt(torch.arange(self.virtual_tokens, device=embedded.device)).to(embedded.dtype)
             virtual = virtual.expand(len(embedded), -1, -1)
             joined = torch.cat([virtual, embedded], dim=1)

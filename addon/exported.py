@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from addon.baselines import BaselineConfig, BaselineController
-from host import DTYPES, freeze, host_fingerprint, quantisation
+from engine.placement import device_of, quantisation
+from host import DTYPES, freeze, host_fingerprint
 from model import AdapterController, HRMAddonConfig, HRMController
 
 ADDON_WEIGHTS = "model.safetensors"
@@ -139,7 +140,7 @@ def on_named_host(kind: type, name: str, config: Any, kwargs: dict[str, Any]) ->
     path = cached_file(name, ADDON_WEIGHTS, **where)
     model.load_addon_state(safetensors.torch.load_file(path))
     for part in model.parts().values():
-        part.to(host.device)
+        part.to(device_of(host))
     model.generation_config = GenerationConfig.from_pretrained(name, **where)
     return model.eval()
 

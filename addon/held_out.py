@@ -9,6 +9,7 @@ import torch
 
 from batching import PromptFormat
 from engine.batches import IGNORE
+from engine.placement import device_of
 from engine.stopping import stop_point
 from model import AdapterController
 from reasoning_gym_wrapper import Example
@@ -26,7 +27,7 @@ def held_out_loss(
     golden = [example for example in examples if example.target is not None]
     golden.sort(key=lambda example: len(example.question))  # so that batches hold little padding
     earlier = controller.config.segments - 1 if controller.recurrent else 0
-    device = next(controller.parameters()).device
+    device = device_of(controller)
 
     was_training = controller.training
     controller.eval()

@@ -26,6 +26,7 @@ from torch import Tensor
 from addon.cache_plan import GB, CachePlan, Read, pack, unpack
 from addon.cache_shards import FORMAT, ShardStore, shards_of
 from batching import Batch, PromptFormat
+from engine.placement import device_of, real_state
 from engine.positions import token_positions
 from engine.stopping import stop_point
 from model import HostStates, HRMController
@@ -40,7 +41,7 @@ SAMPLED = 256  # numbers of each weight that a digest of the LLM looks at where 
 def weights_digest(host: Any, whole: bool = False) -> str:
     """Digest of names, shapes and numbers of every weight: all numbers where `whole`, else up to `SAMPLED` of each."""
     digest = hashlib.blake2b(digest_size=32)
-    for name, tensor in host.state_dict().items():
+    for name, tensor in real_state(host):
         flat = tensor.detach().flatten()
         if not whole:
             flat = flat[:: max(flat.numel() // SAMPLED, 1)]
@@ -225,7 +226,7 @@ class HiddenCache:
 
     def _states(self, controller: HRMController, items: slice) -> Tensor:
         """(their columns, P, D) states of a few items, which are read together."""
-        device = controller.get_input_embeddings().weight.device
+        device = device_of(controller)
         batch = self.format.batch(self.plan.examples[items]).to(device)
         parts = self._parts(controller, batch)
 

@@ -84,10 +84,12 @@ def load_in(host: PreTrainedModel) -> str:
 
 def host_parameters(host: PreTrainedModel) -> int:
     """Parameters of the LLM without what an adapter put into it; packed weights count as many as they stand for."""
-    if not getattr(host, "is_quantized", False):
+    spread = any(parameter.is_meta for parameter in host.parameters())
+    if not spread and not getattr(host, "is_quantized", False):
         return sum(parameter.numel() for parameter in host.parameters() if not parameter.requires_grad)
 
-    # A packed tensor holds several weights in a byte, each method in its own way: the config tells the shapes.
+    # A packed tensor holds several weights in a byte, each method in its own way, and of a spread LLM stand-ins of tied
+    # weights count twice: the config tells the shapes.
     with torch.device("meta"):
         whole = type(host)(plain_config(host))
     return sum(parameter.numel() for parameter in whole.parameters())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from engine.placement import ONE_DEVICE, SpreadConfig
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -51,9 +53,11 @@ class AnswerConfig:
     eval_segments: HRM segments or cycles of an answer; 0 = as trained.
     compare: also answer with what the model is compared with.
     trust_remote_code: run Python code that comes with a hub model.
+    spread: over which devices, memory and disk an add-on's LLM lies.
     """
 
     decoding: Decoding = Decoding()
     eval_segments: int = 0
     compare: bool = False
     trust_remote_code: bool = False
+    spread: SpreadConfig = ONE_DEVICE

@@ -21,6 +21,11 @@ from engine.tables import check_csv
 from engine.trackers import check_trackers
 from flags import names
 
+# What accelerate is told by ACCELERATE_USE_NAME; the variables are set by `accelerate launch`.
+ENGINES = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM",
+           "PARALLELISM_CONFIG": "tensor, context or sharded parallelism"}
+TRUE = ("1", "true", "yes", "on", "y", "t")
+
 
 @dataclass(frozen=True)
 class MachineConfig:
@@ -87,7 +92,8 @@ def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> l
         config: the flags of the run.
         checkpoint: the checkpoint that the run goes on from; None for a new run.
     """
-    lines = errors_of(check_device, config.device, config.mixed_precision)
+    lines = errors_of(check_engines)
+    lines += errors_of(check_device, config.device, config.mixed_precision)
     lines += errors_of(check_trackers, names(config.trackers))
     if config.dry_run or os.environ.get("RANK", "0") != "0":  # ranks would take away each other's probe
         return lines
@@ -100,6 +106,18 @@ def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> l
     if not config.eval_only:
         lines += errors_of(check_free, folder)
     return lines + errors_of(check_csv, csv)
+
+
+def check_engines() -> None:
+    """Raises ValueError where the environment asks accelerate for an engine that no run here trains with."""
+    for name, engine in ENGINES.items():
+        value = os.environ.get(f"ACCELERATE_USE_{name}", "")
+        if value.lower() in TRUE:
+            raise ValueError(
+                f"ACCELERATE_USE_{name}={value} asks for {engine}, which no run here trains with: several processes "
+                "train by DDP alone; unset it, or choose multi-GPU in accelerate's config (an LLM too large for one "
+                "device: --device_map auto)"
+            )
 
 
 def errors_of(check: Callable[..., object], *arguments: Any) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.placement import device_of, to_device
+
 MOST_APART = 0.1  # of the states' norm: rounding in half precision stays far below, a wrong state far above
 
 
@@ -34,7 +36,15 @@ def run_decoder(decoder: nn.Module, cache: Any = None, **arguments: Any) -> tupl
     if name not in inspect.signature(decoder.forward).parameters:
         name = "cache_params"
     past = cached_tokens(cache)
+
+    # The parts of a spread LLM compute on several devices; its states come back to that of the tokens.
+    given: Any = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    device = device_of(decoder)
+    arguments = {key: to_device(value, device) for key, value in arguments.items()}
     out = decoder(**{name: cache}, **arguments)
+    out.last_hidden_state = out.last_hidden_state.to(given.device)
+    if getattr(out, "hidden_states", None) is not None:
+        out.hidden_states = to_device(out.hidden_states, given.device)
     cache = getattr(out, name, None)
     if cache is not None:
         cache.tokens_read = past + out.last_hidden_state.shape[1]
@@ -60,7 +70,7 @@ def check_cache(host) -> None:
     """
     unfit = f"model family {host.config.model_type} cannot be the host of an add-on: "
     advice = "; choose another base model, see docs/hosts.md"
-    ids = torch.arange(1, 9, device=host.get_input_embeddings().weight.device)[None]
+    ids = torch.arange(1, 9, device=device_of(host))[None]
     ids = ids % host.config.get_text_config().vocab_size
     try:
         whole = host.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()

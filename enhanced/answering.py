@@ -26,6 +26,8 @@ class EnhancedAnswerer:
         ValueError: a broken checkpoint.
     """
 
+    has_host = False
+
     def __init__(self, config: AnswerConfig, folder: Path, device: str):
         self.config = config
         self.model = EnhancedHRMForCausalLM.from_pretrained(folder).to(device).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flag_table.flag import Flag
+from flag_table.flag import Flag, addon
 
 TABLE = (
     # Files and folders.
@@ -28,4 +28,9 @@ TABLE = (
          choices=("auto", "cpu", "cuda", "mps"), common=True),
     Flag("num_threads", "int", 0, "CPU threads; 0 = OMP_NUM_THREADS, else one or all cores, whichever "
          "multiplies faster at the start", low=0),
+    addon("device_map", "str", "none", "where the frozen LLM lies: on the device, or (auto) spread over all "
+          "accelerators, then memory, then the disk", choices=("none", "auto")),
+    addon("max_memory", "json", None, "with device_map auto: the most that each place may hold, an accelerator by its "
+          "number; a place that is not named holds nothing; none = what is free", nullable=True,
+          pattern=r"\s*\{.*\}\s*", form='JSON such as {"0": "10GiB", "cpu": "30GiB"}'),
 )

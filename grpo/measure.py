@@ -16,6 +16,7 @@ import torch
 from batching import PromptFormat
 from engine.batches import by_length
 from engine.intervals import wilson
+from engine.placement import device_of
 from engine.report import Report, metric_row, percent, prediction_line, text_table
 from enhanced.config import CycleMeter
 from enhanced.reasoning_format import format_rate
@@ -205,7 +206,7 @@ def completions(
 
     Returns (texts, their tokens, whether each ended by itself, mean cycles or segments).
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     # The planner/worker LM counts the cycles of every token, the add-on the segments of every example.
     meter = CycleMeter()

@@ -26,6 +26,8 @@ class HybridAnswerer:
         ValueError: a broken checkpoint.
     """
 
+    has_host = False
+
     def __init__(self, config: AnswerConfig, folder: Path, device: str):
         self.config = config
         saved = read_checkpoint(folder, stems=[HybridTrainer.stem])

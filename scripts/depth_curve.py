@@ -80,7 +80,7 @@ from host import load_tokenizer  # noqa: E402
 from own_tasks.record import changes, missing_plugin, read_record  # noqa: E402
 from own_tasks.trusted import type_in  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, task_problems  # noqa: E402
-from script_tools import ScriptParser, run_script  # noqa: E402
+from script_tools import ScriptParser, add_spread_flags, run_script, spread_of  # noqa: E402
 from tasks.plugins import load_plugin  # noqa: E402
 from text_data.trained import trained_in  # noqa: E402
 
@@ -101,6 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         "--task_config one of its own)")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add_spread_flags(parser)
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--plugin", help="the Python file of tasks that the run was trained with; it runs only when "
                         "typed")
@@ -159,7 +160,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     if lines:
         raise ValueError("\n".join(lines))
     device = pick_device(args.device)
-    model, document = load_controller(folder, device, args.trust_remote_code)
+    model, document = load_controller(folder, device, args.trust_remote_code, spread_of(args))
     tokenizer = load_tokenizer(
         document["base_model_name_or_path"], args.trust_remote_code, document.get("base_revision")
     )

@@ -228,7 +228,7 @@ def usage_code(source: Source, place: str = "FOLDER") -> str:
 
 
 def quantised(load_in: str) -> str:
-    """Arguments of BitsAndBytesConfig, as `host.quantisation` gives them."""
+    """Arguments of BitsAndBytesConfig, as `engine.placement.quantisation` gives them."""
     return {"8bit": "load_in_8bit=True", "4bit": "load_in_4bit=True, bnb_4bit_quant_type='nf4'"}[load_in]
 
 

@@ -39,7 +39,7 @@ from engine.machine import pick_device  # noqa: E402
 from evaluation import Decoding  # noqa: E402
 from export_card import Source, card_text  # noqa: E402
 from host import end_ids, load_tokenizer, resolve_name  # noqa: E402
-from script_tools import ScriptParser, run_script  # noqa: E402
+from script_tools import ScriptParser, add_spread_flags, run_script, spread_of  # noqa: E402
 from single_file import single_file  # noqa: E402
 
 # What only training needs, and what an exported class does in its own way.
@@ -67,10 +67,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--push", metavar="REPO", help="also upload the folder to this repository of the hub")
     parser.add_argument("--private", action="store_true", help="--push makes a repository that only you see")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add_spread_flags(parser)
     args = parser.parse_args(argv)
 
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
         parser.error(f"--to {args.to} exists already: give a folder that does not")
+    if args.merge_host and args.device_map != "none":
+        parser.error(f"--merge_host reads the LLM as a whole, and --device_map {args.device_map} spreads it: keep one")
     if args.private and not args.push:
         parser.error("--private says how --push makes the repository: add --push REPO, or leave it out")
     if args.push:
@@ -115,7 +118,7 @@ def load(args: argparse.Namespace) -> Source:
                          "needs an export)")
     refuse(record_of(documents), args, folder)
 
-    model, record = load_controller(folder, pick_device(args.device))
+    model, record = load_controller(folder, pick_device(args.device), spread=spread_of(args))
     tokenizer = load_tokenizer(record["base_model_name_or_path"], revision=record.get("base_revision"))
     rows = model.host.get_input_embeddings().weight.shape[0]
     prompt, note = saved_format(record, tokenizer, rows)

@@ -31,9 +31,10 @@ from batching import PromptFormat  # noqa: E402
 from engine.checkpoints import read_checkpoint, resolve_resume  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
+from engine.placement import SpreadConfig  # noqa: E402
 from engine.report import text_table  # noqa: E402
 from host import load_tokenizer  # noqa: E402
-from script_tools import ScriptParser, run_script  # noqa: E402
+from script_tools import ScriptParser, add_spread_flags, run_script, spread_of  # noqa: E402
 from text_model import CausalTextModel  # noqa: E402
 
 try:
@@ -69,6 +70,7 @@ class HRMEvalModel(LM):
         device: auto, cpu, cuda or mps.
         max_gen_toks: tokens of an answer, where a task sets none.
         trust_remote_code: run Python code that comes with a hub model.
+        device_map, max_memory: how the LLM is spread, as train.py's flags of these names.
 
     Raises:
         ValueError: no such checkpoint, a broken one, or one that holds no add-on.
@@ -76,7 +78,8 @@ class HRMEvalModel(LM):
 
     def __init__(
         self, checkpoint: str, bare: int = 0, frame: int = 1, batch_size: int | str = 16, device: str | None = "auto",
-        max_gen_toks: int = LONGEST, trust_remote_code: bool = False, **_: Any,
+        max_gen_toks: int = LONGEST, trust_remote_code: bool = False, device_map: str = "none",
+        max_memory: str | None = None, **_: Any,
     ):
         super().__init__()
         folder = resolve_resume(str(checkpoint), Path("runs"), "the run")
@@ -84,7 +87,9 @@ class HRMEvalModel(LM):
             raise ValueError(f"{folder} holds no add-on: the harness's own model hf reads other systems' folders")
 
         name = pick_device(device or "auto")
-        self.model, record = load_controller(folder, name, bool(trust_remote_code))
+        self.model, record = load_controller(
+            folder, name, bool(trust_remote_code), SpreadConfig(device_map, max_memory)
+        )
         base = record["base_model_name_or_path"]
         tokenizer = load_tokenizer(base, bool(trust_remote_code), record.get("base_revision"))
         rows = self.model.host.get_input_embeddings().weight.shape[0]
@@ -213,6 +218,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--include_path", type=Path, help="folder of further task files")
     parser.add_argument("--batch_size", type=int, default=16, help="items at a time")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add_spread_flags(parser)
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
     parser.add_argument("--to", type=Path, help="write the harness's results to this JSON file, too")
     args = parser.parse_args(argv)
@@ -233,8 +239,10 @@ def measured(args: argparse.Namespace, bare: bool) -> dict[str, dict[str, Any]]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
+    spread = spread_of(args)
     model = HRMEvalModel(args.run, int(bare), args.frame, args.batch_size, args.device,
-                         trust_remote_code=args.trust_remote_code)
+                         trust_remote_code=args.trust_remote_code, device_map=spread.device_map,
+                         max_memory=spread.max_memory)
     manager = TaskManager(include_path=str(args.include_path) if args.include_path else None)
     results = lm_eval.simple_evaluate(
         model, tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.num_fewshot, task_manager=manager,

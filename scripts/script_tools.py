@@ -27,6 +27,21 @@ class ScriptParser(argparse.ArgumentParser):
         return super().parse_known_args([_underscored(word) for word in words], namespace)
 
 
+def add_spread_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `SpreadConfig`, for scripts that load an add-on's LLM."""
+    parser.add_argument("--device_map", default="none", choices=("none", "auto"),
+                        help="auto spreads the LLM over all accelerators, then memory, then the disk")
+    parser.add_argument("--max_memory", metavar="JSON", help="with --device_map auto: the most that each place holds, "
+                        'such as {"0": "10GiB", "cpu": "30GiB"}')
+
+
+def spread_of(args: argparse.Namespace) -> Any:
+    """The `SpreadConfig` of those flags."""
+    from engine.placement import SpreadConfig
+
+    return SpreadConfig(args.device_map, args.max_memory)
+
+
 def _underscored(word: str) -> str:
     """A flag with underscores for hyphens; its value, and a word that is no flag, stay as they are."""
     if not re.match("--[a-z]", word):

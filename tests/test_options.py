@@ -342,7 +342,8 @@ def test_a_flag_of_another_system_is_refused(flag, capsys):
     """A flag that would do nothing must not look as if it did."""
     other = next(arch for arch in ARCHS if arch not in flag.archs)
     data = ["--dataset", "synthetic"] if other == "hybrid" else []
-    text = {"dev_sets": "a=b", "mix": "a=1"}.get(flag.name) or str(flag.default if flag.default is not None else 1)
+    special = {"dev_sets": "a=b", "mix": "a=1", "max_memory": "{}"}
+    text = special.get(flag.name) or str(flag.default if flag.default is not None else 1)
     told = refused(["--arch", other, *data, f"--{flag.name}={text}"], capsys)
     assert f"--{flag.name} does nothing with --arch {other}, only with {flag.archs[0]}: leave it out" in told
 
@@ -707,7 +708,8 @@ def legal_values(flag: Flag) -> st.SearchStrategy:
                          allow_nan=False, allow_infinity=False)
     if flag.type == "list":
         return st.lists(st.sampled_from(["chain_sum", "toy_add", "gcd"]), unique=True, min_size=1).map(",".join)
-    special = {"grad_horizon": ["one_step", "full", "k:1", "k:12"], "task_config": ["small", '{"a": [1]}', "x.yaml"]}
+    special = {"grad_horizon": ["one_step", "full", "k:1", "k:12"], "task_config": ["small", '{"a": [1]}', "x.yaml"],
+               "max_memory": ['{"cpu": "1GiB"}', '{"0": 1}']}
     text = st.sampled_from(special[flag.name]) if flag.name in special else words
     return st.none() | text if flag.nullable else text
 
