@@ -302,13 +302,6 @@ def settling_and_readout_agree(o: Namespace) -> str | None:
         return "--halt_settled stops examples and --eval_readout best_halt runs every segment: keep one"
 
 
-@rule("halt_settled_at", "halt_settled")
-def settling_is_on_where_its_place_is_named(o: Namespace) -> str | None:
-    # A run of an earlier version has "prompt" without having named it.
-    if "halt_settled_at" in getattr(o, "typed", ()) and not o.halt_settled:
-        return f"--halt_settled_at {o.halt_settled_at} does nothing without --halt_settled: add it"
-
-
 @rule("halt_settled", "segments", "eval_segments", "halt_max_segments")
 def settling_can_save_segments(o: Namespace) -> str | None:
     # The first change of a state is known after the second segment: with fewer than 3 none is left to save.

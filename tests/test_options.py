@@ -416,7 +416,6 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
      "choose more by --segments, --eval_segments or, with --use_act, --halt_max_segments"),
     ("--halt_settled 0.1 --segments 4 --use_act --eval_readout best_halt",
      "--halt_settled stops examples and --eval_readout best_halt runs every segment: keep one"),
-    ("--halt_settled_at prompt", "--halt_settled_at prompt does nothing without --halt_settled: add it"),
     ("--carry_state 0", "--carry_state 0 does nothing with one supervised segment: choose more by --segments or "
      "--supervised_segments"),
     ("--eval_only", "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"),
@@ -564,7 +563,7 @@ def test_read_resolved_gives_what_dump_wrote():
     assert parse([], options.read_resolved(dump(opts))) == opts
     assert options.read_resolved("model: {d_h: 64, a_flag_of_tomorrow: 3}") == {
         "d_h": 64, "state_mix": "sum", "lr_fall": "whole_run", "verifier_strict": False, "host_dtype": "stored",
-        "min_roundtrip": 0.0, "fit_minutes": 0.0}
+        "min_roundtrip": 0.0, "fit_minutes": 0.0, "halt_settled_at": "prompt"}
 
 
 def test_a_file_from_before_a_flag_or_a_default_means_what_it_meant():

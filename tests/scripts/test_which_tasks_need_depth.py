@@ -72,7 +72,7 @@ def compared(deep: list[float], base: list[float], items: tuple[float, float], *
 
 def test_the_shipped_grid_compares_the_loop_with_a_single_pass_of_no_fewer_layers():
     grid = read_grid(ROOT / "configs" / "depth" / "real_tasks.yaml")
-    assert segments_of(grid) == {"single_pass": 0, "hrm_1": 1, "hrm_n": 6}
+    assert segments_of(grid) == {"single_pass": 0, "hrm_1": 1, "hrm_n": 6, "hrm_2x3": 3}
     assert all(len(settings) == 2 for settings in grid.difficulties.values())
     assert set(grid.tasks) == set(grid.difficulties) and len(grid.seeds) == 3
 
