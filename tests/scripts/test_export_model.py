@@ -132,6 +132,32 @@ def test_a_pipeline_and_the_code_of_the_card_give_our_answers(name, read, own):
     assert text_of(read[f"{name} card"]) == answer
 
 
+SPREAD = """
+from transformers import AutoModelForCausalLM
+ids = torch.tensor([[int(part) for part in question.split()]])
+for name, how in (("whole", {}), ("spread", {"device_map": "auto", "max_memory": {"cpu": 1}})):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **how)
+    out[f"{name} stand-ins"] = torch.tensor(sum(parameter.is_meta for parameter in model.parameters()))
+    out[f"{name} answer"] = model.generate(ids, max_new_tokens=6)
+"""
+
+
+def test_an_llm_on_the_disk_is_exported_and_read_as_one_in_memory(runs, folders, tmp_path, capsys):
+    spread = ["--device_map", "auto", "--max_memory", '{"cpu": 1}', "--device", "cpu"]
+    assert export_model.main([str(runs["hrm"]), "--to", str(tmp_path / "hrm"), *spread]) == 0
+    for path in folders["hrm"].iterdir():
+        assert (tmp_path / "hrm" / path.name).read_bytes() == path.read_bytes(), path.name
+
+    ids = " ".join(map(str, random_ids(1, 7)[0].tolist()))
+    read = run_apart(SPREAD, tmp_path, folder=str(tmp_path / "hrm"), question=ids)
+    assert int(read["spread stand-ins"]) > int(read["whole stand-ins"]) == 0
+    assert torch.equal(read["whole answer"], read["spread answer"])
+
+    with pytest.raises(SystemExit):
+        export_model.main([str(runs["hrm"]), "--to", str(tmp_path / "merged"), "--merge_host", *spread])
+    assert "--merge_host reads the LLM as a whole" in capsys.readouterr().err
+
+
 def test_the_llm_is_held_as_in_training(read):
     assert read["bf16 dtype"].dtype == read["bf16-whole dtype"].dtype == torch.bfloat16
     assert read["hrm dtype"].dtype == torch.float32
