@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.batches import IGNORE, Padding, token_batches
+from engine.decoding import answer_length
 from engine.stopping import drawn
 from reasoning_gym_wrapper import Example
 from tasks.steps import steps_of
@@ -290,14 +291,6 @@ class PromptFormat:
         # Pads are no targets; an end of sequence that serves as pad elsewhere still is one where it ends an answer.
         labels = target_ids.masked_fill(target_mask == 0, IGNORE)
         return Batch(prompt_ids, prompt_mask, target_ids, labels, list(examples))
-
-
-def answer_length(ids: Sequence[int], ends: Collection[int]) -> int:
-    """Tokens of generated `ids` before the first of `ends`; all of them where there is none."""
-    for place, index in enumerate(ids):
-        if index in ends:
-            return place
-    return len(ids)
 
 
 # --- batches of them --------------------------------------------------------------------------------------------------

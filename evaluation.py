@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from batching import PromptFormat, answer_length, needed_segments, pad
+from batching import PromptFormat, needed_segments, pad
 from engine.batches import by_length
 from engine.confidence import Confidence
-from engine.decoding import AnswerConfig, Decoding
+from engine.decoding import AnswerConfig, Decoding, generated_length
 from engine.intervals import wilson
 from engine.placement import device_of
 from engine.report import AnswerLine, TaskLines, metric_row, prediction_line
@@ -387,7 +387,7 @@ def generate_answers(
         extra |= {"stop_strings": stops, "tokenizer": prompt_format.tokenizer}
     confidence = Confidence() if decoding.confidence else None
     if confidence:
-        extra["logits_processor"] = LogitsProcessorList([confidence])
+        extra["logits_processor"] = LogitsProcessorList([*extra.get("logits_processor", ()), confidence])
     out = model.generate(
         input_ids=prompt_ids.to(device),
         attention_mask=prompt_mask.to(device),
@@ -400,7 +400,7 @@ def generate_answers(
 
     # Behind its end a row is padding.
     rows = out[:, prompt_ids.shape[1] :]
-    tokens = [min(answer_length(row.tolist(), ends) + 1, len(row)) for row in rows]
+    tokens = [generated_length(row.tolist(), ends, prompt_format.pad_id) for row in rows]
     texts = [prompt_format.answer_text(row, ends) for row in rows]
     sure = confidence.of(tokens) if confidence else [None] * len(rows)
     return [Generated(*text, count, chance) for text, count, chance in zip(texts, tokens, sure, strict=True)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -420,17 +420,18 @@ class HRMAddon(nn.Module):
         return x if self.conv is None else rms_norm(self.conv(x, mask))
 
 
-def first_slot(embedding: nn.Module, input_ids: Tensor, last: Tensor, prompt_mask: Tensor, positions: Tensor) -> Slots:
+def first_slot(embed: Callable[[Tensor], Tensor], input_ids: Tensor, last: Tensor, prompt_mask: Tensor,
+               positions: Tensor) -> Slots:
     """The last token of each prompt, T 1, whose state in `last` (B, N, D) predicts the answer's first token."""
     rows = torch.arange(len(last), device=last.device)[:, None]
     column = last_column(prompt_mask)[:, None]
-    return Slots(last[rows, column], embedding(input_ids[rows, column]), positions[rows, column])
+    return Slots(last[rows, column], embed(input_ids[rows, column]), positions[rows, column])
 
 
 def watched_in(place: str, injector: nn.Module, slots: Slots, thought: Thought) -> Tensor:
     """What settles before an example stops, by `halt_settled_at`.
 
-    answer: (B, 1, D) that the injector writes at `slots`, T 1; of HRM the answer's first token depends on it alone.
+    answer: (B, 1, D) that the injector writes at `slots`, T 1, from which the answer's first token is predicted.
     prompt: z_high (B, S, d) with zeros at padding, which waits for all that the prompt sets going.
     """
     if place == "answer":
@@ -555,7 +556,7 @@ class HRMBackbone(FrozenHostModel):
     def think(self, features: Tensor, context: Context, slots: Slots) -> tuple[Tensor, Tensor]:
         """All segments of inference: (z_high (B, S, d), segments used (B,)); `slots` holds the last prompt token, T 1.
 
-        An example leaves the batch, and costs nothing more, when its halting head says "right" (`use_act`, logit > 0)
+        An example leaves the batch when its halting head says "right" (`use_act`, logit > 0)
         or when a segment changed `watched_in` by a share less than `halt_settled`: more of it would change nothing.
         """
         config = self.config
@@ -652,7 +653,7 @@ class HRMBackbone(FrozenHostModel):
         used = None
         if thought is None:
             prompt_mask = self._check_prompt(prompt_mask, input_ids, past) & attention_mask.bool()
-            first = first_slot(self.get_input_embeddings(), input_ids, last, prompt_mask, positions)
+            first = first_slot(self.embed, input_ids, last, prompt_mask, positions)
             thought, used = self._think_about(prompt_mask, read, positions, needed, first)
 
         assert thought.start is not None  # set wherever a prompt was thought about

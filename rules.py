@@ -302,6 +302,12 @@ def settling_and_readout_agree(o: Namespace) -> str | None:
         return "--halt_settled stops examples and --eval_readout best_halt runs every segment: keep one"
 
 
+@rule("halt_settled", "halt_settled_at", "logit_bias_head")
+def what_settles_is_all_that_is_written(o: Namespace) -> str | None:
+    if o.halt_settled > 0 and o.halt_settled_at == "answer" and o.logit_bias_head:
+        return ("--halt_settled does not look at the bias of --logit_bias_head: add --halt_settled_at prompt")
+
+
 @rule("halt_settled", "segments", "eval_segments", "halt_max_segments")
 def settling_can_save_segments(o: Namespace) -> str | None:
     # The first change of a state is known after the second segment: with fewer than 3 none is left to save.

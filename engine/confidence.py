@@ -22,7 +22,8 @@ class Confidence(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores` (B, V) as they came."""
         logits = scores.float()
-        self._steps.append((logits.amax(dim=-1) - logits.logsumexp(dim=-1)).clamp(max=0))
+        chances = (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).clamp(max=0)
+        self._steps.append(chances.nan_to_num(-torch.inf, neginf=-torch.inf))  # greedy decoding passes over a NaN
         return scores
 
     def of(self, lengths: Sequence[int]) -> list[float]:

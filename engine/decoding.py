@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ class Decoding:
     item_segments: each item has as many of HRM's segments as it needs steps, where its task says how many, within the
         model's number.
     confidence: the answers know the probability that the model gave their tokens; of greedy decoding alone.
+
+    Raises:
+        ValueError: confidence of sampled answers.
     """
 
     temperature: float = 0.0
@@ -31,6 +35,10 @@ class Decoding:
     seed: int = 0
     item_segments: bool = False
     confidence: bool = False
+
+    def __post_init__(self) -> None:
+        if self.confidence and self.temperature:
+            raise ValueError("confidence is the probability of the likeliest tokens: it goes with temperature 0 alone")
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `generate`; every sampling field is set, so no host default sneaks in."""
@@ -61,3 +69,21 @@ class AnswerConfig:
     compare: bool = False
     trust_remote_code: bool = False
     spread: SpreadConfig = ONE_DEVICE
+
+
+def answer_length(ids: Sequence[int], ends: Collection[int]) -> int:
+    """Tokens of generated `ids` before the first of `ends`; all of them where there is none."""
+    for place, index in enumerate(ids):
+        if index in ends:
+            return place
+    return len(ids)
+
+
+def generated_length(ids: Sequence[int], ends: Collection[int], pad_id: int) -> int:
+    """Tokens of a generated row, its end included, without the padding behind a row that a stop string ended."""
+    before = answer_length(ids, ends)
+    if before < len(ids):
+        return before + 1
+    while before > 1 and ids[before - 1] == pad_id:
+        before -= 1
+    return before

@@ -96,7 +96,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task (default: as in the run)")
     parser.add_argument("--difficulty", default="auto", help="auto, length, or a name in the items' metadata")
     parser.add_argument("--halt_settled", type=float, default=0.0, help="share of change under which an example stops")
-    parser.add_argument("--halt_settled_at", default="answer", choices=("answer", "prompt"), help="what must settle")
+    parser.add_argument("--halt_settled_at", choices=("answer", "prompt"), help="default: as in the run")
     parser.add_argument("--output", type=Path, help="folder (default: depth/ in the run's folder, with "
                         "--task_config one of its own)")
     parser.add_argument("--batch_size", type=int, default=128)
@@ -129,9 +129,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} {value} is not legal: expected at least {low}")
     if args.task_config and not args.steps:
         parser.error("--task_config needs --steps: the items of the run itself have the run's own settings")
+    _check_settled(args, parser)
+    return args
+
+
+def _check_settled(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exits with status 2 and one line where --halt_settled and what belongs to it are not legal together."""
     if not 0 <= args.halt_settled <= 1:
         parser.error(f"--halt_settled {args.halt_settled} is not legal: expected a share from 0 (off) to 1")
-    return args
+    if args.halt_settled_at and not args.halt_settled:
+        parser.error(f"--halt_settled_at {args.halt_settled_at} does nothing without --halt_settled: add it")
+    if args.halt_settled and max(args.segments) < 3:
+        parser.error(f"--halt_settled {args.halt_settled} saves nothing with fewer than 3 --segments: add one")
 
 
 # --- what is measured on ----------------------------------------------------------------------------------------------
@@ -312,7 +321,9 @@ def measure(loaded: Loaded, args: argparse.Namespace) -> Curve:
     total = len(measurements) + 1
     with Progress(total, "measurement", "measurement") as progress:
         walk = trajectory(loaded, max(args.segments), args.batch_size) if loaded.has_segments else None
-        curve = Curve(loaded, labels, walk, Settled(args.halt_settled, args.halt_settled_at))
+        place = args.halt_settled_at or getattr(loaded.model.config, "halt_settled_at", "")
+        settled = Settled(args.halt_settled, place)
+        curve = Curve(loaded, labels, walk, settled)
         done = 1
         for readout, segments in measurements:
             progress.update(done, readout=readout, segments=segments)

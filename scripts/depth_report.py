@@ -27,7 +27,7 @@ COLUMNS = (
     *("seconds", "steps", "beyond_training"),
 )
 # Readouts that may stop early, and what the terminal calls them.
-STOPPING = {"on": "halting", "settled": "stopping what has settled (and halting)"}
+STOPPING = {"on": "halting", "settled": "stopping what has settled"}
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

@@ -30,6 +30,7 @@ from engine.files import staged  # noqa: E402
 from plot_tools import Row, finish, read_rows, where  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 
+OVERALL = "overall"  # the rows of all tasks together
 # Readout that stops early -> how a run gets rows of it.
 HALTING = {
     "settled": "measure with depth_curve.py RUN --steps ... --halt_settled X",
@@ -58,20 +59,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, `files` as paths. Exits with status 2 and one line for a mistake."""
     parser = ScriptParser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="RUN", help="a run's folder or a depth.csv, one a seed")
+    parser.add_argument("--task", default="", help="which task, where files hold several")
     parser.add_argument("--readout", choices=tuple(HALTING), default="settled", help="the way to stop")
     parser.add_argument("--segments", type=int, default=0, help="most segments (default: the most that all files have)")
     parser.add_argument("--output", type=Path, default=Path("runs") / "halting", help="path without suffix")
     args = parser.parse_args(argv)
 
-    args.files = [path / "depth" / "depth.csv" if path.is_dir() else path for path in args.files]
+    args.files = [_table(path) for path in args.files]
     if len({path.resolve() for path in args.files}) < len(args.files):
         parser.error("a file is given twice; give each seed once")
     return args
 
 
-def read_halting(path: Path, readout: str) -> list[Row]:
+def _table(path: Path) -> Path:
+    """The depth.csv of a run's folder, or of a folder that `depth_curve.py --output` named; a file is itself."""
+    if not path.is_dir():
+        return path
+    own = path / "depth.csv"
+    return own if own.is_file() else path / "depth" / "depth.csv"
+
+
+def of_task(path: Path, task: str) -> list[Row]:
+    """The rows of one task. Raises ValueError: several and no name, or none of that name."""
+    rows = read_rows(path)
+    names = sorted({row["task"] for row in rows} - {OVERALL})
+    if task not in (names if task or len(names) > 1 else [""]):
+        raise ValueError(f"{path} has the tasks {', '.join(names)}: choose one by --task")
+    return [row for row in rows if row["task"] == (task or names[0])]
+
+
+def read_halting(path: Path, task: str, readout: str) -> list[Row]:
     """The rows by steps of `readout`, as `halted`, and of `last`. Raises ValueError: there are none."""
-    rows = [row for row in read_rows(path) if row.get("steps") and row.get("readout") in (readout, "last")]
+    rows = [row for row in of_task(path, task) if row.get("steps") and row.get("readout") in (readout, "last")]
+    if not where(rows, readout="last"):
+        raise ValueError(f"{path} has no rows by steps of the readout last: measure with depth_curve.py")
     if not where(rows, readout=readout):
         raise ValueError(f"{path} has no rows by steps of the readout {readout}: {HALTING[readout]}")
     return [row if row["readout"] == "last" else row | {"readout": "halted"} for row in rows]
@@ -136,11 +157,11 @@ def markdown(places: Sequence[Place], segments: int, seeds: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def calibration(files: Sequence[Path], readout: str, segments: str) -> str:
+def calibration(args: argparse.Namespace, segments: str) -> str:
     """A line with the mean calibration error over all steps of the stopped answers; "" where a file has none."""
     errors = []
-    for path in files:
-        (row,) = where(read_rows(path), readout=readout, segments=segments, difficulty="all")
+    for path in args.files:
+        (row,) = where(of_task(path, args.task), readout=args.readout, segments=segments, difficulty="all")
         if not row.get("confidence_error"):
             return ""
         errors.append(float(row["confidence_error"]))
@@ -170,7 +191,7 @@ def draw(places: Sequence[Place], segments: int) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """The exit status. Raises ValueError and OSError for the user's mistakes; nothing is written then."""
     args = parse(argv)
-    files = [read_halting(path, args.readout) for path in args.files]
+    files = [read_halting(path, args.task, args.readout) for path in args.files]
     segments = shared_segments(files, args.segments)
 
     places = places_of(files, segments)
@@ -178,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("the files have no steps in common: measure all with the same --steps")
 
     # Both or none.
-    text = markdown(places, int(segments), len(files)) + calibration(args.files, args.readout, segments)
+    text = markdown(places, int(segments), len(files)) + calibration(args, segments)
     figure = draw(places, int(segments))
     names = [args.output.name + suffix for suffix in (".md", ".png")]
     with staged(args.output.parent, names) as (table, picture):

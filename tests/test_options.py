@@ -416,6 +416,8 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
      "choose more by --segments, --eval_segments or, with --use_act, --halt_max_segments"),
     ("--halt_settled 0.1 --segments 4 --use_act --eval_readout best_halt",
      "--halt_settled stops examples and --eval_readout best_halt runs every segment: keep one"),
+    ("--halt_settled 0.1 --segments 4 --logit_bias_head", "--halt_settled does not look at the bias of "
+     "--logit_bias_head: add --halt_settled_at prompt"),
     ("--carry_state 0", "--carry_state 0 does nothing with one supervised segment: choose more by --segments or "
      "--supervised_segments"),
     ("--eval_only", "--eval_only needs a checkpoint: add --resume PATH or --run_name NAME"),

@@ -9,7 +9,7 @@ import torch
 
 from batching import PromptConfig, PromptFormat
 from engine.confidence import Confidence
-from engine.decoding import Decoding
+from engine.decoding import Decoding, generated_length
 from evaluation import generate_answers, stop_ids
 from host import load_host, load_tokenizer
 
@@ -54,6 +54,39 @@ def test_the_confidence_is_the_probability_of_the_tokens_up_to_the_end(loaded, m
     silent = generate_answers(model, prompt_format, QUESTIONS, 5, replace(decoding, confidence=False),
                               torch.device("cpu"))
     assert [replace(answer, confidence=None) for answer in answers] == silent
+
+
+def test_padding_behind_a_stop_string_is_no_part_of_an_answer(loaded, monkeypatch):
+    """With a pad that is no end, a row that a stop string ends early is filled up with it."""
+    model, prompt_format = loaded
+    pad_id = max(set(prompt_format.tokenizer.all_special_ids) - set(stop_ids(model, prompt_format)))
+    monkeypatch.setattr(prompt_format, "pad_id", pad_id)
+    alone = [generate_answers(model, prompt_format, [question], 12, Decoding(confidence=True), torch.device("cpu"),
+                              stop_strings=["e", "a", "o"])[0] for question in QUESTIONS]
+    assert len({answer.tokens for answer in alone}) > 1, "the case needs rows that stop at different lengths"
+    together = generate_answers(model, prompt_format, QUESTIONS, 12, Decoding(confidence=True), torch.device("cpu"),
+                                stop_strings=["e", "a", "o"])
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    expected = [answer.confidence for answer in alone]
+    assert [answer.confidence for answer in together] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_length_counts_the_end_and_no_padding():
+    assert generated_length([5, 6, 2, 0, 0], {2}, 0) == 3
+    assert generated_length([5, 6, 0, 0], {2}, 0) == 2  # a stop string
+    assert generated_length([5, 0, 0], {0}, 0) == 2  # the pad is the end
+    assert generated_length([5, 6, 7], {2}, 0) == 3 and generated_length([0, 0], {2}, 0) == 1
+
+
+def test_sampled_answers_have_no_confidence():
+    with pytest.raises(ValueError, match="temperature 0 alone"):
+        Decoding(temperature=1.0, confidence=True)
+
+
+def test_a_logit_that_is_no_number_gives_no_confidence():
+    watch = Confidence()
+    watch(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[0.0, torch.nan]]))
+    assert watch.of([1]) == [0.0]
 
 
 def test_rounding_makes_no_probability_above_one():

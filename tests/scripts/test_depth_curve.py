@@ -295,7 +295,9 @@ def test_a_run_on_a_plugin_s_task_is_measured_where_the_plugin_is_typed(tiny_hos
 @pytest.mark.parametrize(
     ("argv", "told"),
     [(["nowhere"], "nowhere"), (["x", "--segments", "0"], "expected at least 1"),
-     (["x", "--segments", "a"], "expected whole numbers"), (["x", "--halt_settled", "2"], "a share from 0 (off) to 1")],
+     (["x", "--segments", "a"], "expected whole numbers"), (["x", "--halt_settled", "2"], "a share from 0 (off) to 1"),
+     (["x", "--halt_settled_at", "prompt"], "does nothing without --halt_settled"),
+     (["x", "--halt_settled", "0.1", "--segments", "2"], "saves nothing with fewer than 3 --segments")],
 )
 def test_a_mistake_is_one_line(argv, told, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["depth_curve.py", *argv])

@@ -58,12 +58,27 @@ def test_stopping_what_has_settled_is_the_default_and_says_how_well_it_is_calibr
     assert text.endswith("Calibration error of the answers' own probability: 0.020.\n")
 
 
+def test_a_file_of_several_tasks_needs_the_name_of_one(tmp_path):
+    path = write(tmp_path / "depth.csv", {1: 2, 3: 6}, readout="settled", error=0.01)
+    other = write(tmp_path / "other.csv", {1: 8, 3: 8}, readout="settled").read_text(encoding="utf-8")
+    more = other.replace("toy_chain", "toy_chase").splitlines(keepends=True)[1:]
+    path.write_text(path.read_text(encoding="utf-8") + "".join(more), encoding="utf-8")
+    with pytest.raises(ValueError, match="has the tasks toy_chain, toy_chase: choose one by --task"):
+        script.main([str(path)])
+    assert script.main([str(tmp_path), "--task", "toy_chain", "--output", str(tmp_path / "halting")]) == 0
+    assert "| segments used | 2.0 | 6.0 |" in (tmp_path / "halting.md").read_text(encoding="utf-8")
+
+
 def test_files_without_halting_or_without_common_ground_are_refused(tmp_path):
     plain = tmp_path / "plain.csv"
     plain.write_text(",".join(NAMES) + "\ntoy_chain,steps 1,last,8,1,8,1,0,\n", encoding="utf-8")
     for readout, told in (("on", "train with --use_act 1"), ("settled", "--halt_settled X")):
         with pytest.raises(ValueError, match=f"has no rows by steps of the readout {readout}: .*{told}"):
             script.main([str(plain), "--readout", readout])
+    lines = plain.read_text(encoding="utf-8").replace(",last,", ",settled,")
+    plain.write_text(lines, encoding="utf-8")
+    with pytest.raises(ValueError, match="has no rows by steps of the readout last"):
+        script.main([str(plain)])
     one = write(tmp_path / "one.csv", {1: 1})
     with pytest.raises(ValueError, match="not every file was measured with 16 segments"):
         script.main([str(one), "--readout", "on", "--segments", "16"])
