@@ -13,7 +13,7 @@ import pytest
 from addon.streams import EpochStream, TrainStream, training_examples
 from engine.records import normalise
 from grpo.problems import TaskSource
-from own_tasks import choice
+from own_tasks import choice, trusted
 from own_tasks import stream as stream_module
 from own_tasks.choice import mix_weights, own_problems, own_task, tasks_with_own
 from own_tasks.stream import StreamedTask
@@ -193,6 +193,7 @@ def test_a_verifier_that_fails_gold_answers_leaves_their_rows_out(tmp_path, monk
         "def never(answer, entry): return 0\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     data = write(tmp_path / "a.jsonl", sums(60))
+    monkeypatch.setattr(trusted, "_typed", {"judges_of_rows:small", "judges_of_rows:never"})
     own = OwnTask(OwnDataConfig(data, verifier="judges_of_rows:small"))
     assert len(own.table.items) == 40
     assert own.notes()[0] == ("WARNING: a.jsonl line 41 has an answer on which --verifier judges_of_rows:small raises: "
