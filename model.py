@@ -423,9 +423,8 @@ class HRMAddon(nn.Module):
 def first_slot(embed: Callable[[Tensor], Tensor], input_ids: Tensor, last: Tensor, prompt_mask: Tensor,
                positions: Tensor) -> Slots:
     """The last token of each prompt, T 1, whose state in `last` (B, N, D) predicts the answer's first token."""
-    rows = torch.arange(len(last), device=last.device)[:, None]
-    column = last_column(prompt_mask)[:, None]
-    return Slots(last[rows, column], embed(input_ids[rows, column]), positions[rows, column])
+    hidden, ids, places = (last_state(part, prompt_mask)[:, None] for part in (last, input_ids, positions))
+    return Slots(hidden, embed(ids), places)
 
 
 def watched_in(place: str, injector: nn.Module, slots: Slots, thought: Thought) -> Tensor:

@@ -153,6 +153,14 @@ def random_qwen2(shape: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
+def frozen_host(name: str, device: str) -> Any:
+    """One of `HOSTS`, frozen, on `device`."""
+    torch.manual_seed(0)
+    host = load_host(DEFAULT_HOST, device=device) if name == EMBEDDED else random_qwen2(name).to(device)
+    freeze(host)
+    return host
+
+
 def twin(host: Any) -> Any:
     """The same LLM with the same weights in memory, to which LoRA may be added."""
     weights = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
@@ -329,9 +337,7 @@ def main() -> int:
     for name in asked.hosts.split(","):
         print(f"{name}: loading", file=sys.stderr, flush=True)
         large = name != EMBEDDED
-        torch.manual_seed(0)
-        host = random_qwen2(name).to(accelerator.device) if large else load_host(DEFAULT_HOST, device=device)
-        freeze(host)
+        host = frozen_host(name, device)
         size, steps = (asked.large_batch, asked.large_steps) if large else (asked.embedded_batch, asked.embedded_steps)
         prompt_format, examples, batches = items(asked, size, accelerator.device)
         tokens = sum(int(b.attention_mask.sum()) for b in batches) / sum(len(b.examples) for b in batches)

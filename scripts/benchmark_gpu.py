@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -132,15 +133,6 @@ def training(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return found
 
 
-def loaded(name: str, device: str) -> Any:
-    """A frozen LLM of `HOSTS`."""
-    torch.manual_seed(0)
-    large = name != adapters.EMBEDDED
-    host = adapters.random_qwen2(name).to(device) if large else load_host(DEFAULT_HOST, device=device)
-    freeze(host)
-    return host
-
-
 def speed(args: argparse.Namespace, host: Any) -> dict[str, Any]:
     """What benchmark_adapters.py measures of one LLM, and the two ratios that are aimed at."""
     asked = asked_of(args)
@@ -174,8 +166,8 @@ def decoding(args: argparse.Namespace, host: Any) -> dict[str, float]:
                 speeds[name].append(len(questions) * NEW_TOKENS / (time.perf_counter() - began))
 
     ratios = [one / other for one, other in zip(speeds["hrm"], speeds["bare"], strict=True)]
-    return {f"{name}_tokens_per_second": adapters.spread(values)["median"] for name, values in speeds.items()} | {
-        "of_bare": adapters.spread(ratios)["median"]}
+    return {f"{name}_tokens_per_second": statistics.median(values) for name, values in speeds.items()} | {
+        "of_bare": statistics.median(ratios)}
 
 
 def compiled(args: argparse.Namespace, host: Any) -> dict[str, float]:
@@ -200,7 +192,7 @@ def compiled(args: argparse.Namespace, host: Any) -> dict[str, float]:
     seconds(fast)
     built = time.perf_counter() - began
     pairs = [(seconds(core), seconds(fast)) for _ in range(args.repeats)]
-    plain, quick = (adapters.spread(list(values))["median"] for values in zip(*pairs, strict=True))
+    plain, quick = (statistics.median(values) for values in zip(*pairs, strict=True))
     return {"plain_s": plain, "compiled_s": quick, "times_as_fast": plain / quick, "compile_s": built}
 
 
@@ -231,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         "hosts": {},
     }
     for shape in args.hosts:
-        host = loaded(shape, args.device)
+        host = adapters.frozen_host(shape, args.device)
         parts = {part.__name__: tried(f"{shape}: {part.__name__}", lambda part=part, host=host: part(args, host))
                  for part in (decoding, compiled, speed)}
         found["hosts"][shape] = parts

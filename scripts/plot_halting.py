@@ -88,9 +88,9 @@ def of_task(path: Path, task: str) -> list[Row]:
     return [row for row in rows if row["task"] == (task or names[0])]
 
 
-def read_halting(path: Path, task: str, readout: str) -> list[Row]:
-    """The rows by steps of `readout`, as `halted`, and of `last`. Raises ValueError: there are none."""
-    rows = [row for row in of_task(path, task) if row.get("steps") and row.get("readout") in (readout, "last")]
+def halting_of(path: Path, table: Sequence[Row], readout: str) -> list[Row]:
+    """The rows by steps of `readout`, as `halted`, and of `last`. Raises ValueError: the file has none."""
+    rows = [row for row in table if row.get("steps") and row.get("readout") in (readout, "last")]
     if not where(rows, readout="last"):
         raise ValueError(f"{path} has no rows by steps of the readout last: measure with depth_curve.py")
     if not where(rows, readout=readout):
@@ -157,11 +157,11 @@ def markdown(places: Sequence[Place], segments: int, seeds: int) -> str:
     return "\n".join([*lines, ""])
 
 
-def calibration(args: argparse.Namespace, segments: str) -> str:
+def calibration(tables: Sequence[Sequence[Row]], readout: str, segments: str) -> str:
     """A line with the mean calibration error over all steps of the stopped answers; "" where a file has none."""
     errors = []
-    for path in args.files:
-        (row,) = where(of_task(path, args.task), readout=args.readout, segments=segments, difficulty="all")
+    for table in tables:
+        (row,) = where(table, readout=readout, segments=segments, difficulty="all")
         if not row.get("confidence_error"):
             return ""
         errors.append(float(row["confidence_error"]))
@@ -191,7 +191,8 @@ def draw(places: Sequence[Place], segments: int) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """The exit status. Raises ValueError and OSError for the user's mistakes; nothing is written then."""
     args = parse(argv)
-    files = [read_halting(path, args.task, args.readout) for path in args.files]
+    tables = [of_task(path, args.task) for path in args.files]
+    files = [halting_of(path, table, args.readout) for path, table in zip(args.files, tables, strict=True)]
     segments = shared_segments(files, args.segments)
 
     places = places_of(files, segments)
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("the files have no steps in common: measure all with the same --steps")
 
     # Both or none.
-    text = markdown(places, int(segments), len(files)) + calibration(args, segments)
+    text = markdown(places, int(segments), len(files)) + calibration(tables, args.readout, segments)
     figure = draw(places, int(segments))
     names = [args.output.name + suffix for suffix in (".md", ".png")]
     with staged(args.output.parent, names) as (table, picture):

@@ -46,7 +46,7 @@ def test_an_add_on_agrees_with_itself_and_a_device_that_computes_otherwise_is_to
 
 def test_decoding_is_measured_beside_the_bare_llm():
     args = script.parse(SMALL)
-    found = script.decoding(args, script.loaded("embedded", "cpu"))
+    found = script.decoding(args, script.adapters.frozen_host("embedded", "cpu"))
     assert found["hrm_tokens_per_second"] > 0 and 0 < found["of_bare"] < 5
 
 
