@@ -45,7 +45,7 @@ from flags import FIND
 from host import HostConfig, load_config, load_tokenizer
 from model import AdapterConfig, HRMAddonConfig
 from own_tasks.choice import own_problems, steps_problems, tasks_with_own
-from own_tasks.record import changes, document_of, missing_plugin, read_record
+from own_tasks.record import changes, document_of, plugin_problems, read_record
 from own_tasks.table import OwnDataConfig
 from own_tasks.task import OwnTask, name_of_data
 from reasoning_gym_wrapper import Task, default_tasks, reserved_sums, task_problems, task_warnings
@@ -104,9 +104,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     """Everything wrong with a run of the add-on that can be found without loading a model, one line each."""
     # A plugin adds tasks that may be named.
     chosen = task_names(opts)
-    lines = missing_plugin(read_record(checkpoint), [*chosen, *options.names(opts.reserve_tasks)], opts.plugin)
-    if opts.plugin:
-        lines += errors_of(load_plugin, opts.plugin)
+    lines = plugin_problems(checkpoint, [*chosen, *options.names(opts.reserve_tasks)], opts.plugin)
     if lines:
         return lines
 

@@ -124,15 +124,16 @@ class EnhancedTrainer(BaseTrainer):
         super().__init__(optim, model, loss, accelerator, precision, parameters, optimizers)
         self.config = config
         self.format = prompt_format
+        self.more_documents: dict[str, str] = {}  # file name -> text that checkpoints are to keep beside the model's
 
     def weights(self) -> dict[str, Tensor]:
         """The whole model's; a tied table once."""
         return model_weights(self.model)
 
     def documents(self) -> dict[str, str]:
-        """transformers' own files, so that `from_pretrained` loads a checkpoint folder, and the prompts' frame."""
+        """transformers' own files, so that `from_pretrained` loads a folder; the prompts' frame; what the run adds."""
         frame = json.dumps(dataclasses.asdict(self.format.frame))
-        return {**model_documents(self.model, self.format.tokenizer), FRAME_JSON: frame}
+        return {**model_documents(self.model, self.format.tokenizer), FRAME_JSON: frame, **self.more_documents}
 
     def load(self, saved: Checkpoint, folder: Path) -> None:
         """Raises ValueError for another shape or another tokenizer."""

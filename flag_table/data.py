@@ -17,8 +17,8 @@ TABLE = (
     # Reasoning Gym tasks.
     addon("task", "str", None, "one task by name: Reasoning Gym's or a built-in one", nullable=True, common=True),
     addon("tasks", "list", None, "several tasks, mixed in equal parts", nullable=True, common=True),
-    addon("plugin", "path", None, "a Python file of tasks with Reasoning Gym's interface; it runs only when "
-          "typed", nullable=True, in_file=False, one_call=True),
+    reasoner("plugin", "path", None, "a Python file of tasks with Reasoning Gym's interface; it runs only when "
+             "typed", nullable=True, in_file=False, one_call=True),
     addon("task_config", "json", None, "settings of the tasks; none = small when no task is named, else default",
           nullable=True, form="small, default, a file or a JSON object", common=True),
     # Own data, one more task.

@@ -9,11 +9,13 @@ import addon_run
 import options
 from addon_run import AddonRun
 from grpo import warm_start
+from grpo.levels import level_tasks
 from grpo.progress import GrpoProgress, read_progress
 from grpo.stage_loop import StageLoop, StageLoopConfig
 from grpo.stages import HeldOut, StagesConfig, check_texts, hold_out, stages_of
 from grpo.trained import TrainedModel, trained_addon, trained_planner
 from grpo.warm_start import EnhancedRun, unreserved
+from own_tasks.record import plugin_problems
 from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
 
@@ -24,6 +26,12 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     """Everything wrong with a GRPO run that can be found without loading a model, one line each."""
     if opts.arch == "enhanced":
         return warm_start.problems(opts, checkpoint)
+
+    # A plugin adds tasks that the stage's levels may name, too.
+    if checkpoint is not None:
+        lines = plugin_problems(checkpoint, level_tasks(opts.stages), opts.plugin)
+        if lines:
+            return lines
 
     # The add-on's stage needs the tasks, which are right only if the supervised run has nothing against them.
     lines = addon_run.problems(opts, checkpoint)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from engine.files import parse_json, read_text, reason_of
+from engine.files import parse_json
 from engine.records import is_finite, normalise
 from engine.schedule import ScheduleConfig
 from flags import FIND
+from grpo.levels import is_problem_file, path_of, read_levels
 from grpo.own_rewards import is_own, try_reward
 from grpo.problem_files import file_source
 from grpo.problems import CodeSource, Problem, Source, TaskSource, evaluation_problems, task_source
@@ -366,14 +366,11 @@ def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Sour
         weights = mix_weights(config.mix, [task.name for task in own])
         return (TaskSource(tuple(own), weights=tuple(weights) if weights else None),)
 
-    # A path is one of the user's, or of this repository's files wherever the command was started.
     if isinstance(given, str):
-        path = Path(given)
-        if not path.exists():
-            path = Path(__file__).parent.parent / given
-        if path.suffix in (".jsonl", ".json"):
+        path = path_of(given)
+        if is_problem_file(path):
             return (file_source(path),)
-        given = _read_levels(path)
+        given = read_levels(path)
 
     if not isinstance(given, list) or not given or not all(isinstance(level, dict) and level for level in given):
         raise ValueError("levels must be a list of {task: settings}, a YAML file of one, a .jsonl file, or `code`")
@@ -385,18 +382,6 @@ def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Sour
                 raise TaskError(f"{name} executes code ({EXECUTES_CODE[name]}): {allow}")
     limits = JudgeConfig(config.draw_timeout_s, config.score_timeout_s, config.verifier_strict)
     return tuple(task_source(level, limits) for level in given)
-
-
-def _read_levels(path: Path) -> Any:
-    """The tree of a YAML file. Raises ValueError where it cannot be read."""
-    import yaml
-
-    try:
-        return yaml.safe_load(read_text(path))
-    except RecursionError as error:
-        raise ValueError(f"levels {path} cannot be read: it is nested too deeply") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"levels {path} cannot be read: {reason_of(error)}") from error
 
 
 # --- questions for evaluation -----------------------------------------------------------------------------------------

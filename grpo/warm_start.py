@@ -26,20 +26,28 @@ from engine.system import Evaluator, Facts, Hooks, LoopConfig
 from enhanced.model import create_hrm_model_and_tokenizer
 from enhanced.tokenizer import reasoning_tokenizer
 from enhanced.training import EnhancedStepConfig, EnhancedTrainer, trained_format
+from grpo.levels import level_tasks
 from grpo.measure import Measured, measure
 from grpo.stages import HeldOut, Stage, StagesConfig, check_texts, hold_out, rewards_of, stages_of
 from grpo.worked_examples import ExampleData, ExamplesConfig
 from host import DEFAULT_HOST
 from options import Options, as_dict, part, read_resolved, rerun_text
+from own_tasks.record import changes, document_of, plugin_problems, read_record
 from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
 from suite.spec import spec_problems
+from tasks.plugins import Plugin, load_plugin
 from text_data.trained import trained_by
 from text_model import CausalTextModel
 
 
 def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """Everything wrong with a run of the planner/worker LM that can be found without building one, one line each."""
+    # A plugin adds tasks that the levels of a stage may name.
+    lines = plugin_problems(checkpoint, level_tasks(opts.stages), opts.plugin)
+    if lines:
+        return lines
+
     lines = stages_of(part(StagesConfig, opts))[1]
     lines += errors_of(reasoning_tokenizer, opts.tokenizer)
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
@@ -153,6 +161,7 @@ class EnhancedRun:
         self.opts = opts
         config = part(LoopConfig, opts, settings=rerun_text(opts), flags=as_dict(opts))
         self.machine = start_machine(config)
+        plugin = self._plugin(checkpoint)
         stages_config = part(StagesConfig, opts)
         self.stages, lines = stages_of(stages_config)
         if lines:
@@ -191,12 +200,21 @@ class EnhancedRun:
             self.machine.precision,
             self.format,
         )
+        self.trainer.more_documents = document_of(None, plugin)
 
         measuring = part(EvaluatorConfig, opts, measures_untrained=bool(next_stage))
         evaluator = StageEvaluator(measuring, self.data, self.model, self.trainer)
         hooks = FinishedHooks() if next_stage else Hooks()
         facts = self._facts(next_stage)
         self.loop = RunLoop(config, self.machine, self.data, self.trainer, evaluator, facts, hooks, checkpoint)
+
+    def _plugin(self, checkpoint: Path | None) -> Plugin | None:
+        """The plugin that is typed, whose tasks can be named from here on; says where it has changed."""
+        plugin = load_plugin(self.opts.plugin) if self.opts.plugin else None
+        if not self.opts.reset_progress:
+            for line in changes(read_record(checkpoint), None, plugin):
+                self.machine.say(line)
+        return plugin
 
     def _format(self, checkpoint: Path | None) -> PromptFormat:
         """How questions are shown: as in the checkpoint's training, since a template may write today's date."""

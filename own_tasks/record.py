@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoints import read_checkpoint
+from engine.machine import errors_of
 from own_tasks.task import OwnTask
-from tasks.plugins import Plugin
+from tasks.plugins import Plugin, load_plugin
 
 OWN_DATA = "own_data.json"
 
@@ -39,7 +40,15 @@ def read_record(checkpoint: Path | None) -> dict[str, Any]:
         return {}
 
 
-def missing_plugin(record: Mapping[str, Any], names: list[str], plugin: str | None) -> list[str]:
+def plugin_problems(checkpoint: Path | None, names: Sequence[str], plugin: str | None) -> list[str]:
+    """Why the tasks `names` cannot all be looked up, at most one line; loads the plugin where one is typed."""
+    lines = missing_plugin(read_record(checkpoint), names, plugin)
+    if plugin:
+        lines += errors_of(load_plugin, plugin)
+    return lines
+
+
+def missing_plugin(record: Mapping[str, Any], names: Sequence[str], plugin: str | None) -> list[str]:
     """One line where a task of the checkpoint's plugin is named and the plugin is not typed."""
     before = record.get("plugin")
     if not before or plugin:

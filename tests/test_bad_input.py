@@ -80,6 +80,10 @@ FLAGS = {
     "fp16 on a cpu": Case("--mixed_precision fp16", "needs CUDA"),
     "huge width": Case("--d_h 1048576 --n_heads 2", "million parameters, which need more than"),
     "hybrid's flag": Case("--h_cycles 2", "--h_cycles does nothing with --arch addon"),
+    "hybrid with a plugin": Case(
+        "--only --arch hybrid --dataset synthetic --plugin a.py",
+        "--plugin does nothing with --arch hybrid, only with addon and enhanced: leave it out", {"a.py": "1 / 0"},
+    ),
     "hybrid without data": Case("--only --arch hybrid", "--dataset"),
     "hybrid on nothing": Case("--only --arch hybrid --dataset nowhere", "nowhere"),
 }

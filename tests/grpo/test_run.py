@@ -25,6 +25,8 @@ from grpo.run import GrpoRun
 from grpo.stages import PUBLISHED
 from patience import HANG_S
 from sandbox.runner import confinement
+from tasks.plugins import LOADED, PLUGINS
+from tiny_rows import PLUGIN
 from tiny_runs import arguments, command, error_lines, newest, tensors
 
 ROOT = Path(options.__file__).parent
@@ -175,6 +177,98 @@ def test_a_damaged_file_of_a_stage_counts_as_missing(tmp_path, content):
     assert stage_loop.read_own(path) in (None, "a")
     path.write_text("3", encoding="utf-8")
     assert stage_loop.read_own(path) == 3
+
+
+# --- plugins ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plugin(tmp_path) -> Path:
+    """A file with the task `stage_doubles`, which says when it runs."""
+    forget_plugins()
+    path = tmp_path / "doubling.py"
+    path.write_text(PLUGIN + "TASKS = {'stage_doubles': (Doubles, Config)}\nprint('RAN')\n", encoding="utf-8")
+    return path
+
+
+def forget_plugins() -> None:
+    """As a new process: no plugin has run."""
+    PLUGINS.clear()
+    LOADED.clear()
+
+
+def level_file(folder: Path) -> str:
+    """A YAML file of levels that names the plugin's task."""
+    path = folder / "levels.yaml"
+    path.write_text("- stage_doubles: {top: 40}\n", encoding="utf-8")
+    return str(path)
+
+
+def test_the_planner_trains_on_a_plugin_s_task_and_runs_the_file_only_where_it_is_typed(
+    tmp_path, tiny_host, plugin, capsys
+):
+    stages = json.dumps({"format": {"size": 2, "epochs": 1, "levels": [{"stage_doubles": {"top": 40}}]}})
+    runs = tmp_path / "runs"
+    words = [*ENHANCED, "--tokenizer", str(tiny_host), "--stages", stages, "--save_dir", str(runs), "--run_name", "r"]
+    assert train.main([*words, "--plugin", str(plugin), "--checkpoint_limit", "0"]) == 0
+    assert "RAN" in capsys.readouterr().out
+
+    # The warm start's checkpoint and the stage's keep where it lies, and no file of flags does.
+    warm, last = (runs / "r" / "checkpoints" / name for name in ("step-00000002", "step-00000004"))
+    for checkpoint in (warm, last):
+        record = json.loads((checkpoint / "own_data.json").read_text(encoding="utf-8"))["plugin"]
+        assert (record["path"], record["tasks"]) == (str(plugin), ["stage_doubles"])
+        assert str(plugin) not in (checkpoint / "config.resolved.yaml").read_text(encoding="utf-8")
+
+    # Answering needs no task. By the checkpoint alone the file runs in no other call either.
+    forget_plugins()
+    assert generate.main(["--checkpoint", str(last), "--prompt", "Twice 3?", "--device", "cpu"]) == 0
+    assert "RAN" not in capsys.readouterr().out
+    evaluates = ["--resume", str(last), "--eval_only"]
+    for call in (evaluates, ["--resume", str(warm)], ["--resume", str(warm), "--objective", "ce"]):
+        assert train.main(call) == 2
+        said = capsys.readouterr()
+        (line,) = error_lines(said.err)
+        assert line == (f"task stage_doubles comes from a plugin, which runs only when it is typed: add --plugin "
+                        f"{plugin}")
+        assert "RAN" not in said.out
+
+    # Where it is typed the run goes on, and is told that the file is another.
+    plugin.write_text(plugin.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    for call in (evaluates, ["--resume", str(last)]):
+        forget_plugins()
+        assert train.main([*call, "--plugin", str(plugin)]) == 0
+        said = capsys.readouterr()
+        assert "RAN" in said.out and "--plugin doubling.py has changed since the checkpoint" in said.out + said.err
+
+
+def test_a_plugin_that_no_stage_needs_any_more_need_not_be_typed(tmp_path, tiny_host, plugin):
+    def stages(levels) -> list[str]:
+        return ["--stages", json.dumps({"format": {"size": 2, "epochs": 1, "levels": levels}})]
+
+    words = [*ENHANCED, "--objective", "ce", "--tokenizer", str(tiny_host), "--save_dir", str(tmp_path / "runs"),
+             "--run_name", "r"]
+    assert train.main([*words, *stages(level_file(tmp_path)), "--plugin", str(plugin)]) == 0
+    forget_plugins()
+    resumed = ["--resume", str(newest(tmp_path / "runs" / "r")), "--eval_only"]
+    assert train.main(resumed) == 2
+    assert train.main([*resumed, *stages([SUMS])]) == 0
+
+
+def test_a_stage_of_the_add_on_may_name_a_plugin_s_task(tmp_path, tiny_host, plugin, capsys):
+    runs = tmp_path / "runs"
+    assert train.main(arguments(tiny_host, runs, "--segments", "2", "--run_name", "deep")) == 0
+    stages = {"task": {"size": 2, "eval_n": 2, "levels": level_file(tmp_path), "rewards": {"verifier": 1}}}
+    words = ["--objective", "grpo", "--resume", str(runs / "deep"), "--num_generations", "2", "--grpo_batch_size", "2",
+             "--grpo_accum_steps", "1", "--max_completion_length", "4", "--stages", json.dumps(stages)]
+    assert train.main(words) == 2 and "unknown task 'stage_doubles'" in capsys.readouterr().err
+    assert train.main([*words, "--plugin", str(plugin)]) == 0 and "RAN" in capsys.readouterr().out
+
+    forget_plugins()
+    again = ["--objective", "grpo", "--resume", str(runs / "deep"), "--eval_only"]
+    assert train.main(again) == 2
+    said = capsys.readouterr()
+    assert error_lines(said.err)[0].endswith(f"add --plugin {plugin}") and "RAN" not in said.out
 
 
 @pytest.mark.slow
