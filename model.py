@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ from engine.batches import IGNORE, all_correct
 from engine.optimization import check_fit
 from engine.past_tokens import cached_tokens, position_arguments, run_decoder
 from engine.placement import ONE_DEVICE, SpreadConfig, device_of
-from engine.positions import last_column, last_state, relative_change, token_positions
+from engine.positions import last_column, last_state, token_positions
 from host import (
     add_lora,
     freeze,
@@ -49,6 +49,7 @@ from host import (
 )
 from hrm_blocks import Carry, Context, HRMCore, ShortConv, SinglePassCore, linear, rms_norm
 from injector import INJECTORS, Slots, Thought, VocabularyBias
+from thinking.segments import StopRule, first_slot, think_until
 
 ADDON_PREFIX = "model.addon."
 CORES = {"hrm": HRMCore, "mlp": SinglePassCore}  # by `HRMAddonConfig.adapter`
@@ -420,37 +421,6 @@ class HRMAddon(nn.Module):
         return x if self.conv is None else rms_norm(self.conv(x, mask))
 
 
-def first_slot(embed: Callable[[Tensor], Tensor], input_ids: Tensor, last: Tensor, prompt_mask: Tensor,
-               positions: Tensor) -> Slots:
-    """The last token of each prompt, T 1, whose state in `last` (B, N, D) predicts the answer's first token."""
-    hidden, ids, places = (last_state(part, prompt_mask)[:, None] for part in (last, input_ids, positions))
-    return Slots(hidden, embed(ids), places)
-
-
-def watched_in(place: str, injector: nn.Module, slots: Slots, thought: Thought) -> Tensor:
-    """What settles before an example stops, by `halt_settled_at`.
-
-    answer: (B, 1, D) that the injector writes at `slots`, T 1, from which the answer's first token is predicted.
-    prompt: z_high (B, S, d) with zeros at padding, which waits for all that the prompt sets going.
-    """
-    if place == "answer":
-        return injector(slots, thought)
-    return thought.z_high * thought.context.mask[..., None].to(thought.z_high.dtype)
-
-
-def best_halted(core: HRMCore, x: Tensor, context: Context, segments: int) -> tuple[Tensor, Tensor]:
-    """As `HRMBackbone.think`, all segments; each example answers from the (first) one of the highest halting score."""
-    carry = core(x, context, core.initial_carry(context.mask))
-    z_high = carry.z_high
-    score = core.halt_logits(carry.z_high, context.mask)
-    for _ in range(segments - 1):
-        carry = core(x, context, carry.detach())
-        logits = core.halt_logits(carry.z_high, context.mask)
-        z_high = torch.where((logits > score)[:, None, None], carry.z_high, z_high)
-        score = torch.maximum(score, logits)
-    return z_high.to(x.dtype), carry.steps
-
-
 class HRMBackbone(FrozenHostModel):
     """Host and add-on in one backbone whose last hidden state is already injected.
 
@@ -553,50 +523,17 @@ class HRMBackbone(FrozenHostModel):
         return self.advance(features, context, carry)
 
     def think(self, features: Tensor, context: Context, slots: Slots) -> tuple[Tensor, Tensor]:
-        """All segments of inference: (z_high (B, S, d), segments used (B,)); `slots` holds the last prompt token, T 1.
-
-        An example leaves the batch when its halting head says "right" (`use_act`, logit > 0)
-        or when a segment changed `watched_in` by a share less than `halt_settled`: more of it would change nothing.
-        """
+        """All segments of inference, as `think_until`; `slots` holds the last prompt token, T 1."""
         config = self.config
-        limit = (config.halt_max_segments if config.use_act else 0) or config.segments
-        core = self.addon.core
+        rule = StopRule(
+            most=(config.halt_max_segments if config.use_act else 0) or config.segments,
+            by_head=config.use_act,
+            best_of_all=config.eval_readout == "best_halt",
+            settled=config.halt_settled,
+            settled_at=config.halt_settled_at,
+        )
         x = self.addon.inputs(features, context.mask)
-        if config.use_act and config.eval_readout == "best_halt":
-            return best_halted(core, x, context, limit)
-
-        carry = core.initial_carry(context.mask)
-        z_high = torch.empty_like(x)
-        used = torch.zeros_like(carry.steps)
-        active = torch.arange(len(x), device=x.device)  # row in the batch of each example that still thinks
-        watched = None
-        for segment in range(limit):
-            carry = core(x, context, carry.detach())  # as in training, gradient stays within a segment
-
-            # Who answers from this segment?
-            done = torch.full_like(carry.halted, segment == limit - 1)
-            if config.use_act:
-                done |= core.halt_logits(carry.z_high, context.mask) > 0
-            if config.halt_settled:
-                earlier = watched
-                watched = watched_in(config.halt_settled_at, self.addon.injector, slots, Thought(carry.z_high, context))
-                if earlier is not None:
-                    done |= relative_change(earlier, watched) < config.halt_settled
-            if not bool(done.any()):
-                continue
-
-            # Their states are kept, and the batch shrinks to the others.
-            z_high[active[done]] = carry.z_high[done].to(x.dtype)
-            used[active[done]] = carry.steps[done]
-            active = active[~done]
-            if not len(active):
-                break
-            carry = carry.rows(~done)
-            x = x[~done]
-            context = context.rows(~done)
-            slots = slots.rows(~done)
-            watched = None if watched is None else watched[~done]
-        return z_high, used
+        return think_until(rule, self.addon.core, self.addon.injector, x, context, slots)
 
     def inject(self, slots: Slots, thought: Thought) -> tuple[Tensor, Tensor | None]:
         """(hidden states with z_H's bias (B, T, D), logit bias (B, T, V) or None); scale 0 skips the branch."""

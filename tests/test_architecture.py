@@ -27,6 +27,7 @@ ROWS = (
     ("suite", "verify"),
     ("hrm_blocks", "host", "reasoning_gym_wrapper"),
     ("injector", "batching", "own_tasks"),
+    ("thinking",),
     ("model", "evaluation"),
     ("text_model",),
     ("addon", "hybrid", "enhanced"),
