@@ -48,13 +48,19 @@ def functions_of(flags: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def refusal(text: str, flag: str) -> str | None:
-    """One line where a function must be typed before it is imported, else None. `flag` says what names it."""
+def refusal(text: str, flag: str, typed: str = "--trust_functions ") -> str | None:
+    """One line where a function must be typed before it is imported, else None.
+
+    Args:
+        text: the function.
+        flag: what names it.
+        typed: what the command's user types before the function.
+    """
     if text in _typed or (text, _place(text)) in _remembered():
         return None
     module = text.partition(":")[0]
     return (f"{flag} {text} is named by a file or a checkpoint, and importing {module} runs its Python: read it, then "
-            f"type --trust_functions {text}")
+            f"type {typed}{text}")
 
 
 def remember(text: str) -> None:

@@ -318,9 +318,9 @@ def _from_a_file(where: str, flags: Mapping[str, Any]) -> list[str]:
     lines = [f"{where}: {name} runs foreign code and belongs on the command line only: leave it out and type "
              f"--set {name}=..." for name in typed_alone(flags)]
     for function in functions_of(flags):
-        line = refusal(function, where)
+        line = refusal(function, where, typed="--set trust_functions=")
         if line:
-            lines.append(line.replace("--trust_functions ", "--set trust_functions="))
+            lines.append(line)
     return lines
 
 

@@ -103,7 +103,10 @@ def test_what_was_typed_counts_for_the_module_that_lay_there(theirs, tmp_path, m
     verifier_of("their_judge:near")
     forget()
     assert refusal("their_judge:near", "--verifier") is None
-    assert "--trust_functions their_judge:short" in refusal("their_judge:short", "--verifier")
+    assert refusal("their_judge:short", "--verifier").endswith("then type --trust_functions their_judge:short")
+    told = refusal("their_judge:short", "arm --trust_functions a", typed="--set trust_functions=")
+    assert told.startswith("arm --trust_functions a their_judge:short is named by a file")
+    assert told.endswith("then type --set trust_functions=their_judge:short")
 
     # A module of that name in another folder is another module.
     other = tmp_path / "other"
