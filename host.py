@@ -139,6 +139,11 @@ def load_config(name: str, trust_remote_code: bool = False, revision: str | None
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a family's code raises at a file that it does not expect
+        if "trust_remote_code=True" in str(error):
+            raise HostError(
+                f"--model_name {name}: it brings its own Python code, which runs only where that is typed: read it, "
+                "then add --trust_remote_code"
+            ) from error
         if not local:
             raise _no_host(name, error) from error
         raise HostError(

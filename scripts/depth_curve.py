@@ -105,7 +105,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--plugin", help="the Python file of tasks that the run was trained with; it runs only when "
                         "typed")
-    parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
     parser.add_argument("--trust_functions", default="", help="as in train.py: verifiers of your own that the "
                         "checkpoint names")
     parser.add_argument("--allow_code_tasks", action="store_true", help="as in train.py, typed in each call")

@@ -45,6 +45,7 @@ class Source:
     format: how questions are put, as in training.
     opts: the flags of the run.
     merged: the LLM's weights go into the folder.
+    has_host_code: the LLM's own class is Python code that comes with it.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Source:
     format: PromptFormat
     opts: options.Options
     merged: bool
+    has_host_code: bool = False
 
     @property
     def adapter(self) -> str:
@@ -202,15 +204,17 @@ def usage_code(source: Source, place: str = "FOLDER") -> str:
     """Python that answers a question with the exported folder, in the frame of training."""
     frame = source.format.frame
     arguments = [repr(place)]
-    if source.has_code:
+    if source.has_code or source.has_host_code:
         arguments.append("trust_remote_code=True")
-    elif source.record["load_in"] != "none":
-        arguments.append(f"quantization_config=BitsAndBytesConfig({quantised(source.record['load_in'])})")
-    elif source.record.get("host_dtype") in DTYPES:
-        arguments.append(f"dtype={DTYPES[source.record['host_dtype']]!r}")
+
+    # The folder's own Python file holds the LLM as in training; elsewhere the caller says how.
     names = ["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig"]
-    if not source.has_code and source.record["load_in"] != "none":
+    is_packed = source.record["load_in"] != "none"
+    if is_packed and not source.has_code:
+        arguments.append(f"quantization_config=BitsAndBytesConfig({quantised(source.record['load_in'])})")
         names.append("BitsAndBytesConfig")
+    elif source.record.get("host_dtype") in DTYPES and not source.has_code:
+        arguments.append(f"dtype={DTYPES[source.record['host_dtype']]!r}")
 
     lines = [
         f"from transformers import {', '.join(sorted(names))}",
@@ -250,6 +254,8 @@ def _usage(source: Source) -> str:
     lines = ["## Use it", "", f"Needs {', '.join(libraries(source))}.", "", "```python", usage_code(source), "```"]
     if source.has_code:
         lines += ["", "`trust_remote_code=True` runs the Python file of this folder: read it first."]
+    elif source.has_host_code:
+        lines += ["", "`trust_remote_code=True` runs the Python code that comes with the LLM: read it first."]
     lines += ["", "The prompt must have this frame: the add-on was trained in no other."]
     sentinel = source.record["prompt"].get("sentinel")
     if sentinel:

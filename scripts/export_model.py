@@ -38,7 +38,7 @@ from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: 
 from engine.machine import pick_device  # noqa: E402
 from evaluation import Decoding  # noqa: E402
 from export_card import Source, card_text  # noqa: E402
-from host import end_ids, load_tokenizer, resolve_name  # noqa: E402
+from host import end_ids, load_config, load_tokenizer, resolve_name  # noqa: E402
 from script_tools import ScriptParser, add_spread_flags, run_script, spread_of  # noqa: E402
 from single_file import single_file  # noqa: E402
 
@@ -68,6 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="--push makes a repository that only you see")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add_spread_flags(parser)
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with a hub model")
     args = parser.parse_args(argv)
 
     if args.to.exists() and (not args.to.is_dir() or any(args.to.iterdir())):
@@ -105,6 +106,11 @@ def refuse(record: Mapping[str, Any], args: argparse.Namespace, folder: Path) ->
         )
 
 
+def brings_code(config: Any) -> bool:
+    """Whether an LLM's class comes as Python code with it, which `--trust_remote_code` lets run."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
 def load(args: argparse.Namespace) -> Source:
     """What the command line names.
 
@@ -118,8 +124,18 @@ def load(args: argparse.Namespace) -> Source:
                          "needs an export)")
     refuse(record_of(documents), args, folder)
 
-    model, record = load_controller(folder, pick_device(args.device), spread=spread_of(args))
-    tokenizer = load_tokenizer(record["base_model_name_or_path"], revision=record.get("base_revision"))
+    record = record_of(documents)
+    place = record["base_model_name_or_path"], args.trust_remote_code, record.get("base_revision")
+    has_host_code = args.trust_remote_code and brings_code(load_config(*place))
+    if has_host_code and adapter_of(record) in KINDS:
+        raise ValueError(
+            f"{record['base_model_name_or_path']} brings its own Python code, and an exported folder of --adapter "
+            f"{adapter_of(record)} reads only LLMs of transformers itself: hand on the checkpoint, for generate.py "
+            "--trust_remote_code; --adapter lora can be exported"
+        )
+
+    model, record = load_controller(folder, pick_device(args.device), args.trust_remote_code, spread_of(args))
+    tokenizer = load_tokenizer(*place)
     rows = model.host.get_input_embeddings().weight.shape[0]
     prompt, note = saved_format(record, tokenizer, rows)
     if note:
@@ -127,7 +143,7 @@ def load(args: argparse.Namespace) -> Source:
     saved = options.read_resolved(documents["config.resolved.yaml"])
     flags = {flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS}
     run = folder.parent.parent if folder.parent.name == FOLDER else folder
-    return Source(folder, run, model, record, prompt, options.Options(**flags), args.merge_host)
+    return Source(folder, run, model, record, prompt, options.Options(**flags), args.merge_host, has_host_code)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

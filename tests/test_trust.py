@@ -152,7 +152,7 @@ def test_the_code_of_a_model_folder_does_not_run(tiny_host, tmp_path, capsys):
     mark = tmp_path / "it ran"
     (host / "theirs.py").write_text(f"open({str(mark)!r}, 'w').close()\n", encoding="utf-8")
     assert train.main(arguments(host, tmp_path / "runs")) == 2
-    assert "--model_name" in capsys.readouterr().err and not mark.exists()
+    assert capsys.readouterr().err.strip().endswith("read it, then add --trust_remote_code") and not mark.exists()
 
 
 # --- names cannot leave their folder ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,59 @@ def test_mistakes_are_told_before_anything_is_written(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export_model.main([str(runs["hrm"]), "--to", str(tmp_path / "full")])
     assert "exists already" in capsys.readouterr().err
+
+
+THEIRS = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class TheirConfig(LlamaConfig):
+    model_type = "theirs"
+
+class TheirLm(LlamaForCausalLM):
+    config_class = TheirConfig
+"""
+
+
+@pytest.fixture
+def their_host(tiny_host, tmp_path) -> Path:
+    """The tiny LLM as a folder whose classes are code that lies beside its weights."""
+    host = tmp_path / "theirs"
+    shutil.copytree(tiny_host, host)
+    config = json.loads((host / "config.json").read_text(encoding="utf-8"))
+    classes = {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.TheirLm"}
+    config |= {"model_type": "theirs", "architectures": ["TheirLm"], "auto_map": classes}
+    (host / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (host / "theirs.py").write_text(THEIRS, encoding="utf-8")
+    return host
+
+
+def test_an_llm_with_code_of_its_own_is_exported_only_where_it_is_trusted(their_host, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("engine.loop.draw_curve", lambda *anything: None)
+    lora, hrm = tmp_path / "runs" / "lora", tmp_path / "runs" / "hrm"
+    for run in (lora, hrm):
+        words = arguments(their_host, tmp_path / "runs", *TRAINED, *RUNS[run.name], "--run_name", run.name)
+        assert train.main([*words, "--trust_remote_code"]) == 0
+
+    to = tmp_path / "exported"
+    assert "add --trust_remote_code" in error_of(str(lora), "--to", str(to))
+    refused = error_of(str(hrm), "--to", str(to), "--trust_remote_code")
+    assert "brings its own Python code" in refused and not to.exists()
+
+    # peft's folder names the LLM, a merged one holds its code as well; the card says what both need.
+    assert export_model.main([str(lora), "--to", str(to), "--device", "cpu", "--trust_remote_code"]) == 0
+    whole = tmp_path / "whole"
+    merge = ["--merge_host", "--trust_remote_code", "--device", "cpu"]
+    assert export_model.main([str(lora), "--to", str(whole), *merge]) == 0
+    assert (whole / "theirs.py").is_file()
+    ids = random_ids(1, 7)
+    with torch.no_grad():
+        own = load_controller(newest(lora), trust_remote_code=True)[0](ids, prompt_mask=torch.ones_like(ids)).logits
+        for folder in (to, whole):
+            theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+            torch.testing.assert_close(theirs(ids).logits, own, atol=1e-3, rtol=1e-4)
+            assert "trust_remote_code=True" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_failure_leaves_nothing_behind(runs, tmp_path, monkeypatch):
