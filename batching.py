@@ -71,6 +71,11 @@ def needed_segments(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([steps_of(example.entry) or NO_LIMIT for example in examples])
 
 
+def hardest(examples: Sequence[Example]) -> int:
+    """The most steps that one of the items needs, of those that say it; NO_LIMIT where none does."""
+    return max((steps for example in examples if (steps := steps_of(example.entry))), default=NO_LIMIT)
+
+
 @dataclass(frozen=True)
 class PromptConfig:
     """How questions are shown to the LLM and its answers are read; each field is the flag of its name.

@@ -28,7 +28,7 @@ from addon.adapters import (
 )
 from addon.peft_files import own_names
 from addon.retain import Retained, bare_log_probs, divergence
-from batching import Batch, PromptConfig, needed_segments
+from batching import Batch, PromptConfig, hardest, needed_segments
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, MicroLoss, OptimConfig, build_optimizers
@@ -263,7 +263,7 @@ class Trainer(BaseTrainer):
         """How many segments batch `step` has, alike on all ranks."""
         needed = 1
         if self.config.segments_sampling in ("steps", "item"):
-            own = max(int(needed_segments(batch.examples).max()) for batch in batches)
+            own = max(hardest(batch.examples) for batch in batches)
             needed = int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
         return segments_of_step(self.config, step, self.progress, needed)
 

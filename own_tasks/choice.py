@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from own_tasks.task import OwnTask
 from reasoning_gym_wrapper import Task, TaskError, make_tasks
 from tasks.limits import USUAL, JudgeConfig
 from tasks.steps import steps_of
+
+FIRST_ITEMS = 20  # of a task, that stand for the others
 
 
 def own_task(own: OwnDataConfig, limits: JudgeConfig = USUAL) -> OwnTask:
@@ -70,11 +73,11 @@ def steps_problems(
     names: Sequence[str], config_text: str, own: OwnDataConfig, limits: JudgeConfig = USUAL
 ) -> list[str]:
     """One line where segments are to follow from an item's steps, and some task does not say them."""
-    # The first item stands for its task: they say it all or never.
+    # The first items stand for their task: most say it or none, a grid without a solution does not.
     without = []
     for task in tasks_with_own(names, config_text, own, limits):
-        _, example = next(task.items(0))
-        if steps_of(example.entry) is None:
+        first = itertools.islice(task.items(0), FIRST_ITEMS)
+        if all(steps_of(example.entry) is None for _, example in first):
             without.append(task.name)
 
     if not without:

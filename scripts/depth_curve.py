@@ -16,7 +16,8 @@ expected calibration error. A run with `--segments_sampling item` gets the reado
 segments as it needs steps, at most the largest number asked for.
 
 Difficulty groups items by a whole number that the task itself gives each item (`num_terms`, `num_empty`), the first
-that varies and takes at most 12 values; without one, by quartiles of the prompt's tokens. The `change` columns hold the
+that varies and takes at most 12 values; without one, by quartiles of the prompt's tokens. `--difficulty steps` groups
+by the steps that an item needs, where its task says them. The `change` columns hold the
 mean over items of ||z_k - z_(k-1)|| / ||z_k||, norms over the whole prompt: a recurrence that settles goes to 0.
 `answer_change` is the same of what `--halt_settled` looks at.
 
@@ -48,7 +49,7 @@ from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_o
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon.streams import beyond_reserve  # noqa: E402
 from addon_run import chosen_tasks, task_config, task_names  # noqa: E402
-from batching import PromptConfig, PromptFormat  # noqa: E402
+from batching import PromptConfig, PromptFormat, hardest  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from depth_measures import (  # noqa: E402
     Loaded,
@@ -57,6 +58,7 @@ from depth_measures import (  # noqa: E402
     answers_at,
     difficulties,
     groups,
+    places_by_task,
     rows_of,
     trajectory,
 )
@@ -94,7 +96,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task_config", default="", help="with --steps: fields of the tasks in place of the run's, as "
                         "train.py takes them, to measure items of another shape")
     parser.add_argument("--eval_n", type=int, default=0, help="items of each task (default: as in the run)")
-    parser.add_argument("--difficulty", default="auto", help="auto, length, or a name in the items' metadata")
+    parser.add_argument("--difficulty", default="auto", help="auto, steps, length, or a name in the items' metadata")
     parser.add_argument("--halt_settled", type=float, default=0.0, help="share of change under which an example stops")
     parser.add_argument("--halt_settled_at", choices=("answer", "prompt"), help="default: as in the run")
     parser.add_argument("--output", type=Path, help="folder (default: depth/ in the run's folder, with "
@@ -179,6 +181,8 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
         print(note, file=sys.stderr)
 
     examples, trained = held_out(opts, args, prompt, documents)
+    if args.difficulty == "steps" and not args.steps:
+        trained = most_steps(examples)
     decoding = Decoding(
         opts.decode_temperature,
         opts.decode_top_p,
@@ -256,6 +260,12 @@ def held_out(
         if taken[example.task] <= n:
             kept.append(example)
     return kept, trained
+
+
+def most_steps(examples: list[Example]) -> dict[str, int]:
+    """Task -> the most steps that one of its items needs: items like those of training are not beyond it."""
+    places = places_by_task(examples)
+    return {task: hardest([examples[place] for place in own]) for task, own in places.items()}
 
 
 def warn_of_unknown(args: argparse.Namespace, opts: options.Options, trained: dict[str, int]) -> None:

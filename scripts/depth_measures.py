@@ -24,6 +24,7 @@ from evaluation import OVERALL, Answer, Decoding, answer  # noqa: E402
 from injector import Thought  # noqa: E402
 from model import AdapterController, HRMController  # noqa: E402
 from reasoning_gym_wrapper import Example  # noqa: E402
+from tasks.steps import steps_of  # noqa: E402
 
 ALL = "all"  # every difficulty
 QUANTILES = 4  # groups of prompt length
@@ -70,8 +71,8 @@ class Loaded:
 def difficulties(examples: Sequence[Example], prompt: PromptFormat, key: str) -> list[str]:
     """The difficulty group of each item, a label; tasks are grouped each by itself.
 
-    `key` is a name in the items' metadata, `length` (quartiles of the prompt's tokens), or `auto`: what
-    `own_difficulty` finds, else length.
+    `key` is a name in the items' metadata, `steps` (what an item needs, where its task says it), `length` (quartiles of
+    the prompt's tokens), or `auto`: what `own_difficulty` finds, else length.
 
     Raises:
         ValueError: no item of a task has the metadata `key`.
@@ -100,6 +101,10 @@ def _labels(examples: Sequence[Example], prompt: PromptFormat, key: str) -> list
         name = own_difficulty(metadata)
     elif key == "length":
         name = None
+    elif key == "steps":
+        needed = [steps_of(example.entry) for example in examples]
+        if any(needed):
+            return [f"steps {steps or 'unknown'}" for steps in needed]
     if name is not None and any(name in entry for entry in metadata):
         return [f"{name} {entry.get(name, 'unknown')}" for entry in metadata]
 
@@ -107,7 +112,7 @@ def _labels(examples: Sequence[Example], prompt: PromptFormat, key: str) -> list
     if key not in ("auto", "length"):
         names = sorted(name for name, value in metadata[0].items() if isinstance(value, int | str))
         raise ValueError(
-            f"items of {examples[0].task} have no {key!r}: --difficulty takes auto, length or one of "
+            f"items of {examples[0].task} have no {key!r}: --difficulty takes auto, steps, length or one of "
             f"{', '.join(names)}"
         )
 

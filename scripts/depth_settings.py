@@ -34,7 +34,7 @@ class Setting:
     prompt_tokens: the longest prompt's.
     answer_tokens: the median answer's, with the token that ends it.
     chance: what the best constant answer solves, 0 to 1; of several tasks the highest.
-    steps: the fewest and the most steps that an item needs; None where its task does not say.
+    steps: the fewest and the most steps that an item needs, of those that say it; None where none does.
     """
 
     trained: str
@@ -79,7 +79,7 @@ def _setting(trained: str, opts: argparse.Namespace) -> Setting:
     prompts = prompt.prompts([example.question for example in examples])
     answers = prompt.targets([example.target for example in examples])
 
-    needed = [steps_of(example.entry) for example in examples]
+    needed = [steps for example in examples if (steps := steps_of(example.entry))]
     chances = task_chances(examples)
     return Setting(
         trained=trained,
@@ -87,5 +87,5 @@ def _setting(trained: str, opts: argparse.Namespace) -> Setting:
         prompt_tokens=max(map(len, prompts)),
         answer_tokens=round(statistics.median(map(len, answers))),
         chance=max(chance.rate for chance in chances.values()),
-        steps=None if None in needed else (min(needed), max(needed)),
+        steps=(min(needed), max(needed)) if needed else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import json
 import random
 import sys
@@ -22,9 +23,10 @@ import train
 from addon import halting
 from addon.halting import HaltingAlarm, collapse, evaluation_collapse
 from calibration import calibration_error, reliability
-from depth_measures import MOST_GROUPS, QUANTILES, length_labels, own_difficulty
+from depth_measures import MOST_GROUPS, QUANTILES, difficulties, length_labels, own_difficulty
 from engine.positions import last_column, relative_change
 from injector import Slots
+from reasoning_gym_wrapper import Task
 from tasks.plugins import LOADED, PLUGINS
 from text_data.trained import TrainedQuestions, trained_by
 from tiny_rows import PLUGIN
@@ -198,6 +200,33 @@ def test_a_detached_halting_head_reads_z_without_reshaping_it(tiny_host, detach)
     assert float(core.halt.weight.grad.abs().max()) > 0
     touched = any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in core.h_block.parameters())
     assert touched != detach
+
+
+def test_items_are_grouped_by_the_steps_that_they_need():
+    items = Task("rotten_oranges", {"min_n": 3, "max_n": 3}).items(0)
+    examples = [example for _, example in itertools.islice(items, 40)]
+    answers = [int(example.target) for example in examples]
+    assert min(answers) == -1 and max(answers) >= 3
+    labels = difficulties(examples, None, "steps")
+    assert labels == [f"steps {'unknown' if answer < 0 else max(answer, 1)}" for answer in answers]
+
+    # A task that says no steps takes none of its names for them.
+    sums = [example for _, example in itertools.islice(Task("chain_sum", {}).items(0), 3)]
+    with pytest.raises(ValueError, match="items of chain_sum have no 'steps'"):
+        difficulties(sums, None, "steps")
+
+
+def test_a_curve_over_the_steps_of_a_real_task_has_a_column_of_them(tiny_host, tmp_path):
+    grids = ("--task=rotten_oranges", "--task_config", '{"min_n": 2, "max_n": 3}', "--eval_n=12", "--max_steps=1")
+    assert train.main(arguments(tiny_host, tmp_path, *grids)) == 0
+    run = only_run(tmp_path)
+    assert script.main([str(newest(run)), "--segments", "1", "--num_threads", "1", "--difficulty", "steps"]) == 0
+    with open(run / "depth" / "depth.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    known = [row for row in rows if row["difficulty"] not in ("all", "steps unknown")]
+    assert known and all(row["difficulty"] == f"steps {row['steps']}" for row in known)
+    assert {row["beyond_training"] for row in known} == {"0"}
+    assert sum(int(row["n"]) for row in rows if row["difficulty"] != "all") == 12
 
 
 READOUTS = ("last", "on", "best_halt", "settled")

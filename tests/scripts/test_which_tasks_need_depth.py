@@ -17,6 +17,7 @@ from ablation_results import ArmResult
 from depth_settings import Setting, settings_of
 from depth_verdicts import Comparison, comparisons, markdown, rows_of, segments_of, verdict
 from engine.intervals import Interval, mean_interval
+from tasks.plugins import load_plugin
 from tiny_rows import PLUGIN, sums, write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -84,6 +85,14 @@ def test_the_shipped_grid_of_two_layers_compares_arms_of_equal_parameters():
     # The single pass has one layer in L and one in H, the loop two in L.
     assert grid.arms["single_pass"]["h_layers"] + 1 == grid.arms["hrm_n"]["l_layers"] == 2
     assert grid.arms["hrm_n"]["h_layers"] == 0
+
+
+def test_the_shipped_grid_of_bare_grids_compares_arms_of_equal_parameters_and_examples():
+    load_plugin(str(ROOT / "examples" / "bare_grids.py"))
+    grid = read_grid(ROOT / "configs" / "depth" / "bare_grids.yaml")
+    assert segments_of(grid) == {"single_pass": 0, "hrm_2x4": 4} and len(grid.seeds) == 3
+    assert grid.arms["single_pass"]["h_layers"] + 1 == grid.arms["hrm_2x4"]["l_layers"] == 2
+    assert grid.arms["hrm_2x4"]["h_layers"] == 0
 
 
 def test_each_difficulty_is_a_run_of_its_own_with_its_own_settings(tmp_path):
