@@ -6,17 +6,15 @@ padding: no pad ever stands between a prompt and its answer. Shapes: B batch, S 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.batches import IGNORE, Padding, token_batches
+from engine.batches import IGNORE
 from engine.decoding import answer_length
-from engine.stopping import drawn
 from reasoning_gym_wrapper import Example
 from tasks.steps import steps_of
 from text_data.frames import PLAIN_CUE as PLAIN_CUE
@@ -197,6 +195,8 @@ class PromptFormat:
         Raises:
             ValueError: as `check_ids`.
         """
+        if not questions:  # a process may have no question of an evaluation; tokenizers fail there
+            return []
         questions = [question.strip() for question in questions]
         texts = [self.prefix + question + self.suffix for question in questions]
         ids = self.tokenizer(texts, add_special_tokens=not self.chat, return_attention_mask=False)["input_ids"]
@@ -298,133 +298,7 @@ class PromptFormat:
         return Batch(prompt_ids, prompt_mask, target_ids, labels, list(examples))
 
 
-# --- batches of them --------------------------------------------------------------------------------------------------
-
-
-TOKEN_WINDOW = 16  # batches of `size` examples whose items are drawn together for token batches, or more
-
-
-class TrainBatches:
-    """Endless training batches of `size` examples per rank, grouped by length so that little is spent on padding.
-
-    `window` batches are drawn together, sorted by prompt length, cut into batches and put in random order; every rank
-    draws the same items and keeps its share. The position is a small JSON-able state. With `tokens` a batch has as many
-    examples as `token_batches` puts into so many tokens, in place of `size`: then `parts` gives it.
-
-    Raises (from `next`):
-        ValueError: with `overlong="error"`, an example longer than the format's max_seq_len.
-    """
-
-    def __init__(
-        self,
-        stream: Any,
-        prompt_format: PromptFormat,
-        size: int,
-        window: int = 1,
-        seed: int = 0,
-        overlong: str = "error",
-        rank: int = 0,
-        world: int = 1,
-        tokens: int = 0,
-    ):
-        self.stream = stream
-        self.format = prompt_format
-        self.size = size
-        self.window = max(window, TOKEN_WINDOW) if tokens else window
-        self.tokens = tokens
-        self.seed = seed
-        self.overlong = overlong
-        self.rank = rank
-        self.world = world
-
-        # The position: where the stream stood when the window was drawn, the window's number, the next batch in it.
-        self._start = stream.state_dict()
-        self._windows = -1
-        self._place = 0
-        self._batches: list[list[list[Example]]] = []  # each of one or more parts
-        self.padding = Padding()
-
-    def __iter__(self) -> TrainBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        (batch,) = self.parts()
-        return batch
-
-    def parts(self) -> list[Batch]:
-        """The next batch, with `tokens` in one or more parts of like length, else in one."""
-        if self._place >= len(self._batches):
-            self._open()
-        self._place += 1
-
-        parts = [self.format.batch(part[self.rank :: self.world]) for part in self._batches[self._place - 1]]
-        self.padding.add(sum(part.tokens for part in parts), sum(part.columns for part in parts))
-        return parts
-
-    @property
-    def latest(self) -> list[Example]:
-        """The items of the newest batch, of all ranks."""
-        return [example for part in self._batches[self._place - 1] for example in part]
-
-    def _open(self) -> None:
-        """Draws the next window."""
-        self._start = self.stream.state_dict()
-        self._windows += 1
-        self._place = 0
-        self._batches = []
-        per_batch = self.size * self.world
-        examples: list[Example] = []
-        while len(examples) < per_batch * self.window:
-            examples += self._fitting(drawn(self.stream, per_batch * self.window - len(examples)))
-
-        # Batches of similar prompt length, in random order, so that lengths do not follow each other in training.
-        if self.tokens:
-            prompts = self.format.prompt_lengths(examples)
-            whole = self.format.lengths(examples)
-            targets = [length - prompt for length, prompt in zip(whole, prompts, strict=True)]
-            cut = token_batches(prompts, targets, self.tokens, self.world)
-            for batch in cut:
-                self._batches.append([[examples[index] for index in part] for part in batch])
-        elif self.window > 1:
-            lengths = self.format.prompt_lengths(examples)
-            examples = [examples[index] for index in sorted(range(len(examples)), key=lengths.__getitem__)]
-        if not self.tokens:
-            self._batches = [[examples[start : start + per_batch]] for start in range(0, len(examples), per_batch)]
-        random.Random(f"{self.seed}/{self._windows}").shuffle(self._batches)
-
-    def _fitting(self, drawn: list[Example]) -> list[Example]:
-        """Those of the drawn examples that have at most max_seq_len tokens."""
-        limit = self.format.max_seq_len
-        lengths = self.format.lengths(drawn)
-        if self.overlong == "error" and max(lengths) > limit:
-            raise ValueError(
-                f"a training example of {max(lengths)} tokens is longer than --max_seq_len {limit}: raise it, or leave "
-                "such items out with --overlong drop"
-            )
-        return [example for example, length in zip(drawn, lengths, strict=True) if length <= limit]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position, JSON-able."""
-        state = {"stream": self._start, "windows": self._windows, "place": self._place}
-        if self.tokens:
-            state["padding"] = asdict(self.padding)
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `state_dict` returned."""
-        self.padding = Padding(**state.get("padding", {}))
-        self.stream.load_state_dict(state["stream"])
-        self._start = state["stream"]
-        self._windows = state["windows"]
-        self._place = state["place"]
-
-        # Draw the window again, also where it is used up: the stream must stand behind it.
-        self._batches = []
-        if self._windows >= 0:
-            place = self._place
-            self._windows -= 1
-            self._open()
-            self._place = place
+# --- padding ----------------------------------------------------------------------------------------------------------
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:

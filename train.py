@@ -1,7 +1,7 @@
 """Train an HRM, as an add-on on a frozen LLM or as a model of its own, and measure it: `python train.py --help`.
 
-Exit status: 0 done, 2 the user's mistake (one line a problem), 3 loss or gradient is not a number, 130 and 143 stopped
-by Ctrl-C or SIGTERM; while it trains, with everything saved.
+Exit status: 0 done, 2 the user's mistake (one line a problem), 3 loss or gradient is not a number, 4 another process of
+the run has died, 130 and 143 stopped by Ctrl-C or SIGTERM; while it trains, with everything saved.
 """
 
 from __future__ import annotations
@@ -32,9 +32,23 @@ MORE = """These are the common flags. To see the rest, with the legal values of 
 MEMORY = "memory has run out: choose smaller sizes, a smaller --batch_size or --eval_batch_size; what was saved stays"
 
 
+ORDERLY = (0, 3, 130, 143)  # exit statuses that all processes of a run have together
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     wait_passively()
+    status = None
+    try:
+        status = command(argv)
+        return status
+    finally:
+        if "engine.watch" in sys.modules:  # where torch was needed at all
+            sys.modules["engine.watch"].leave_watch(failed=status not in ORDERLY)
+
+
+def command(argv: list[str] | None) -> int:
+    """What `main` does, with the user's mistakes told."""
     try:
         given = options.read(argv)
         if given.help is not None:
@@ -58,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         return complain([str(error)])
     except (MemoryError, RuntimeError) as error:
         from engine.memory import lacks_memory
+        from engine.watch import explain_failed_exchange
 
+        explain_failed_exchange(error)
         if os.environ.get("HRM_TRACEBACK") or not lacks_memory(error):
             raise
         return complain([f"{MEMORY} ({error})" if str(error) else MEMORY])

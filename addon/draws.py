@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from accelerate.utils import gather_object
 
@@ -20,6 +21,8 @@ from engine.system import LoopConfig
 from flags import FIND
 from reasoning_gym_wrapper import Task
 from text_data.trained import TrainedQuestions, trained_by
+
+Drawn = TypeVar("Drawn")
 
 QUIET_S = 15.0  # seconds of drawing before the first line about it, and from one line to the next
 DECIDES = (
@@ -130,6 +133,24 @@ def agreed(hold_out: Callable[[], None], machine: Machine, data: Any) -> None:
         data.draws = Draws.of(document, repeats=True)
         hold_out()
     data.draws.repeats = False
+
+
+def drawn_alike(
+    draw: Callable[[], Drawn], tasks: Sequence[Task], machine: Machine, draws: Draws | None = None
+) -> Drawn:
+    """What `draw()` returns, which draws items of `tasks`: the same in every process, whatever their clocks say.
+
+    `draws` is what is known of earlier draws.
+    """
+    holder = SimpleNamespace(draws=draws or Draws())
+    found: list[Drawn] = []
+
+    def draw_once() -> None:
+        with holder.draws.clock(tasks):
+            found.append(draw())
+
+    agreed(draw_once, machine, holder)
+    return found[-1]
 
 
 class DrawProgress:

@@ -10,7 +10,8 @@ from typing import Any
 from addon.curriculum import ENOUGH, Curriculum, CurriculumConfig
 from addon.draws import DrawProgress, Draws, agreed
 from addon.streams import EpochStream, TrainStream, training_examples
-from batching import Batch, PromptFormat, TrainBatches
+from addon.train_batches import TrainBatches
+from batching import Batch, PromptFormat
 from engine.machine import Machine
 from engine.progress import clock_text
 from evaluation import answer_budget

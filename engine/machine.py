@@ -13,12 +13,14 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from engine.checkpoints import FOLDER, disk_check
 from engine.hardware import multiplies_bf16
 from engine.ownership import check_free
 from engine.tables import check_csv
 from engine.trackers import check_trackers
+from engine.watch import start_watch
 from flags import names
 
 # What accelerate is told by ACCELERATE_USE_NAME; the variables are set by `accelerate launch`.
@@ -42,6 +44,7 @@ class MachineConfig:
     reset_progress: True begins a new run from the weights of a checkpoint.
     dry_run: True writes nothing.
     eval_only: True evaluates a checkpoint, beside a process that trains it as well.
+    ddp_timeout_s: seconds without a sign of life after which a process counts as dead; 0 = nobody watches.
     """
 
     device: str = "auto"
@@ -55,6 +58,7 @@ class MachineConfig:
     reset_progress: bool = False
     dry_run: bool = False
     eval_only: bool = False
+    ddp_timeout_s: float = 45.0
 
 
 def pick_device(name: str) -> str:
@@ -172,6 +176,16 @@ class Machine:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.device), "sum"))
 
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    def of_main(self, read: Callable[[], Any]) -> Any:
+        """What `read()` returns in the main process, alike in all; it travels as a pickle between them."""
+        if self.world == 1:
+            return read()
+        return gather_object([read() if self.is_main else None])[0]
+
     def mean_of_processes(self, value: float) -> float:
         """The mean of every process's `value`, alike on all."""
         return float(self.accelerator.reduce(torch.tensor(value, device=self.device), "mean"))
@@ -191,7 +205,11 @@ def start_machine(config: MachineConfig, handlers: Sequence[Any] = ()) -> Machin
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=list(handlers))
-    return Machine(accelerator, pick_precision(config.mixed_precision, device))
+    machine = Machine(accelerator, pick_precision(config.mixed_precision, device))
+
+    # One that dies must not leave the others waiting.
+    start_watch(machine, config.ddp_timeout_s)
+    return machine
 
 
 def peak_memory(device: torch.device) -> int:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from batching import PromptFormat
 from engine.batches import by_length
 from engine.intervals import wilson
+from engine.machine import Machine
 from engine.placement import device_of
 from engine.report import Report, metric_row, percent, prediction_line, text_table
 from enhanced.config import CycleMeter
@@ -206,6 +208,14 @@ def completions(
 
     Returns (texts, their tokens, whether each ended by itself, mean cycles or segments).
     """
+    texts, lengths, finished, (used, count) = _completions(model, prompt_format, questions, longest, batch_size)
+    return texts, lengths, finished, used / count if count else None
+
+
+def _completions(
+    model: Any, prompt_format: PromptFormat, questions: Sequence[str], longest: int, batch_size: int
+) -> tuple[list[str], list[int], list[bool], tuple[float, int]]:
+    """As `completions`, with (summed cycles or segments, of how many tokens or examples) in place of their mean."""
     device = device_of(model)
 
     # The planner/worker LM counts the cycles of every token, the add-on the segments of every example.
@@ -223,17 +233,17 @@ def completions(
     lengths = [generated.tokens for generated in answers]
     finished = [generated.finished for generated in answers]
 
-    used = None
+    used = (float(meter.cycles), meter.tokens)
     if segments:
-        used = torch.cat(segments).float().mean().item()
-    elif meter.tokens:
-        used = meter.mean
+        every = torch.cat(segments)
+        used = (float(every.sum()), len(every))
     return texts, lengths, finished, used
 
 
 def measure(
     model: Any, prompt_format: PromptFormat, stage: str, problems: Sequence[Problem], functions: Sequence[Any],
     longest: int, tags: bool = True, batch_size: int = 128, autocast: contextlib.AbstractContextManager | None = None,
+    machine: Machine | None = None,
 ) -> Measured:
     """Answers and judges `problems`. Leaves the model's mode as it was.
 
@@ -247,8 +257,12 @@ def measure(
         tags: False where a completion without reasoning tags is itself the solution.
         batch_size: completions generated at a time.
         autocast: the context that the model runs in; None = full precision.
+        machine: its processes, all of which call this, answer and judge a share each, and all get the whole; None =
+            this process does everything.
     """
-    questions = [problem.question for problem in problems]
+    rank, world = (machine.rank, machine.world) if machine else (0, 1)
+    own = problems[rank::world]
+    questions = [problem.question for problem in own]
     was_training = model.training
     model.eval()
 
@@ -258,21 +272,49 @@ def measure(
         every_cycle = model.all_cycles()
     try:
         with every_cycle, autocast or contextlib.nullcontext():
-            texts, lengths, finished, cycles = completions(model, prompt_format, questions, longest, batch_size)
+            texts, lengths, finished, used = _completions(model, prompt_format, questions, longest, batch_size)
     finally:
         model.train(was_training)
 
     # Tests judge a program; they run only where the stage has the code reward.
-    rewards = judge(problems, texts, functions)
+    rewards: dict[str, list[Any]] = {function.__name__: [] for function in functions}
+    if own:  # a share may be empty
+        rewards = judge(own, texts, functions)
+    solved = _verdicts(own, texts, rewards, tags, prompt_format.answer_from)
+
+    columns: list[list[Any]] = [texts, lengths, finished, solved, *rewards.values()]
+    if world > 1:
+        columns, used = _gathered(columns, used, len(problems))
+    cycles = used[0] / used[1] if used[1] else None
+    judged = dict(zip(rewards, columns[4:], strict=True))
+    return Measured(stage, problems, *columns[:4], judged, cycles, stage_chance(problems))
+
+
+def _verdicts(
+    problems: Sequence[Problem], texts: Sequence[str], rewards: Mapping[str, list[Any]], tags: bool, answer_from: str
+) -> list[bool]:
+    """Whether each completion solves its problem: the code reward says it where there are tests."""
     code_scores = rewards.get("code", [0.0] * len(problems))
+
     solved = []
     for problem, text, code_score in zip(problems, texts, code_scores, strict=True):
         if problem.tests:
             solved.append(code_score == 1.0)
         else:
-            solved.append(_solved(problem, text, tags, prompt_format.answer_from))
-    chance = stage_chance(problems)
-    return Measured(stage, problems, texts, lengths, finished, solved, rewards, cycles, chance)
+            solved.append(_solved(problem, text, tags, answer_from))
+    return solved
+
+
+def _gathered(columns: list[list[Any]], used: tuple[float, int], count: int) -> tuple[list[list[Any]], Any]:
+    """(each column in the order of the `count` problems, `used` summed), given this process's share of both."""
+    shares = gather_object([(columns, used)])
+
+    whole: list[list[Any]] = [[None] * count for _ in columns]
+    for rank, (parts, _) in enumerate(shares):
+        for column, part in zip(whole, parts, strict=True):
+            column[rank :: len(shares)] = part  # raises ValueError where a share is too long or too short
+
+    return whole, tuple(map(sum, zip(*(share[1] for share in shares), strict=True)))
 
 
 def stage_chance(problems: Sequence[Problem]) -> Chance | None:

@@ -10,7 +10,7 @@ import itertools
 import operator
 import random
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -266,6 +266,11 @@ def _tests(name: str, code: str, kind: str, k: int) -> tuple[str, ...]:
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def tasks_of(levels: Iterable[Source]) -> list[Task]:
+    """The tasks that the questions of these levels come from; a prepared file has none."""
+    return [task for level in levels for task in getattr(level, "tasks", ())]
 
 
 def evaluation_problems(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import addon_run
 import options
+from addon.draws import drawn_alike
 from addon_run import AddonRun
 from grpo import warm_start
 from grpo.levels import level_tasks
+from grpo.problems import tasks_of
 from grpo.progress import GrpoProgress, read_progress
 from grpo.stage_loop import StageLoop, StageLoopConfig
 from grpo.stages import HeldOut, StagesConfig, check_texts, hold_out, stages_of
@@ -111,7 +113,8 @@ class GrpoRun:
             raise ValueError("; ".join(lines))
 
         # Drawn before anything is trained on, so that no stage meets them.
-        held_out = hold_out(stages, opts.eval_seed, trained.trained)
+        tasks = tasks_of(level for stage in stages for level in stage.levels)
+        held_out = drawn_alike(lambda: hold_out(stages, opts.eval_seed, trained.trained), tasks, trained.machine)
         note = held_out.note()
         if note:
             trained.machine.say(note)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import options
-from addon.draws import Draws
+from addon.draws import Draws, drawn_alike
 from engine.beginning import check_untouched
 from engine.checkpoints import rotate, step_folder, write_checkpoint
 from engine.dry_run import NON_FINITE_EXIT
 from engine.figures import draw_curve
-from engine.files import read_json, write_text_aside
+from engine.files import write_text_aside
 from engine.logs import RunLog
+from engine.machine import Machine
 from engine.nonfinite import LeftOut
 from engine.optimization import NonFiniteError
 from engine.ownership import RECORD
@@ -26,8 +27,9 @@ from engine.report import Card, Report, closing_words, stamped
 from engine.state import CONFIG
 from engine.stopping import Stop, interruptible
 from grpo.measure import Change, Measured, change_table, measure
-from grpo.problems import Problem, training_problems
+from grpo.problems import Problem, tasks_of, training_problems
 from grpo.progress import PROGRESS, GrpoProgress, Metrics, conditions_of
+from grpo.stage_folder import as_begun, open_folder, read_own
 from grpo.stages import HeldOut, Stage, rewards_of
 from grpo.trained import TrainedModel
 from reasoning_gym_wrapper import train_seed
@@ -139,12 +141,12 @@ class StageLoop:
         # All of a stage follows from the flags and its number, so an interrupted one goes on with the same questions.
         functions, weights = rewards_of(stage, self.trained.has_tags, self.trained.prompt_format.answer_from)
         seed = train_seed(self.config.seed + SEED_OF_STAGE + index)
-        self._open_folder(place)
-        problems = stage_problems(stage, seed, self.held_out.reserved, place / "draws.json")
-
+        open_folder(place, base, self.machine)
+        problems = stage_problems(stage, seed, self.held_out.reserved, place / "draws.json", self.machine)
         # Where an interrupted call stopped; what it recorded after that is recorded again.
         state = newest_state(place)
         steps = step_of_state(state) if state else 0
+        stage = as_begun(stage, place, self.machine, goes_on=state is not None)
         self.log.truncate_after(base + steps, evaluate=steps > 0)
         before = self._start_of(stage, functions, place)
 
@@ -157,7 +159,7 @@ class StageLoop:
             functions,
             weights,
             log=lambda step, numbers: self._log(stage.name, base + step, numbers),
-            stopped=lambda: stop.signal is not None,
+            stopped=lambda: self.machine.any_process(stop.signal is not None),
             precision=self.machine.precision,
             device=self.machine.device.type,
             left_out=self.left_out,
@@ -180,20 +182,6 @@ class StageLoop:
             print(f"after {after.line(before)}", flush=True)
         return 0
 
-    def _open_folder(self, place: Path) -> None:
-        """Makes the stage's folder; states of a run that began this stage from another step are removed."""
-        from grpo.stage_trainer import forget
-
-        base = self.progress.step
-
-        # The state of another beginning would go on from weights that are not the stage's.
-        mark = place / "begun_at.json"
-        if place.exists() and read_own(mark) != base:
-            forget(place)
-
-        place.mkdir(parents=True, exist_ok=True)
-        write_text_aside(mark, json.dumps(base))
-
     def _start_of(self, stage: Stage, functions: Sequence[Any], place: Path) -> Metrics:
         """The stage's held-out metrics before its first step; measured once, and kept in the stage's folder.
 
@@ -205,14 +193,15 @@ class StageLoop:
 
         # Measuring takes as long as many steps, so an interrupted stage does not do it again.
         path = place / "start.json"
-        record = read_own(path)
+        record = self.machine.of_main(lambda: read_own(path))  # all measure, or none
         conditions = conditions_of(stage, self.held_out)
         if not isinstance(record, dict) or record.get("asked") != conditions:
             start = self._measure(stage, functions)
             if not is_recorded(self.log, self.progress.step, stage.name):
                 self.record(start.report())
             record = {"asked": conditions, "metrics": start.means()}
-            write_text_aside(path, json.dumps(record))
+            if self.machine.is_main:
+                write_text_aside(path, json.dumps(record))
             self.machine.say(f"before {start.line()}")
 
         self.progress.start[stage.name] = record["metrics"]
@@ -252,6 +241,7 @@ class StageLoop:
             self.trained.has_tags,
             self.config.eval_batch_size,
             self.trained.trainer.autocast(),
+            self.machine,
         )
 
     # --- what a stage leaves behind ---
@@ -315,14 +305,6 @@ class StageLoop:
         print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples, page=page))
 
 
-def read_own(path: Path) -> Any:
-    """What a stage left in a file of its folder; None where there is none, or a damaged one: it is made again."""
-    try:
-        return read_json(path)
-    except ValueError:
-        return None
-
-
 def is_recorded(log: RunLog, step: int, stage: str) -> bool:
     """Whether the CSV holds the stage's figures of this step: the warm start ends with those of every stage."""
     if not log.csv_path.exists():  # on other ranks
@@ -333,21 +315,22 @@ def is_recorded(log: RunLog, step: int, stage: str) -> bool:
         return any((row["step"], row["task"], row["run"]) == place for row in csv.DictReader(file))
 
 
-def stage_problems(stage: Stage, seed: int, reserved: set[str], record: Path) -> list[Problem]:
-    """What a stage trains on. The items that took too long to make are kept in `record`, and stay passed over.
+def stage_problems(
+    stage: Stage, seed: int, reserved: set[str], record: Path, machine: Machine
+) -> list[Problem]:
+    """What a stage trains on, alike in all processes.
+
+    The items that took too long to make are kept in `record`, and stay passed over.
 
     Raises:
         ValueError: as `training_problems`.
     """
-    tasks = [task for level in stage.levels for task in getattr(level, "tasks", ())]
-    known = read_own(record) or {}
+    known = machine.of_main(lambda: read_own(record)) or {}
     draws = Draws.of(known, repeats=False)
-    for task in tasks:
-        draws.prepare(task)
-
-    problems = training_problems(stage.levels, stage.size, seed, reserved)
-    draws.note(tasks)
-    if draws.document() != known:
+    problems = drawn_alike(
+        lambda: training_problems(stage.levels, stage.size, seed, reserved), tasks_of(stage.levels), machine, draws
+    )
+    if machine.is_main and draws.document() != known:
         write_text_aside(record, json.dumps(draws.document()))
     return problems
 

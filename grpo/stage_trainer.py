@@ -184,13 +184,18 @@ class StageTrainer(GRPOTrainer):
         # As at evaluation: an end of turn that the tokenizer does not call special is no part of the answer.
         completions = self._cut(completions, completion_ids_list)
         texts = [text_of(completion) for completion in completions]
-        metrics["completions/repetition"].append(sum(map(repetition, texts)) / max(len(texts), 1))
+        own = sum(map(repetition, texts)) / max(len(texts), 1)
 
         # Segments of the rollouts since the last call; a model that does not count runs all its cycles.
         used = float(self.cycles)
         if self.segments:
             used = torch.cat(self.segments).float().mean().item() or used
             self.segments.clear()
+
+        # Of all processes, which have equally many completions; the rewards that TRL returns are of all as well.
+        means = torch.tensor([own, used], dtype=torch.float32, device=self.accelerator.device)
+        own, used = self.accelerator.reduce(means, "mean").tolist()
+        metrics["completions/repetition"].append(own)
         metrics["cycles_used"].append(used)
 
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

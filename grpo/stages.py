@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -348,10 +349,8 @@ def _batch_problems(config: GrpoConfig, questions: int) -> list[str]:
             f"grpo_batch_size {config.grpo_batch_size} x grpo_accum_steps {config.grpo_accum_steps} = {completions} "
             f"completions a step are not divisible by num_generations {group}: change one"
         ]
-    needed = completions // group
-    if questions < needed:
-        return [f"size {questions} is less than the {needed} questions of one step"]
-    return []
+    needed = completions * int(os.environ.get("WORLD_SIZE", 1)) // group
+    return [f"size {questions} is less than the {needed} questions of one step"] if questions < needed else []
 
 
 def _levels(given: Any, config: StagesConfig, own: Sequence[Task]) -> tuple[Source, ...]:

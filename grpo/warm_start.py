@@ -15,10 +15,11 @@ from typing import Any
 from accelerate.utils import set_seed
 
 import options
+from addon.draws import drawn_alike
 from batching import PromptConfig, PromptFormat
 from engine.checkpoints import read_checkpoint
 from engine.loop import RunLoop
-from engine.machine import MachineConfig, errors_of, machine_problems, start_machine
+from engine.machine import Machine, MachineConfig, errors_of, machine_problems, start_machine
 from engine.optimization import OptimConfig
 from engine.report import Card, Report
 from engine.state import CONFIG
@@ -28,6 +29,7 @@ from enhanced.tokenizer import reasoning_tokenizer
 from enhanced.training import EnhancedStepConfig, EnhancedTrainer, trained_format
 from grpo.levels import level_tasks
 from grpo.measure import Measured, measure
+from grpo.problems import tasks_of
 from grpo.stages import HeldOut, Stage, StagesConfig, check_texts, hold_out, rewards_of, stages_of
 from grpo.worked_examples import ExampleData, ExamplesConfig
 from host import DEFAULT_HOST
@@ -37,7 +39,7 @@ from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
 from suite.spec import spec_problems
 from tasks.plugins import Plugin, load_plugin
-from text_data.trained import trained_by
+from text_data.trained import TrainedQuestions, trained_by
 from text_model import CausalTextModel
 
 
@@ -71,9 +73,12 @@ class EvaluatorConfig:
 
 
 class StageEvaluator(Evaluator):
-    """Generated answers to the held-out questions of every stage. One rank does it all."""
+    """Generated answers to the held-out questions of every stage, shared among processes."""
 
-    def __init__(self, config: EvaluatorConfig, data: ExampleData, model: Any, trainer: EnhancedTrainer):
+    def __init__(
+        self, config: EvaluatorConfig, data: ExampleData, model: Any, trainer: EnhancedTrainer, machine: Machine
+    ):
+        self.machine = machine
         self.config = config
         self.data = data
         self.model = model
@@ -129,6 +134,7 @@ class StageEvaluator(Evaluator):
             stage.config.max_completion_length,
             batch_size=self.config.eval_batch_size,
             autocast=self.trainer.autocast(),
+            machine=self.machine,
         )
 
 
@@ -170,7 +176,7 @@ class EnhancedRun:
         # Questions for evaluation come first: no example may show one.
         self.format = self._format(checkpoint)
         trained = trained_by(checkpoint, goes_on=False)
-        held_out = hold_out(self.stages, opts.eval_seed, trained)
+        held_out = self._hold_out(trained)
         note = held_out.note()
         if note:
             self.machine.say(note)
@@ -203,7 +209,7 @@ class EnhancedRun:
         self.trainer.more_documents = document_of(None, plugin)
 
         measuring = part(EvaluatorConfig, opts, measures_untrained=bool(next_stage))
-        evaluator = StageEvaluator(measuring, self.data, self.model, self.trainer)
+        evaluator = StageEvaluator(measuring, self.data, self.model, self.trainer, self.machine)
         hooks = FinishedHooks() if next_stage else Hooks()
         facts = self._facts(next_stage)
         self.loop = RunLoop(config, self.machine, self.data, self.trainer, evaluator, facts, hooks, checkpoint)
@@ -215,6 +221,17 @@ class EnhancedRun:
             for line in changes(read_record(checkpoint), None, plugin):
                 self.machine.say(line)
         return plugin
+
+    def _hold_out(self, trained: TrainedQuestions) -> HeldOut:
+        """The held-out questions, alike in all processes."""
+        tasks = tasks_of(level for stage in self.stages for level in stage.levels)
+        held_out = drawn_alike(lambda: hold_out(self.stages, self.opts.eval_seed, trained), tasks, self.machine)
+
+        # A training item that one process alone passes over would part the processes.
+        if self.machine.world > 1:
+            for task in tasks:
+                task.most_slow = 1
+        return held_out
 
     def _format(self, checkpoint: Path | None) -> PromptFormat:
         """How questions are shown: as in the checkpoint's training, since a template may write today's date."""

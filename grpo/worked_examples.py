@@ -26,8 +26,8 @@ class WorkedExamples:
     """Endless batches of well-formed examples, none of them reserved.
 
     Each batch comes from one stage, because mixing prompt lengths wastes padding, and from all levels of that stage.
-    Stages are drawn with probability proportional to `warm`. What comes next depends on the seed and on how many
-    batches were drawn, so a position is one number, `drawn`.
+    Stages are drawn with probability proportional to `warm`. What comes next depends on the seed, on how many batches
+    were drawn and on their sizes, so these are a position.
 
     Args:
         stages: those with `warm` 0, or without an answer to show, are left out.
@@ -53,6 +53,7 @@ class WorkedExamples:
     def _begin(self) -> None:
         """Goes to the first batch."""
         self.drawn = 0
+        self.sizes: list[list[int]] = []  # [examples of a batch, batches in a row] of all that were drawn
         self._streams: list[list[Iterator[Problem]]] = []  # of each stage, one for each level
         for stage in self.stages:
             streams = []
@@ -76,6 +77,9 @@ class WorkedExamples:
         # A generator of its own for each batch: a position is then the number of batches, not a generator's state.
         (index,) = draw.choices(range(len(self.stages)), [stage.warm for stage in self.stages])
         self.drawn += 1
+        if not self.sizes or self.sizes[-1][0] != count:
+            self.sizes.append([count, 0])
+        self.sizes[-1][1] += 1
 
         # All levels first, then all problems, then all guesses: this order fixes the batches of a seed.
         levels = [draw.choice(self._streams[index]) for _ in range(count)]
@@ -84,13 +88,14 @@ class WorkedExamples:
         guess = self.stages[index].guess
         return [(problem, problem.worked(draw.random() < guess)) for problem in problems]
 
-    def skip_to(self, drawn: int, count: int) -> None:
-        """Draws again the `drawn` batches of `count` problems that a resumed run has had."""
+    def skip_to(self, sizes: Sequence[Sequence[int]]) -> None:
+        """Draws again the batches that a resumed run has had, given its `sizes`."""
         self._begin()
 
         # The streams reject what is reserved, so how far they are is known only by drawing.
-        while self.drawn < drawn:
-            self.take(count)
+        for count, batches in sizes:
+            for _ in range(batches):
+                self.take(count)
 
 
 @dataclass(frozen=True)
@@ -164,24 +169,22 @@ class ExampleData:
                 )
 
     @property
-    def _drawn_at_once(self) -> int:
-        """Examples of a micro-batch over all processes: all draw the same, and each keeps its share."""
-        return self.config.batch_size * self.machine.world
-
-    @property
     def size(self) -> int:
         """Examples of one epoch."""
         return sum(stage.size for stage in self.stages if stage.warm)
 
     def next_batches(self) -> list[dict[str, torch.Tensor]]:
         """The micro-batches of the next batch, on the device, each as `token_batch` makes it."""
-        # Every process draws the whole batch and keeps its share, so all of them stay at one position.
+        # Every process draws the micro-batches of all and keeps its own, so all of them stay at one position. Which
+        # micro-batches there are depends on --batch_size alone, however many processes share them.
         batches = []
-        for _ in range(self.config.grad_accum_steps):
-            drawn = self.examples.take(self._drawn_at_once)
+        for number in range(self.config.grad_accum_steps * self.machine.world):
+            drawn = self.examples.take(self.config.batch_size)
             for problem, _ in drawn:
                 self.trained.add(problem.question)
-            problems, texts = zip(*drawn[self.machine.rank :: self.machine.world], strict=True)
+            if number % self.machine.world != self.machine.rank:
+                continue
+            problems, texts = zip(*drawn, strict=True)
             batch = token_batch(self.format, [problem.question for problem in problems], texts)
             batches.append({name: tensor.to(self.machine.device) for name, tensor in batch.items()})
 
@@ -189,11 +192,12 @@ class ExampleData:
 
     def state(self) -> dict[str, Any]:
         """The position in the examples."""
-        return {"drawn": self.examples.drawn}
+        return {"drawn": self.examples.drawn, "sizes": [list(entry) for entry in self.examples.sizes]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes to a position that `state` returned."""
-        self.examples.skip_to(state["drawn"], self._drawn_at_once)
+        # Checkpoints from before sizes were kept had batches of one size.
+        self.examples.skip_to(state.get("sizes", [[self.config.batch_size, state["drawn"]]]))
 
     def documents(self) -> dict[str, str]:
         """The record of what was trained on."""

@@ -108,8 +108,8 @@ class HybridTraining:
         return self.batches.state_dict()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on in the data, or begins them anew where batches of another shape are asked for."""
-        # Another --batch_size or --bucket_batches makes the old position meaningless, and is no mistake.
+        """Goes on in the data, or begins them anew where they are other data."""
+        # A prepared folder that was made anew makes the old position meaningless, and is no mistake.
         try:
             self.batches.load_state_dict(state)
         except ValueError as error:

@@ -43,7 +43,8 @@ from addon.cache_plan import GB, CacheConfig, plan_cache  # noqa: E402
 from addon.hidden_cache import HiddenCache, cache_key  # noqa: E402
 from addon.param_matching import lora_parameters  # noqa: E402
 from addon.streams import training_examples  # noqa: E402
-from batching import Batch, PromptConfig, PromptFormat, TrainBatches  # noqa: E402
+from addon.train_batches import TrainBatches  # noqa: E402
+from batching import Batch, PromptConfig, PromptFormat  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.optimization import OptimConfig  # noqa: E402

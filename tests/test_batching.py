@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from addon.streams import EpochStream, TrainStream, training_examples
+from addon.train_batches import TrainBatches
 from batching import (
     PLAIN_CUE,
     Batch,
     PromptConfig,
     PromptFormat,
-    TrainBatches,
     pad,
 )
 from conftest import SPECIAL, build_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 import addon_run as run
 from addon.items import AddonData
-from batching import TrainBatches
+from addon.train_batches import TrainBatches
 from engine.records import normalise
 from reasoning_gym_wrapper import Reserve, Task
 from text_data.trained import TRAINED, trained_by

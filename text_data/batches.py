@@ -6,8 +6,9 @@ Shapes: B batch, E encoder tokens, T decoder tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class PreparedBatches:
 
     The order is a function of `seed` and the epoch alone. Epochs are joined end to end, so every batch is full. Every
     rank draws the same order and takes its share. Resuming from `state_dict()` gives exactly the batches that an
-    uninterrupted run would see.
+    uninterrupted run would see. Batches of another size, or of another number of ranks, go on with the triples that
+    were in no batch yet: none is left out, none comes twice.
 
     Args:
         data: the triples.
@@ -99,7 +101,9 @@ class PreparedBatches:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prepared") if workers else None
         self._order = EpochOrder(len(data), [seed, EPOCH_ORDER])
         self._ahead: deque[Future[list[dict[str, Tensor]]]] = deque()  # windows that threads are reading
-        self._given = 0  # batches handed out
+        self._given = 0  # batches handed out, in the cut of now
+        self._head: list[int] = []  # items that batches of another cut left over; they come first
+        self._base = 0  # where the epochs go on behind them
         self._rewind()
 
     def _problems(self) -> list[str]:
@@ -128,11 +132,11 @@ class PreparedBatches:
     @property
     def epoch(self) -> int:
         """Whole passes over the data, by all ranks together, in the batches handed out."""
-        return self._given * self.size * self.world // len(self.data)
+        return (self._base - len(self._head) + self._given * self.size * self.world) // len(self.data)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position, and what it depends on; JSON can hold it. The same on every rank."""
-        return {
+        state: dict[str, Any] = {
             "given": self._given,
             "seed": self.seed,
             "size": self.size,
@@ -140,17 +144,21 @@ class PreparedBatches:
             "bucket": self.bucket,
             "length": len(self.data),
         }
+        if self._base:
+            state |= {"head": self._head, "base": self._base}
+        return state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the state was taken.
 
         Raises:
-            ValueError: the state belongs to other data or to batches of another shape.
+            ValueError: the state belongs to other data, or is broken.
         """
+        here = self.state_dict()
         changed = []
-        for key, value in self.state_dict().items():
-            if key != "given" and state.get(key) != value:
-                changed.append(f"{key} was {state.get(key)} and is {value}")
+        for key in ("seed", "length"):
+            if state.get(key) != here[key]:
+                changed.append(f"{key} was {state.get(key)} and is {here[key]}")
         if changed:
             raise ValueError(
                 f"the saved position belongs to other batches ({', '.join(changed)}): "
@@ -158,7 +166,30 @@ class PreparedBatches:
             )
 
         self._given = int(state["given"])
+        self._head = list(state.get("head", []))
+        self._base = int(state.get("base", 0))
+
+        # Batches of another cut go on behind the last item that was handed out.
+        step = state["size"] * state["world"]
+        if (step, state["bucket"]) != (self.size * self.world, self.bucket):
+            self._go_on_behind(step, state["bucket"])
         self._rewind()
+
+    def _go_on_behind(self, step: int, bucket: int) -> None:
+        """From a position in batches of `step` items, `bucket` a window, to that place in batches of the cut of now."""
+        window, place = divmod(self._given, bucket)
+        end = window * bucket * step
+
+        # Of a window that was begun, the batches not handed out are left.
+        left: list[int] = []
+        if place:
+            indices = self._stretch(end, bucket * step)
+            end += bucket * step
+            left = [index for batch in self._batches(window, indices, step)[place:] for index, _ in batch]
+
+        self._base += max(end - len(self._head), 0)
+        self._head = left + self._head[end:]
+        self._given = 0
 
     def __iter__(self) -> PreparedBatches:
         return self
@@ -188,7 +219,14 @@ class PreparedBatches:
     def _indices(self, window: int) -> list[int]:
         """The items of window `window`: the next bucket * size * world of all epochs joined end to end."""
         count = self.bucket * self.size * self.world
-        return self._order.stretch(window * count, count).tolist()
+        return self._stretch(window * count, count)
+
+    def _stretch(self, start: int, count: int) -> list[int]:
+        """The items at the places `start` to `start + count` of what was left over and the epochs behind it."""
+        left = self._head[start : start + count]
+
+        behind = self._base + max(start - len(self._head), 0)
+        return left + self._order.stretch(behind, count - len(left)).tolist()
 
     def _load(self, window: int, indices: list[int]) -> list[dict[str, Tensor]]:
         """This rank's padded batches of one window."""
@@ -197,16 +235,20 @@ class PreparedBatches:
             return [pad_batch(share, self.pad_id)]
 
         # Every rank sorts the whole window alike, so that the ranks' batches of a step are of similar length.
-        triples = sorted((self.data[index] for index in indices), key=_length)
-        step = self.size * self.world
-        shares = []
-        for start in range(0, len(triples), step):
-            together = triples[start : start + step]
-            shares.append(together[self.rank :: self.world])
+        padded = []
+        for batch in self._batches(window, indices, self.size * self.world):
+            share = [triple for _, triple in batch[self.rank :: self.world]]
+            padded.append(pad_batch(share, self.pad_id))
+        return padded
+
+    def _batches(self, window: int, indices: list[int], step: int) -> list[list[tuple[int, Triple]]]:
+        """The window's items with their triples, `step` of similar length in each batch, in the batches' order."""
+        items = sorted(((index, self.data[index]) for index in indices), key=lambda item: _length(item[1]))
+        batches = [items[start : start + step] for start in range(0, len(items), step)]
 
         # Batches from short to long would make each window a sweep of lengths.
-        order = np.random.default_rng([self.seed, WINDOW_ORDER, window]).permutation(len(shares))
-        return [pad_batch(shares[number], self.pad_id) for number in order]
+        order = np.random.default_rng([self.seed, WINDOW_ORDER, window]).permutation(len(batches))
+        return [batches[number] for number in order]
 
 
 def _length(triple: Triple) -> int:

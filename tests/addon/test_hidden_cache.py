@@ -16,7 +16,8 @@ from addon import cache_plan, hidden_cache
 from addon.cache_plan import CacheConfig, plan_cache
 from addon.hidden_cache import HiddenCache, cache_key, weights_digest
 from addon.streams import EpochStream, training_examples
-from batching import PromptConfig, PromptFormat, TrainBatches
+from addon.train_batches import TrainBatches
+from batching import PromptConfig, PromptFormat
 from host import load_tokenizer
 from patience import HANG_S
 from reasoning_gym_wrapper import Reserve, make_tasks

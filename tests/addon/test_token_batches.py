@@ -9,7 +9,8 @@ import pytest
 
 import options
 from addon.streams import training_examples
-from batching import PromptConfig, PromptFormat, TrainBatches
+from addon.train_batches import TrainBatches
+from batching import PromptConfig, PromptFormat
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_runs import assert_same_run, newest, records
 

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
 import options
 from batching import PromptConfig, PromptFormat, pad
 from engine.files import json_lines
+from engine.machine import Machine
 from engine.records import normalise, question_hash
 from engine.report import stamped
 from engine.time_limit import TimeLimitError
@@ -115,7 +117,7 @@ def test_a_share_of_the_warm_start_s_examples_guesses():
         assert abs(guessed - share) < 0.12 and (share == 0.5 or guessed == share)
         assert all(format_score(text) == 1.0 for text in made[share])
         again = WorkedExamples([stage(guess=share)], set(), 0)
-        again.skip_to(3, 50)
+        again.skip_to([[50, 3]])
         assert [text for _, text in again.take(50)] == made[share][150:]
 
 
@@ -467,7 +469,7 @@ def test_rewards_and_measures_read_an_answer_as_the_prompt_format_says(reasoner,
 
     problem = problem_of(next(task_source(SUMS).tasks[0].items(3))[1])
     text = f"It is <answer>{problem.answer}</answer>."
-    monkeypatch.setattr(grpo_eval, "completions", lambda *arguments: ([text], [1], [True], None))
+    monkeypatch.setattr(grpo_eval, "_completions", lambda *arguments: ([text], [1], [True], (0.0, 0)))
     for way, solved in (("text", False), ("tags", True)):
         functions, _ = rewards_of(stage(rewards={"verifier": 1.0}), tags=False, answer_from=way)
         prompt_format = PromptFormat(reasoner, PromptConfig(answer_from=way))
@@ -488,7 +490,7 @@ def test_a_code_reward_does_not_judge_what_has_no_tests(reasoner, monkeypatch):
     numbers = Problem("2 + 2?", "4", "file")
     tested = Problem("Write f", "def f(): return 4", "code", tests=("assert f() == 4",))
     texts = [numbers.worked(), tested.worked()]
-    monkeypatch.setattr(grpo_eval, "completions", lambda *arguments: (texts, [1, 1], [True, True], None))
+    monkeypatch.setattr(grpo_eval, "_completions", lambda *arguments: (texts, [1, 1], [True, True], (0.0, 0)))
     for value in (1.0, 0.2):
         def code(prompts, completions, value=value, **columns):
             return [0.0, value]
@@ -1002,7 +1004,7 @@ def test_a_stage_that_goes_on_asks_what_it_asked_whatever_the_clock_says(tmp_pat
 
     def asked():
         stage = SimpleNamespace(levels=(task_source({"toy_add": {}}), CodeSource()), size=8)
-        problems = stage_problems(stage, 7, set(), tmp_path / "draws.json")
+        problems = stage_problems(stage, 7, set(), tmp_path / "draws.json", Machine(Accelerator(cpu=True), "none"))
         return [problem.question for problem in problems]
 
     monkeypatch.setattr(Task, "_draw", draw)

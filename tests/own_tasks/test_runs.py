@@ -119,7 +119,7 @@ def test_epochs_and_the_cache_know_own_data_as_a_fixed_set(call, data, tmp_path)
 
 
 def test_a_mix_trains_on_both_and_evaluates_both(call, data, tmp_path, monkeypatch):
-    from batching import TrainBatches
+    from addon.train_batches import TrainBatches
 
     seen = []
     plain = TrainBatches.parts

@@ -286,6 +286,31 @@ def test_a_resumed_stream_goes_on_exactly(folder, done, bucket, workers):
     assert resumed.epoch == epoch
 
 
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4), st.integers(0, 9)), min_size=2,
+                max_size=4))
+def test_batches_of_another_number_of_processes_go_on_behind_the_last_item(calls):
+    triples = [Triple([5] * (1 + i * 7 % 11), [1], [i]) for i in range(23)]
+    seen, state, given = [], None, 0
+    for size, world, bucket, count in calls:
+        processes = [PreparedBatches(triples, size, 3, 0, rank, world, bucket=bucket) for rank in range(world)]
+        for batches in processes:
+            if state:
+                batches.load_state_dict(json.loads(json.dumps(state)))
+            seen += [label for batch in take(batches, count) for label in batch["labels"].flatten().tolist()]
+        given += size * world * count
+        state = processes[0].state_dict()
+        assert all(batches.state_dict() | {"rank": 0} == state | {"rank": 0} for batches in processes)
+        assert len(seen) == given and processes[0].epoch == given // len(triples)
+
+    # To the end of the window at hand: then all items have come that one process would have drawn.
+    while processes[0]._given % bucket or processes[0]._head[processes[0]._given * size * world :]:
+        for batches in processes:
+            seen += next(batches)["labels"].flatten().tolist()
+    whole = take(PreparedBatches(triples, 1, 3, 0), len(seen))
+    assert sorted(seen) == sorted(batch["labels"].item() for batch in whole)
+
+
 def test_a_bad_line_is_told_through_the_workers(folder):
     spoil(folder, 5, b"{")
     batches = PreparedBatches(PreparedData(folder, "train"), 4, 5, 0, workers=2)
@@ -295,7 +320,7 @@ def test_a_bad_line_is_told_through_the_workers(folder):
 
 def test_a_state_of_other_batches_is_refused(triples):
     state = PreparedBatches(triples, 4, 5, 0).state_dict()
-    with pytest.raises(ValueError, match="seed was 5 and is 6, size was 4 and is 3, length was 53 and is 52"):
+    with pytest.raises(ValueError, match="seed was 5 and is 6, length was 53 and is 52"):
         PreparedBatches(triples[1:], 3, 6, 0).load_state_dict(state)
 
 
