@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import set_seed
 
@@ -20,15 +19,14 @@ from addon.adapters import (
     trained_revision,
 )
 from addon.bare import BareConfig, BareLLM, bare_problems
-from addon.cache_plan import CacheConfig, CachePlan, plan_cache
-from addon.cache_shards import check_folder
+from addon.cache_use import CacheUse, CacheUseConfig, LaterEvaluator, mode_problems, without_llm
 from addon.curriculum import curriculum_problems
 from addon.draws import draws_of, trained_of
 from addon.evaluator import AddonEvaluator
-from addon.hidden_cache import HiddenCache, cache_key
 from addon.hooks import AddonHooks
 from addon.host_dtype import host_parameters, pick_dtype
 from addon.items import AddonData, AddonDataConfig
+from addon.large import SizeConfig, size_warnings
 from addon.param_matching import check_size
 from addon.peft_files import library_of
 from addon.retain import RetainConfig, Retained, retain_problems
@@ -39,11 +37,10 @@ from engine.machine import MachineConfig, errors_of, machine_problems, pick_devi
 from engine.optimization import OptimConfig
 from engine.placement import SpreadConfig, check_spread, spread_text
 from engine.report import Card
-from engine.system import Facts, LoopConfig
+from engine.system import Evaluator, Facts, LoopConfig
 from evaluation import Decoding
-from flags import FIND
 from host import HostConfig, load_config, load_tokenizer
-from model import AdapterConfig, HRMAddonConfig
+from model import AdapterConfig, AdapterController, HRMAddonConfig
 from own_tasks.choice import own_problems, steps_problems, tasks_with_own
 from own_tasks.record import changes, document_of, plugin_problems, read_record
 from own_tasks.table import OwnDataConfig
@@ -58,8 +55,6 @@ from text_data.frames import header_text, template_text, template_values
 from text_data.roundtrip import ROWS_TRIED, check_round_trip
 from text_model import CausalTextModel
 from training import AddonStepConfig, Trainer, mean_segments
-
-LARGE = 100_000_000  # parameters of an LLM that the defaults were not chosen on
 
 
 def task_names(opts: argparse.Namespace) -> list[str]:
@@ -126,6 +121,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
         lines += errors_of(template_text, opts.chat_template)
     if not opts.eval_only:
         lines += retain_problems(opts.retain)
+    lines += mode_problems(options.part(CacheUseConfig, opts), opts.explicit)
 
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
     lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
@@ -148,9 +144,15 @@ def reserve_problems(opts: argparse.Namespace) -> list[str]:
     return [f"--reserve_tasks: {line}" for line in problems]
 
 
+def llm_config(opts: argparse.Namespace) -> Any:
+    """The LLM's config, without its weights where the run never loads them. Raises ValueError (HostError)."""
+    needs_weights = not without_llm(options.part(CacheUseConfig, opts))
+    return load_config(opts.model_name, opts.trust_remote_code, opts.revision, needs_weights)
+
+
 def _check_host(opts: argparse.Namespace) -> None:
     """Raises ValueError for an LLM that cannot be read, or has too few layers or positions for the flags."""
-    config = load_config(opts.model_name, opts.trust_remote_code, opts.revision).get_text_config()
+    config = llm_config(opts).get_text_config()
     if opts.lora_layers > config.num_hidden_layers:  # a lower number may still be too high, see `host.lora_layers`
         raise ValueError(
             f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
@@ -188,18 +190,16 @@ class AddonRun:
         # The difficulty is kept with the run, so that it stays the same when a resumed run names other tasks.
         # So are the LLM's commit and what its weights are held in, whatever machine goes on with the run.
         opts = with_trained_revision(opts, checkpoint)
-        dtype, line = pick_dtype(options.part(HostConfig, opts), pick_device(opts.device))
-        self.opts = opts = options.replace(opts, task_config=task_config(opts), host_dtype=dtype)
-        config = options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
+        opts, line = self._with_dtype(options.replace(opts, task_config=task_config(opts)))
+        self.opts = opts
+        config = loop_config(opts)
         self.machine = start_machine(config)
-        if line:
-            self.machine.say(line)
 
         # The items come before the model: a mistake in them is told before gigabytes are loaded.
         self._say_warnings(task_warnings(task_names(opts), opts.verifier_strict))
         self.format, note = prompt_format(opts, checkpoint)
-        if note:
-            self.machine.say(note)
+        for text in filter(None, (line, note)):
+            self.machine.say(text)
         limits = options.part(JudgeConfig, opts)
         own = options.part(OwnDataConfig, opts)
         data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), own=own, limits=limits)
@@ -213,11 +213,12 @@ class AddonRun:
         self.bare = BareLLM(options.part(BareConfig, opts), self.data)
         self.bare.formats()
         self._check_roundtrip()
-        self.plan = self._plan()
+        self.cache = self._cache()
+        opts = self.opts
 
         # The first weights depend on the seed alone, not on how many items were drawn before.
         set_seed(opts.seed)
-        self.model = build_controller(options.part(HostConfig, opts), adapter_config(opts), str(self.machine.device))
+        self.model = self._model()
         self._check_positions()
         if self.model.recurrent:
             self.model.config.segments = opts.eval_segments or opts.segments  # training draws its own number
@@ -230,7 +231,8 @@ class AddonRun:
         )
         self.trainer.answer_verdicts = self.evaluator.verdicts
         self.loop = RunLoop(
-            config, self.machine, self.data, self.trainer, self.evaluator, self._facts(), self._hooks(), checkpoint
+            loop_config(opts), self.machine, self.data, self.trainer, self._evaluation(), self._facts(), self._hooks(),
+            checkpoint,
         )
         if checkpoint is None and not opts.eval_only:  # once nothing can be wrong any more
             self._show_example()
@@ -242,6 +244,8 @@ class AddonRun:
 
     def go(self) -> int:
         """Runs the command and returns its exit status."""
+        if self.cache and self.opts.cache_mode == "fill":
+            return self.cache.fill_alone(self.model)
         return self.loop.go()
 
     def _say_warnings(self, warnings: Iterable[str]) -> None:
@@ -288,24 +292,30 @@ class AddonRun:
                 f"positions of {self.opts.model_name}: lower --bare_max_new_tokens or --few_shot"
             )
 
-    def _plan(self) -> CachePlan | None:
-        """How large the cache of hidden states will be, known before any model loads; None without a cache."""
+    def _with_dtype(self, opts: options.Options) -> tuple[options.Options, str]:
+        """The options with what the LLM's weights are held in, and a line for the user, "" where there is no need."""
+        # Without the LLM, its head is held in what the cache was filled in, and evaluation is left for later.
+        if without_llm(options.part(CacheUseConfig, opts)):
+            return options.replace(opts, eval_every=0), ""
+        dtype, line = pick_dtype(options.part(HostConfig, opts), pick_device(opts.device))
+        return options.replace(opts, host_dtype=dtype), line
+
+    def _cache(self) -> CacheUse | None:
+        """The cache of hidden states, known before any model loads; None without one."""
         opts = self.opts
         if opts.cache_hidden == "off" or opts.eval_only:
             return None
+        config = options.part(CacheUseConfig, opts)
+        cache = CacheUse(config, llm_config(opts), self.format, self.machine, self.data.fixed_examples)
+        if cache.head:  # it is held as the whole LLM was
+            self.opts = options.replace(opts, host_dtype=cache.head.facts.host_dtype)
+        return cache
 
-        # In RAM each process of this machine holds a cache of its own, since every epoch deals the items anew.
-        config = load_config(opts.model_name, opts.trust_remote_code, opts.revision)
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        plan = plan_cache(
-            options.part(CacheConfig, opts), config, self.format, self.data.fixed_examples, processes
-        )
-        self.machine.say(
-            f"--cache_hidden {opts.cache_hidden}: {plan.size_text()}, at most --cache_max_gb {opts.cache_max_gb:g}"
-        )
-        if opts.cache_hidden == "disk" and self.machine.is_main:
-            check_folder(plan)
-        return plan
+    def _model(self) -> AdapterController:
+        """A new adapter on the LLM, or on what is kept of it."""
+        config = adapter_config(self.opts)
+        kept = self.cache.controller(config) if self.cache else None
+        return kept or build_controller(options.part(HostConfig, self.opts), config, str(self.machine.device))
 
     def _trainer(self) -> Trainer:
         """What trains the adapter; a cache of hidden states stands in for the LLM where there is one."""
@@ -322,16 +332,13 @@ class AddonRun:
         trainer.more_documents = document_of(self.data.own, self.plugin)
         if opts.retain and not opts.eval_only:
             trainer.retained = Retained(options.part(RetainConfig, opts), self.format)
-        if self.plan and opts.dry_run:
-            self.machine.say(
-                "--dry_run leaves the cache of hidden states empty: its time is that of a step without it"
-            )
-        elif self.plan:
-            key = cache_key(self.model, self.format.tokenizer, self.plan)
-            cache = HiddenCache(key, self.plan, self.format, self.machine.say, opts.model_name)
-            trainer.encode = cache.encoder(self.model, key)
-            self.data.before_first = functools.partial(cache.fill, self.model)
+        if self.cache:
+            self.data.before_first = self.cache.serve(trainer, self.model)
         return trainer
+
+    def _evaluation(self) -> Evaluator:
+        """The evaluator, or one for later where the LLM is not in memory."""
+        return LaterEvaluator(lambda: self.loop.folder) if self.cache and self.cache.head else self.evaluator
 
     def _hooks(self) -> AddonHooks:
         """Halting is judged where it decides alone when an example stops."""
@@ -349,7 +356,7 @@ class AddonRun:
         if spread_text(self.model.host):
             self.machine.say(spread_text(self.model.host))
         if self.machine.is_main and not opts.eval_only:
-            self._say_warnings(size_warnings(opts, host))
+            self._say_warnings(size_warnings(options.part(SizeConfig, opts), host))
         names = [task.name for task in self.data.tasks]
         tasks = ", ".join(names)
         metric = "solved"
@@ -392,6 +399,11 @@ class AddonRun:
         )
 
 
+def loop_config(opts: options.Options) -> LoopConfig:
+    """What the loop needs of the flags, and the text that alone reruns the run."""
+    return options.part(LoopConfig, opts, settings=options.rerun_text(opts), flags=options.as_dict(opts))
+
+
 def prompt_format(opts: argparse.Namespace, checkpoint: Path | None) -> tuple[PromptFormat, str | None]:
     """(how questions become prompts, with the LLM's tokenizer; a note to the user or None).
 
@@ -401,7 +413,7 @@ def prompt_format(opts: argparse.Namespace, checkpoint: Path | None) -> tuple[Pr
         ValueError: the tokenizer cannot be loaded (HostError), or serve (see `PromptFormat`).
     """
     tokenizer = load_tokenizer(opts.model_name, opts.trust_remote_code, opts.revision)
-    rows = load_config(opts.model_name, opts.trust_remote_code, opts.revision).get_text_config().vocab_size
+    rows = llm_config(opts).get_text_config().vocab_size
     config = options.part(PromptConfig, opts)
     if checkpoint is None:
         return PromptFormat(tokenizer, config, rows), None
@@ -419,18 +431,6 @@ def with_trained_revision(opts: options.Options, checkpoint: Path | None) -> opt
         return opts
     documents = read_checkpoint(checkpoint, stems=[]).documents
     return options.replace(opts, revision=trained_revision(documents, opts.model_name))
-
-
-def size_warnings(opts: argparse.Namespace, parameters: int) -> list[str]:
-    """One line where an LLM of so many parameters meets the batch size and learning rate of the embedded one."""
-    usual = (FIND["batch_size"].default_in(opts.arch), FIND["lr"].default_in(opts.arch))
-    if parameters < LARGE or (opts.batch_size, opts.lr) != usual:
-        return []
-    return [
-        f"--batch_size {usual[0]} and --lr {usual[1]:g} were chosen on an LLM of 3.6 M parameters, and "
-        f"{opts.model_name} has {parameters / 1e6:,.0f} M: begin with a file of configs/recipes/, or with "
-        "--batch_size 16 --lr 1e-3 --cache_hidden disk"
-    ]
 
 
 def decoding(opts: argparse.Namespace) -> Decoding:

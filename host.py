@@ -119,17 +119,23 @@ def _no_host(name: str, error: Exception) -> HostError:
     )
 
 
-def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None):
+def weight_files(folder: str) -> list[Path]:
+    """The files of a folder that hold an LLM's weights, or say which ones do."""
+    return sorted(path for pattern in WEIGHT_PATTERNS for path in Path(folder).glob(pattern))
+
+
+def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None, needs_weights: bool = True):
     """The config of a base model without its weights, to refuse a bad name before anything heavy is loaded.
 
     Raises:
-        HostError: no such model, hub unreachable, a folder without config or weights, not a causal LM.
+        HostError: no such model, hub unreachable, a folder without config, not a causal LM; with `needs_weights` a
+            folder without weights.
     """
     from transformers import AutoConfig
 
     path = resolve_name(name)
     local = Path(path).is_dir()
-    if local and not any(any(Path(path).glob(pattern)) for pattern in WEIGHT_PATTERNS):
+    if local and needs_weights and not weight_files(path):
         packed = sorted(Path(path).glob(f"*{SUFFIX}"))
         advice = f"give the GGUF file itself, --model_name {packed[0]}" if packed else "give a saved model"
         raise HostError(f"--model_name {name}: the folder {path} holds no weights (*.safetensors): {advice}")

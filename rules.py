@@ -384,10 +384,12 @@ def a_cache_on_disk_has_a_folder(o: Namespace) -> str | None:
         return f"--cache_dir {shown(o.cache_dir)} does nothing with --cache_hidden {o.cache_hidden}: choose disk"
 
 
-@rule("cache_hidden", "cache_dtype")
+@rule("cache_hidden", "cache_dtype", "cache_mode")
 def a_cache_is_there_to_be_packed(o: Namespace) -> str | None:
     if o.cache_hidden == "off" and o.cache_dtype != "bf16":
         return f"--cache_dtype {o.cache_dtype} does nothing with --cache_hidden off: choose ram or disk"
+    if o.cache_hidden != "disk" and o.cache_mode != "both":
+        return f"--cache_mode {o.cache_mode} does nothing with --cache_hidden {o.cache_hidden}: choose disk"
 
 
 @rule("host_dtype", "load_in")

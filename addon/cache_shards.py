@@ -5,7 +5,8 @@ and adapter that reads the same finds the same files, and no other does. A shard
 ones depends on the items alone: a shard that is written again has the same numbers.
 
 A shard is written aside and renamed: it is whole or not there. Its record holds a CRC-32 of its tensors, which is
-compared when it is opened. Processes that fill the same folder lock the shard that they write, and wait for others.
+compared when it is opened. Each process of a run fills its share of the shards, whose numbers tell whose they are, and
+waits for the others'. Runs that fill the same folder lock the shard that they write, and wait for each other.
 """
 
 from __future__ import annotations
@@ -85,8 +86,12 @@ def shards_of(plan: CachePlan) -> list[Shard]:
 # --- before the model loads -------------------------------------------------------------------------------------------
 
 
-def check_folder(plan: CachePlan) -> None:
+def check_folder(plan: CachePlan, beside: int = 0) -> None:
     """Whether the cache can lie in `cache_dir`, asked before the LLM is there, whose digest is a part of the name.
+
+    Args:
+        plan: what is kept.
+        beside: bytes that are to be written beside it.
 
     Raises:
         ValueError: the folder cannot be written, or has too little room, and no whole cache of these items lies there.
@@ -95,11 +100,12 @@ def check_folder(plan: CachePlan) -> None:
     candidates = _candidates(folder, plan)
 
     missing = plan.bytes - max(candidates, default=0)
-    if missing <= plan.bytes - plan.bytes_of(plan.tokens):  # whole: it may lie where nobody may write
+    is_whole = missing <= plan.bytes - plan.bytes_of(plan.tokens)
+    if is_whole and not beside:  # it may lie where nobody may write
         return
 
     disk_check(folder, "--cache_dir")
-    check_room(folder, missing)
+    check_room(folder, missing + beside)
 
 
 def _candidates(folder: Path, plan: CachePlan) -> list[int]:
@@ -126,6 +132,11 @@ def check_room(folder: Path, needed: int) -> None:
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
+def folder_of(plan: CachePlan, key: str) -> Path:
+    """Where the files of a plan lie whose states have this key."""
+    return Path(plan.config.cache_dir) / f"{plan.items_digest[:NAMED]}-{key[:NAMED]}"
+
+
 class ShardStore:
     """The states of a plan in `cache_dir`.
 
@@ -134,15 +145,21 @@ class ShardStore:
         key: digest of all that the states depend on.
         facts: what the folder's record shall say beside it, for people.
         say: takes lines for the user.
+        share: (number of this process from 0, number of processes) of those that fill together. A process fills the
+            shards whose numbers leave its own when they are divided by that of all.
     """
 
-    def __init__(self, plan: CachePlan, key: str, facts: dict[str, object], say: Callable[[str], None]):
+    def __init__(self, plan: CachePlan, key: str, facts: dict[str, object], say: Callable[[str], None],
+                 share: tuple[int, int] = (0, 1)):
         self.plan = plan
         self.key = key
         self.say = say
-        self.folder = Path(plan.config.cache_dir) / f"{plan.items_digest[:NAMED]}-{key[:NAMED]}"
+        self.rank, self.world = share
+        self.to_read = 0  # items that this process has to read, once `fill` has looked
+        self.folder = folder_of(plan, key)
         self.shards = shards_of(plan)
         self.facts = {"format": FORMAT, "key": key, "items": len(plan.rows), "tokens": plan.tokens, **facts}
+        self._told: set[int] = set()  # numbers of the shards that were told to be damaged
         self._first = torch.tensor([shard.first for shard in self.shards])
         self._tensors: list[dict[str, Tensor] | None] = [None] * len(self.shards)  # mapped, not read
 
@@ -154,7 +171,7 @@ class ShardStore:
     # --- filling ---
 
     def fill(self, read: Read, done: Callable[[int], None]) -> None:
-        """Opens what is there, and fills what is missing, beside other processes that do so.
+        """Opens what is there, and fills what is missing of this process's share, while others fill theirs.
 
         Args:
             read: computes the states of items.
@@ -170,11 +187,13 @@ class ShardStore:
         if missing:
             check_room(self.folder, sum(self.plan.bytes_of(shard.tokens) for shard in missing))
             write_text_aside(self.folder / RECORD, json.dumps(self.facts, indent=1) + "\n", "--cache_dir")
+        self.to_read = sum(len(self.plan.rows[batch]) for shard in missing if self._is_mine(shard)
+                           for batch in shard.batches)
 
         # Whoever has no shard left to take waits for those that others hold, or for their end.
         told = time.monotonic()
         while missing:
-            left = [shard for shard in missing if not self._fill_alone(shard, read, done)]
+            left = [shard for shard in missing if not self._taken(shard, read, done)]
             if len(left) == len(missing):
                 stop_point()
                 time.sleep(WAIT_S)
@@ -195,6 +214,16 @@ class ShardStore:
                 told = time.monotonic()
                 self.say(f"checking hidden states on disk: {shard.number + 1} of {len(self.shards)} shards")
         return missing
+
+    def _is_mine(self, shard: Shard) -> bool:
+        """Whether this process fills the shard, and none of those that fill with it."""
+        return shard.number % self.world == self.rank
+
+    def _taken(self, shard: Shard, read: Read, done: Callable[[int], None]) -> bool:
+        """Fills a shard of this process's share, or looks whether its owner has. True where it is there now."""
+        if self._is_mine(shard):
+            return self._fill_alone(shard, read, done)
+        return self._open(shard)
 
     def _fill_alone(self, shard: Shard, read: Read, done: Callable[[int], None]) -> bool:
         """Fills a shard unless another process does. True where it is there now."""
@@ -256,10 +285,33 @@ class ShardStore:
         try:
             self._tensors[shard.number] = self._mapped(path, shard)
         except DamagedShard as error:
-            self.say(f"{path} is damaged ({error}): it is filled again")
-            self._discard(path)
+            if shard.number not in self._told:
+                self._told.add(shard.number)
+                self.say(f"{path} is damaged ({error}): it is filled again")
+
+            # Its owner alone removes it: another process might remove what the owner has written since.
+            if self._is_mine(shard):
+                self._discard(path)
             return False
         return True
+
+    def open_whole(self) -> None:
+        """Opens every shard, and writes nothing.
+
+        Raises:
+            ValueError: one is missing or damaged.
+        """
+        missing = [shard for shard in self.shards if not (self.folder / shard.name).exists()]
+        if missing:
+            raise ValueError(f"{self.folder} lacks {len(missing)} of {len(self.shards)} shards, {missing[0].name} "
+                             "first: fill them with --cache_mode fill")
+
+        for shard in self.shards:
+            path = self.folder / shard.name
+            try:
+                self._tensors[shard.number] = self._mapped(path, shard)
+            except DamagedShard as error:
+                raise ValueError(f"{path} is damaged ({error}): fill it again with --cache_mode fill") from error
 
     def _discard(self, path: Path) -> None:
         """Removes a damaged file. Raises WriteError where the folder cannot be written."""

@@ -62,10 +62,15 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def cache_key(controller: HRMController, tokenizer: Any, plan: CachePlan) -> str:
     """Digest of all that the kept states of the items depend on, and on disk of how they are cut into files."""
+    return key_of(weights_digest(controller.host, whole=plan.config.cache_hidden == "disk"), tokenizer, plan)
+
+
+def key_of(weights: str, tokenizer: Any, plan: CachePlan) -> str:
+    """As `cache_key`, of an LLM whose weights have the digest `weights`."""
     on_disk = plan.config.cache_hidden == "disk"
     parts = {
-        "weights": weights_digest(controller.host, whole=on_disk),
-        "read": "all" if controller.config.hrm_read == "all" else "last",
+        "weights": weights,
+        "read": "all" if plan.config.hrm_read == "all" else "last",
         "tokenizer": tokenizer_digest(tokenizer),
         "items": plan.items_digest,
         "dtype": plan.config.cache_dtype,
@@ -81,6 +86,8 @@ def cache_key(controller: HRMController, tokenizer: Any, plan: CachePlan) -> str
 
 class Store(Protocol):
     """Where the states of a plan are kept."""
+
+    to_read: int  # items that this process has to read, once `fill` has looked
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +105,7 @@ class RamStore:
 
     def __init__(self, plan: CachePlan):
         self.plan = plan
+        self.to_read = len(plan.rows)
         self._kept: dict[str, Tensor] = {}  # as `pack` makes them; the first row is zero, for pads
 
     @property
@@ -137,11 +145,12 @@ def say_nothing(text: str) -> None:
 class HiddenCache:
     """Hidden states by item. `say` gets lines of progress while it is filled, and one when it has been.
 
-    `source` names the LLM in the record of a cache on disk, for people.
+    `source` names the LLM in the record of a cache on disk, for people. `share` is this process's part in filling it,
+    see `ShardStore`.
     """
 
     def __init__(self, key: str, plan: CachePlan, prompt_format: PromptFormat,
-                 say: Callable[[str], None] = say_nothing, source: str = ""):
+                 say: Callable[[str], None] = say_nothing, source: str = "", share: tuple[int, int] = (0, 1)):
         self.key = key
         self.plan = plan
         self.format = prompt_format
@@ -149,7 +158,7 @@ class HiddenCache:
         self.store: Store = RamStore(plan)
         if plan.config.cache_hidden == "disk":
             facts = {"model_name": source, "hrm_read": plan.config.hrm_read, "dtype": plan.config.cache_dtype}
-            self.store = ShardStore(plan, key, facts, say)
+            self.store = ShardStore(plan, key, facts, say, share)
         self.is_filled = False
         self.fill_seconds = 0.0
         self._start = {tuple(row): start for row, start in zip(plan.rows, plan.starts, strict=True)}
@@ -172,6 +181,11 @@ class HiddenCache:
                 return controller.host_states(batch, last, read)
 
         return encode
+
+    def open_whole(self) -> None:
+        """Opens a cache on disk without anything to fill it with. Raises ValueError as `ShardStore.open_whole`."""
+        assert isinstance(self.store, ShardStore)
+        self.store.open_whole()
 
     # --- filling ---
 
@@ -216,11 +230,12 @@ class HiddenCache:
         size = f"{self.store.nbytes / GB:.3f} GB"
         if not isinstance(self.store, ShardStore):
             return size
-        return f"{size} in {self.store.folder}, {self._done} read now,"
+        among = f" by the first of {self.store.world} processes" if self.store.world > 1 else ""
+        return f"{size} in {self.store.folder}, {self._done} read now{among},"
 
     def _say_progress(self, seconds: float) -> None:
-        """Says how many items the first `seconds` have read, and how long the others will take."""
-        items = len(self.plan.rows)
+        """Says how many items the first `seconds` have read, and how long those left to this process will take."""
+        items = self.store.to_read
         left = (items / self._done - 1) * seconds
         self.say(f"caching hidden states: {self._done} of {items} items, {left:.0f} s left")
 

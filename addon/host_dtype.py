@@ -19,7 +19,7 @@ def meta_host(host: HostConfig) -> Any:
     """The LLM without its weights. Raises HostError as `load_config`."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(host.model_name, host.trust_remote_code, host.revision)
+    config = load_config(host.model_name, host.trust_remote_code, host.revision, needs_weights=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=host.trust_remote_code)
     return model.requires_grad_(False)
@@ -83,7 +83,13 @@ def load_in(host: PreTrainedModel) -> str:
 
 
 def host_parameters(host: PreTrainedModel) -> int:
-    """Parameters of the LLM without what an adapter put into it; packed weights count as many as they stand for."""
+    """Parameters of the LLM without what an adapter put into it; packed weights count as many as they stand for.
+
+    Of an LLM that is not in memory, the number that was noted when it was.
+    """
+    noted = getattr(host, "parameters_noted", None)
+    if noted is not None:
+        return noted
     spread = any(parameter.is_meta for parameter in host.parameters())
     if not spread and not getattr(host, "is_quantized", False):
         return sum(parameter.numel() for parameter in host.parameters() if not parameter.requires_grad)

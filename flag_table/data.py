@@ -58,6 +58,8 @@ TABLE = (
           nullable=True),
     addon("cache_dtype", "str", "bf16", "what the cache stores a number in; int8 = half the size, with a scale for "
           "each token", choices=("bf16", "int8")),
+    addon("cache_mode", "str", "both", "with a cache on disk: fill what is missing and train (both), fill it alone, or "
+          "train from a full one without the LLM in memory", choices=("both", "fill", "train")),
     addon("cache_max_gb", "float", 4.0, "largest such cache in GB; a larger one is refused", low=0,
           exclusive_low=True),
     addon("allow_code_tasks", "bool", False, "allow tasks whose verifier executes code; holds only where it is typed",

@@ -19,6 +19,7 @@ import addon_run as run
 import options
 import train
 from addon import evaluator
+from addon.large import SizeConfig, size_warnings
 from engine import checkpoints as checkpointing
 from engine.checkpoints import MANIFEST
 from engine.records import normalise
@@ -602,7 +603,7 @@ def test_evaluation_questions_are_never_trained_on(call, monkeypatch):
 
 def test_the_embedded_llm_s_batch_size_and_lr_on_a_large_llm_bring_a_warning():
     def warnings(parameters, *words):
-        return run.size_warnings(options.parse(list(words)), parameters)
+        return size_warnings(options.part(SizeConfig, options.parse(list(words))), parameters)
 
     (line,) = warnings(494_000_000)
     assert line.startswith("--batch_size 64 and --lr 0.003 were chosen on an LLM of 3.6 M parameters")

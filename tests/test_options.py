@@ -333,6 +333,7 @@ def test_every_choice_is_accepted(name, choice):
     data = ["--dataset", "synthetic"] if arch == "hybrid" else ["--use_act"] if choice == "best_halt" else []
     cached = ["--train_n", "8", "--cache_dir", "c"] if choice == "disk" else ["--train_n", "8"]
     data += {"cache_hidden": cached, "cache_dtype": ["--train_n", "8", "--cache_hidden", "ram"],
+             "cache_mode": ["--train_n", "8", "--cache_hidden", "disk", "--cache_dir", "c"],
              "segments_sampling": ["--segments", "2"]}.get(name, [])
     assert getattr(parse(["--arch", arch, *data, f"--{name}", choice]), name) == choice
 
@@ -438,6 +439,9 @@ def test_all_problems_of_a_command_line_are_told_at_once(capsys):
                                         "same may share"),
     ("--cache_hidden ram --train_n 9 --cache_dir c", "--cache_dir c does nothing with --cache_hidden ram: choose disk"),
     ("--cache_dtype int8", "--cache_dtype int8 does nothing with --cache_hidden off: choose ram or disk"),
+    ("--cache_mode train", "--cache_mode train does nothing with --cache_hidden off: choose disk"),
+    ("--cache_mode fill --cache_hidden ram --train_n 9", "--cache_mode fill does nothing with --cache_hidden ram: "
+                                                         "choose disk"),
     ("--max_steps 10 --warmup_steps 50", "--warmup_steps 50 is more than --max_steps 10"),
 ])
 def test_each_bad_command_line_has_its_one_line(typed, problem, capsys):

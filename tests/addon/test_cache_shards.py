@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -10,29 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
-import options
 from addon import cache_plan, cache_shards
-from addon.cache_plan import CacheConfig, pack, plan_cache, unpack
-from addon.hidden_cache import HiddenCache, cache_key
-from addon.streams import training_examples
-from batching import PromptConfig, PromptFormat
-from host import load_tokenizer
+from addon.cache_plan import pack, unpack
+from addon.hidden_cache import HiddenCache
 from patience import HANG_S
-from reasoning_gym_wrapper import Reserve, make_tasks
-from tiny_families import randomise
+from tiny_cache import ITEMS, Parts, flip, in_small_shards, shards
 from tiny_rows import sums, write
-from tiny_runs import ROOT, arguments, assert_same_run, controller_of, error_lines, newest
+from tiny_runs import ROOT, assert_same_run, error_lines, newest
 
 pytestmark = pytest.mark.usefixtures("no_curve")  # conftest.py
 
-ITEMS = 30
 MLP = ["--adapter", "mlp", "--segments", "1", "--inner_T", "2"]  # HRM's flags as they are by default
 DISK = "--cache_hidden disk --train_n 11 --eval_every 0".split()
 
@@ -44,37 +36,9 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(cache_shards, "SHARD_BYTES", 9000)
 
 
-class Parts:
-    """What a cache is made of, on the tiny host: controller, format, items, one batch of them."""
-
-    def __init__(self, host: Path, *more: str):
-        words = [*arguments(host, ROOT), "--cache_hidden", "ram", "--train_n", str(ITEMS), "--ema", "0", *more]
-        self.opts = options.parse(words)
-        torch.manual_seed(0)
-        self.model = randomise(controller_of(self.opts), size=0.05)
-        self.format = PromptFormat(load_tokenizer(str(host)), options.part(PromptConfig, self.opts))
-        tasks = make_tasks(["toy_add", "chain_sum"], "small")
-        self.examples = training_examples(tasks, Reserve(tasks, 4), 0, ITEMS).examples
-        self.batch = self.format.batch(self.examples[:8])
-
-    def cache(self, folder: Path | None, **more) -> HiddenCache:
-        """A cache in the folder, or in RAM."""
-        kind = {"cache_hidden": "disk", "cache_dir": str(folder)} if folder else {}
-        config = options.part(CacheConfig, options.replace(self.opts, **kind))
-        plan = plan_cache(config, self.model.host.config, self.format, self.examples)
-        return HiddenCache(cache_key(self.model, self.format.tokenizer, plan), plan, self.format, **more)
-
-    def features(self, cache: HiddenCache) -> torch.Tensor:
-        return cache.encoder(self.model, cache.key)(self.batch).features
-
-
 @pytest.fixture(scope="module")
 def parts(tiny_host) -> Parts:
     return Parts(tiny_host)
-
-
-def shards(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
 
 
 def nobody_asks(monkeypatch, parts: Parts) -> None:
@@ -136,12 +100,6 @@ def test_an_interrupted_fill_goes_on_and_ends_with_the_same_numbers(parts, tmp_p
 # --- damage
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGE = {
     "a flipped bit": flip,
     "a torn end": lambda path: path.write_bytes(path.read_bytes()[:-7]),
@@ -173,7 +131,7 @@ OTHER = """
 import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from tests.addon.test_cache_shards import Parts, in_small_shards
+from tiny_cache import Parts, in_small_shards
 parts = Parts(Path({host!r}))
 with in_small_shards():
     cache = parts.cache(Path({folder!r}))
@@ -181,22 +139,6 @@ with in_small_shards():
     sys.stdin.readline()
     print(float(parts.features(cache).double().sum()), cache._done, flush=True)
 """
-
-
-@contextlib.contextmanager
-def in_small_shards():
-    """Inside, shards as in `small_shards`, and items that take a while to read."""
-    plain = HiddenCache._states
-
-    def slow(*arguments):
-        time.sleep(0.1)
-        return plain(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_plan, "FILL_BATCH", 3)
-        patch.setattr(cache_shards, "SHARD_BYTES", 9000)
-        patch.setattr(HiddenCache, "_states", slow)
-        yield
 
 
 def test_two_processes_fill_a_cache_together(parts, tiny_host, tmp_path):
