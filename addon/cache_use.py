@@ -151,7 +151,7 @@ class CacheUse:
             return None
         if self.cache is None:
             self.weights = weights_digest(model.host, whole=self.config.cache_hidden == "disk")
-            self.cache = self._made(key_of(self.weights, self.format.tokenizer, self.plan))
+            self.cache = self._made(key_of(self.weights, self.config.hrm_read, self.format.tokenizer, self.plan))
         trainer.encode = self.cache.encoder(model, self.cache.key)
         return functools.partial(self.cache.fill, model)
 

@@ -62,15 +62,16 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def cache_key(controller: HRMController, tokenizer: Any, plan: CachePlan) -> str:
     """Digest of all that the kept states of the items depend on, and on disk of how they are cut into files."""
-    return key_of(weights_digest(controller.host, whole=plan.config.cache_hidden == "disk"), tokenizer, plan)
+    weights = weights_digest(controller.host, whole=plan.config.cache_hidden == "disk")
+    return key_of(weights, controller.config.hrm_read, tokenizer, plan)
 
 
-def key_of(weights: str, tokenizer: Any, plan: CachePlan) -> str:
-    """As `cache_key`, of an LLM whose weights have the digest `weights`."""
+def key_of(weights: str, hrm_read: str, tokenizer: Any, plan: CachePlan) -> str:
+    """As `cache_key`, of an LLM whose weights have the digest `weights` and of which HRM reads `hrm_read`."""
     on_disk = plan.config.cache_hidden == "disk"
     parts = {
         "weights": weights,
-        "read": "all" if plan.config.hrm_read == "all" else "last",
+        "read": "all" if hrm_read == "all" else "last",
         "tokenizer": tokenizer_digest(tokenizer),
         "items": plan.items_digest,
         "dtype": plan.config.cache_dtype,

@@ -162,7 +162,7 @@ def find_head(plan: CachePlan, tokenizer: Any, name: str, commit: str | None, dt
         head = _read_facts(path)
         if head is None:
             continue
-        key = key_of(head.facts.weights, tokenizer, plan)
+        key = key_of(head.facts.weights, plan.config.hrm_read, tokenizer, plan)
         if key == head.key and folder_of(plan, key) == path.parent:
             of_items.append(head)
     if not of_items:
