@@ -156,6 +156,7 @@ def find_head(plan: CachePlan, tokenizer: Any, name: str, commit: str | None, dt
     Raises:
         HeadError: there is none, only of another LLM or dtype, or several.
     """
+    assert plan.config.cache_dir is not None  # told before: a cache on disk has a folder
     folder = Path(plan.config.cache_dir)
     of_items = []
     for path in sorted(folder.glob(f"{plan.items_digest[:NAMED]}-*/{FILE}")):
