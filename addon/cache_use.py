@@ -20,6 +20,7 @@ from engine.machine import Machine
 from engine.report import Report
 from engine.stopping import StopRequested, interruptible, leavable
 from engine.system import Evaluator
+from host import DEFAULT_HOST
 from model import AdapterConfig, HRMController
 from reasoning_gym_wrapper import Example
 
@@ -35,7 +36,7 @@ class CacheUseConfig(CacheConfig):
     """
 
     cache_mode: str = "both"
-    model_name: str = ""
+    model_name: str = DEFAULT_HOST
     host_dtype: str = "auto"
     eval_only: bool = False
     dry_run: bool = False
