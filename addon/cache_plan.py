@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from reasoning_gym_wrapper import Example
 GB = 1e9
 FILL_BATCH = 64  # items that are read together while the cache is filled
 LARGEST = 127  # of int8, whose -128 is not used
+IDLE_SETTINGS = {"architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version", "use_cache"}
 
 Read = Callable[[slice], Tensor]  # items of the plan -> (their columns, P, D)
 
@@ -82,6 +84,7 @@ class CachePlan:
     width: int  # D
     config: CacheConfig = CacheConfig()
     processes: int = 1  # on this machine, each with a cache of its own
+    llm: str = ""  # digest of its settings, see `settings_digest`
     tokens: int = field(init=False)  # kept columns: the last target token predicts nothing
     starts: list[int] = field(init=False)  # of each item, its first column among them
 
@@ -145,6 +148,16 @@ class CachePlan:
             )
 
 
+def settings_digest(text_config: Any) -> str:
+    """Digest of what an LLM computes with its weights: those of its settings that differ from their defaults.
+
+    Names, versions, and what its weights are held in do not count.
+    """
+    settings = {name: value for name, value in text_config.to_diff_dict().items()
+                if not name.startswith("_") and name not in IDLE_SETTINGS}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def plan_cache(config: CacheConfig, host_config: Any, prompt_format: PromptFormat, examples: Sequence[Example],
                processes: int = 1) -> CachePlan:
     """The plan of a run's cache; `host_config` is its LLM's. Raises ValueError as `CachePlan.check`."""
@@ -165,7 +178,7 @@ def plan_cache(config: CacheConfig, host_config: Any, prompt_format: PromptForma
     shared = config.cache_hidden == "disk"
     plan = CachePlan(
         [distinct[row] for row in rows], [list(row) for row in rows], parts, text.hidden_size, config,
-        1 if shared else processes,
+        1 if shared else processes, settings_digest(text),
     )
     plan.check()
     return plan

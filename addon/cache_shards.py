@@ -284,6 +284,8 @@ class ShardStore:
 
         try:
             self._tensors[shard.number] = self._mapped(path, shard)
+        except FileNotFoundError:  # its owner has removed it since
+            return False
         except DamagedShard as error:
             if shard.number not in self._told:
                 self._told.add(shard.number)
@@ -310,7 +312,7 @@ class ShardStore:
             path = self.folder / shard.name
             try:
                 self._tensors[shard.number] = self._mapped(path, shard)
-            except DamagedShard as error:
+            except (DamagedShard, FileNotFoundError) as error:
                 raise ValueError(f"{path} is damaged ({error}): fill it again with --cache_mode fill") from error
 
     def _discard(self, path: Path) -> None:
@@ -321,13 +323,20 @@ class ShardStore:
             raise WriteError(write_problem(path, error, 0, "--cache_dir")) from error
 
     def _mapped(self, path: Path, shard: Shard) -> dict[str, Tensor]:
-        """The tensors of a file, whose pages the system reads when they are needed. Raises DamagedShard."""
+        """The tensors of a file, whose pages the system reads when they are needed.
+
+        Raises:
+            DamagedShard: it is not what was written.
+            FileNotFoundError: it is not there.
+        """
         import safetensors
 
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 record = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except FileNotFoundError:
+            raise
         except (safetensors.SafetensorError, OSError) as error:
             raise DamagedShard(reason_of(error)) from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import tempfile
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from engine.system import Evaluator
 from host import DEFAULT_HOST
 from model import AdapterConfig, HRMController
 from reasoning_gym_wrapper import Example
+
+SEEN_S = 20.0  # seconds until a file must be seen by every machine: network file systems remember what was not there
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,42 @@ def mode_problems(config: CacheUseConfig, explicit: Collection[str]) -> list[str
     return lines
 
 
+def check_shared(folder: Path, machine: Machine) -> None:
+    """Whether all processes see one folder: each fills its share, and would wait for ever for another's elsewhere.
+
+    Raises:
+        ValueError: they do not. All processes raise it together.
+    """
+    if machine.world == 1:
+        return
+
+    # Where the main process cannot write, nobody has anything to fill.
+    mark = machine.of_main(lambda: _marked(folder))
+    if mark is None:
+        return
+    started = time.monotonic()
+    while not (folder / mark).exists() and time.monotonic() - started < SEEN_S:
+        time.sleep(0.1)
+
+    is_apart = machine.any_process(not (folder / mark).exists())
+    if machine.is_main:
+        (folder / mark).unlink(missing_ok=True)
+    if is_apart:
+        raise ValueError(f"--cache_dir {folder} is not the same folder for all {machine.world} processes, which share "
+                         "the work: name one that every machine sees, or begin with one process")
+
+
+def _marked(folder: Path) -> str | None:
+    """The name of a new file in the folder, None where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=".tmp-shared-", dir=folder)
+    except OSError:
+        return None
+    os.close(handle)
+    return Path(path).name
+
+
 class CacheUse:
     """The cache of a run, planned before any model loads.
 
@@ -120,8 +160,11 @@ class CacheUse:
         )
         if config.cache_mode == "train":
             self._find()
-        elif config.cache_hidden == "disk" and machine.is_main:
-            check_folder(self.plan, head_bytes(host_config) if config.cache_mode == "fill" else 0)
+        elif config.cache_hidden == "disk":
+            if machine.is_main:
+                check_folder(self.plan, head_bytes(host_config) if config.cache_mode == "fill" else 0)
+            if not config.dry_run:
+                check_shared(Path(str(config.cache_dir)), machine)
 
     def _find(self) -> None:
         """The full cache, opened, and the head beside it. Raises ValueError."""

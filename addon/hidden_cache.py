@@ -71,6 +71,7 @@ def key_of(weights: str, hrm_read: str, tokenizer: Any, plan: CachePlan) -> str:
     on_disk = plan.config.cache_hidden == "disk"
     parts = {
         "weights": weights,
+        "settings": plan.llm,
         "read": "all" if hrm_read == "all" else "last",
         "tokenizer": tokenizer_digest(tokenizer),
         "items": plan.items_digest,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from model import AdapterConfig, HRMAddonConfig, HRMController
 FILE = "head.safetensors"
 PIECES = 1024  # of each file of weights, that its digest looks at
 PIECE = 4096  # bytes
+ADVICE = "delete it, and write it again with --cache_mode fill"
 
 
 class HeadError(ValueError):
@@ -135,10 +137,17 @@ def keep_head(controller: HRMController, plan: CachePlan, key: str, weights: str
         weights, name, getattr(host.config, "_commit_hash", None) or "", files_digest(name),
         host_dtype(host), host_parameters(host),
     )
-    record = {"key": key, "crc32": checksum(tensors), "facts": json.dumps(asdict(facts))}
+    record = {"key": key, "facts": json.dumps(asdict(facts))}
+    record["crc32"] = _crc(record, tensors)
     content = safetensors.torch.save(tensors, metadata=record)
     write_bytes_aside(folder_of(plan, key) / FILE, content, "--cache_dir")
     return len(content)
+
+
+def _crc(record: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of all that a file says."""
+    said = zlib.crc32(f"{record['key']}{record['facts']}".encode())
+    return f"{said:08x}{checksum(tensors)}"
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -154,18 +163,22 @@ def find_head(plan: CachePlan, tokenizer: Any, name: str, commit: str | None, dt
         dtype: what its weights shall have been held in; auto = whatever.
 
     Raises:
-        HeadError: there is none, only of another LLM or dtype, or several.
+        HeadError: there is none, only of another LLM or dtype, a damaged one, or several.
     """
     assert plan.config.cache_dir is not None  # told before: a cache on disk has a folder
     folder = Path(plan.config.cache_dir)
     of_items = []
+    damaged = []
     for path in sorted(folder.glob(f"{plan.items_digest[:NAMED]}-*/{FILE}")):
         head = _read_facts(path)
-        if head is None:
+        if isinstance(head, HeadError):
+            damaged.append(head)
             continue
         key = key_of(head.facts.weights, plan.config.hrm_read, tokenizer, plan)
         if key == head.key and folder_of(plan, key) == path.parent:
             of_items.append(head)
+    if damaged and not of_items:
+        raise damaged[0]
     if not of_items:
         raise HeadError(f"--cache_mode train finds no cache of these {len(plan.rows)} items in --cache_dir {folder}: "
                         "fill one with --cache_mode fill and otherwise the same flags")
@@ -178,15 +191,24 @@ def find_head(plan: CachePlan, tokenizer: Any, name: str, commit: str | None, dt
         raise HeadError(f"--model_name {name} is not the LLM that filled {other.path.parent}, "
                         f"{other.facts.model_name}: name that one, or fill a cache of yours with --cache_mode fill")
 
+    return _held_in(of_llm, name, folder, dtype)
+
+
+def _held_in(of_llm: list[KeptHead], name: str, folder: Path, dtype: str) -> KeptHead:
+    """The one of an LLM's heads in `folder` that is held in `dtype`. Raises HeadError unless there is one."""
     held = [head for head in of_llm if dtype in ("auto", head.facts.host_dtype)]
     names = " and ".join(sorted({head.facts.host_dtype for head in of_llm}))
     if not held:
         raise HeadError(f"--host_dtype {dtype}: {of_llm[0].path.parent} was filled by an LLM held in {names}: leave "
                         "the flag out")
 
-    if len(held) > 1:
+    if len({head.facts.host_dtype for head in held}) > 1:
         raise HeadError(f"--cache_dir {folder} holds caches of these items by the LLM held in {names}: choose one with "
                         "--host_dtype")
+    if len(held) > 1:
+        places = " and ".join(str(head.path.parent) for head in held)
+        raise HeadError(f"several LLMs that --model_name {name} may mean filled {places}: delete what you do not want, "
+                        "or fill another --cache_dir")
     return held[0]
 
 
@@ -199,16 +221,18 @@ def _is_of(facts: HeadFacts, name: str, commit: str, files: str) -> bool:
     return Path(name).name == Path(facts.model_name).name
 
 
-def _read_facts(path: Path) -> KeptHead | None:
-    """What a file says of its LLM; None where it says nothing that can be read."""
+def _read_facts(path: Path) -> KeptHead | HeadError:
+    """What a file says of its LLM; what is wrong where it says nothing that can be read."""
     import safetensors
 
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             record = file.metadata() or {}
         return KeptHead(path, record["key"], HeadFacts(**json.loads(record["facts"])))
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
-        return None
+    except (safetensors.SafetensorError, OSError) as error:
+        return HeadError(f"{path} is damaged ({reason_of(error)}): {ADVICE}")
+    except (KeyError, ValueError, TypeError):
+        return HeadError(f"{path} is damaged (it does not say of what it is): {ADVICE}")
 
 
 # --- an LLM that is not in memory -------------------------------------------------------------------------------------
@@ -284,17 +308,16 @@ def _read_tensors(head: KeptHead) -> dict[str, Tensor]:
     """The tensors of a kept head, in memory of their own. Raises HeadError where they are not what was written."""
     import safetensors
 
-    advice = "delete it, and write it again with --cache_mode fill"
     try:
         with safetensors.safe_open(head.path, framework="pt") as file:
             record = file.metadata() or {}
             # Copied: products of weights at an address that is not aligned may differ in their last bits.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise HeadError(f"{head.path} is damaged ({reason_of(error)}): {advice}") from error
+        raise HeadError(f"{head.path} is damaged ({reason_of(error)}): {ADVICE}") from error
 
-    if record.get("crc32") != checksum(tensors):
-        raise HeadError(f"{head.path} is damaged (its content does not have its checksum): {advice}")
+    if record.get("crc32") != _crc(record, tensors):
+        raise HeadError(f"{head.path} is damaged (its content does not have its checksum): {ADVICE}")
     return tensors
 
 

@@ -72,12 +72,12 @@ def assert_same_training(one: Path, other: Path) -> None:
 # --- a fill shared by processes
 
 
-def launched(script: str, *words: str) -> str:
-    """stderr of a command in two processes."""
+def launched(script: str, *words: str, status: int = 0) -> str:
+    """stderr of a command in two processes, which ends with the status."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*LAUNCH, script, *words], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=HANG_S)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == status, done.stderr[-3000:]
     return done.stderr
 
 
@@ -106,6 +106,24 @@ def test_a_damaged_shard_is_filled_again_by_its_owner_alone(tiny_host, tmp_path)
     parts.features(second)
     assert 0 < second._done == second.store.to_read < ITEMS
     assert first.store._missing() == [] and len(told) == 1
+
+
+def test_processes_that_do_not_see_one_folder_are_refused_before_any_model_loads(tiny_host, tmp_path):
+    """Each begins in a folder of its own, and --cache_dir is a path in it."""
+    words = [*arguments(tiny_host, tmp_path / "runs"), *DISK, "--cache_dir", "cache", "--cache_mode", "fill"]
+    apart = f'mkdir -p "{tmp_path}/$RANK"; cd "{tmp_path}/$RANK"; exec "{sys.executable}" "{ROOT}/train.py" "$@"'
+    err = launched("--no-python", "bash", "-c", apart, "train", *words, status=1)
+    for rank in (0, 1):
+        assert (f"--cache_dir {tmp_path / str(rank) / 'cache'} is not the same folder for all 2 processes, which share "
+                "the work: name one that every machine sees, or begin with one process") in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_shard_that_its_owner_removes_meanwhile_is_missing_and_not_damaged(tiny_host, tmp_path, monkeypatch):
+    told = []
+    store = Parts(tiny_host).cache(tmp_path, share=(0, 2), say=told.append).store
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert not store._open(store.shards[1]) and not told
 
 
 def test_two_processes_train_from_what_one_filled_and_one_from_what_two_filled(call, tiny_host, tmp_path, monkeypatch):
@@ -280,6 +298,47 @@ def test_the_cache_of_another_llm_is_refused(cached, tiny_host, tmp_path, monkey
     (other / "model.safetensors").unlink()
     other.rename(tmp_path / "other" / "unlike")
     assert "is not the LLM that filled" in refusal(cached("train", "--model_name", str(tmp_path / "other" / "unlike")))
+
+
+def test_a_head_whose_record_is_damaged_is_named(cached, tmp_path):
+    assert cached("fill")[0] == 0
+    (head,) = tmp_path.rglob("head.safetensors")
+    whole = head.read_bytes()
+    parameters = json.loads(json.loads(whole[8:whole.index(b"}}") + 2])["__metadata__"]["facts"])["parameters"]
+    for content in (b"", whole[:len(whole) // 2], whole[:40] + whole[41:],
+                    whole.replace(str(parameters).encode(), str(parameters + 1).encode(), 1)):
+        head.write_bytes(content)
+        line = refusal(cached("train"))
+        assert line.startswith(f"{head} is damaged (")
+        assert line.endswith("): delete it, and write it again with --cache_mode fill")
+    assert cached("fill")[0] == cached("train")[0] == 0
+
+
+def test_another_setting_of_the_llm_is_another_cache(cached, tiny_host, tmp_path, monkeypatch):
+    """The weights are the same, and what the LLM computes with them is not."""
+    assert cached("fill")[0] == 0
+    no_llm(monkeypatch)
+    other = tmp_path / "other" / tiny_host.name
+    shutil.copytree(tiny_host, other)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    config["rms_norm_eps"] = 0.1
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert refusal(cached("train", "--model_name", str(other))).startswith("--cache_mode train finds no cache of these")
+
+
+def test_a_name_that_may_mean_several_llms_is_refused(cached, tiny_host, tmp_path):
+    other = tmp_path / "other" / tiny_host.name
+    shutil.copytree(tiny_host, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(other)
+    assert cached("fill")[0] == cached("fill", "--model_name", str(other))[0] == 0
+    assert cached("train", "--run_name", "own", "--model_name", str(other))[0] == 0
+    (other / "model.safetensors").unlink()
+    line = refusal(cached("train", "--model_name", str(other)))
+    assert line.startswith(f"several LLMs that --model_name {other} may mean filled {tmp_path / 'cache'}")
+    assert line.endswith(": delete what you do not want, or fill another --cache_dir")
 
 
 def test_the_head_is_held_as_the_llm_was_that_filled(cached, tmp_path):

@@ -172,7 +172,9 @@ def test_the_key_changes_with_all_that_the_states_depend_on(tiny_host, bf16_host
     with torch.no_grad():
         model.host.model.layers[0].mlp.down_proj.weight.mul_(1.01)
     keys.add(key_of(model, prompt_format, examples))
-    assert len(keys) == 10 and len(weights_digest(model.host)) == 64
+    model.host.config.rope_parameters["rope_theta"] *= 2
+    keys.add(key_of(model, prompt_format, examples))
+    assert len(keys) == 11 and len(weights_digest(model.host)) == 64
 
 
 def test_one_changed_number_of_the_llm_makes_another_cache_on_disk(tiny_host):
