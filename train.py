@@ -43,8 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         status = command(argv)
         return status
     finally:
-        if "engine.watch" in sys.modules:  # where torch was needed at all
-            sys.modules["engine.watch"].leave_watch(failed=status not in ORDERLY)
+        leave_watch(failed=status not in ORDERLY)
+
+
+def leave_watch(failed: bool) -> None:
+    """Tells the run's other processes that this one ends, by an error of its own if it `failed`."""
+    if "engine.watch" in sys.modules:  # where torch was needed at all
+        sys.modules["engine.watch"].leave_watch(failed)
 
 
 def command(argv: list[str] | None) -> int:
@@ -65,6 +70,7 @@ def command(argv: list[str] | None) -> int:
             measure_suite(run, opts)
         return status
     except KeyboardInterrupt:
+        leave_watch(failed=True)  # amid anything, and perhaps alone
         return complain(["interrupted: what was saved before stays, --resume goes on from there"], 130)
     except (ValueError, OSError) as error:
         if os.environ.get("HRM_TRACEBACK"):

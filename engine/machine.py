@@ -44,7 +44,8 @@ class MachineConfig:
     reset_progress: True begins a new run from the weights of a checkpoint.
     dry_run: True writes nothing.
     eval_only: True evaluates a checkpoint, beside a process that trains it as well.
-    ddp_timeout_s: seconds without a sign of life after which a process counts as dead; 0 = nobody watches.
+    ddp_timeout_s: seconds without an answer from a process's machine after which it counts as dead; 0 = nobody
+        watches.
     """
 
     device: str = "auto"

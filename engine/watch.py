@@ -1,9 +1,9 @@
 """The processes of a run watch each other: where one has died, the others say which, and end.
 
 Without it they would wait in their next exchange, for as long as the backend does (gloo half an hour where a machine is
-gone, NCCL ten minutes). Each process writes a sign of life into a store of torch's that the first one holds, once a
-second, and reads those of the others. A process of the same machine is looked up by its id as well, which tells a death
-at once.
+gone, NCCL ten minutes). Each process holds a connection to the first one, which passes on what it hears. It is the
+operating system that closes the connection of a process that dies, and that answers for one that lives: a process that
+computes for hours without a word, or is stopped, is not taken for dead.
 """
 
 from __future__ import annotations
@@ -11,164 +11,264 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch.distributed import TCPStore
+from accelerate.utils import gather_object
 
 import options
 
-BEAT_S = 1.0  # between signs of life
-STORE_S = 10.0  # the longest wait for the store's answer
+LOOK_S = 1.0  # the longest wait for news before a look at the clock
+MEET_S = 20.0  # the longest wait for all connections
+HELLO_S = 2.0  # the longest wait for the first words on one
+TOKEN_BYTES = 16
+RANK_DIGITS = 8
 DEAD_EXIT = 4  # exit status where another process has died
-ENDED, FAILED = "ended", "failed"  # a process's last sign
+ENDED, FAILED, OVER = "ended", "failed", "over"  # what processes say to each other
 
 
 class Watch:
-    """This process's signs of life, and its eye on the others; a thread from `start` on.
+    """This process's connections, and its eye on the others; a thread from `start` on.
 
     Args:
-        store: of all processes; the first one's own.
-        rank, world: which process this is, and how many there are.
-        timeout_s: seconds without a sign of life after which a process counts as dead.
+        links: connections by the process at their other end: of the first process to all others, of each other process
+            to the first one.
+        rank: which process this is.
+        places: where each process is, as `place_of_this` tells.
+        timeout_s: seconds until an error that one process alone had ends the others.
         end: what ends this process, given what has happened in words.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, timeout_s: float, end: Callable[[str], None]):
-        self.store = store
+    def __init__(
+        self,
+        links: Mapping[int, socket.socket],
+        rank: int,
+        places: Sequence[Mapping[str, Any]],
+        timeout_s: float,
+        end: Callable[[str], None],
+    ):
+        self.links = dict(links)
         self.rank = rank
-        self.world = world
+        self.places = places
         self.timeout_s = timeout_s
         self.end = end
-        self.others = [other for other in range(world) if other != rank]
 
-        # What is known of the others: their newest signs, when each changed last, and where they are.
-        self._signs = dict.fromkeys(self.others, "")
-        self._seen = dict.fromkeys(self.others, 0.0)
-        self._places: dict[int, dict[str, Any]] = {}
-        self._beats = 0
+        # What is known of the others: who watches no more, and when one told of its error.
+        self._gone: set[int] = set()
+        self._errors: dict[int, float] = {}
+        self._rests = dict.fromkeys(self.links, b"")  # begun lines
 
         self._left = threading.Event()
         self._hurry = threading.Event()  # an exchange has failed: nothing is left to wait for
 
-        self.introduce()
-
-    def introduce(self) -> None:
-        """Tells the others where this process is, with its first sign of life."""
-        self.store.set(f"place/{self.rank}", json.dumps(place_of_this()))
-        self.store.set(f"sign/{self.rank}", "0")
+        self._selector = selectors.DefaultSelector()
+        for other, link in self.links.items():
+            self._selector.register(link, selectors.EVENT_READ, other)
 
     def start(self) -> None:
-        """Begins to watch. Every process has introduced itself before."""
-        now = time.monotonic()
-        for other in self.others:
-            self._places[other] = json.loads(self.store.get(f"place/{other}"))
-            self._seen[other] = now
-
+        """Begins to watch."""
+        # A forked child would hold the connection of a process that has died.
+        os.register_at_fork(after_in_child=self._close)
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def _run(self) -> None:
-        while not self._left.wait(BEAT_S):
-            told = self.look()
+        while not self._left.is_set():
+            told = self.look(LOOK_S)
             if told and not self._left.is_set():
-                self.end(told)
+                self._say(OVER, *told)
+                self.end(told[1])
                 return
 
-    def look(self) -> str | None:
-        """Gives a sign of life and looks at those of the others. Returns what has happened to one; None: all live."""
-        # Without the store nothing is heard of anybody, and the first process is who holds it.
-        self._beats += 1
+    def look(self, wait_s: float) -> tuple[int, str] | None:
+        """Hears what the others say, waiting for it at most `wait_s`. Returns (who has died, in words), or None."""
+        for key, _ in self._selector.select(wait_s):
+            told = self._hear(key.data)
+            if told:
+                return told
 
-        answers = True
-        gone = [other for other in self.others if is_gone(self._places[other])]
-        try:
-            self.store.set(f"sign/{self.rank}", str(self._beats))
-            self._hear()  # only now: whoever ends in order gives its last sign before
-        except RuntimeError:
-            answers = False
-
+        # Others may be saving while one has failed, so it ends them only where they wait for it.
         now = time.monotonic()
-        for other in self.others:
-            silent = now - self._seen[other]
-            sign = self._signs[other]
-            if sign == ENDED:
-                continue
-
-            if sign == FAILED and (self._hurry.is_set() or silent > self.timeout_s):
-                return f"{self._name(other)} has ended by an error of its own"
-            if sign != FAILED and other in gone:
-                return f"{self._name(other)} has died"
-            if silent > self.timeout_s and (answers or other == 0):
-                return f"{self._name(other)} has given no sign of life for {silent:.0f} s"
+        for other, since in self._errors.items():
+            if self._hurry.is_set() or now - since > self.timeout_s:
+                return other, f"{self._name(other)} has ended by an error of its own"
         return None
 
-    def _hear(self) -> None:
-        """Reads the others' newest signs. Raises RuntimeError where the store does not answer."""
-        signs = self.store.multi_get([f"sign/{other}" for other in self.others])
-        now = time.monotonic()
+    def _hear(self, other: int) -> tuple[int, str] | None:
+        """Takes in what a connection brings. Returns as `look`."""
+        happened = "has died"
+        try:
+            data = self.links[other].recv(4096)
+        except ConnectionError:
+            data = b""
+        except OSError:  # the probes of `keep_alive` were not answered
+            data = b""
+            happened = f"has not answered for {self.timeout_s:.0f} s"
 
-        for other, encoded in zip(self.others, signs, strict=True):
-            sign = encoded.decode()
-            if sign != self._signs[other]:
-                self._signs[other] = sign
-                self._seen[other] = now
+        if not data:
+            self._selector.unregister(self.links[other])
+            self.links.pop(other).close()
+            known = other in self._gone
+            self._gone.add(other)
+            return None if known else (other, f"{self._name(other)} {happened}")
+
+        # A line may come in pieces.
+        *lines, self._rests[other] = (self._rests[other] + data).split(b"\n")
+        for line in lines:
+            told = self._note(*json.loads(line))
+            if told:
+                return told
+        return None
+
+    def _note(self, what: str, who: int, words: str = "") -> tuple[int, str] | None:
+        """Takes down one thing said. Returns as `look`."""
+        self._gone.add(who)
+        if what == OVER:
+            return who, words
+        if what == FAILED:
+            self._errors.setdefault(who, time.monotonic())
+            if self.rank == 0:
+                self._say(FAILED, who)
+        return None
+
+    def _say(self, *words: Any) -> None:
+        """Says something to all that this process is connected with."""
+        line = json.dumps(words).encode() + b"\n"
+        for link in list(self.links.values()):
+            with contextlib.suppress(OSError):  # it is dead, too
+                link.sendall(line)
 
     def _name(self, other: int) -> str:
-        place = self._places[other]
-        return f"process {other} of {self.world} (rank {other}, pid {place['pid']} on {place['host']})"
+        place = self.places[other]
+        return f"process {other} of {len(self.places)} (rank {other}, pid {place['pid']} on {place['host']})"
 
     def speaks(self) -> bool:
-        """Whether this process tells what has happened: the first one of those that live."""
-        before = [other for other in self.others if other < self.rank]
-        return all(self._signs[other] in (ENDED, FAILED) or is_gone(self._places[other]) for other in before)
+        """Whether this process tells what has happened: the first one of those that live on its machine."""
+        host = self.places[self.rank]["host"]
+        before = [other for other in range(self.rank) if self.places[other]["host"] == host]
+        return self._gone.issuperset(before)
 
     def await_verdict(self) -> None:
         """After an exchange that failed: waits until the thread has found who is missing, and ends this process."""
         self._hurry.set()
-        time.sleep(self.timeout_s + 3 * BEAT_S)
+        time.sleep(self.timeout_s + 3 * LOOK_S)
 
     def leave(self, failed: bool) -> None:
-        """The last sign of life. The first process waits for the others, which hear of its end from its own store."""
+        """The last word of this process, by which the others know that it has not died."""
+        if self._left.is_set():
+            return
         self._left.set()
-        until = time.monotonic() + self.timeout_s
+        self._say(FAILED if failed else ENDED, self.rank)
 
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"sign/{self.rank}", FAILED if failed else ENDED)
-            while self.rank == 0 and not failed and time.monotonic() < until and self._any_is_there():
-                time.sleep(BEAT_S / 4)
-
-    def _any_is_there(self) -> bool:
-        self._hear()
-        last = (ENDED, FAILED)
-        return any(self._signs[other] not in last and not is_gone(self._places[other]) for other in self.others)
+    def _close(self) -> None:
+        for link in self.links.values():
+            link.close()
+        self.links.clear()
 
 
 def place_of_this() -> dict[str, Any]:
-    """Where this process is: its id, and what tells whose ids are of the same system."""
-    space: int | None = None
-    with contextlib.suppress(OSError):  # no Linux: nobody is looked up by an id
-        space = os.stat("/proc/self/ns/pid").st_ino
-    return {"host": socket.gethostname(), "space": space, "pid": os.getpid()}
+    """Where this process is, for people."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
-def is_gone(place: dict[str, Any]) -> bool:
-    """True where the process of this place is known to be dead; False for one that cannot be looked up from here."""
-    here = place_of_this()
-    if here["space"] is None or (place["host"], place["space"]) != (here["host"], here["space"]):
-        return False
+# --- connections ------------------------------------------------------------------------------------------------------
 
-    try:
-        with open(f"/proc/{place['pid']}/stat", encoding="utf-8", errors="replace") as file:
-            state = file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
 
-    return state in "ZX"  # dead, and not yet asked for by its parent
+def listen(backlog: int) -> socket.socket:
+    """A socket that takes connections on a free port of all this machine's addresses. Raises OSError."""
+    with contextlib.suppress(OSError):  # without IPv6
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
+
+
+def keep_alive(link: socket.socket, timeout_s: float) -> None:
+    """Lets the two systems ask each other whether they are there; reading fails after `timeout_s` without an answer."""
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    # A third of the time in silence, then ten questions; one answer is enough. Names differ between systems.
+    idle = min(max(round(timeout_s / 3), 1), 32_000)
+    between = min(max(round(timeout_s / 15), 1), 32_000)
+    values = {
+        "TCP_KEEPIDLE": idle,
+        "TCP_KEEPALIVE": idle,
+        "TCP_KEEPINTVL": between,
+        "TCP_KEEPCNT": 10,
+        "TCP_USER_TIMEOUT": min(round(1000 * timeout_s), 2**31 - 1),  # for what was said and not acknowledged
+    }
+    for name, value in values.items():
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def connected(host: str, port: int, token: str, rank: int) -> socket.socket:
+    """A connection of process `rank` to the first one. Raises OSError."""
+    link = socket.create_connection((host, port), timeout=MEET_S)
+    link.sendall(f"{token}{rank:{RANK_DIGITS}d}".encode())
+    return link
+
+
+def accepted(listener: socket.socket, world: int, token: str, wait_s: float = MEET_S) -> dict[int, socket.socket]:
+    """The first process's connections to all others, by rank. Raises OSError where one does not come in time."""
+    until = time.monotonic() + wait_s
+    links: dict[int, socket.socket] = {}
+    while len(links) < world - 1:
+        listener.settimeout(max(until - time.monotonic(), 0.01))
+        link, _ = listener.accept()
+
+        # Whoever does not know the token is a stranger.
+        hello = first_words(link)
+        if len(hello) < len(token) + RANK_DIGITS or not hello.startswith(token):
+            link.close()
+            continue
+        links[int(hello[len(token) :])] = link
+    return links
+
+
+def first_words(link: socket.socket) -> str:
+    """Token and rank, or less where they do not come; never more, since what follows is for `Watch`."""
+    size = 2 * TOKEN_BYTES + RANK_DIGITS
+    words = b""
+    link.settimeout(HELLO_S)
+    with contextlib.suppress(OSError):
+        while len(words) < size and (more := link.recv(size - len(words))):
+            words += more
+    return words.decode(errors="replace")
+
+
+def met(machine: Any) -> dict[int, socket.socket] | None:
+    """This process's connections, by the process at their other end; None where there are not all. All call it."""
+    # The first process takes connections on a free port of the machine that the processes met on.
+    listener: socket.socket | None = None
+    if machine.is_main:
+        with contextlib.suppress(OSError):
+            listener = listen(machine.world)
+    port, token = machine.of_main(
+        lambda: (listener.getsockname()[1] if listener else 0, secrets.token_hex(TOKEN_BYTES))
+    )
+
+    links: dict[int, socket.socket] | None = None
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    with contextlib.suppress(OSError):
+        if listener:
+            links = accepted(listener, machine.world, token)
+        elif not machine.is_main:
+            links = {0: connected(host, port, token, machine.rank)}
+    if listener:
+        listener.close()
+
+    # All watch, or none does.
+    if machine.any_process(links is None):
+        for link in (links or {}).values():
+            link.close()
+        machine.say(f"WARNING: port {port} of {host} is not open to every process: a dead one is noticed late")
+        return None
+    return links
 
 
 # --- of this process --------------------------------------------------------------------------------------------------
@@ -185,22 +285,14 @@ def start_watch(machine: Any, timeout_s: float) -> None:
     if machine.world == 1 or not timeout_s or _watch is not None:
         return
 
-    # The first process holds the store, on a free port of the machine that the processes met on.
-    wait = timedelta(seconds=STORE_S)
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    store: TCPStore | None = None
-    if machine.is_main:
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
-    port = machine.of_main(lambda: store.port if store else 0)
-    with contextlib.suppress(RuntimeError):
-        if store is None:
-            store = TCPStore(host, port, is_master=False, timeout=wait)
-    if machine.any_process(store is None):
-        machine.say(f"WARNING: port {port} of {host} is not open to every process: a dead one is noticed late")
+    places = gather_object([place_of_this()])
+    links = met(machine)
+    if links is None:
         return
 
-    _watch = Watch(store, machine.rank, machine.world, timeout_s, end_process)
-    machine.wait()
+    for link in links.values():
+        keep_alive(link, timeout_s)
+    _watch = Watch(links, machine.rank, places, timeout_s, end_process)
     _watch.start()
 
 

@@ -28,8 +28,8 @@ TABLE = (
          choices=("auto", "cpu", "cuda", "mps"), common=True),
     Flag("num_threads", "int", 0, "CPU threads; 0 = OMP_NUM_THREADS, else one or all cores, whichever "
          "multiplies faster at the start", low=0),
-    Flag("ddp_timeout_s", "float", 45.0, "of several processes: seconds without a sign of life from one until the "
-         "others name it and end; 0 = they wait as long as the backend does", low=0),
+    Flag("ddp_timeout_s", "float", 45.0, "of several processes: seconds without an answer from one's machine "
+         "until the others name it and end; 0 = they wait as long as the backend does", low=0),
     addon("device_map", "str", "none", "where the frozen LLM lies: on the device, or (auto) spread over all "
           "accelerators, then memory, then the disk", choices=("none", "auto")),
     addon("max_memory", "json", None, "with device_map auto: the most that each place may hold, an accelerator by its "

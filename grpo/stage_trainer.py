@@ -193,8 +193,9 @@ class StageTrainer(GRPOTrainer):
             self.segments.clear()
 
         # Of all processes, which have equally many completions; the rewards that TRL returns are of all as well.
-        means = torch.tensor([own, used], dtype=torch.float32, device=self.accelerator.device)
-        own, used = self.accelerator.reduce(means, "mean").tolist()
+        if self.accelerator.num_processes > 1:  # one alone keeps all its digits
+            means = torch.tensor([own, used], dtype=torch.float32, device=self.accelerator.device)
+            own, used = self.accelerator.reduce(means, "mean").tolist()
         metrics["completions/repetition"].append(own)
         metrics["cycles_used"].append(used)
 

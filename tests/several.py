@@ -3,14 +3,16 @@
     python tests/several.py RUNS.json
 
 RUNS.json is a list of runs, done one after the other: `argv`; `processes`; `log`, the file of what they print; `stop`
-and `kill`, both [rank, step] or missing: that process alone gets a SIGTERM, or a SIGKILL, as it begins the step. The
-file is replaced by the list of their exit statuses, a negative signal's number where one was killed, and their seconds.
+and `kill`, both [rank, step] or missing: that process alone gets a SIGTERM, or a SIGKILL, as it begins the step; and
+`busy`, likewise: none of its threads can do anything for `BUSY_S` seconds, as in a long call of a library's. The file
+is replaced by the list of their exit statuses, a negative signal's number where one was killed, and their seconds.
 GRPO's completions are not sampled here but follow from the question and the completion's place in its group, since each
 process has random numbers of its own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -29,6 +31,8 @@ sys.path[:0] = [str(ROOT)]
 import train  # noqa: E402
 from engine.optimization import BaseTrainer  # noqa: E402
 
+BUSY_S = 5
+
 
 def value_of(run: dict[str, Any], flag: str, default: str) -> str:
     """What a run's command line says of a flag."""
@@ -42,6 +46,8 @@ def strike(run: dict[str, Any], rank: int, step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     if run.get("kill") == [rank, step]:
         os.kill(os.getpid(), signal.SIGKILL)
+    if run.get("busy") == [rank, step]:
+        ctypes.PyDLL(None).sleep(BUSY_S)  # keeps the interpreter's lock
 
 
 def prepare(run: dict[str, Any], rank: int) -> None:

@@ -17,6 +17,7 @@ import pytest
 from engine.files import json_lines
 from engine.watch import DEAD_EXIT
 from patience import HANG_S
+from several import BUSY_S
 from tiny_hybrid import RUN as HYBRID
 from tiny_runs import ROOT, arguments, newest
 
@@ -162,3 +163,12 @@ def test_where_a_process_dies_the_other_ends_and_names_it(rank, tiny_host, tmp_p
     alone = run(1, *call, "--grad_accum_steps", "2", log=str(tmp_path / "log1.txt"))
     assert performed(tmp_path, alone) == [[0]], logs(tmp_path)
     assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_busy_for_longer_than_the_limit_ends_no_run(rank, tiny_host, tmp_path):
+    """No thread of it can give a sign of life meanwhile, as where a large checkpoint is written."""
+    call = [*arguments_of("addon", tiny_host, tmp_path), "--run_name", "two", "--ddp_timeout_s", str(BUSY_S / 5)]
+    assert performed(tmp_path, run(2, *call, busy=[rank, 1])) == [[0, 0]], logs(tmp_path)
+    assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2]

@@ -506,9 +506,7 @@ def loop_over(tmp_path: Path, progress, log, chosen: Stage, eval_seed: int = 10*
 
     from grpo.stage_loop import StageLoop, StageLoopConfig
 
-    machine = types.SimpleNamespace(
-        say=lambda line: None, is_main=True, precision="none", device=torch.device("cpu")
-    )
+    machine = Machine(Accelerator(cpu=True), "none")
     prompt_format = types.SimpleNamespace(answer_from="text")
     trained = types.SimpleNamespace(
         machine=machine, folder=tmp_path, checkpoint=None, has_tags=True, model=None, prompt_format=prompt_format,
