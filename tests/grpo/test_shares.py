@@ -77,6 +77,7 @@ def test_the_warm_start_goes_on_with_another_number_of_processes(prompt_format):
     one = examples_of(prompt_format, 1, 2, size=6)
     one[0].load_state(state)  # batches of another size, too
     taken(one, 1)
+    assert one[0].state()["sizes"] == [[3, 8], [6, 2]]  # behind what was drawn, not behind as many larger batches
     again = examples_of(prompt_format, 1, 2, size=6)
     again[0].load_state(json.loads(json.dumps(one[0].state())))
     assert taken(one, 2) == taken(again, 2)
