@@ -187,15 +187,14 @@ class StageTrainer(GRPOTrainer):
         own = sum(map(repetition, texts)) / max(len(texts), 1)
 
         # Segments of the rollouts since the last call; a model that does not count runs all its cycles.
-        used = float(self.cycles)
-        if self.segments:
-            used = torch.cat(self.segments).float().mean().item() or used
-            self.segments.clear()
+        counted = torch.cat(self.segments).float().mean().item() if self.segments else 0.0
+        used = counted or float(self.cycles)
+        self.segments.clear()
 
         # Of all processes, which have equally many completions; the rewards that TRL returns are of all as well.
         if self.accelerator.num_processes > 1:  # one alone keeps all its digits
-            means = torch.tensor([own, used], dtype=torch.float32, device=self.accelerator.device)
-            own, used = self.accelerator.reduce(means, "mean").tolist()
+            means = self.accelerator.reduce(torch.tensor([own, used], device=self.accelerator.device), "mean")
+            own, used = means.tolist()
         metrics["completions/repetition"].append(own)
         metrics["cycles_used"].append(used)
 
