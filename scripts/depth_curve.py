@@ -22,8 +22,8 @@ mean over items of ||z_k - z_(k-1)|| / ||z_k||, norms over the whole prompt: a r
 `answer_change` is the same of what `--halt_settled` looks at.
 
 `--steps` draws `--eval_n` items of each of these numbers of steps, of tasks whose config has `max_steps` (toy_chain).
-`beyond_training` is 1 where the run had been trained on fewer steps at this checkpoint. This goes with any adapter; one
-without segments answers once, and `segments` is 0.
+`beyond_training` is 1 where the run had been trained on fewer steps at this checkpoint. `--steps` and `--difficulty
+steps` go with any adapter; one without segments answers once, and `segments` is 0.
 
 Output, by default in depth/ of the run: depth.csv, depth.png, and reliability.png with --use_act.
 """
@@ -159,8 +159,9 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     if ADAPTER_CONFIG not in documents:
         raise ValueError(f"{folder} holds no add-on: depth curves are of --arch addon alone")
     adapter = adapter_of(record_of(documents))
-    if adapter != "hrm" and not args.steps:
-        raise ValueError(f"{folder} holds an adapter without segments ({adapter}): it has a curve over --steps alone")
+    if adapter != "hrm" and not args.steps and args.difficulty != "steps":
+        raise ValueError(f"{folder} holds an adapter without segments ({adapter}): it has a curve over the steps of "
+                         "items alone, by --steps or --difficulty steps")
 
     # A checkpoint from before a flag was there gets the flag's default.
     saved = options.read_resolved(documents["config.resolved.yaml"])

@@ -133,7 +133,7 @@ def test_an_adapter_without_segments_answers_once(tiny_host, tmp_path, adapter):
     parts = [row for row in rows if row["difficulty"] != "all"]
     assert [(row["segments"], row["steps"]) for row in parts] == [("0", steps) for steps in "124"]
     assert (run / "depth" / "depth.png").exists() and not any(row["z_high_change"] for row in rows)
-    with pytest.raises(ValueError, match=rf"an adapter without segments \({adapter}\): it has a curve over --steps"):
+    with pytest.raises(ValueError, match=rf"an adapter without segments \({adapter}\): it has a curve over the steps"):
         script.main([str(run), "--segments", "1"])
 
 
