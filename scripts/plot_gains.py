@@ -29,6 +29,6 @@ def gains_figure(rows: Sequence[Row]) -> Any:
     figure, (axes,) = new_figure(1, width=6.4, height=1.2 + 0.28 * len(points))
     axes.axvline(0, color="0.6", linewidth=1)
     draw_points(axes, points)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set_xlabel("gain over one pass, points")
     return figure
