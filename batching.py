@@ -65,13 +65,16 @@ class Batch:
 
 
 def needed_segments(examples: Sequence[Example]) -> Tensor:
-    """(B,) int64, the steps that each item needs; a number that no model reaches where its task does not say."""
+    """(B,) int64, the steps that each item needs; a number that no model reaches where its task does not say.
+
+    So an item without a solution takes all segments: those of its batch in training, of the model at evaluation.
+    """
     return torch.tensor([steps_of(example.entry) or NO_LIMIT for example in examples])
 
 
 def hardest(examples: Sequence[Example]) -> int:
-    """The most steps that one of the items needs, of those that say it; NO_LIMIT where none does."""
-    return max((steps for example in examples if (steps := steps_of(example.entry))), default=NO_LIMIT)
+    """The most steps that one of the items needs, of those that say it; 0 where none does."""
+    return max((steps_of(example.entry) or 0 for example in examples), default=0)
 
 
 @dataclass(frozen=True)

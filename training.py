@@ -28,7 +28,7 @@ from addon.adapters import (
 )
 from addon.peft_files import own_names
 from addon.retain import Retained, bare_log_probs, divergence
-from batching import Batch, PromptConfig, hardest, needed_segments
+from batching import NO_LIMIT, Batch, PromptConfig, hardest, needed_segments
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
 from engine.optimization import BaseTrainer, MicroLoss, OptimConfig, build_optimizers
@@ -264,7 +264,8 @@ class Trainer(BaseTrainer):
         needed = 1
         if self.config.segments_sampling in ("steps", "item"):
             own = max(hardest(batch.examples) for batch in batches)
-            needed = int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+            most = int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+            needed = most or NO_LIMIT  # of the global batch no item says its steps
         return segments_of_step(self.config, step, self.progress, needed)
 
     def _encode(self, batches: Sequence[Batch]) -> list[Any]:

@@ -49,7 +49,7 @@ from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_o
 from addon.curriculum import Curriculum, CurriculumConfig  # noqa: E402
 from addon.streams import beyond_reserve  # noqa: E402
 from addon_run import chosen_tasks, task_config, task_names  # noqa: E402
-from batching import PromptConfig, PromptFormat, hardest  # noqa: E402
+from batching import PromptConfig, PromptFormat  # noqa: E402
 from calibration import calibration_error  # noqa: E402
 from depth_measures import (  # noqa: E402
     Loaded,
@@ -58,7 +58,6 @@ from depth_measures import (  # noqa: E402
     answers_at,
     difficulties,
     groups,
-    places_by_task,
     rows_of,
     trajectory,
 )
@@ -182,8 +181,6 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
         print(note, file=sys.stderr)
 
     examples, trained = held_out(opts, args, prompt, documents)
-    if args.difficulty == "steps" and not args.steps:
-        trained = most_steps(examples)
     decoding = Decoding(
         opts.decode_temperature,
         opts.decode_top_p,
@@ -261,12 +258,6 @@ def held_out(
         if taken[example.task] <= n:
             kept.append(example)
     return kept, trained
-
-
-def most_steps(examples: list[Example]) -> dict[str, int]:
-    """Task -> the most steps that one of its items needs: items like those of training are not beyond it."""
-    places = places_by_task(examples)
-    return {task: hardest([examples[place] for place in own]) for task, own in places.items()}
 
 
 def warn_of_unknown(args: argparse.Namespace, opts: options.Options, trained: dict[str, int]) -> None:

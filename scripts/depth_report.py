@@ -109,7 +109,7 @@ def draw(rows: Sequence[Row], walk: Trajectory | None, trained: int, most_steps:
     panels: list[Callable[[Any], None]] = []
     steps = by_task(rows)
     for task, members in steps.items():
-        panels.append(partial(draw_steps, task=task, rows=members, trained=most_steps[task]))
+        panels.append(partial(draw_steps, task=task, rows=members, trained=most_steps.get(task)))
     for task, members in by_task(rows, "settled").items():
         panels.append(partial(draw_used, task=task, rows=members))
 

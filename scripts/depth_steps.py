@@ -95,12 +95,15 @@ def note_of_steps(trained: Mapping[str, int]) -> str:
 
 
 def add_steps(rows: Sequence[Row], trained: Mapping[str, int]) -> None:
-    """Adds the columns `steps` and `beyond_training` (1: more steps than were trained) where a row has one number."""
+    """Adds the columns `steps` and `beyond_training` (1: more steps than were trained) where a row has one number.
+
+    A task without that knob, which `trained` does not name, is measured on items like those of training: none is more.
+    """
     for row in rows:
         match = LABEL.fullmatch(row["difficulty"])
-        if match and row["task"] in trained:
+        if match:
             row["steps"] = int(match[1])
-            row["beyond_training"] = int(row["steps"] > trained[row["task"]])
+            row["beyond_training"] = int(row["steps"] > trained.get(row["task"], row["steps"]))
 
 
 def by_task(rows: Sequence[Row], readout: str = LAST) -> dict[str, list[Row]]:
@@ -132,7 +135,7 @@ def steps_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def draw_steps(axes: Any, task: str, rows: Sequence[Row], trained: int) -> None:
+def draw_steps(axes: Any, task: str, rows: Sequence[Row], trained: int | None) -> None:
     """Solved rate over the steps needed, one curve with its band for each number of segments."""
     depths = sorted(set(map(itemgetter("segments"), rows)))
     for index, segments in enumerate(depths):
@@ -140,11 +143,12 @@ def draw_steps(axes: Any, task: str, rows: Sequence[Row], trained: int) -> None:
         label = f"{segments} segments" if segments else "no segments"
         draw_line(axes, index, len(depths), label, curve_of(own, "steps"))
 
-    axes.axvline(trained + 0.5, color="0.6", linestyle=":", linewidth=1)
+    if trained is not None:
+        axes.axvline(trained + 0.5, color="0.6", linestyle=":", linewidth=1)
     finish(
         axes,
         title=f"{task}: by steps needed",
-        xlabel="steps (right of the dotted line: more than trained)",
+        xlabel="steps" if trained is None else "steps (right of the dotted line: more than trained)",
         ylabel="solved, % (95 %)",
         ylim=(-2, 102),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -277,6 +278,20 @@ def test_a_trainer_draws_by_the_share_of_the_run_that_the_loop_gives_it(make, ba
         trainer.progress = progress
         counts[progress] = {gradients(trainer, [batches[0]], step)[1]["segments"] for step in range(12)}
     assert counts == {0.0: {1}, 1.0: {1, 2, 3, 4}}
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_segments_follow_the_items_that_say_their_steps_however_a_batch_is_split(make, batches, split):
+    trainer = make(segments=8, segments_sampling="item", supervised_segments=1)
+    needed = [2, 3, None, None]  # a grid without a solution says none
+    entries = [{"metadata": {} if steps is None else {"steps": steps}} for steps in needed]
+    examples = [replace(example, entry=entry) for example, entry in zip(batches[0].examples[:4], entries, strict=True)]
+    size = len(examples) // split
+    parts = [replace(batches[0], examples=examples[start : start + size]) for start in range(0, len(examples), size)]
+    assert trainer._segments(parts, 0) == 3
+
+    # Where no item says its steps, all segments are taken.
+    assert trainer._segments([replace(batches[0], examples=examples[2:])], 0) == 8
 
 
 def test_without_carried_states_every_supervised_segment_is_the_first(make, batches):

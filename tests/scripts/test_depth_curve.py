@@ -225,7 +225,6 @@ def test_a_curve_over_the_steps_of_a_real_task_has_a_column_of_them(tiny_host, t
         rows = list(csv.DictReader(file))
     known = [row for row in rows if row["difficulty"] not in ("all", "steps unknown")]
     assert known and all(row["difficulty"] == f"steps {row['steps']}" for row in known)
-    assert {row["beyond_training"] for row in known} == {"0"}
     assert sum(int(row["n"]) for row in rows if row["difficulty"] != "all") == 12
 
 
