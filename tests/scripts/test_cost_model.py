@@ -40,10 +40,13 @@ def addon_of(opts) -> Addon:
     return Addon(**{field.name: type(field.default)(getattr(opts, field.name)) for field in dataclasses.fields(Addon)})
 
 
-def built(host, more: str):
-    """(options, the model as a run builds it, the arithmetic's LLM and add-on)."""
+def built(host, more: str, vocabulary: int = 0):
+    """(options, the model as a run builds it, the arithmetic's LLM and add-on); `vocabulary` 0 is the LLM's own."""
     opts = options.parse([*arguments(host, ROOT), *more.split()])
     model = controller_of(opts)
+    if vocabulary:
+        model.host.resize_token_embeddings(vocabulary)
+        model.host.requires_grad_(False)
     return opts, model, llm_of(model.host.config), addon_of(opts)
 
 
@@ -95,11 +98,7 @@ def test_the_cache_s_bytes_are_those_in_the_shards(tiny_host, tmp_path, more):
 @pytest.mark.parametrize("more", SETTINGS)
 def test_a_step_s_state_and_products_are_those_that_torch_counts(tiny_host, more, vocabulary):
     """In a step over a wide vocabulary the head is nearly everything."""
-    opts, model, _, addon = built(tiny_host, more)
-    if vocabulary:
-        model.host.resize_token_embeddings(vocabulary)
-        model.host.requires_grad_(False)
-    llm = llm_of(model.host.config)
+    opts, model, llm, addon = built(tiny_host, more, vocabulary)
     batch = Parts(tiny_host).batch
     trainer = tiny_trainer(opts, model)
     answer = round(int((batch.labels != IGNORE).sum()) / len(batch.examples))  # pads are not scored
@@ -124,11 +123,7 @@ def test_a_step_s_state_and_products_are_those_that_torch_counts(tiny_host, more
 @pytest.mark.parametrize("more", SETTINGS)
 def test_activations_are_about_what_autograd_keeps(tiny_host, more, vocabulary):
     """And the logits, which a step reads as well; a wide vocabulary outweighs everything else."""
-    opts, model, _, addon = built(tiny_host, more)
-    if vocabulary:
-        model.host.resize_token_embeddings(vocabulary)
-        model.host.requires_grad_(False)
-    llm = llm_of(model.host.config)
+    opts, model, llm, addon = built(tiny_host, more, vocabulary)
     batch = Parts(tiny_host).batch
     model.train()
     states = model.encode(batch)
