@@ -36,12 +36,11 @@ from ablation_grid import (  # noqa: E402
     GridError,
     Job,
     arguments,
-    calibration_job,
     jobs_of,
     read_grid,
     typed_alone,
-    with_steps,
 )
+from ablation_minutes import calibration_job, with_steps  # noqa: E402
 from ablation_results import (  # noqa: E402
     COLUMNS,
     ArmResult,

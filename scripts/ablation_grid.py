@@ -10,6 +10,7 @@ A grid is YAML:
     baseline: default                           the arm that others are compared with (the first where none is named)
     difficulties:                               settings of a task, each trained and compared by itself; without any,
       toy_chain: {short: {max_steps: 4}}        a task is trained as `task_config` says
+    steps: {chain_sum: {default: 900}}          batches of an arm on a task, in place of its flags' max_steps
     minutes: 5                                  equal training time: each arm's max_steps comes from its own speed
     calibration_steps: 40                       batches of the short run that measures it
 """
@@ -51,7 +52,8 @@ class Grid:
     tasks: names, or several joined by + that are trained together.
     baseline: the arm that others are compared with.
     difficulties: task -> name -> the task's config there; each is trained and compared by itself.
-    minutes: training time of each run; None: its length is what its flags say.
+    steps: task -> arm -> `max_steps` of its runs there; others have what their flags say.
+    minutes: training time of each run; None: its length is what its flags or `steps` say.
     calibration_steps: batches of the run that measures an arm's speed.
     """
 
@@ -62,6 +64,7 @@ class Grid:
     common: dict[str, Any] = field(default_factory=dict)
     baseline: str = ""
     difficulties: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    steps: dict[str, dict[str, int]] = field(default_factory=dict)
     minutes: float | None = None
     calibration_steps: int = 40
 
@@ -123,6 +126,12 @@ def _are_difficulties(value: Any) -> bool:
     return all(isinstance(settings, dict) and all(map(_is_flags, settings.values())) for settings in value.values())
 
 
+def _are_steps(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(map(_is_flags, value.values())):
+        return False
+    return all(_is_whole(number) and number > 0 for arms in value.values() for number in arms.values())
+
+
 def _is_name(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -143,6 +152,7 @@ KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "common": ("a mapping of flags", _is_flags),
     "baseline": ("the name of an arm", _is_name),
     "difficulties": ("task names, each with a mapping of difficulty names to the task's config", _are_difficulties),
+    "steps": ("task names, each with a mapping of arm names to whole numbers of at least 1", _are_steps),
     "minutes": ("a number above 0", _is_amount),
     "calibration_steps": (f"a whole number of at least {2 * WARM}", _is_length),
 }
@@ -252,6 +262,7 @@ def _grid_problems(grid: Grid) -> list[str]:
             if not NAME.fullmatch(str(name)) or "--" in str(name):
                 problems.append(f"difficulty {name!r} of {task} is no plain name: use letters, digits, . = + _ and -")
     problems += _task_problems(grid)
+    problems += _steps_problems(grid)
     if grid.baseline not in grid.arms:
         problems.append(f"baseline {grid.baseline} is not an arm: choose from {', '.join(grid.arms)}")
 
@@ -291,6 +302,18 @@ def _task_problems(grid: Grid) -> list[str]:
         for own in settings.values():
             lines += task_problems([task], json.dumps({task: own}), allow_code, supervised=True)
     return list(dict.fromkeys(lines))
+
+
+def _steps_problems(grid: Grid) -> list[str]:
+    """What is wrong with `steps`. A task that is not trained today is no mistake: `--tasks` may have left it out."""
+    problems = []
+    if grid.steps and grid.minutes:
+        problems.append("steps and minutes both fix the length of a run: give one of them")
+    for task, numbers in grid.steps.items():
+        for name in numbers:
+            if name not in grid.arms:
+                problems.append(f"steps of {task}: {name} is not an arm: choose from {', '.join(grid.arms)}")
+    return problems
 
 
 def _places(given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -363,6 +386,8 @@ def jobs_of(grid: Grid) -> list[Job]:
         for task, difficulty, config in _settings(grid):
             for arm, flags in grid.arms.items():
                 own = {"seed": seed} | config
+                if arm in grid.steps.get(task, {}):
+                    own["max_steps"] = grid.steps[task][arm]
                 if task != DATA:
                     own = {"tasks": task.replace("+", ",")} | own
                 jobs.append(Job(arm, task, seed, shared | plain_flags(flags) | own, difficulty))
@@ -394,37 +419,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return json.dumps(value)
     return str(value)
-
-
-# --- equal minutes ----------------------------------------------------------------------------------------------------
-
-
-def calibration_job(job: Job, steps: int) -> Job:
-    """The short run that measures an arm's speed on a task: every batch timed, one item evaluated."""
-    short = {
-        "max_steps": steps,
-        "warmup_steps": min(int(job.flags.get("warmup_steps", 50)), steps),
-        "log_steps": 1,
-        "eval_n": 1,
-        "eval_every": 0,
-        "save_every": 0,
-        "log_samples_every": 0,
-        "eval_suite": None,
-    }
-    return dataclasses.replace(job, flags=job.flags | short)
-
-
-def with_steps(job: Job, minutes: float, seconds: float | None) -> Job:
-    """The run with as many batches of `seconds` as fit into `minutes`, so that its schedule ends where its time ends.
-
-    Seconds None: nothing trains in this arm, and the run stays as it is.
-    """
-    if seconds is None:
-        return job
-
-    # Warm-up must not be all there is.
-    steps = max(round(60 * minutes / seconds), 1)
-    length = {"max_steps": steps}
-    if int(job.flags.get("warmup_steps", 0)) > steps:
-        length["warmup_steps"] = steps // 2
-    return dataclasses.replace(job, flags=job.flags | length)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import ablation_grid as ablation
+import ablation_minutes
 import ablation_results
 import options
 from ablation_grid import GridError, Job, read_grid
@@ -94,6 +95,9 @@ def test_the_grids_asked_for_are_shipped():
         ({"arms": {"a/b": {}}}, "arm 'a/b' is no plain name"),
         ({"seeds": ["x"], "minutes": -1}, "seeds .* is not legal.*\nminutes -1 is not legal: expected a number above"),
         ({"arms": None, "seed": [0]}, "unknown key seed: .*\narms is missing"),
+        ({"steps": {"toy_add": {"cab": 0}}}, "steps .* is not legal: expected task names, each with a mapping of arm"),
+        ({"steps": {"toy_add": {"lora": 3}}}, "steps of toy_add: lora is not an arm: choose from cab, grb"),
+        ({"steps": {"toy_add": {"cab": 3}}, "minutes": 1}, "steps and minutes both fix the length of a run"),
     ],
 )
 def test_a_grid_that_cannot_run_is_refused_with_every_reason(tmp_path, changes, told):
@@ -148,6 +152,15 @@ def test_an_arm_written_twice_is_told_and_a_missing_file_too(tmp_path):
         read_grid(tmp_path / "nowhere.yaml")
 
 
+def test_steps_fix_the_length_of_an_arm_on_a_task_and_leave_the_others_to_their_flags(tmp_path):
+    path = grid_file(tmp_path, tasks=["toy_add", "chain_sum"], common={"max_steps": 7}, steps={"toy_add": {"grb": 3}})
+    lengths = {(job.task, job.arm): job.steps for job in ablation.jobs_of(read_grid(path))}
+    assert lengths == {("toy_add", "cab"): 7, ("toy_add", "grb"): 3, ("chain_sum", "cab"): 7, ("chain_sum", "grb"): 7}
+
+    # A task that is left out today keeps its place in the file, and so does an arm.
+    assert len(ablation.jobs_of(read_grid(path, {"tasks": ["chain_sum"]}, only=["cab"]))) == 1
+
+
 def test_a_part_of_the_arms_can_be_run_by_itself(tmp_path):
     path = grid_file(tmp_path)
     whole, part = read_grid(path), read_grid(path, only=["grb"])
@@ -191,7 +204,7 @@ def test_off_and_no_in_a_grid_are_choices_where_a_flag_has_them(tmp_path):
 
 @given(st.floats(0.05, 60), st.floats(0.001, 5))
 def test_steps_fill_the_minutes_and_the_warmup_fits_into_them(minutes, seconds):
-    job = ablation.with_steps(Job("a", "toy_add", 0, {"warmup_steps": 50}), minutes, seconds)
+    job = ablation_minutes.with_steps(Job("a", "toy_add", 0, {"warmup_steps": 50}), minutes, seconds)
     assert abs(job.steps * seconds - 60 * minutes) <= seconds
     assert job.flags["warmup_steps"] <= max(50, job.steps) and job.flags["warmup_steps"] <= max(job.steps, 1)
 
@@ -204,7 +217,7 @@ def test_a_speed_is_that_of_the_batches_after_the_first_ones(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
     assert ablation_results.seconds_per_step(tmp_path) is None
     untrained = Job("none", "toy_add", 0, {})
-    assert ablation.with_steps(untrained, 5, None) == untrained
+    assert ablation_minutes.with_steps(untrained, 5, None) == untrained
 
 
 # --- a whole ablation -------------------------------------------------------------------------------------------------
