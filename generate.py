@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from engine.environment import prepare
 from flags import UNWRITABLE
 
 PROG = "generate.py"
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: idle threads leave their core to others
+prepare()  # before torch loads
 COMMANDS = "an empty line or Ctrl-D ends"
 
 

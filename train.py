@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import options
+from engine.environment import prepare
 from flags import ARCHS, FIND, FLAGS, GROUPS, METAVARS, Flag
 
 EXAMPLES = f"""examples:
@@ -37,7 +38,7 @@ ORDERLY = (0, 3, 130, 143)  # exit statuses that all processes of a run have tog
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    wait_passively()
+    prepare()  # before torch loads
     status = None
     try:
         status = command(argv)
@@ -126,14 +127,6 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
     trust_what_is_typed(opts)
     opts = with_places(options.resolve(opts))
     return opts, checkpoint, run_of(opts).problems(opts, checkpoint)
-
-
-def wait_passively() -> None:
-    """Threads without work sleep, unless the user's environment says otherwise; before torch loads, which reads it.
-
-    By default they spin for a while, and take the core of another thread or program.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def trust_what_is_typed(opts: options.Options) -> None:

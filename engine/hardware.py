@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 
 import torch
@@ -13,6 +14,9 @@ WORTH = 1.2  # more threads must be so many times as fast as one: they take core
 
 # Names in `torch.cpu.get_capabilities` of instructions that multiply bfloat16 matrices: x86 twice, then ARM.
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
+# Limits that oneDNN, which multiplies, takes from the environment, as far as they leave it none of these.
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @functools.cache
@@ -23,6 +27,10 @@ def multiplies_bf16(device: str) -> bool:
     if device != "cpu":
         return False
 
+    # What the processor can, and what the environment lets it do.
+    limit = next((os.environ[name] for name in LIMITS if name in os.environ), "")
+    if limit.upper() in WITHOUT_BF16:
+        return False
     instructions = torch.cpu.get_capabilities()
     return any(instructions.get(name, False) for name in BF16_INSTRUCTIONS)
 

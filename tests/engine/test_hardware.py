@@ -9,7 +9,7 @@ import torch
 
 import options
 import train
-from engine import hardware
+from engine import environment, hardware
 
 
 @pytest.fixture
@@ -48,10 +48,30 @@ def test_what_the_user_says_is_obeyed(monkeypatch):
     assert train.with_threads(options.replace(opts, num_threads=2)).num_threads == 2
 
 
-def test_idle_threads_sleep_unless_the_environment_says_otherwise(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    train.wait_passively()
-    assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    train.wait_passively()
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
+@pytest.mark.parametrize("name,value", environment.DEFAULTS.items())
+def test_what_libraries_read_is_set_unless_the_environment_says_otherwise(monkeypatch, name, value):
+    monkeypatch.delenv(name, raising=False)
+    environment.prepare()
+    assert os.environ[name] == value
+    monkeypatch.setenv(name, "7")
+    environment.prepare()
+    assert os.environ[name] == "7"
+
+
+def test_the_training_command_keeps_few_programs_of_matrix_products(monkeypatch):
+    for name in environment.DEFAULTS:
+        monkeypatch.setenv(name, "set")  # so that it is as before after the test
+        del os.environ[name]
+    assert train.main(["--help"]) == 0
+    assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) <= 128
+    assert int(os.environ["LRU_CACHE_CAPACITY"]) <= 128
+
+
+@pytest.mark.parametrize("limit, native", [
+    ("AVX2", False), ("avx512_core", False), ("AVX512_CORE_BF16", True), ("", True),
+])
+def test_a_processor_held_to_older_instructions_multiplies_no_bf16(monkeypatch, limit, native):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", limit)
+    assert hardware.multiplies_bf16.__wrapped__("cpu") is native
