@@ -1,5 +1,7 @@
 """How z_H enters the LLM: `InjectorGRB` (gated residual bias) and `InjectorCAB` (cross-attention bridge).
 
+`PromptGate` decides for each prompt whether it does so at all.
+
 Both map (hidden, embedded token, z_H) at the answer's positions to a bias on the LLM's final hidden states. Exactly one
 factor, the output projection `out`, starts at zero, so at step 0 the model is the bare LLM. A row whose prompt is empty
 keeps the bare LLM's states (`model.HRMBackbone.inject`).
@@ -18,6 +20,8 @@ from engine.positions import last_state, mean_state
 from hrm_blocks import Context, SwiGLU, attend, linear, rms_norm, rope, rotate, zero_linear
 
 HIDDEN_TOO = "hidden+embed"
+GATE_WIDTH = 32  # channels in which the gate compares prompts
+GATE_RADIUS = 0.5  # distance below which it is open; training draws the tasks' prompts below 0.1, others beyond 1
 SEES = (HIDDEN_TOO, "embed")  # what an injector sees of a position: the LLM's state there too, or its token alone
 
 
@@ -28,6 +32,7 @@ class Thought:
     z_high: Tensor  # (B, S, d)
     context: Context
     start: Tensor | None = None  # (B,) column of the last prompt token, the first that may be injected; None: all slots
+    opened: Tensor | None = None  # (B,) bool, False where the gate is shut for a prompt; None: there is no gate
 
 
 @dataclass
@@ -181,6 +186,32 @@ class VocabularyBias(nn.Module):
         """(B, T, V) bias to add to the logits."""
         bias = self.out(last_state(thought.z_high, thought.context.mask))
         return torch.sigmoid(self.gate(slots.seen(self.sees))) * rearrange(bias, "B V -> B 1 V")
+
+
+class PromptGate(nn.Module):
+    """Decides for each prompt whether anything is written for it (`--prompt_gate`).
+
+    It is open inside a ball around the prompts of the tasks. A prompt unlike all that training showed lies outside,
+    whatever it is; a linear boundary would open for half of such prompts. `channels` is the width of the features that
+    HRM reads.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.look = linear(2 * channels, GATE_WIDTH)
+        self.centre = nn.Parameter(torch.zeros(GATE_WIDTH))
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """(B,) distances from the tasks' prompts of features (B, S, k D), readable where mask (B, S) is True."""
+        # In float32 always: the answer must not depend on how a number near the border was rounded.
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            seen = torch.cat([last_state(features, mask), mean_state(features, mask)], dim=-1)
+            return (self.look(seen) - self.centre).square().mean(dim=-1)
+
+    def opened(self, features: Tensor, mask: Tensor) -> Tensor:
+        """(B,) bool, for which prompts something is written."""
+        return self(features, mask) < GATE_RADIUS
 
 
 INJECTORS = {"grb": InjectorGRB, "cab": InjectorCAB}

@@ -48,7 +48,7 @@ from host import (
     without_lora,
 )
 from hrm_blocks import Carry, Context, HRMCore, ShortConv, SinglePassCore, linear, rms_norm
-from injector import INJECTORS, Slots, Thought, VocabularyBias
+from injector import INJECTORS, PromptGate, Slots, Thought, VocabularyBias
 from thinking.segments import StopRule, first_slot, think_until
 
 ADDON_PREFIX = "model.addon."
@@ -125,6 +125,7 @@ class HRMAddonConfig(AdapterConfig):
         cab_mem: memory tokens of cab; 0 = it reads all of z_H.
         cab_gate_init, grb_gate_init: initial gate of cab (a factor) and of grb (a logit).
         logit_bias_head: also a gated bias over the vocabulary.
+        prompt_gate: a gate decides for each prompt whether anything is injected; shut, the answer is the bare LLM's.
         lora_layers: top layers of the LLM with LoRA beside HRM; 0 = none.
         lora_rank: rank of that LoRA.
         use_act: a halting head learns, and halts examples at evaluation.
@@ -166,6 +167,7 @@ class HRMAddonConfig(AdapterConfig):
     cab_gate_init: float = 1.0
     grb_gate_init: float = 0.0
     logit_bias_head: bool = False
+    prompt_gate: bool = False
     lora_layers: int = 0
     lora_rank: int = 8
     use_act: bool = False
@@ -314,8 +316,8 @@ class AdapterController(FrozenHostModel, GenerationMixin):
 
         Returns:
             Loss, logits (N, V) of the N labelled tokens in row-major order, carry, and `metrics` per example, each
-            (B,): `correct`, bool, every target token is the argmax; `halt_logits` and `verdict_logits` where those
-            heads exist.
+            (B,): `correct`, bool, every target token is the argmax; `halt_logits`, `verdict_logits` and `gate_distance`
+            where those heads exist.
         """
         raise NotImplementedError
 
@@ -414,6 +416,7 @@ class HRMAddon(nn.Module):
         self.vocabulary_bias = VocabularyBias(width, config.d_h, vocabulary, sees) if config.logit_bias_head else None
         self.verifier = nn.Linear(config.d_h, 1) if config.verifier_head else None
         self.conv = ShortConv(config.d_h, config.hrm_conv) if config.hrm_conv > 1 else None
+        self.prompt_gate = PromptGate(parts * width) if config.prompt_gate else None
 
     def inputs(self, features: Tensor, mask: Tensor) -> Tensor:
         """x (B, S, d) of features under mask (B, S), computed anew in each segment, to learn from each."""
@@ -535,15 +538,22 @@ class HRMBackbone(FrozenHostModel):
         x = self.addon.inputs(features, context.mask)
         return think_until(rule, self.addon.core, self.addon.injector, x, context, slots)
 
+    def opened(self, features: Tensor, context: Context) -> Tensor | None:
+        """(B,) bool, for which prompts the gate is open; None where there is no gate."""
+        gate = self.addon.prompt_gate
+        return None if gate is None else gate.opened(features, context.mask)
+
     def inject(self, slots: Slots, thought: Thought) -> tuple[Tensor, Tensor | None]:
         """(hidden states with z_H's bias (B, T, D), logit bias (B, T, V) or None); scale 0 skips the branch."""
         if self.scale == 0:
             return slots.hidden, None
 
-        # A row with an empty prompt keeps the bare LLM's states.
+        # A row with an empty prompt keeps the bare LLM's states, and so does one whose gate is shut.
         allowed = thought.context.mask.any(dim=1)[:, None, None]
         if slots.allowed is not None:
             allowed = allowed & slots.allowed[..., None]
+        if thought.opened is not None:
+            allowed = allowed & thought.opened[:, None, None]
         bias = self.addon.injector(slots, thought).to(slots.hidden.dtype)
         hidden = torch.where(allowed, slots.hidden + self.scale * bias, slots.hidden)
         if self.addon.vocabulary_bias is None:
@@ -613,7 +623,7 @@ class HRMBackbone(FrozenHostModel):
         )
         context.needed = needed
         z_high, used = self.think(features, context, first)
-        return Thought(z_high, context, last), used
+        return Thought(z_high, context, last, self.opened(features, context)), used
 
     def _check_prompt(self, prompt_mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor:
         """The mask as bool. Raises ValueError as `forward`."""
@@ -741,6 +751,8 @@ class HRMController(AdapterController):
         if self.config.use_act:
             z_high = carry.z_high.detach() if self.config.halt_detach else carry.z_high
             metrics["halt_logits"] = self.model.addon.core.halt_logits(z_high, states.context.mask)
+        if self.model.addon.prompt_gate is not None:
+            metrics["gate_distance"] = self.model.addon.prompt_gate(states.features, states.context.mask)
         if self.model.addon.verifier is not None:
             state = last_state(carry.z_high, states.context.mask)
             metrics["verdict_logits"] = self.model.addon.verifier(state).squeeze(-1)
@@ -748,7 +760,8 @@ class HRMController(AdapterController):
 
     def _answer_logits(self, states: HostStates, labels: Tensor, carry: Carry) -> Tensor:
         """(labelled tokens, V): of labelled tokens alone, for a vocabulary is wide."""
-        hidden, bias = self.model.inject(states.slots, Thought(carry.z_high, states.context))
+        opened = self.model.opened(states.features, states.context)
+        hidden, bias = self.model.inject(states.slots, Thought(carry.z_high, states.context, opened=opened))
         labelled = labels != IGNORE
         logits = host_logits(self.host, hidden[labelled])
         return logits if bias is None else logits + bias[labelled].float()

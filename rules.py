@@ -137,8 +137,10 @@ def a_curriculum_is_evaluated(o: Namespace) -> str | None:
         return "--curriculum raises levels by evaluations: set --eval_every above 0"
 
 
-@rule("retain", "retain_weight", "retain_batch_size")
+@rule("retain", "retain_weight", "retain_batch_size", "prompt_gate", "objective", "eval_only")
 def retaining_has_text(o: Namespace) -> str | None:
+    if o.prompt_gate and o.retain is None and o.objective == "ce" and not o.eval_only:
+        return "--prompt_gate needs --retain: without other text the gate would learn to be open for everything"
     if o.retain is None and (o.retain_weight, o.retain_batch_size) != (1.0, 16):
         name = "retain_weight" if o.retain_weight != 1.0 else "retain_batch_size"
         return f"--{name} {getattr(o, name)} does nothing without --retain: name a file of text, or leave it out"
@@ -362,8 +364,10 @@ def the_cache_serves_the_adapter(o: Namespace) -> str | None:
                 "forward pass: leave it out")
 
 
-@rule("cache_hidden", "lora_layers")
-def the_cache_stays_true(o: Namespace) -> str | None:
+@rule("cache_hidden", "lora_layers", "prompt_gate")
+def lora_changes_the_llm(o: Namespace) -> str | None:
+    if o.prompt_gate and o.lora_layers:
+        return f"--prompt_gate cannot shut --lora_layers {o.lora_layers}, which lie inside the LLM: leave one out"
     if o.cache_hidden != "off" and o.lora_layers:
         return (f"--cache_hidden {o.cache_hidden} and --lora_layers {o.lora_layers}: LoRA changes what the LLM says at "
                 "every step; leave one out")

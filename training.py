@@ -27,7 +27,7 @@ from addon.adapters import (
     record_of,
 )
 from addon.peft_files import own_names
-from addon.retain import Retained, bare_log_probs, divergence
+from addon.retain import Retained, bare_log_probs, divergence, gate_loss, open_gates
 from batching import NO_LIMIT, Batch, PromptConfig, hardest, needed_segments
 from engine.batches import IGNORE
 from engine.checkpoints import Checkpoint
@@ -129,7 +129,7 @@ def learns_by_muon(name: str, parameter: nn.Parameter) -> bool:
 
     # Muon's steps have one size; what begins at zero must leave it slowly.
     inner = name.removeprefix(ADDON_PREFIX)
-    zero_or_head = ("injector.out.", "vocabulary_bias.out.", HALT_HEAD, "verifier.", "injector.memory")
+    zero_or_head = ("injector.out.", "vocabulary_bias.out.", HALT_HEAD, "verifier.", "injector.memory", "prompt_gate.")
     return parameter.ndim == 2 and inner != name and not (inner + ".").startswith(zero_or_head)
 
 
@@ -294,6 +294,7 @@ class Trainer(BaseTrainer):
         """
         world = self.accelerator.num_processes
         following = []
+        has_other = len(items[0]) == 2
 
         def loss_of(item: tuple) -> MicroLoss:
             if len(item) == 2:
@@ -301,7 +302,7 @@ class Trainer(BaseTrainer):
             batch, state, carry, verdict = item
             out = self.wrapped(state, batch.labels, carry, tokens / world, earlier)
             following.append(out.carry and out.carry.detach())
-            return self._total_loss(out, verdict, examples / world)
+            return self._total_loss(out, verdict, examples / world, has_other)
 
         return self.accumulate(items, loss_of), following
 
@@ -324,13 +325,21 @@ class Trainer(BaseTrainer):
         # A mean over the tokens of this process; DDP takes the mean over processes. Heads take part in every backward.
         moved = divergence(out.logits, bare) / max(len(bare), 1)
         loss = self.config.retain_weight * moved
+        parts = {"retain_loss": moved.detach()}
+        if "gate_distance" in out.metrics:
+            distance = out.metrics["gate_distance"]
+            loss = loss + gate_loss(distance, is_open=False) / len(distance)
+            parts["gate_open_other"] = open_gates(distance) / len(distance)
         for name in ("halt_logits", "verdict_logits"):
             if name in out.metrics:
                 loss = loss + 0.0 * out.metrics[name].sum()
-        return MicroLoss(loss, {"retain_loss": moved.detach()})
+        return MicroLoss(loss, parts)
 
-    def _total_loss(self, out: Any, verdict: Tensor | None, examples: float) -> MicroLoss:
-        """Answer loss plus the heads' losses. `out` is of one micro-batch, `examples` are those of the global batch."""
+    def _total_loss(self, out: Any, verdict: Tensor | None, examples: float, has_other: bool) -> MicroLoss:
+        """Answer loss plus the heads' losses. `out` is of one micro-batch, `examples` are those of the global batch.
+
+        The gate learns to be open where it learns on other text (`has_other`) to be shut.
+        """
         loss = out.loss
         metrics = out.metrics
         parts = {"answer_loss": out.loss.detach(), "teacher_forced_exact": metrics["correct"].sum() / examples}
@@ -349,6 +358,11 @@ class Trainer(BaseTrainer):
             parts["halt_loss"] = halting.detach()
             parts["halt_probability"] = chance.sum() / examples
             parts["halt_square"] = chance.square().sum() / examples
+
+        if "gate_distance" in metrics:
+            near = gate_loss(metrics["gate_distance"], is_open=True) / examples
+            loss = loss + float(has_other) * near  # every parameter takes part in every backward, as DDP expects
+            parts["gate_open"] = open_gates(metrics["gate_distance"]) / examples
 
         if "verdict_logits" in metrics:
             logits = metrics["verdict_logits"].float()

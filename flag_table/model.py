@@ -71,6 +71,9 @@ TABLE = (
     addon("grb_gate_init", "float", 0.0, "initial gate of grb, a logit", adapters=BLOCKS),
     addon("logit_bias_head", "bool", False, "add a gated bias over the vocabulary, computed from z_H",
           adapters=BLOCKS, shape=True),
+    addon("prompt_gate", "bool", False, "a gate learns for which prompts anything is injected, from the tasks' and "
+          "from the text of retain; where it is shut the answer is the bare LLM's; needs retain", adapters=BLOCKS,
+          shape=True),
     # Adapters beside HRM, or in its place.
     addon("lora_layers", "int", 0, "besides HRM, LoRA on this many top layers of the LLM", low=0, adapters=BLOCKS,
           shape=True),

@@ -17,6 +17,7 @@ VARIANTS = {
     "pooled": {"hrm_input": "pooled"},
     "all": {"hrm_read": "all"},
     "act": {"use_act": True, "halt_max_segments": 3},
+    "prompt_gate": {"prompt_gate": True},
     "lora": {"lora_layers": 1},
 }
 DECODING = {

@@ -286,6 +286,7 @@ WITH = {"epochs": ["--train_n", "6"], "eval_only": ["--run_name", "done"], "deco
         "halt_settled": ["--segments", "3"], "halt_settled_at": ["--segments", "3", "--halt_settled", "0.1"],
         "segments_sampling": ["--task", "toy_chain"],
         "segments_stretch": ["--task", "toy_chain", "--segments_sampling", "steps"],
+        "prompt_gate": ["--retain", str(ROOT / "tests" / "sandbox" / "cheats.txt")],
         "eval_readout": ["--use_act"], "halt_detach": ["--use_act"],
         "curriculum": ["--task", "gcd", "--curriculum_levels", "1"],
         "load_in": ["--model_name", str(ROOT / "assets" / "tiny_host")]}  # 4 bit needs a width of 64
