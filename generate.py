@@ -103,7 +103,7 @@ def find_checkpoint(checkpoint: str | None, save_dir: Path, dataset: str | None)
     Raises:
         ValueError: no such checkpoint, a broken one, or one trained on another data set.
     """
-    from engine.checkpoints import resolve_resume
+    from engine.resume import resolve_resume
 
     def fits(folder: Path) -> bool:
         return dataset is None or dataset_of(folder) == dataset

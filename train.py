@@ -102,6 +102,7 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
         checkpoint = find_checkpoint(asked)
         saved = saved_options(checkpoint, asked.reset_progress) if checkpoint else {}
         if checkpoint:
+            warn_of_damage(asked, checkpoint)
             check_adapter(asked, saved, checkpoint)  # the flags of another adapter would only start more complaints
     except ValueError as error:
         # Whatever else the run needs stands in the checkpoint that cannot be read.
@@ -238,7 +239,8 @@ def find_checkpoint(opts: options.Options) -> Path | None:
     """
     if opts.resume is None and opts.run_name is None:
         return None
-    from engine.checkpoints import FOLDER, resolve_resume
+    from engine.checkpoints import FOLDER
+    from engine.resume import resolve_resume
 
     if opts.resume is None or (opts.resume == "auto" and opts.run_name):
         checkpoint = own_checkpoint(opts)
@@ -258,12 +260,33 @@ def find_checkpoint(opts: options.Options) -> Path | None:
 
 def own_checkpoint(opts: options.Options) -> Path | None:
     """The newest checkpoint of the run that `--run_name` names."""
-    from engine.checkpoints import newest_checkpoint
+    from engine.checkpoints import checkpoint_folders, newest_checkpoint
+    from engine.resume import newest_damage
 
     run = Path(opts.save_dir) / opts.run_name
     if not run.is_dir():
         return None
-    return newest_checkpoint(run)
+    newest = newest_checkpoint(run)
+    if newest is None and checkpoint_folders(run):  # to begin anew would overwrite what can perhaps be mended
+        raise ValueError(
+            f"run {opts.run_name} in {opts.save_dir} has no whole checkpoint ({newest_damage(run)}): copy one back, or "
+            "choose another --run_name"
+        )
+    return newest
+
+
+def warn_of_damage(opts: options.Options, checkpoint: Path) -> None:
+    """Names the damaged checkpoints that are passed over where the call has not named one itself."""
+    from engine.checkpoints import FOLDER
+    from engine.resume import passed_over
+
+    by_path = opts.resume is not None and Path(opts.resume).resolve() == checkpoint.resolve()
+    inside_a_run = checkpoint.parent.name == FOLDER
+    if by_path or not inside_a_run or (opts.resume or "").endswith("@best") or os.environ.get("RANK", "0") != "0":
+        return
+    anywhere = opts.resume == "auto" and not opts.run_name
+    for line in passed_over(checkpoint, Path(opts.save_dir) if anywhere else None):
+        print(f"WARNING: {line}", file=sys.stderr)
 
 
 def saved_options(checkpoint: Path, anew: bool = False) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from engine.checkpoints import FOLDER, MANIFEST, checkpoint_folders, newest_checkpoint
+from engine.checkpoints import FOLDER, checkpoint_folders, damage_of, newest_checkpoint
 from engine.limits import Warmup
 from engine.machine import Machine, run_folder
+from engine.resume import written_and_name
 from engine.system import Facts, LoopConfig
 
 LONGEST_LABEL = 60  # characters of it in a folder's name
@@ -68,9 +69,8 @@ def check_untouched(folder: Path, checkpoint: Path | None, resume: str | None, r
 
 def _last_written(run: Path) -> Path | None:
     """The checkpoint written last; not that of the highest step in a run that went on from an earlier one."""
-    written = [(folder / MANIFEST, folder) for folder in checkpoint_folders(run)]
-    whole = [(manifest.stat().st_mtime_ns, folder) for manifest, folder in written if manifest.exists()]
-    return max(whole)[1] if whole else None
+    folders = sorted(checkpoint_folders(run), key=written_and_name, reverse=True)
+    return next((folder for folder in folders if damage_of(folder) is None), None)
 
 
 def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup, step: int) -> None:

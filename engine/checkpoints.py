@@ -7,14 +7,13 @@ A checkpoint is a folder `<run>/checkpoints/step-00001234/` holding safetensors 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,10 +123,25 @@ def _fill(temporary: Path, tensors: dict[str, dict[str, Tensor]], documents: dic
         write_synced(temporary / name, content)
         files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
-    # The manifest is the seal: a folder without it is no checkpoint.
+    _write_manifest(temporary, files)
+
+
+def _write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """The seal of a folder, whose files are as `read_manifest` gives them: without it, it is no checkpoint. OSError."""
     manifest = {"format": FORMAT, "version": VERSION, "files": files}
-    write_synced(temporary / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    sync_folder(temporary)
+    write_synced(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    sync_folder(folder)
+
+
+def seal(folder: Path) -> None:
+    """Hashes what somebody else has written to a flat folder, so that `damage_of` knows it. Raises OSError."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.name] = {"sha256": digest, "bytes": path.stat().st_size}
+    _write_manifest(folder, files)
 
 
 def _tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
@@ -172,7 +186,7 @@ def read_checkpoint(folder: Path, stems: Sequence[str] | None = None) -> Checkpo
         CheckpointError: a missing, truncated, altered or foreign checkpoint.
     """
     folder = Path(folder)
-    files = _read_manifest(folder)
+    files = read_manifest(folder)
     missing = [stem for stem in stems or () if stem + TENSORS not in files]
     if missing:
         raise CheckpointError(f"{folder} has no {missing[0]}{TENSORS}, only {', '.join(files)}; give another")
@@ -193,7 +207,7 @@ def read_checkpoint(folder: Path, stems: Sequence[str] | None = None) -> Checkpo
             result.documents[name] = path.read_text(errors="replace") if path.is_file() else ""
             continue
 
-        content = _read_verified(path, expected)
+        content = read_verified(path, expected)
         if name.endswith(TENSORS):
             import safetensors.torch
 
@@ -203,7 +217,7 @@ def read_checkpoint(folder: Path, stems: Sequence[str] | None = None) -> Checkpo
     return result
 
 
-def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """{file name: {"sha256": hex, "bytes": int}} of a checkpoint folder. Raises CheckpointError."""
     path = folder / MANIFEST
     if not path.exists():
@@ -227,7 +241,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
+def read_verified(path: Path, expected: dict[str, Any]) -> bytes:
     """The content of a file whose size and sha256 are as `expected`. Raises CheckpointError."""
     try:
         if not path.is_file():
@@ -247,7 +261,7 @@ def _read_verified(path: Path, expected: dict[str, Any]) -> bytes:
 def _defect(folder: Path) -> str | None:
     """What makes a checkpoint unusable as far as names and sizes tell, or None. Hashes nothing."""
     try:
-        files = _read_manifest(folder)
+        files = read_manifest(folder)
     except CheckpointError as error:
         return str(error)
     for name, entry in files.items():
@@ -255,6 +269,37 @@ def _defect(folder: Path) -> str | None:
         if name not in UNVERIFIED and (not path.is_file() or path.stat().st_size != entry["bytes"]):
             return f"{name} is missing or has another size"
     return None
+
+
+def damage_of(folder: Path) -> str | None:
+    """What makes a checkpoint unusable, in one line, or None. Hashes every file, once as long as none changes.
+
+    A run asks several times for its newest whole checkpoint.
+    """
+    try:
+        files = read_manifest(folder)
+        for name, entry in files.items():
+            if name in UNVERIFIED:
+                continue
+            path = folder / name
+            known = _state_of(path), entry["sha256"]
+            if _verified.get(path) != known:
+                read_verified(path, entry)
+                _verified[path] = known
+    except (CheckpointError, OSError) as error:
+        return reason_of(error).removesuffix(f"; {EARLIER}")
+    return None
+
+
+_verified: dict[Path, tuple[tuple[int, ...], str]] = {}  # files found whole -> what they were then, and their sha256
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What changes where a file is written again; empty where there is none."""
+    if not path.exists():
+        return ()
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 # --- the checkpoints of a run -----------------------------------------------------------------------------------------
@@ -280,11 +325,15 @@ def _whole(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None. Temporary and incomplete folders do not count."""
+    """The whole checkpoint of the highest step, or None. Temporary, incomplete and damaged folders do not count."""
+    put_back(run)
+    return next((folder for folder in reversed(checkpoint_folders(run)) if damage_of(folder) is None), None)
+
+
+def put_back(run: Path) -> None:
+    """Gives a checkpoint that was being replaced when its run died its name again."""
     with contextlib.suppress(OSError):  # putting back needs write access, looking does not
         _tidy(run, delete=False)  # a reader on another machine cannot tell whether the writer lives
-    whole = _whole(run)
-    return whole[-1] if whole else None
 
 
 def _tidy(run: Path, delete: bool) -> None:
@@ -306,6 +355,15 @@ def _tidy(run: Path, delete: bool) -> None:
                 os.rename(path, target)
             elif delete:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Puts back or removes what dead runs left among the checkpoints, where no `rotate` follows.
+
+    A run that was struck in its last save may have nothing more to save.
+    """
+    with contextlib.suppress(OSError):
+        _tidy(run, delete=True)
 
 
 def rotate(run: Path, limit: int, keep: Collection[Path] = ()) -> list[Path]:
@@ -368,83 +426,3 @@ def best_checkpoint(run: Path) -> tuple[Path, str, float] | None:
     if not STEP_NAME.fullmatch(name) or not folder.is_dir():
         return None
     return folder, metric, value
-
-
-# --- what --resume means ----------------------------------------------------------------------------------------------
-
-
-def resolve_resume(
-    text: str, save_dir: Path, flag: str = "--resume", fits: Callable[[Path], bool] | None = None
-) -> Path:
-    """The checkpoint folder meant by `--resume TEXT`.
-
-    Args:
-        text: a checkpoint; a run or its `checkpoints` folder, for its newest whole checkpoint; `RUN@best`, for its
-            marked best; or 'auto', for the one written last in any run of `save_dir`.
-        save_dir: the folder of all runs. A name that is no path is looked up in it.
-        flag: the flag that gave `text`, for messages.
-        fits: False leaves a checkpoint out of 'auto'; None takes any.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-    """
-    save_dir = Path(save_dir)
-    if text == "auto":
-        return _newest_of_all(save_dir, flag, fits)
-
-    # A path as it stands comes before a run of that name.
-    name = text.removesuffix("@best")
-    places = [Path(os.path.abspath(path)) for path in (Path(name), save_dir / name) if name.strip()]
-    place = next((path for path in places if path.exists()), None)
-    if place is not None and ((place / MANIFEST).exists() or STEP_NAME.fullmatch(place.name)):
-        _read_manifest(place)
-        return place
-
-    # Not a checkpoint, so a run or its folder of checkpoints.
-    run = place.parent if place and place.name == FOLDER else place
-    if run is None or not (run / FOLDER).is_dir():
-        what = "does not exist" if place is None else "is neither a checkpoint nor a run"
-        near = ", ".join(_near(text, save_dir))
-        raise CheckpointError(f"{flag} {text!r} {what}; give a checkpoint, a run or 'auto'; near: {near}")
-    if text.endswith("@best"):
-        best = best_checkpoint(run)
-        if best is None or _defect(best[0]):
-            raise CheckpointError(f"{flag} {text!r}: no best checkpoint is marked in {run}; train with "
-                                  "--save_best_model")
-        return best[0]
-
-    newest = newest_checkpoint(run)
-    if newest is None:
-        broken = [f"{folder.name}: {_defect(folder)}" for folder in checkpoint_folders(run)] or ["none was written"]
-        raise CheckpointError(f"{flag} {text!r} holds no whole checkpoint ({broken[-1]}); give another")
-    return newest
-
-
-def _runs(save_dir: Path) -> list[Path]:
-    """Folders of runs that have checkpoints, by name."""
-    return [place.parent for place in sorted(save_dir.glob(f"*/{FOLDER}"))]
-
-
-def _newest_of_all(save_dir: Path, flag: str, fits: Callable[[Path], bool] | None) -> Path:
-    """The checkpoint written last in any run, among those that fit. Raises CheckpointError."""
-    whole: list[Path] = []
-    for run in _runs(save_dir):
-        newest_checkpoint(run)  # puts back what a dead run was replacing
-        whole += _whole(run)
-    whole.sort(key=_written_and_name, reverse=True)
-
-    for folder in whole:
-        if fits is None or fits(folder):
-            return folder
-    what = "none of the checkpoints is of that kind" if whole else "no whole checkpoint"
-    raise CheckpointError(f"{flag} auto: {what} in any run of {save_dir}; train one first")
-
-
-def _written_and_name(folder: Path) -> tuple[int, str]:
-    return (folder / MANIFEST).stat().st_mtime_ns, folder.name
-
-
-def _near(text: str, save_dir: Path) -> list[str]:
-    """Runs and checkpoints that `text` may have meant, else the first few."""
-    places = [str(place) for run in _runs(save_dir) for place in (run, *checkpoint_folders(run))]
-    return difflib.get_close_matches(str(save_dir / text), places, cutoff=0.3) or places[:3] or ["none here"]

@@ -73,9 +73,10 @@ from depth_steps import (  # noqa: E402
     steps_table,
     trained_steps,
 )
-from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
+from engine.checkpoints import FOLDER, read_checkpoint  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.progress import Progress  # noqa: E402
+from engine.resume import resolve_resume  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from own_tasks.record import changes, missing_plugin, read_record  # noqa: E402

@@ -34,8 +34,9 @@ sys.path.insert(0, str(ROOT))
 import options  # noqa: E402
 from addon import exported  # noqa: E402
 from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_of, saved_format  # noqa: E402
-from engine.checkpoints import FOLDER, read_checkpoint, resolve_resume  # noqa: E402
+from engine.checkpoints import FOLDER, read_checkpoint  # noqa: E402
 from engine.machine import pick_device  # noqa: E402
+from engine.resume import resolve_resume  # noqa: E402
 from evaluation import Decoding  # noqa: E402
 from export_card import Source, card_text  # noqa: E402
 from host import end_ids, load_config, load_tokenizer, resolve_name  # noqa: E402

@@ -28,11 +28,12 @@ import torch  # noqa: E402
 
 from addon.adapters import ADAPTER_CONFIG, load_controller, saved_format  # noqa: E402
 from batching import PromptFormat  # noqa: E402
-from engine.checkpoints import read_checkpoint, resolve_resume  # noqa: E402
+from engine.checkpoints import read_checkpoint  # noqa: E402
 from engine.files import write_text_aside  # noqa: E402
 from engine.machine import pick_device, pick_precision  # noqa: E402
 from engine.placement import SpreadConfig  # noqa: E402
 from engine.report import text_table  # noqa: E402
+from engine.resume import resolve_resume  # noqa: E402
 from host import load_tokenizer  # noqa: E402
 from script_tools import ScriptParser, add_spread_flags, run_script, spread_of  # noqa: E402
 from text_model import CausalTextModel  # noqa: E402

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import options
-from engine.checkpoints import best_checkpoint, newest_checkpoint, read_checkpoint, resolve_resume
+from engine.checkpoints import best_checkpoint, newest_checkpoint, read_checkpoint
 from engine.figures import read_losses
 from engine.files import json_lines, named_paths, parse_json
 from engine.ownership import claim, known_id
+from engine.resume import resolve_resume
 from engine.run_records import read_run
 from engine.tables import check_csv, open_table
 from grpo.arithmetic import sound_share

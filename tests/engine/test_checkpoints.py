@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from engine import checkpoints as ck
 from engine.checkpoints import CheckpointError
 from engine.optimizer_state import pack_optimizer, pack_rng, unpack_optimizer, unpack_rng
+from engine.resume import passed_over, resolve_resume
 
 TENSORS = {"adapter_model": {"w": torch.arange(6.0).reshape(2, 3), "scale": torch.tensor(2.0)},
            "training_state": {"ema/w": torch.ones(2, 3), "step": torch.tensor(7)}}
@@ -321,18 +322,18 @@ def test_resume_finds_checkpoints_runs_folders_and_the_latest_of_all(tmp_path, m
     write(runs / "second", 5)
     for age, folder in enumerate((second, first)):
         os.utime(folder / "manifest.json", (2e9 - age, 2e9 - age))
-    assert ck.resolve_resume("auto", runs) == second
+    assert resolve_resume("auto", runs) == second
     for text in (second, runs / "second", runs / "second" / "checkpoints", "second"):
-        assert ck.resolve_resume(str(text), runs) == second
+        assert resolve_resume(str(text), runs) == second
     monkeypatch.chdir(runs / "second" / "checkpoints")
-    assert ck.resolve_resume(".", runs).resolve() == second and ck.resolve_resume("../", runs).resolve() == second
-    fails(lambda: ck.resolve_resume("secnod", runs), "does not exist", "runs/second", "'auto'")
-    fails(lambda: ck.resolve_resume("", runs), "does not exist")
-    fails(lambda: ck.resolve_resume(str(second / "README.md"), runs), "neither")
-    fails(lambda: ck.resolve_resume("x", tmp_path / "none"), "none here")
-    fails(lambda: ck.resolve_resume("auto", tmp_path / "none"), "no whole checkpoint")
+    assert resolve_resume(".", runs).resolve() == second and resolve_resume("../", runs).resolve() == second
+    fails(lambda: resolve_resume("secnod", runs), "does not exist", "runs/second", "'auto'")
+    fails(lambda: resolve_resume("", runs), "does not exist")
+    fails(lambda: resolve_resume(str(second / "README.md"), runs), "neither")
+    fails(lambda: resolve_resume("x", tmp_path / "none"), "none here")
+    fails(lambda: resolve_resume("auto", tmp_path / "none"), "no whole checkpoint")
     (first / "training_state.safetensors").unlink()
-    fails(lambda: ck.resolve_resume("first", runs), "no whole checkpoint", "step-00000900", "training_state")
+    fails(lambda: resolve_resume("first", runs), "no whole checkpoint", "step-00000900", "training_state")
 
 
 # ---- optimizer and random numbers
@@ -439,3 +440,38 @@ def test_random_numbers_continue_where_they_stopped():
     assert draw() == expected
     notes = unpack_rng({**tensors, "rng/cuda/0": torch.get_rng_state()}, document)
     assert torch.cuda.is_available() or "1 CUDA devices, this machine 0" in notes[0]
+
+
+# ---- the newest whole checkpoint
+
+def flip(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_is_found_by_hash_and_the_one_before_is_taken(tmp_path):
+    older, newer = write(tmp_path / "runs" / "a", 2), write(tmp_path / "runs" / "a", 4)
+    for folder, age in ((older, 100), (newer, 50)):
+        os.utime(folder / "manifest.json", (2e9 - age, 2e9 - age))
+        os.utime(folder, (2e9 - age, 2e9 - age))
+    assert ck.newest_checkpoint(tmp_path / "runs" / "a") == newer and ck.damage_of(newer) is None
+    flip(newer / "training_state.safetensors")
+    assert ck.newest_checkpoint(tmp_path / "runs" / "a") == older
+    assert resolve_resume("auto", tmp_path / "runs") == resolve_resume("a", tmp_path / "runs") == older
+    for save_dir in (None, tmp_path / "runs"):
+        (line,) = passed_over(older, save_dir)
+        assert "training_state.safetensors is damaged" in line and f"{newer} is passed over, {older} is the" in line
+    assert passed_over(newer, None) == []
+    flip(older / "training_state.safetensors")
+    fails(lambda: resolve_resume("a", tmp_path / "runs"), "no whole checkpoint", "step-00000004", "is damaged")
+    fails(lambda: resolve_resume("auto", tmp_path / "runs"), "no whole checkpoint")
+
+
+def test_a_finished_run_is_rid_of_what_its_last_save_left(tmp_path):
+    folder = write(tmp_path, 4)
+    dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    for name in (f".tmp-step-00000004-{dead}", f".old-step-00000004-{dead}"):
+        shutil.copytree(folder, folder.with_name(name))
+    ck.remove_leftovers(tmp_path)
+    assert names(tmp_path / "checkpoints") == [folder.name]
