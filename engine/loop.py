@@ -36,7 +36,7 @@ from typing import Any
 
 import options
 from engine.beginning import check_untouched, folder_of, introduce
-from engine.checkpoints import newest_checkpoint, step_folder
+from engine.checkpoints import newest_checkpoint, remove_leftovers, step_folder
 from engine.dry_run import NON_FINITE_EXIT, dry_run
 from engine.figures import draw_curve
 from engine.files import shell_path, write_text_aside
@@ -221,6 +221,8 @@ class RunLoop(KeptRun):
                 self.step, self.limits.total_steps, self._share(), self.ended_early()
             )
             if words is not None:
+                if self.machine.is_main:
+                    remove_leftovers(self.folder)
                 if words:
                     self.machine.say(f"{self.folder} {words}")
                 return 0
@@ -289,8 +291,9 @@ class RunLoop(KeptRun):
         )
         with interruptible() as stop, progress:
             speed = Speed()
-            if self._owes_evaluation and not self._evaluate_in_turn(progress):
-                return self._stopped(stop)
+            if self._owes_evaluation:
+                if not self._evaluate_in_turn(progress) or self.machine.any_process(stop.signal is not None):
+                    return self._stopped(stop)
             while (share := self._share()) < 1 and not self.ended_early():
                 status = self._batch(share, speed, progress, stop)
                 if status:

@@ -74,6 +74,7 @@ def model_documents(model: Any, tokenizer: Any) -> dict[str, str]:
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
     model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")  # as save_pretrained does, wherever it was called
     texts = {}
     for name, content in files.items():
         # A SentencePiece model is no text; tokenizer.json holds the same.

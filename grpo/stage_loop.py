@@ -16,7 +16,7 @@ from engine.beginning import check_untouched
 from engine.checkpoints import rotate, step_folder, write_checkpoint
 from engine.dry_run import NON_FINITE_EXIT
 from engine.figures import draw_curve
-from engine.files import write_text_aside
+from engine.files import json_lines, write_text_aside
 from engine.logs import RunLog
 from engine.machine import Machine
 from engine.nonfinite import LeftOut
@@ -25,11 +25,11 @@ from engine.ownership import RECORD
 from engine.page import page_of_run
 from engine.report import Card, Report, closing_words, stamped
 from engine.state import CONFIG
-from engine.stopping import Stop, interruptible
+from engine.stopping import Stop, StopRequested, interruptible, leavable
 from grpo.measure import Change, Measured, change_table, measure
 from grpo.problems import Problem, tasks_of, training_problems
 from grpo.progress import PROGRESS, GrpoProgress, Metrics, conditions_of
-from grpo.stage_folder import as_begun, open_folder, read_own
+from grpo.stage_folder import as_begun, forget, newest_state, open_folder, read_own, step_of_state
 from grpo.stages import HeldOut, Stage, rewards_of
 from grpo.trained import TrainedModel
 from reasoning_gym_wrapper import train_seed
@@ -114,9 +114,16 @@ class StageLoop:
             with interruptible() as stop:
                 for index, stage in enumerate(self.stages):
                     if stage.name in self.progress.done:
+                        if self.machine.is_main:  # where a kill came before it was done
+                            forget(self.trained.folder / STAGES / stage.name)
                         self.machine.say(f"stage {stage.name} is finished, skipped")
                         continue
-                    status = self.run_stage(stage, index, stop)
+                    if self.machine.any_process(stop.signal is not None):
+                        return self._stopped(f"before stage {stage.name}", stop)
+                    try:
+                        status = self.run_stage(stage, index, stop)
+                    except StopRequested:
+                        return self._stopped(f"while stage {stage.name} was measured", stop)
                     if status:
                         return status
 
@@ -133,7 +140,7 @@ class StageLoop:
 
     def run_stage(self, stage: Stage, index: int, stop: Stop) -> int:
         """Runs one stage, the run's number `index`, to its end. Returns 0 or the exit status, as `run`."""
-        from grpo.stage_trainer import StageRun, forget, newest_state, step_of_state  # 7 s, only where it is needed
+        from grpo.stage_trainer import StageRun  # 7 s, only where it is needed
 
         base = self.progress.step
         place = self.trained.folder / STAGES / stage.name
@@ -144,7 +151,7 @@ class StageLoop:
         open_folder(place, base, self.machine)
         problems = stage_problems(stage, seed, self.held_out.reserved, place / "draws.json", self.machine)
         # Where an interrupted call stopped; what it recorded after that is recorded again.
-        state = newest_state(place)
+        state = newest_state(place, self.machine.say)
         steps = step_of_state(state) if state else 0
         stage = as_begun(stage, place, self.machine, goes_on=state is not None)
         self.log.truncate_after(base + steps, evaluate=steps > 0)
@@ -197,8 +204,8 @@ class StageLoop:
         conditions = conditions_of(stage, self.held_out)
         if not isinstance(record, dict) or record.get("asked") != conditions:
             start = self._measure(stage, functions)
-            if not is_recorded(self.log, self.progress.step, stage.name):
-                self.record(start.report())
+            if self.machine.is_main:
+                record_start(self.log, self.progress.step, start)
             record = {"asked": conditions, "metrics": start.means()}
             if self.machine.is_main:
                 write_text_aside(path, json.dumps(record))
@@ -222,8 +229,12 @@ class StageLoop:
             return 0, steps
 
         # TRL has saved the state that the same command goes on from.
-        self.machine.say(f"stopped in stage {name} at its step {steps}, saved; go on with: {self.trained.resume}")
-        return 128 + (stop.signal or signal.SIGTERM), steps
+        return self._stopped(f"in stage {name} at its step {steps}", stop), steps
+
+    def _stopped(self, where: str, stop: Stop) -> int:
+        """Tells how to go on; returns the exit status."""
+        self.machine.say(f"stopped {where}, saved; go on with: {self.trained.resume}")
+        return 128 + (stop.signal or signal.SIGTERM)
 
     def _log(self, stage: str, step: int, numbers: dict[str, float]) -> None:
         """Logs a step's metrics, and says the most telling of them."""
@@ -231,18 +242,20 @@ class StageLoop:
         self.machine.say(step_line(stage, step, numbers))
 
     def _measure(self, stage: Stage, functions: Sequence[Any]) -> Measured:
-        return measure(
-            self.trained.model,
-            self.trained.prompt_format,
-            stage.name,
-            self.held_out.problems[stage.name],
-            functions,
-            stage.config.max_completion_length,
-            self.trained.has_tags,
-            self.config.eval_batch_size,
-            self.trained.trainer.autocast(),
-            self.machine,
-        )
+        """The stage's held-out questions answered and judged. Raises StopRequested between two batches of them."""
+        with leavable(self.machine.world == 1):
+            return measure(
+                self.trained.model,
+                self.trained.prompt_format,
+                stage.name,
+                self.held_out.problems[stage.name],
+                functions,
+                stage.config.max_completion_length,
+                self.trained.has_tags,
+                self.config.eval_batch_size,
+                self.trained.trainer.autocast(),
+                self.machine,
+            )
 
     # --- what a stage leaves behind ---
 
@@ -305,14 +318,30 @@ class StageLoop:
         print(closing_words(self.log.csv_path, self.checkpoint, curve, question, samples=samples, page=page))
 
 
-def is_recorded(log: RunLog, step: int, stage: str) -> bool:
+def record_start(log: RunLog, step: int, start: Measured) -> None:
+    """Writes down what of a stage's start is not recorded yet, by the warm start or a call that was killed."""
+    report = start.report()
+    is_recorded = has_rows(log, step, start.stage)
+    rows = [] if is_recorded else report.rows
+    lines = [] if is_recorded and has_lines(log, step, start.stage) else report.predictions
+    if rows or lines:
+        log.evaluation(step, stamped(rows, step, log.elapsed_s), stamped(lines, step))
+
+
+def has_rows(log: RunLog, step: int, stage: str) -> bool:
     """Whether the CSV holds the stage's figures of this step: the warm start ends with those of every stage."""
-    if not log.csv_path.exists():  # on other ranks
+    if not log.csv_path.exists():
         return False
 
     place = (str(step), stage, log.run)
     with open(log.csv_path, newline="", encoding="utf-8") as file:
         return any((row["step"], row["task"], row["run"]) == place for row in csv.DictReader(file))
+
+
+def has_lines(log: RunLog, step: int, stage: str) -> bool:
+    """Whether the predictions of that evaluation are recorded, too, which are written after its rows."""
+    lines = (line for _, line in json_lines(log.predictions_path, skip_damaged=True))
+    return any((line.get("step"), line.get("task")) == (step, stage) for line in lines)
 
 
 def stage_problems(

@@ -14,7 +14,6 @@ import contextlib
 import copy
 import functools
 import math
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +23,9 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from batching import PromptFormat
@@ -36,10 +35,11 @@ from engine.schedule import ScheduleConfig, learning_rate
 from evaluation import stop_ids
 from grpo.problems import Problem
 from grpo.rewards import repetition, text_of
+from grpo.stage_folder import STATE, aside_of, bytes_of, forget_older, newest_state, save_reference, written_aside
 from grpo.stages import Stage
 from model import HRMController, prompt_before
 
-__all__ = ["StageRun", "StageTrainer", "end_of_prompt", "newest_state", "rollout_mode", "train_stage", "trl_config"]
+__all__ = ["StageRun", "StageTrainer", "end_of_prompt", "rollout_mode", "train_stage", "trl_config"]
 
 WARMUP_STEPS = 5
 ALIKE = 1e-6  # total rewards nearer to each other than this are equal
@@ -86,8 +86,8 @@ class StageRun:
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
-def trl_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
-    """TRL's configuration of a stage; it keeps the newest `steps_kept` states of the stage."""
+def trl_config(run: StageRun) -> GRPOConfig:
+    """TRL's configuration of a stage."""
     stage = run.stage
     config = stage.config
     return GRPOConfig(
@@ -117,7 +117,6 @@ def trl_config(run: StageRun, steps_kept: int = 1) -> GRPOConfig:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.grpo_save_every,
-        save_total_limit=steps_kept,
         report_to="none",
         disable_tqdm=True,
         seed=config.seed,
@@ -134,6 +133,8 @@ class StageTrainer(GRPOTrainer):
         schedule: the learning rate's shape over the stage.
         args, kwargs: as TRL takes them.
     """
+
+    _aside: Path | None = None  # where a state is being written
 
     def __init__(self, *args: Any, prompt_format: PromptFormat, cycles: int, schedule: ScheduleConfig, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -216,6 +217,32 @@ class StageTrainer(GRPOTrainer):
             else:
                 read.append([*completion[:-1], {**completion[-1], "content": text}])
         return read
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's files of a state, which get their name together, with their hashes. Raises WriteError."""
+        place = Path(self.args.output_dir) / f"{STATE}{self.state.global_step}"
+        is_main = self.accelerator.is_main_process
+        with contextlib.ExitStack() as stack:
+            if is_main:
+                stack.enter_context(written_aside(place, 3 * bytes_of(model, learns=True)))
+            self.accelerator.wait_for_everyone()
+
+            # Each process adds its random state.
+            with _set(self, "_aside", aside_of(place)):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                own = aside_of(place) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                for path in own.iterdir():
+                    path.rename(aside_of(place) / path.name)
+                own.rmdir()
+
+        if is_main:
+            forget_older(place.parent)
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: the folder holds states to resume from, the checkpoint proper has its own card."""
@@ -365,17 +392,6 @@ def metrics_of(logs: dict[str, Any], beta: float) -> dict[str, float]:
     return numbers
 
 
-def newest_state(folder: Path) -> Path | None:
-    """The newest whole `checkpoint-N` of an interrupted stage: one whose last file, the trainer's state, is there."""
-    states = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(states, key=step_of_state, default=None)
-
-
-def step_of_state(state: Path) -> int:
-    """The optimizer step of the stage after which `checkpoint-N` was saved."""
-    return int(state.name.split("-")[1])
-
-
 def train_stage(
     model: Any, prompt_format: PromptFormat, problems: Sequence[Problem], run: StageRun
 ) -> tuple[bool, int]:
@@ -431,20 +447,3 @@ def padding_tokenizer(prompt_format: PromptFormat) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompt_format.pad_id)
     return tokenizer
-
-
-def save_reference(model: Any, folder: Path) -> Path:
-    """The folder with the model as the stage began, written once and whole; a resumed stage keeps it."""
-    place = folder / "reference"
-    aside = folder / "reference.partial"
-    with PartialState().main_process_first():
-        if not place.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            model.save_pretrained(aside)
-            aside.rename(place)
-    return place
-
-
-def forget(folder: Path) -> None:
-    """Removes the states of a finished stage: its checkpoint proper has been written."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -142,10 +142,24 @@ class StageEvaluator(Evaluator):
 
 
 class FinishedHooks(Hooks):
-    """Leaves a run alone that has trained all its steps, in silence: what follows it goes on from there."""
+    """Leaves a run alone that is trained and measured, in silence: what follows it goes on from there.
+
+    `extra` keeps `evaluated`, the step of the newest evaluation; checkpoints of earlier versions lack it, and count as
+    measured.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra["evaluated"] = None
+
+    def after_evaluation(self, step: int, report: Report, share: float | None) -> None:
+        """Keeps which step was measured last: a run may be killed, or stopped, in its last evaluation."""
+        self.extra["evaluated"] = step
 
     def nothing_to_do(self, step: int, total_steps: int | None, share: float, early: str | None) -> str | None:
-        return "" if step and (share >= 1 or early) else None
+        """Nothing is said; None while steps, or the figures of the last one, are missing."""
+        is_done = step and (share >= 1 or early) and self.extra.get("evaluated", step) == step
+        return "" if is_done else None
 
 
 class EnhancedRun:

@@ -233,4 +233,4 @@ def test_weights_of_a_stage_without_numbers_end_it_in_one_line_and_are_not_saved
     status, lines = stages("--on_nonfinite", "skip")
     assert status == 3 and "are not all numbers: stopped" in lines[-1]
     assert not any("Traceback" in line for line in lines)
-    assert [path.name for path in (tmp_path / "r" / "stages").glob("*/checkpoint-*")] == ["checkpoint-1"]
+    assert [path.name for path in (tmp_path / "r" / "stages").glob("*/state-*")] == ["state-1"]

@@ -411,6 +411,23 @@ def test_a_signal_amid_an_evaluation_ends_it_and_the_run_that_goes_on_makes_up_f
     assert [row[:4] for row in rows_of(tmp_path / "run")] == [row[:4] for row in rows_of(tmp_path / "whole")]
 
 
+def test_a_signal_at_the_end_of_an_owed_evaluation_ends_the_run_after_it(build, capsys, tmp_path):
+    loop = build()
+    loop.evaluator.evaluate = signals_at(loop.evaluator.evaluate, 1)
+    assert loop.go() == 143
+    loop = build()
+    evaluate = loop.evaluator.evaluate
+
+    def signalled(step):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(step)
+
+    loop.evaluator.evaluate = signalled
+    capsys.readouterr()
+    assert loop.go() == 143 and loop.trainer.steps == [] and "stopped at step 2, saved" in capsys.readouterr().err
+    assert rows_of(tmp_path / "run")
+
+
 def test_a_signal_amid_the_drawing_of_a_batch_ends_it_at_the_position_before(build, capsys, tmp_path):
     loop = build(save_every=0)
     draw = loop.data.next_batches

@@ -544,14 +544,15 @@ def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monke
     import types
 
     from engine.logs import RunLog
+    from grpo import stage_loop
     from grpo.progress import GrpoProgress
 
     stub = types.SimpleNamespace(
-        StageRun=lambda chosen, *given, **named: types.SimpleNamespace(stage=chosen), forget=lambda place: None,
-        train_stage=lambda *given: (True, 2), newest_state=lambda place: place / "checkpoint-2",
-        step_of_state=lambda state: 2,
+        StageRun=lambda chosen, *given, **named: types.SimpleNamespace(stage=chosen),
+        train_stage=lambda *given: (True, 2),
     )
     monkeypatch.setitem(sys.modules, "grpo.stage_trainer", stub)
+    monkeypatch.setattr(stage_loop, "newest_state", lambda place, warn: place / "state-2")
     chosen = stage()
     measured = Measured("math", [], [], [], [], [], {"math": []}, None)
     with RunLog(tmp_path, None, [], {}, True) as log:
@@ -563,6 +564,53 @@ def test_an_end_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monke
         assert loop.run_stage(chosen, 0, types.SimpleNamespace(signal=None)) == 0
         lines = log.csv_path.read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[0] for line in lines if ",solved," in line] == ["2", "4"]
+
+
+def test_a_start_of_which_a_kill_left_the_rows_alone_gets_its_predictions_and_no_second_rows(tmp_path):
+    from engine.logs import RunLog
+    from grpo.progress import GrpoProgress
+
+    chosen = stage(rewards={"math": 1.0})
+    problems = [Problem("1 + 1", "2", "math"), Problem("2 + 2", "4", "math")]
+    measured = Measured("math", problems, ["2", "4"], [1, 1], [True] * 2, [True] * 2, {"math": [1.0, 1.0]}, None)
+    with RunLog(tmp_path, None, [], {}, True) as log:
+        log.eval_rows(stamped(measured.report().rows, 2))
+        for _ in range(2):
+            loop = loop_over(tmp_path, GrpoProgress(2), log, chosen)
+            loop._measure = lambda *given: measured
+            loop._start_of(chosen, [], tmp_path / "none")
+            (tmp_path / "none" / "start.json").unlink()
+        rows = log.csv_path.read_text(encoding="utf-8").splitlines()
+        lines = log.predictions_path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and sum(",solved," in row for row in rows) == 1
+
+
+@pytest.mark.parametrize("asks", ["before the stage", "while it is measured"])
+def test_a_signal_ends_the_stages_before_the_next_one_and_while_one_is_measured(tmp_path, monkeypatch, capsys, asks):
+    import signal
+
+    from engine.stopping import stop_point
+    from grpo import stage_loop
+    from grpo.progress import GrpoProgress
+
+    def measure(*given):
+        signal.raise_signal(signal.SIGTERM)
+        stop_point()
+        pytest.fail("the measurement went on")
+
+    chosen = stage(rewards={"math": 1.0})
+    loop = loop_over(tmp_path, GrpoProgress(2), None, chosen)
+    loop.trained.resume = "the same command"
+    loop.trained.trainer = SimpleNamespace(autocast=lambda: None)
+    monkeypatch.setattr(stage_loop, "measure", measure)
+    monkeypatch.setattr(stage_loop, "check_untouched", lambda *given: None)
+    if asks == "before the stage":
+        monkeypatch.setattr(type(loop.machine), "any_process", lambda self, own: True)
+    else:
+        monkeypatch.setattr(loop, "run_stage", lambda chosen, index, stop: loop._measure(chosen, []))
+    status = loop.run()
+    words = "before stage math" if asks == "before the stage" else "while stage math was measured"
+    assert status == 143 and f"stopped {words}, saved; go on with: the same command" in capsys.readouterr().err
 
 
 def test_grpo_on_the_add_on_keeps_off_what_its_deep_supervision_evaluates(capsys):
@@ -728,7 +776,8 @@ def test_what_is_rewarded_becomes_likelier(reasoner, tmp_path):
 
 
 def test_an_interrupted_stage_goes_on_inside_it_and_ends_where_an_uninterrupted_one_does(reasoner, tmp_path):
-    from grpo.stage_trainer import newest_state, train_stage
+    from grpo.stage_folder import newest_state
+    from grpo.stage_trainer import train_stage
 
     ends = []
     for stops in ((None,), (1, None)):
@@ -740,10 +789,37 @@ def test_an_interrupted_stage_goes_on_inside_it_and_ends_where_an_uninterrupted_
         assert done[-1] == (True, 3)
         ends.append(weights_of(model))
         if len(stops) > 1:
-            assert done[0] == (False, 2) and newest_state(folder).name == "checkpoint-3"
+            assert done[0] == (False, 2) and newest_state(folder).name == "state-3"
             assert [step for step, _ in everything.lines] == [3]
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, msg=name)
+
+
+def test_a_damaged_state_of_a_stage_is_named_and_passed_over_and_a_half_written_one_is_none(reasoner, tmp_path):
+    from grpo.stage_folder import newest_state
+    from grpo.stage_trainer import train_stage
+
+    config = settings(grpo_save_every=1)
+    everything = Everything(tmp_path, stage(config=config), [length_reward], 2)
+    train_stage(tiny(reasoner), PromptFormat(reasoner), problems_of(6), everything.run)
+    states = sorted(path.name for path in tmp_path.iterdir())
+    assert len(states) == 2 and newest_state(tmp_path).name == states[-1], states  # the two newest, and nothing else
+
+    told: list[str] = []
+    path = tmp_path / states[-1] / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert newest_state(tmp_path, told.append).name == states[0]
+    assert len(told) == 1 and f"{path} is damaged" in told[0] and "is passed over" in told[0]
+    (tmp_path / states[0] / "manifest.json").unlink()
+    assert newest_state(tmp_path) is None
+
+    # One of an earlier version has no hashes.
+    (tmp_path / "checkpoint-1").mkdir()
+    assert newest_state(tmp_path) is None
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    assert newest_state(tmp_path).name == "checkpoint-1"
 
 
 def test_the_kl_term_is_measured_against_the_start_of_the_stage(system, tmp_path):
@@ -911,7 +987,7 @@ def test_a_run_skips_its_finished_stages_and_its_answers_are_shown(tmp_path, tin
     for name in ("format", "math"):
         assert re.search(rf"^{name} +2 +[\d.]+ % \[.*\] -> [\d.]+ % \[", first.out, re.MULTILINE)
     assert next(json_lines(run / "samples" / "math.jsonl"))[1]["rewards"]
-    assert not list(run.glob("stages/*/checkpoint-*"))
+    assert not list(run.glob("stages/*/state-*"))
     assert train.main(words) == 0
     again = capsys.readouterr()
     assert "stage format is finished, skipped" in again.err and "2 questions" not in again.err
@@ -958,7 +1034,7 @@ def test_a_stopped_command_goes_on_inside_its_stage_and_ends(tmp_path, tiny_host
     assert process.returncode == 143 and "stopped in stage format" in told, told
     again = command(*words)
     _, told = again.communicate(timeout=HANG_S)
-    assert again.returncode == 0 and "going on from checkpoint-" in told, told
+    assert again.returncode == 0 and "going on from state-" in told, told
     steps = [json.loads(line)["step"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     assert steps == list(range(1, 43))  # 2 of the warm start, 40 of the stage, none twice and none missing
 
