@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,13 +52,22 @@ def _underscored(word: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a script as Ctrl-C does: what it was writing goes."""
+
+
 def run_script(main: Callable[[], int | None]) -> int:
     """Runs a script's `main`; returns the exit status.
 
-    A user's mistake (ValueError, OSError) prints one line to stderr for each problem and gives 2; an interruption
-    gives 130.
+    A user's mistake (ValueError, OSError) prints one line to stderr for each problem and gives 2; Ctrl-C gives 130,
+    SIGTERM 143.
     """
     name = Path(sys.argv[0]).name
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return main() or 0
     except (ValueError, OSError) as error:
@@ -69,9 +79,11 @@ def run_script(main: Callable[[], int | None]) -> int:
         for line in text.splitlines() or [type(error).__name__]:
             print(f"{name}: error: {line}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"{name}: interrupted; nothing was left under a final name, run it again", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def file_sha256(path: Path) -> str:
