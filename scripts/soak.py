@@ -29,11 +29,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import soak_scripts
-from script_tools import ScriptParser, csv_text, run_script
-from soak_damage import NEVER, damage_cases, disk_cases, some
-from soak_runs import ROOT, SYSTEMS, Bench, Place
-from soak_strikes import MOST_IN_CHAIN, chain
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import soak_scripts  # noqa: E402
+from script_tools import ScriptParser, csv_text, run_script  # noqa: E402
+from soak_damage import NEVER, damage_cases, disk_cases, some  # noqa: E402
+from soak_runs import SYSTEMS, Bench, Place  # noqa: E402
+from soak_strikes import MOST_IN_CHAIN, chain  # noqa: E402
 
 PARTS = ("kills", "signals", "damage", "full_disk")
 CHAINED = ("kills", "signals")
