@@ -19,17 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.frozen import keep_as_packed, keep_fast
 from engine.gguf import SUFFIX, folder_of
 from engine.past_tokens import UnfitError, check_cache
-from engine.placement import (
-    ONE_DEVICE,
-    SpreadConfig,
-    device_of,
-    keep_offloaded,
-    quantisation,
-    real_tensor,
-    spreading,
-)
+from engine.placement import ONE_DEVICE, SpreadConfig, device_of, keep_offloaded, quantisation, real_tensor, spreading
 from text_data.tokenizer import read_whole
 
 ROOT = Path(__file__).resolve().parent
@@ -241,10 +234,12 @@ def _check_family(host, name: str, load_in: str) -> None:
         raise HostError(f"--model_name {name} --load_in {load_in}: {reason}") from error
 
 
-def freeze(host: nn.Module) -> None:
-    """No gradient, no dropout; transformers does not save `requires_grad`, so this is called after every load."""
+def freeze(host: Any) -> None:
+    """No gradient, no dropout, see `engine.frozen`. transformers saves none of it: call this after every load."""
     host.requires_grad_(False)
     host.eval()
+    keep_fast(host.get_output_embeddings())
+    keep_as_packed(host)
 
 
 def host_logits(host, hidden: Tensor) -> Tensor:

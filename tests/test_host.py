@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -243,6 +244,25 @@ def test_freeze_switches_gradient_and_dropout_off():
     assert not any(m.training for m in host.modules()) and not any(p.requires_grad for p in host.parameters())
 
 
+def test_a_frozen_head_multiplies_a_slice_of_the_states_in_one_piece():
+    host = family_host("llama").requires_grad_(False)
+    last = torch.randn(4, 6, 32)[:, -1:]
+    assert "aten::bmm" in operators(host.lm_head, last)  # torch repeats the weights for every row
+
+    for _ in range(2):  # models are frozen again after they are loaded
+        freeze(host)
+    assert "aten::bmm" not in operators(host.lm_head, last) and len(host.lm_head._forward_pre_hooks) == 1
+    assert "aten::bmm" not in operators(copy.deepcopy(host).lm_head, last)
+    assert torch.equal(host.lm_head(last), host.lm_head(last.contiguous()))
+
+
+def operators(module: nn.Module, states: torch.Tensor) -> set[str]:
+    """Names of torch's operators that a forward pass without gradient calls."""
+    with torch.no_grad(), torch.profiler.profile() as watched:
+        module(states)
+    return {event.key for event in watched.key_averages()}
+
+
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +451,17 @@ def test_the_addon_trains_and_answers_on_a_quantised_host(tmp_path, load_in, lor
         assert "lora_" in name or torch.equal(tensor, host_before[name]), name
     answer = controller.eval().generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=0)
     assert answer.shape[1] <= 9
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "4bit"])
+def test_reading_the_weights_of_a_quantised_host_leaves_its_answers_as_they_were(tmp_path, load_in):
+    family_host("llama", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
+    host = host_module.load_host(str(tmp_path), load_in)
+    with torch.no_grad():
+        before = host(input_ids=random_ids(1, 6)).logits
+        for _ in range(2):
+            host.state_dict()
+            assert torch.equal(host(input_ids=random_ids(1, 6)).logits, before)
 
 
 def test_a_revision_of_a_hub_model_is_the_one_that_is_read(tmp_path):
