@@ -10,7 +10,9 @@ Shapes: B batch, S prompt tokens, T answer positions, D LLM width, d HRM width, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from einops import rearrange, repeat
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from engine.positions import last_state, mean_state
 from hrm_blocks import Context, SwiGLU, attend, linear, rms_norm, rope, rotate, zero_linear
 
+Made = TypeVar("Made")
 HIDDEN_TOO = "hidden+embed"
 GATE_WIDTH = 32  # channels in which the gate compares prompts
 GATE_RADIUS = 0.5  # distance below which it is open; training draws the tasks' prompts below 0.1, others beyond 1
@@ -33,6 +36,19 @@ class Thought:
     context: Context
     start: Tensor | None = None  # (B,) column of the last prompt token, the first that may be injected; None: all slots
     opened: Tensor | None = None  # (B,) bool, False where the gate is shut for a prompt; None: there is no gate
+    length: int = 0  # columns up to the last of these, where there is a start
+    _kept: dict[str, object] = field(default_factory=dict, repr=False)
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What `make` makes of z_H alone, alike for all tokens of the answers: while decoding it is made once.
+
+        With gradient it is made anew, because a graph is spent by its backward pass.
+        """
+        if torch.is_grad_enabled():
+            return make()
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]  # type: ignore[return-value]  # what `make` returned under this name
 
 
 @dataclass
@@ -51,10 +67,10 @@ class Slots:
 
     def seen(self, sees: str = HIDDEN_TOO) -> Tensor:
         """(B, T, 2 D) float32, what an injector sees of each position beside z_H; with `embed` (B, T, D), the token."""
-        embedded = rms_norm(self.embedded.float())
         if sees == "embed":
-            return embedded
-        return torch.cat([rms_norm(self.hidden.float()), embedded], dim=-1)
+            return rms_norm(self.embedded.float())
+        both = torch.stack([self.hidden.float(), self.embedded.float()], dim=-2)
+        return rms_norm(both).flatten(-2)
 
 
 def seen_width(width: int, sees: str) -> int:
@@ -96,17 +112,19 @@ class InjectorGRB(nn.Module):
         """(B, T, D) bias to add to the hidden states."""
         _check_width(slots, self.width)
 
-        # (B, 2 d): what the prompt's thought comes to, alike for every position.
-        mask = thought.context.mask
-        summary = torch.cat([last_state(thought.z_high, mask), mean_state(thought.z_high, mask)], dim=-1)
+        summary, bias = thought.once("grb", lambda: self._summary_and_bias(thought))
 
         # The gate decides at each position, by channel, how much of the bias enters.
         token = self.token(slots.seen(self.sees))
         seen = torch.cat([token, repeat(summary, "B d -> B T d", T=token.shape[1])], dim=-1)
         gate = torch.sigmoid(self.gate(seen) + self.gate_bias)
-
-        bias = self.out(rms_norm(self.readout(summary)))
         return gate * rearrange(bias, "B D -> B 1 D")
+
+    def _summary_and_bias(self, thought: Thought) -> tuple[Tensor, Tensor]:
+        """(B, 2 d) what the prompt's thought comes to, and (B, D) the bias made of it, alike for every position."""
+        mask = thought.context.mask
+        summary = torch.cat([last_state(thought.z_high, mask), mean_state(thought.z_high, mask)], dim=-1)
+        return summary, self.out(rms_norm(self.readout(summary)))
 
 
 class InjectorCAB(nn.Module):
@@ -142,20 +160,28 @@ class InjectorCAB(nn.Module):
         position = rms_norm(self.query_in(slots.seen(self.sees)))
         query = self._split(self.query(position))
 
-        if self.mem:
-            # Memory tokens stand nowhere in the text, so neither side is rotated.
-            key, value = self._keys_values(self.key_value, self._memory(thought))
-            attended = attend(query, key, value, None)
-        else:
-            context = thought.context
-            key, value = self._keys_values(self.key_value, thought.z_high)
+        # Memory tokens stand nowhere in the text, so neither side is rotated.
+        key, value = thought.once("cab", lambda: self._read(thought))
+        if not self.mem:
             query = rotate(query, *rope(slots.positions, self.head_dim))
-            key = rotate(key, context.cos, context.sin)
-            attended = attend(query, key, value, context.keys)
+        attended = attend(query, key, value, None if self.mem else thought.context.keys)
 
         attended = rearrange(attended, "B h T e -> B T (h e)")
         readout = self.readout(torch.cat([position, attended], dim=-1))
         return self.gate * self.out(rms_norm(readout))
+
+    def _read(self, thought: Thought) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, h, S, e) of z_H, or (B, h, m, e) of the memory tokens, as `attend` takes them."""
+        if self.mem:
+            return self._keys_values(self.key_value, self._memory(thought))
+
+        key, value = self._keys_values(self.key_value, thought.z_high)
+        key = rotate(key, thought.context.cos, thought.context.sin)
+
+        # As `attend` reads them on a CPU, and one behind the other in memory: every token of an answer reads them all.
+        if key.device.type == "cpu" and not torch.is_grad_enabled():
+            return key.float().contiguous(), value.float().contiguous()
+        return key, value
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, S, d) -> (B, h, S, e)."""
@@ -184,7 +210,7 @@ class VocabularyBias(nn.Module):
 
     def forward(self, slots: Slots, thought: Thought) -> Tensor:
         """(B, T, V) bias to add to the logits."""
-        bias = self.out(last_state(thought.z_high, thought.context.mask))
+        bias = thought.once("vocabulary", lambda: self.out(last_state(thought.z_high, thought.context.mask)))
         return torch.sigmoid(self.gate(slots.seen(self.sees))) * rearrange(bias, "B V -> B 1 V")
 
 

@@ -36,6 +36,7 @@ from transformers.utils import ModelOutput
 
 from batching import Batch
 from engine.batches import IGNORE, all_correct
+from engine.growing_cache import with_room
 from engine.optimization import check_fit
 from engine.past_tokens import cached_tokens, position_arguments, run_decoder
 from engine.placement import ONE_DEVICE, SpreadConfig, device_of
@@ -340,12 +341,13 @@ class AdapterController(FrozenHostModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
                                       **kwargs: Any) -> None:
-        """As transformers'; where no layer of the cache counts tokens, one that does takes its place."""
+        """As transformers', with room for the answer; where no layer of the cache counts tokens, one that does."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache: Any = model_kwargs.get("past_key_values")
         counts = any(isinstance(layer, CacheLayerMixin) for layer in getattr(cache, "layers", ()))
         if type(cache) is DynamicCache and not counts and cache.layers:
             model_kwargs["past_key_values"] = RecurrentCache(config=self.config.get_text_config())
+        with_room(cache)
 
     def addon_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of everything that trains: never one of the LLM."""
@@ -449,11 +451,15 @@ class HRMBackbone(FrozenHostModel):
     # --- reading the host ---
 
     def run_host(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any = None, use_cache: bool = False
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, cache: Any = None, use_cache: bool = False,
+        reads: bool = True,
     ) -> tuple[Tensor, list[Tensor], Any]:
-        """(last hidden state (B, N, D), features that `hrm_read` names, each (B, N, D), cache)."""
+        """(last hidden state (B, N, D), features that `hrm_read` names, each (B, N, D), cache).
+
+        Without `reads` there are no features: HRM has read its prompt.
+        """
         decoder = self.host.base_model
-        every_layer = self.config.hrm_read == "all"
+        every_layer = reads and self.config.hrm_read == "all"
 
         # Autocast is off inside: the host runs in its own dtype.
         with torch.autocast(input_ids.device.type, enabled=False):
@@ -472,7 +478,7 @@ class HRMBackbone(FrozenHostModel):
             # The last entry is already normed by the host; a second norm does not change its direction.
             read = self._layer_states(input_ids, out)
         else:
-            read = self.states_read(input_ids, last)
+            read = self.states_read(input_ids, last) if reads else []
         return last, read, cache
 
     def states_read(self, input_ids: Tensor, last: Tensor) -> list[Tensor]:
@@ -549,7 +555,7 @@ class HRMBackbone(FrozenHostModel):
             return slots.hidden, None
 
         # A row with an empty prompt keeps the bare LLM's states, and so does one whose gate is shut.
-        allowed = thought.context.mask.any(dim=1)[:, None, None]
+        allowed = thought.once("allowed", lambda: thought.context.mask.any(dim=1)[:, None, None])
         if slots.allowed is not None:
             allowed = allowed & slots.allowed[..., None]
         if thought.opened is not None:
@@ -591,7 +597,8 @@ class HRMBackbone(FrozenHostModel):
                 f"attention_mask must be (B, tokens), got {attention_mask.ndim} axes: static caches are not supported"
             )
         positions = token_positions(attention_mask)[:, past:]
-        last, read, cache = self.run_host(input_ids, attention_mask, positions, past_key_values, use_cache)
+        thinks = thought is None and self.scale != 0
+        last, read, cache = self.run_host(input_ids, attention_mask, positions, past_key_values, use_cache, thinks)
         if self.scale == 0:
             return BackboneOutput(last[:, -keep:], cache)
 
@@ -602,14 +609,12 @@ class HRMBackbone(FrozenHostModel):
             first = first_slot(self.embed, input_ids, last, prompt_mask, positions)
             thought, used = self._think_about(prompt_mask, read, positions, needed, first)
 
-        assert thought.start is not None  # set wherever a prompt was thought about
-        columns = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[-keep:]
-        slots = Slots(
-            last[:, -keep:],
-            self.embed(input_ids[:, -keep:]),
-            positions[:, -keep:],
-            allowed=columns >= thought.start[:, None],
-        )
+        # Behind all prompts, where answers are decoded, every position may be injected.
+        allowed = None
+        if thought.start is not None and past < thought.length:
+            columns = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[-keep:]
+            allowed = columns >= thought.start[:, None]
+        slots = Slots(last[:, -keep:], self.embed(input_ids[:, -keep:]), positions[:, -keep:], allowed)
         hidden, bias = self.inject(slots, thought)
         return BackboneOutput(hidden, cache, thought, used, bias)
 
@@ -623,7 +628,7 @@ class HRMBackbone(FrozenHostModel):
         )
         context.needed = needed
         z_high, used = self.think(features, context, first)
-        return Thought(z_high, context, last, self.opened(features, context)), used
+        return Thought(z_high, context, last, self.opened(features, context), length), used
 
     def _check_prompt(self, prompt_mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor:
         """The mask as bool. Raises ValueError as `forward`."""

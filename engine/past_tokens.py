@@ -5,7 +5,9 @@ Shapes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +24,19 @@ class UnfitError(ValueError):
 
 def position_arguments(decoder: nn.Module, positions: Tensor) -> dict[str, Tensor]:
     """`positions` (B, N) as keyword arguments for a decoder's forward; none where the family takes no positions."""
-    known = inspect.signature(decoder.forward).parameters
-    return {"position_ids": positions} if "position_ids" in known else {}
+    return {"position_ids": positions} if "position_ids" in arguments_of(decoder) else {}
+
+
+def arguments_of(decoder: nn.Module) -> frozenset[str]:
+    """Names of what a decoder's forward takes, looked up once a class: it is asked at every token."""
+    if "forward" in vars(decoder):  # replaced in this module alone, as for a spread LLM
+        return frozenset(inspect.signature(decoder.forward).parameters)
+    return _arguments_of(type(decoder).forward)
+
+
+@functools.lru_cache(maxsize=16)
+def _arguments_of(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def run_decoder(decoder: nn.Module, cache: Any = None, **arguments: Any) -> tuple[Any, Any]:
@@ -33,7 +46,7 @@ def run_decoder(decoder: nn.Module, cache: Any = None, **arguments: Any) -> tupl
     its tokens: they are counted here, see `cached_tokens`.
     """
     name = "past_key_values"
-    if name not in inspect.signature(decoder.forward).parameters:
+    if name not in arguments_of(decoder):
         name = "cache_params"
     past = cached_tokens(cache)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from engine.growing_cache import GrowingLayer
 from tiny_families import EOS, FAMILIES, PAD, SCALED, left_padded, random_ids, tiny_controller, tiny_host
 
 NEW = 5
@@ -123,6 +124,21 @@ def test_the_prompt_is_thought_about_once():
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant, layer", [("cab", "key_value"), ("cab_mem", "memory_key_value"), ("grb", "out")])
+def test_what_the_injector_makes_of_the_prompt_is_made_once(variant, layer):
+    controller = tiny_controller("llama", **VARIANTS[variant])
+    calls = []
+    module = getattr(controller.model.addon.injector, layer)
+    module.register_forward_hook(lambda *_: calls.append(None))
+    generate(controller, *left_padded(questions()))
+    assert len(calls) == 1
+
+
+def test_the_cache_has_room_for_the_answer():
+    found = generate(tiny_controller("llama"), *left_padded(questions()))
+    assert {type(layer) for layer in found.past_key_values.layers} == {GrowingLayer}
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
