@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 ROOM = 32  # tokens that a full layer makes room for, or half as many as it holds, whichever is more
 
