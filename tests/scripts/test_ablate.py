@@ -71,6 +71,8 @@ def test_every_shipped_grid_is_legal_and_compares_with_one_of_its_arms(path):
     assert grid.baseline in grid.arms and len(grid.seeds) >= 3
     if path.stem in ("recipe", "small_data", "few_examples_why"):  # equal batches, or a length of each arm's own
         assert all("max_steps" in job.flags for job in ablation.jobs_of(grid))
+    elif grid.steps:  # a length of each arm's own on each task; the bare LLM does not train
+        assert all(job.steps or job.arm == "bare" for job in ablation.jobs_of(grid))
     else:
         assert grid.minutes
     assert len(ablation.jobs_of(grid)) == len(grid.arms) * len(grid.tasks) * len(grid.seeds)
