@@ -561,15 +561,15 @@ def test_halting_adds_binary_cross_entropy_and_its_penalty(make):
     p = [1 / (1 + math.exp(-x)) for x in (0.5, -1.0, 2.0)]
     bce = -(math.log(p[0]) + math.log(1 - p[1]) + math.log(1 - p[2])) / 3
     penalty = sum(1 - x for x in p) / 3
-    micro = make(use_act=True)._total_loss(out, None, 3)
+    micro = make(use_act=True)._total_loss(out, None, 3, has_other=False)
     loss, parts = micro.loss, micro.parts
     assert float(loss) == pytest.approx(2 + bce) and float(parts["halt_loss"]) == pytest.approx(bce)
     assert float(parts["teacher_forced_exact"]) == pytest.approx(1 / 3) and float(parts["answer_loss"]) == 2.0
     assert float(parts["halt_probability"]) == pytest.approx(sum(p) / 3)
-    micro = make(use_act=True, act_penalty=0.7)._total_loss(out, None, 3)
+    micro = make(use_act=True, act_penalty=0.7)._total_loss(out, None, 3, has_other=False)
     loss, parts = micro.loss, micro.parts
     assert float(loss) == pytest.approx(2 + bce + 0.7 * penalty) and float(parts["loss"]) == float(loss.detach())
-    micro = make()._total_loss(out, None, 3)
+    micro = make()._total_loss(out, None, 3, has_other=False)
     assert float(micro.loss) == 2.0 and "halt_loss" not in micro.parts
 
 
