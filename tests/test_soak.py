@@ -72,7 +72,19 @@ def test_rows_that_held_are_kept_and_those_that_failed_are_run_again(tmp_path):
     assert not kept.has("kills", "hybrid", "chain 0", 1) and not soak.Rows(args.rows, again=True).rows
 
 
-@pytest.mark.parametrize("words", ["--only kill", "--systems llama", "--kills 0", "--only ,"])
+def test_the_short_form_draws_a_few_cases_of_each_part_in_their_order(tmp_path):
+    args = soak.parse(["--short", "--rows", str(tmp_path / "rows.csv")])
+    run: list[int] = []
+    cases = [(f"case {number}", lambda number=number: run.append(number) or {"moment": "x", "why": ""})
+             for number in range(50)]
+    rows = soak.Rows(args.rows, again=False)
+    soak.run_cases(args, rows, "damage", "hybrid", cases, lambda line: None)
+    assert len(run) == args.kills == 3 and run == sorted(run)
+    soak.run_cases(args, rows, "damage", "hybrid", cases, lambda line: None)
+    assert len(run) == 3 and soak.cost_s(args) < soak.cost_s(soak.parse([]))
+
+
+@pytest.mark.parametrize("words", ["--cases -1", "--only kill", "--systems llama", "--kills 0", "--only ,"])
 def test_a_mistake_is_told(words, capsys):
     with pytest.raises(SystemExit) as left:
         soak.parse(words.split())
