@@ -17,6 +17,7 @@ that trained it, code that uses it, and what the add-on answers to questions tha
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ import options  # noqa: E402
 from addon import exported  # noqa: E402
 from addon.adapters import ADAPTER_CONFIG, adapter_of, load_controller, record_of, saved_format  # noqa: E402
 from engine.checkpoints import FOLDER, read_checkpoint  # noqa: E402
+from engine.files import process_lives  # noqa: E402
 from engine.machine import pick_device  # noqa: E402
 from engine.resume import resolve_resume  # noqa: E402
 from evaluation import Decoding  # noqa: E402
@@ -232,6 +234,14 @@ def write_lora(source: Source, to: Path) -> None:
     model.save_pretrained(to, save_embedding_layers=False)
 
 
+def remove_leftovers(to: Path) -> None:
+    """Removes what killed calls left of `to`; a process that is still alive keeps its folder."""
+    for leftover in to.absolute().parent.glob(f".tmp-{glob.escape(to.name)}-*"):
+        process = leftover.name.rpartition("-")[2]
+        if process.isdigit() and not process_lives(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def write(source: Source, to: Path) -> None:
     """The whole folder, under its own name only when all of it is there.
 
@@ -241,6 +251,7 @@ def write(source: Source, to: Path) -> None:
     # Answers to other questions come first: merging changes the model.
     card = card_text(source)
     aside = to.absolute().with_name(f".tmp-{to.name}-{os.getpid()}")
+    remove_leftovers(to)
     try:
         aside.mkdir(parents=True)
         generation = generation_config(source)

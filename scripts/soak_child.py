@@ -111,6 +111,7 @@ class Watch:
         self.process = os.getpid()
         self.operations: dict[str, int] = {}
         self.entries: dict[str, list[float]] = {}  # phase -> seconds of each stay
+        self.stay = ("start", time.monotonic())  # the phase of now, and since when
         self.matches = 0
         self.is_over = False
         self.is_busy = False
@@ -133,6 +134,8 @@ class Watch:
     def tell(self) -> None:
         """Writes down what was counted."""
         if os.getpid() == self.process:
+            phase, since = self.stay
+            self.entries.setdefault(phase, []).append(time.monotonic() - since)
             self._report(operations=self.operations, entries=self.entries)
 
     def _report(self, **facts: Any) -> None:
@@ -214,6 +217,7 @@ class Watch:
             if phase != last:
                 self.entries.setdefault(last, []).append(now - since)
                 last, since = phase, now
+                self.stay = (phase, now)
                 stays = len(self.entries.get(phase, [])) + 1
                 due = None
             if self._is_mine(phase):

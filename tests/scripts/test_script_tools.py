@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 
+import export_model
 from engine.files import staged
 from script_tools import run_script
 
@@ -22,3 +25,11 @@ def test_sigterm_ends_a_script_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
         assert run_script(lambda number=number: stopped(number)) == status
         assert "one.py: interrupted; nothing was left" in capsys.readouterr().err and not list(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_export_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    dead = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    for name in (f".tmp-out-{dead}", f".tmp-out-{os.getpid()}", f".tmp-other-{dead}", "out"):
+        (tmp_path / name).mkdir()
+    export_model.remove_leftovers(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {f".tmp-out-{os.getpid()}", f".tmp-other-{dead}", "out"}
