@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
 import zlib
@@ -335,7 +336,9 @@ class ShardStore:
             with safetensors.safe_open(path, framework="pt") as file:
                 record = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except FileNotFoundError:
+        except FileNotFoundError as error:  # which safetensors says of any file that it cannot open
+            if path.exists() and not os.access(path, os.R_OK):
+                raise DamagedShard("it cannot be read: check its permissions") from error
             raise
         except (safetensors.SafetensorError, OSError) as error:
             raise DamagedShard(reason_of(error)) from error

@@ -19,6 +19,7 @@ from addon import cache_plan, cache_shards
 from addon.cache_plan import pack, unpack
 from addon.hidden_cache import HiddenCache
 from patience import HANG_S
+from soak_child import obey_permissions
 from tiny_cache import ITEMS, Parts, flip, in_small_shards, shards
 from tiny_rows import sums, write
 from tiny_runs import ROOT, assert_same_run, error_lines, newest
@@ -122,6 +123,25 @@ def test_a_damaged_shard_is_named_and_filled_again(parts, tmp_path, damage):
     assert cache._done == sum(len(cache.plan.rows[batch]) for batch in lost)
     nobody = parts.cache(tmp_path, say=told.append)
     assert torch.equal(parts.features(nobody), before) and nobody._done == 0
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_filled_again(parts, tmp_path):
+    before = parts.features(parts.cache(tmp_path))
+    path = shards(tmp_path)[1]
+    path.chmod(0)
+    child = os.fork()
+    if not child:
+        held = False
+        try:
+            obey_permissions()
+            torch.set_num_threads(1)
+            told = []
+            same = torch.equal(parts.features(parts.cache(tmp_path, say=told.append)), before)
+            held = same and told[0].startswith(f"{path} is damaged (it cannot be read")
+        finally:
+            os._exit(int(not held))
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.access(path, os.R_OK) and path.stat().st_mode & 0o400
 
 
 # --- two at once
