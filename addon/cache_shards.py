@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import time
 import zlib
@@ -336,8 +335,10 @@ class ShardStore:
             with safetensors.safe_open(path, framework="pt") as file:
                 record = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except FileNotFoundError as error:  # which safetensors says of any file that it cannot open
-            if path.exists() and not os.access(path, os.R_OK):
+        except FileNotFoundError:  # which safetensors says of any file that it cannot open
+            try:
+                path.open("rb").close()
+            except PermissionError as error:
                 raise DamagedShard("it cannot be read: check its permissions") from error
             raise
         except (safetensors.SafetensorError, OSError) as error:
