@@ -237,7 +237,12 @@ class PromptGate(nn.Module):
 
     def opened(self, features: Tensor, mask: Tensor) -> Tensor:
         """(B,) bool, for which prompts something is written."""
-        return self(features, mask) < GATE_RADIUS
+        return within_radius(self(features, mask))
+
+
+def within_radius(distance: Tensor) -> Tensor:
+    """(B,) bool, for which of the gate's distances (B,) something is written."""
+    return distance < GATE_RADIUS
 
 
 INJECTORS = {"grb": InjectorGRB, "cab": InjectorCAB}

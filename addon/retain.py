@@ -24,7 +24,7 @@ from torch.nn import functional
 from batching import Batch, PromptFormat, pad
 from engine.batches import IGNORE
 from engine.positions import token_positions
-from injector import GATE_RADIUS
+from injector import within_radius
 from text_data.documents import Document, read_documents, source_files
 from text_data.frames import text_ids
 
@@ -184,7 +184,7 @@ def gate_loss(distance: Tensor, is_open: bool) -> Tensor:
 
 def open_gates(distance: Tensor) -> Tensor:
     """(), how many of the gates with these distances (B,) are open."""
-    return (distance < GATE_RADIUS).sum()
+    return within_radius(distance).sum()
 
 
 def divergence(logits: Tensor, bare: Tensor) -> Tensor:
