@@ -9,10 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from engine.labels import IGNORE
 from engine.stopping import stop_point
 
-# A label that no loss counts: padding, and tokens that are read but not learned. torch's losses ignore it by default.
-IGNORE = -100
 MOST_PADDING = 0.1  # share of a token batch
 
 Item = TypeVar("Item")

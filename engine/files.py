@@ -294,7 +294,7 @@ def read_json(path: Path, strict: bool = False) -> Any:
 
 def json_lines(
     path: Path, skip_damaged: bool = False, strict: bool = False,
-    on_damage: Callable[[JsonLineError], None] | None = None,
+    on_damage: Callable[[JsonLineError], None] | None = None, on_open: Callable[[BinaryIO], None] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of JSON in a UTF-8 file, read one at a time; blank lines are left out.
 
@@ -306,6 +306,7 @@ def json_lines(
             not UTF-8 are replaced, and a file that is missing has no lines.
         strict: as in `parse_json`.
         on_damage: takes the error of a line that `parse_json` refuses, which is then left out; None: it is raised.
+        on_open: takes the open file, to see how far it has been read.
 
     Raises:
         OSError: the file cannot be read.
@@ -316,6 +317,8 @@ def json_lines(
 
     # Read as bytes: a text file would end a line at a lone carriage return as well.
     with open(path, "rb") as file:
+        if on_open is not None:
+            on_open(file)
         for number, line in enumerate(file, start=1):
             if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                 continue

@@ -11,37 +11,27 @@ they are. The order is a function of `--seed` and the sources alone.
 from __future__ import annotations
 
 import argparse
-import errno
-import gc
 import json
-import mmap
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.batches import IGNORE  # noqa: E402
 from engine.files import staged  # noqa: E402
 from engine.progress import Progress  # noqa: E402
+from engine.worker_pool import WorkerPool, worker_count, workers_problem  # noqa: E402
 from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
-from text_data.order import EpochOrder  # noqa: E402
-from text_data.tokenizer import byte_counter, parse_tokenizer  # noqa: E402
+from text_data.mixing import COUNTS, Counts, Mix, ShuffledLines, Vocabulary, add_counts, copier  # noqa: E402
 from text_data.trained import META_KEY, TrainedOn, trained_on  # noqa: E402
-from text_data.triples import SPLITS, parse_line, read_meta  # noqa: E402
+from text_data.triples import SPLITS, read_meta  # noqa: E402
 
-BLOCK = min(1024, os.sysconf("SC_IOV_MAX"))  # lines handed to the system in one write
-FORGET = 1 << 26  # bytes after which the mapped pages of the sources are given back
+WORTH_WORKERS = 1 << 26  # bytes of a split; fewer are written by this process
 FILES = ("train.jsonl", "val.jsonl", "tokenizer.json", "meta.json")
 VOCABULARY_KEYS = ("vocab_size", "pad_id", "bos_id", "eos_id")  # of meta.json; equal in all sources
-VAL_COUNTS = ("encoder_tokens", "decoder_tokens", "decoder_bytes")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -64,6 +54,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_samples", type=int, required=True, help="triples of train.jsonl, exactly")
     parser.add_argument("--val_samples", type=int, required=True, help="triples of val.jsonl, exactly")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that copy; 0: one for each core. The files "
+                        "are the same for any number")
     options = parser.parse_args(argv)
 
     problems = []
@@ -78,6 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) < least:
             problems.append(f"--{name} {getattr(options, name)} must be at least {least}")
 
+    problems += filter(None, [workers_problem(options.workers)])
+
     resolved = [source.resolve() for source in options.sources]
     for path, times in Counter(resolved).items():
         if times > 1:
@@ -87,6 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     if problems:
         raise ValueError("\n".join(problems))
+    options.workers = worker_count(options.workers)
     return options
 
 
@@ -161,112 +156,14 @@ def samples_of(options: argparse.Namespace, split: str) -> int:
     return {"train": options.train_samples, "val": options.val_samples}[split]
 
 
-class ShuffledLines:
-    """The lines of one file in endless reshuffled epochs; 12 bytes of memory a line.
-
-    Raises:
-        ValueError: the file is torn, or does not hold as many lines as its meta.json says.
-    """
-
-    def __init__(self, path: Path, expected: int, seed: list[int]):
-        self.drawn = 0  # lines taken so far, in all epochs
-
-        # A mapped file: lines are handed on without a copy in between.
-        with open(path, "rb", buffering=1 << 18) as file:
-            self.starts = np.concatenate([[0], np.cumsum(np.fromiter(map(len, file), np.int64))])
-            size = int(self.starts[-1])
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
-        self.view = memoryview(self.map or b"")
-
-        whole = bytes(self.view[-1:]) in (b"", b"\n")
-        if not whole or len(self) != expected:
-            raise ValueError(
-                f"{path} is torn: it holds {len(self)} lines, its meta.json says {expected}; prepare it again"
-            )
-        self._order = EpochOrder(len(self), seed)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def take(self, count: int) -> list[memoryview]:
-        """The next `count` lines, line breaks included."""
-        chosen = self._order.stretch(self.drawn, count)
-        self.drawn += count
-        starts = self.starts[chosen].tolist()
-        ends = self.starts[chosen + np.uint32(1)].tolist()
-        return [self.view[start:end] for start, end in zip(starts, ends, strict=True)]
-
-    def forget(self) -> None:
-        """Gives the mapped pages back; they stay in the system's cache."""
-        if self.map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)
-
-
-# --- mixing -----------------------------------------------------------------------------------------------------------
-
-
-def mixed(sources: list[ShuffledLines], counts: list[int], seed: list[int]) -> Iterator[list[memoryview]]:
-    """Blocks of lines: `counts[s]` of source s, in one random order."""
-    order = np.repeat(np.arange(len(sources), dtype=np.uint16), counts)
-    np.random.default_rng(seed).shuffle(order)
-
-    copied = 0  # bytes since the pages were given back
-    for start in range(0, len(order), BLOCK):
-        # Each source fills its own places of the block.
-        which = order[start : start + BLOCK]
-        block = [memoryview(b"")] * len(which)
-        for number, source in enumerate(sources):
-            places = np.flatnonzero(which == number).tolist()
-            for place, line in zip(places, source.take(len(places)), strict=True):
-                block[place] = line
-        yield block
-
-        copied += len(block) * len(block[0])  # near enough
-        if copied >= FORGET:
-            copied = 0
-            for source in sources:
-                source.forget()
-
-
-def write(blocks: Iterator[list[memoryview]], file: BinaryIO, label: str, total: int) -> Iterator[list[memoryview]]:
-    """Writes the blocks as they pass, straight from the mapped sources. Raises OSError."""
-    done = 0
-    file.flush()
-    with Progress(total, label, "triples") as progress:
-        for block in blocks:
-            if os.writev(file.fileno(), block) != sum(map(len, block)):
-                raise OSError(errno.ENOSPC, "only a part could be written, the disk is full", file.name)
-            done += len(block)
-            progress.update(done)
-            yield block
-
-
-class ValCounts:
-    """Tokens of the val split, and bytes of its decoder's text: what bits per byte are taken of.
-
-    train is not counted, since parsing it would cost most of the time.
-    """
-
-    def __init__(self, tokenizer_text: str, place: str, meta: dict[str, Any]):
-        self.vocab_size = meta["vocab_size"]
-        self.eos_id = meta["eos_id"]
-        self.count_bytes = byte_counter(parse_tokenizer(tokenizer_text, place))
-        self.totals = dict.fromkeys(VAL_COUNTS, 0)
-
-    def add(self, lines: list[memoryview]) -> None:
-        """Counts some lines. Raises ValueError: a line that is no triple."""
-        for line in lines:
-            triple = parse_line(bytes(line), self.vocab_size)
-            labels = [label for label in triple.labels if label != IGNORE]
-            text = labels[:-1] if labels[-1] == self.eos_id else labels
-            self.totals["encoder_tokens"] += len(triple.encoder_ids)
-            self.totals["decoder_tokens"] += len(labels)
-            self.totals["decoder_bytes"] += self.count_bytes(text)
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_split(options: argparse.Namespace, metas: list[dict[str, Any]], split: str, file: BinaryIO,
-                counts: ValCounts | None) -> list[dict[str, Any]]:
-    """Writes one split and counts its lines into `counts`; what each source gave, for its entry in meta.json.
+                vocabulary: Vocabulary | None) -> tuple[list[dict[str, Any]], Counts]:
+    """Writes one split; what each source gave, for its entry in meta.json, and the counts of the lines.
+
+    `vocabulary` is that of the split whose lines are counted.
 
     Raises:
         ValueError: a torn source, a bad line of val.
@@ -275,27 +172,30 @@ def write_split(options: argparse.Namespace, metas: list[dict[str, Any]], split:
     total = samples_of(options, split)
     shares = quotas(options.weights, total)
     seed = [options.seed, SPLITS.index(split)]
+    paths = [source / f"{split}.jsonl" for source in options.sources]
     sources = []
-    for number, (source, meta) in enumerate(zip(options.sources, metas, strict=True)):
-        expected = meta["splits"][split]["samples"]
-        sources.append(ShuffledLines(source / f"{split}.jsonl", expected, [*seed, number]))
+    for number, (path, meta) in enumerate(zip(paths, metas, strict=True)):
+        sources.append(ShuffledLines(path, meta["splits"][split]["samples"], [*seed, number]))
+    mix = Mix(sources, shares, seed)
 
-    for block in write(mixed(sources, shares, seed), file, split, total):
-        if counts is None:
-            continue
-        try:
-            counts.add(block)
-        except ValueError as error:
-            names = " ".join(map(str, options.sources))
-            raise ValueError(
-                f"a val line of a source is bad ({error}): find it with scripts/validate_dataset.py, each of {names}"
-            ) from error
+    # A few lines are not worth the start of a process.
+    workers = options.workers if mix.size >= WORTH_WORKERS else 1
+    counts: Counts = dict.fromkeys(COUNTS, 0)
+    done = 0
+    with (
+        WorkerPool(copier, (paths, Path(file.name), vocabulary), workers) as pool,
+        Progress(total, split, "triples") as progress,
+    ):
+        for copied in pool.in_order(mix.stretches()):
+            add_counts(counts, copied.counts)
+            done += copied.lines
+            progress.update(done)
 
     entries = []
     for source, share in zip(sources, shares, strict=True):
         epochs = round(share / len(source), 4) if share else 0.0
         entries.append({"samples": share, "available": len(source), "epochs": epochs})
-    return entries
+    return entries, counts
 
 
 def merged_record(metas: list[dict[str, Any]]) -> str | None:
@@ -328,16 +228,15 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
 
     with staged(options.output, FILES) as (train_file, val_file, tokenizer_file, meta_file):
         for split, file in (("train", train_file), ("val", val_file)):
-            counts = None
+            vocabulary = None
             if split == "val" and options.val_samples:
-                counts = ValCounts(tokenizer.decode(), str(options.sources[0]), meta)
-            entries = write_split(options, metas, split, file, counts)
+                vocabulary = Vocabulary(
+                    tokenizer.decode(), list(map(str, options.sources)), meta["vocab_size"], meta["eos_id"])
+            entries, counts = write_split(options, metas, split, file, vocabulary)
 
             meta["splits"][split] = {"samples": samples_of(options, split)}
-            if counts is not None:
-                meta["splits"][split] |= counts.totals
-            elif split == "val":
-                meta["splits"][split] |= dict.fromkeys(VAL_COUNTS, 0)
+            if split == "val":
+                meta["splits"][split] |= counts
             for source, entry in zip(meta["sources"], entries, strict=True):
                 source[split] = entry
 
@@ -350,11 +249,7 @@ def merge(options: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Merges and reports. Raises ValueError, OSError."""
     options = parse(argv)
-    gc.freeze()  # a view of every line passes by: looking through the imported libraries each time costs a third
-    try:
-        meta = merge(options)
-    finally:
-        gc.unfreeze()
+    meta = merge(options)
 
     for source in meta["sources"]:
         for split in SPLITS:

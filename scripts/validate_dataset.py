@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.batches import IGNORE  # noqa: E402
-from engine.progress import Progress  # noqa: E402
-from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
-from text_data.tokenizer import read_tokenizer, vocabulary_size  # noqa: E402
-from text_data.triples import SPLITS, LineIndex, Triple, parse_line, read_meta  # noqa: E402
+import numpy as np  # noqa: E402
 
-SHOWN = 10  # bad lines named per split
+from engine.progress import Progress  # noqa: E402
+from engine.worker_pool import WorkerError, WorkerPool, worker_count, workers_problem  # noqa: E402
+from script_tools import ScriptParser, file_sha256, run_script  # noqa: E402
+from text_data.checking import SHOWN, SIDES, Found, Range, line_checker, ranges  # noqa: E402
+from text_data.tokenizer import read_tokenizer, vocabulary_size  # noqa: E402
+from text_data.triples import SPLITS, read_meta  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """The command line. Raises ValueError: one line."""
     parser = ScriptParser(__doc__)
     parser.add_argument("folder", type=Path, help="the prepared folder")
-    return parser.parse_args(argv)
+    parser.add_argument("--workers", type=int, default=1, help="processes that check; 0: one for each core")
+    options = parser.parse_args(argv)
+    problem = workers_problem(options.workers)
+    if problem:
+        raise ValueError(problem)
+    options.workers = worker_count(options.workers)
+    return options
 
 
 def tokenizer_problems(folder: Path, meta: dict[str, Any]) -> list[str]:
@@ -47,112 +53,76 @@ def tokenizer_problems(folder: Path, meta: dict[str, Any]) -> list[str]:
     return []
 
 
-def checked_triple(line: bytes, meta: dict[str, Any]) -> Triple:
-    """The triple of a line, held against what meta.json says. Raises ValueError."""
-    triple = parse_line(line, meta["vocab_size"])
-    length = max(len(triple.encoder_ids), len(triple.labels))
-    if length > meta["max_seq_len"]:
-        raise ValueError(f"{length} tokens on one side, meta.json says at most {meta['max_seq_len']}")
+def check_split(path: Path, pool: WorkerPool[Range, Found], known: np.ndarray | None) -> tuple[Found, np.ndarray, int]:
+    """Goes through a split's lines: what they are like, their digests, and how many are among the digests `known`.
 
-    first = triple.decoder_input_ids[0]
-    if first != meta["bos_id"]:
-        raise ValueError(f"decoder_input_ids starts with {first}, expected bos {meta['bos_id']}")
-    return triple
+    With `known` the digests are dropped as they come: only those of val, which is small, are worth their memory.
 
-
-class SplitCheck:
-    """Goes through one split's lines and keeps what there is to say of them.
-
-    Args:
-        folder: the prepared folder.
-        split: "train" or "val".
-        meta: the folder's meta.json.
-        val_digests: 8 bytes of hash for each line of val. The check of val fills it, that of train looks lines up:
-            val is checked first, because it is small enough to be remembered.
-
-    Attributes:
-        problems: one line each, of the first SHOWN bad lines and of the split as a whole.
-        repeated: good lines of train that stand in val.
+    Raises:
+        ValueError: the file cannot be read; a worker has ended.
     """
-
-    def __init__(self, folder: Path, split: str, meta: dict[str, Any], val_digests: set[bytes]):
-        self.path = folder / f"{split}.jsonl"
-        self.split = split
-        self.meta = meta
-        self.val_digests = val_digests
-        self.problems: list[str] = []
-
-        self.repeated = 0
-        self._bad = 0
-        self._tokens = {"encoder": 0, "decoder": 0}
-        self._longest = {"encoder": 0, "decoder": 0}
-        self._ignored = 0
-
-    def run(self) -> str:
-        """Checks every line; returns one line of summary. Raises ValueError where the file cannot be read."""
-        index = LineIndex(self.path)
-        with Progress(len(index), self.split, "lines") as progress:
-            for number in range(len(index)):
-                line = index[number]
-                try:
-                    triple = checked_triple(line, self.meta)
-                except ValueError as error:
-                    self._note_bad(number, error)
+    found = Found()
+    digests = [np.zeros(0, np.uint64)]
+    repeated = 0
+    try:
+        size = path.stat().st_size
+        with Progress(size // 10**6 or None, path.stem, "MB") as progress:
+            for part, later in zip(ranges(path, size), pool.in_order(ranges(path, size)), strict=True):
+                found.count(later)
+                if known is None:
+                    digests.append(later.digests)
                 else:
-                    self._note_good(line, triple)
-                    progress.update(number + 1)
+                    repeated += int(np.isin(later.digests, known).sum())
+                progress.update(part.end // 10**6, lines=found.lines)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    return found, np.concatenate(digests), repeated
 
-        # The file as a whole.
-        if self._bad > SHOWN:
-            self.problems.append(f"{self.path}: {self._bad} bad lines in all, the first {SHOWN} are named")
-        samples = self.meta["splits"][self.split]["samples"]
-        if len(index) != samples:
-            self.problems.append(f"{self.path} holds {len(index)} lines, meta.json says {samples}")
-        return self._summary(len(index))
 
-    def _note_bad(self, number: int, error: ValueError) -> None:
-        self._bad += 1
-        if self._bad <= SHOWN:
-            self.problems.append(f"{self.path} line {number + 1}: {error}")
+def problems_of(path: Path, found: Found, samples: int) -> list[str]:
+    """What is wrong with a split of which meta.json says that it holds `samples` lines, one line each."""
+    problems = [f"{path} line {number + 1}: {problem}" for number, problem in found.problems]
+    if found.bad > SHOWN:
+        problems.append(f"{path}: {found.bad} bad lines in all, the first {SHOWN} are named")
+    if found.lines != samples:
+        problems.append(f"{path} holds {found.lines} lines, meta.json says {samples}")
+    return problems
 
-    def _note_good(self, line: bytes, triple: Triple) -> None:
-        digest = hashlib.blake2b(line, digest_size=8).digest()
-        if self.split == "val":
-            self.val_digests.add(digest)
-        else:
-            self.repeated += digest in self.val_digests
 
-        for side, ids in (("encoder", triple.encoder_ids), ("decoder", triple.labels)):
-            self._tokens[side] += len(ids)
-            self._longest[side] = max(self._longest[side], len(ids))
-        self._ignored += triple.labels.count(IGNORE)
-
-    def _summary(self, lines: int) -> str:
-        good = max(lines - self._bad, 1)
-
-        sides = []
-        for side, tokens in self._tokens.items():
-            sides.append(f"{side} {tokens} tokens (mean {tokens / good:.1f}, longest {self._longest[side]})")
-        return f"{self.split}: {lines} triples, {', '.join(sides)}, {self._ignored} labels ignored"
+def summary_of(split: str, found: Found) -> str:
+    """What a split holds, on one line."""
+    good = max(found.lines - found.bad, 1)
+    sides = []
+    for side in SIDES:
+        tokens = found.tokens[side]
+        sides.append(f"{side} {tokens} tokens (mean {tokens / good:.1f}, longest {found.longest[side]})")
+    return f"{split}: {found.lines} triples, {', '.join(sides)}, {found.ignored} labels ignored"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the summary. Raises ValueError: everything that is wrong, one line each."""
-    folder = parse(argv).folder
+    options = parse(argv)
+    folder = options.folder
     meta = read_meta(folder)
     problems = tokenizer_problems(folder, meta)
 
     summary = []
     repeated = 0
-    val_digests: set[bytes] = set()
-    for split in reversed(SPLITS):  # val first
-        check = SplitCheck(folder, split, meta, val_digests)
-        try:
-            summary.append(check.run())
-        except ValueError as error:
-            problems.append(str(error))
-        problems += check.problems
-        repeated += check.repeated
+    known: np.ndarray | None = None  # digests of val
+    with WorkerPool(line_checker, (meta,), options.workers) as pool:
+        for split in reversed(SPLITS):  # val first
+            path = folder / f"{split}.jsonl"
+            try:
+                found, digests, again = check_split(path, pool, known)
+            except WorkerError:
+                raise
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            problems += problems_of(path, found, meta["splits"][split]["samples"])
+            summary.append(summary_of(split, found))
+            repeated += again
+            known = digests if known is None else known
 
     if problems:
         raise ValueError("\n".join(problems))

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from engine.files import JsonLineError, NoTextError, holds_nul, json_lines, not_utf8
 from engine.records import normalise
@@ -29,12 +30,22 @@ PARQUET_ROWS = 256  # read at a time
 
 
 class Document(NamedTuple):
-    """A text, or an answer to a prompt. `ends` is False where a piece of a long text is followed by another."""
+    """A text, or an answer to a prompt. `ends` is False where a piece of a long text is followed by another.
+
+    `shared_key` is the key of a long text, which all its pieces have.
+    """
 
     prompt: str | None
     text: str
-    key: int
+    shared_key: int | None = None
     ends: bool = True
+
+    @property
+    def key(self) -> int:
+        """`key_of` the prompt, or of the text where there is none; computed at each call."""
+        if self.shared_key is not None:
+            return self.shared_key
+        return key_of(self.text if self.prompt is None else self.prompt)
 
 
 ALL_SPLITS = "all"
@@ -110,12 +121,43 @@ def source_files(source: Path) -> list[Path]:
     return files
 
 
-def read_documents(files: Sequence[Path], splits: Splits | None = None) -> Iterator[Document]:
+class Meter:
+    """How far `read_documents` has come, in bytes of the files; of a parquet file it knows the end alone."""
+
+    def __init__(self) -> None:
+        self._behind = 0  # bytes of the files that are done
+        self._file: IO[Any] | None = None
+
+    def enter(self, file: IO[Any]) -> None:
+        """The file that is read now."""
+        self._file = file
+
+    def leave(self, path: Path) -> None:
+        """A file is done."""
+        self._behind += path.stat().st_size
+        self._file = None
+
+    @property
+    def megabytes(self) -> int:
+        """What has been read, whole megabytes of 1e6 bytes."""
+        here = os.lseek(self._file.fileno(), 0, os.SEEK_CUR) if self._file is not None else 0
+        return (self._behind + here) // 10**6
+
+
+def source_megabytes(files: Sequence[Path]) -> int:
+    """The size of all files, whole megabytes."""
+    return sum(path.stat().st_size for path in files) // 10**6
+
+
+def read_documents(
+    files: Sequence[Path], splits: Splits | None = None, meter: Meter | None = None
+) -> Iterator[Document]:
     """Every document of the files, in order; a blank text, prompt or answer comes as it is, the caller counts it.
 
     Args:
         files: what `source_files` gives.
         splits: which rows are taken, and their counts; None: those of the only split that they name.
+        meter: follows the reading.
 
     Raises:
         ValueError: a file that is not what its name says; the file, the line or the column is named. Rows of several
@@ -123,13 +165,15 @@ def read_documents(files: Sequence[Path], splits: Splits | None = None) -> Itera
     """
     if splits is None:
         splits = Splits(None)
+    meter = meter or Meter()
     for path in files:
         if path.suffix == ".txt":
-            yield from _text_file(path)
+            yield from _text_file(path, meter)
         elif path.suffix == ".jsonl":
-            yield from _json_file(path, splits)
+            yield from _json_file(path, splits, meter)
         else:
             yield from _parquet_file(path, splits)
+        meter.leave(path)
     if splits.problem():
         raise ValueError(splits.problem())
 
@@ -145,9 +189,10 @@ def _is_taken(row: Any, splits: Splits, path: Path, number: int) -> bool:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _text_file(path: Path) -> Iterator[Document]:
+def _text_file(path: Path, meter: Meter) -> Iterator[Document]:
     try:
         with open(path, encoding="utf-8-sig") as file:
+            meter.enter(file)
             # The first line that is not blank decides between WikiText and paragraphs.
             first = ""
             while not first.strip() and (line := file.readline(MAX_CHARS)):
@@ -233,7 +278,7 @@ def _gather(lines: Iterable[tuple[str, bool]]) -> Iterator[Document]:
             yield piece
             kept = []
             size = 0
-            key = piece.key
+            key = piece.shared_key
 
         # Blank lines before a document's first text are dropped; within one they stay.
         if kept or key is not None or line.strip():
@@ -246,7 +291,7 @@ def _gather(lines: Iterable[tuple[str, bool]]) -> Iterator[Document]:
 
 def _piece(text: str, key: int | None, ends: bool) -> Document:
     """A text or a part of one; the first part's own key is that of all parts."""
-    if key is None:
+    if key is None and not ends:
         key = key_of(text)
     return Document(None, text, key, ends)
 
@@ -259,7 +304,7 @@ def _row_documents(row: dict[str, Any]) -> Iterator[Document]:
     if "prompt" in row and "answer" in row:
         if not isinstance(row["prompt"], str) or not isinstance(row["answer"], str):
             raise ValueError("prompt and answer must be text")
-        yield Document(row["prompt"], row["answer"], key_of(row["prompt"]))
+        yield Document(row["prompt"], row["answer"])
         return
 
     text = row.get("text")
@@ -272,13 +317,13 @@ def _row_documents(row: dict[str, Any]) -> Iterator[Document]:
     for start in range(0, max(len(text), 1), MAX_CHARS):  # a blank text is a document too
         end = start + MAX_CHARS
         piece = _piece(text[start:end], key, ends=end >= len(text))
-        key = piece.key
+        key = piece.shared_key
         yield piece
 
 
-def _json_file(path: Path, splits: Splits) -> Iterator[Document]:
+def _json_file(path: Path, splits: Splits, meter: Meter) -> Iterator[Document]:
     try:
-        for number, row in json_lines(path, strict=True):
+        for number, row in json_lines(path, strict=True, on_open=meter.enter):
             if not _is_taken(row, splits, path, number):
                 continue
             try:

@@ -59,6 +59,12 @@ class RoundTrip:
                 return
         self.back += 1
 
+    def count(self, later: RoundTrip) -> None:
+        """Adds what was counted of later rows."""
+        self.rows += later.rows
+        self.back += later.back
+        self.first = self.first or later.first
+
     def shown(self) -> str:
         """`59 of 60 rows (98.3 %) come back`, for people."""
         return f"{self.back} of {self.rows} rows ({100 * self.share:.1f} %) come back from the tokenizer as they were"

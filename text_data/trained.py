@@ -56,9 +56,45 @@ class TrainedOn:
 
     def packed(self) -> str:
         """The hashes as base64, 8 characters each."""
-        numbers = np.array(sorted(self._keys), dtype=">u8")
-        rows = numbers.view(np.uint8).reshape(-1, 8)[:, 8 - KEPT_BYTES :]
-        return base64.b64encode(rows.tobytes()).decode()
+        return _packed(np.array(sorted(self._keys), np.uint64))
+
+
+class KeyRecord:
+    """The keys of documents as they come by the million, as `TrainedOn` would record them: 8 bytes of memory each."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._pending = 0  # keys that may be there already
+        self._is_over = False  # more than MOST: nothing is recorded
+
+    def add(self, keys: np.ndarray) -> None:
+        """Keys of more documents, (n,) uint64, in any order."""
+        if self._is_over:
+            return
+        self._parts.append(keys >> np.uint64(64 - 8 * KEPT_BYTES))
+        self._pending += len(keys)
+        if self._pending > MOST:
+            self._distinct()
+
+    def _distinct(self) -> np.ndarray:
+        distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *self._parts]))
+        self._parts = [distinct]
+        self._pending = 0
+        if len(distinct) > MOST:
+            self._parts = []
+            self._is_over = True
+        return distinct
+
+    def record(self) -> str | None:
+        """What meta.json keeps; None where there are more than MOST."""
+        distinct = self._distinct()
+        return None if self._is_over else _packed(distinct)
+
+
+def _packed(kept: np.ndarray) -> str:
+    """(n,) uint64, rising, as base64 of their last KEPT_BYTES bytes."""
+    rows = kept.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 8 - KEPT_BYTES :]
+    return base64.b64encode(rows.tobytes()).decode()
 
 
 def _kept(key: int) -> int:

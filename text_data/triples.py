@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.batches import IGNORE
 from engine.files import json_reason, read_json, shell_path
+from engine.labels import IGNORE
 
 SPLITS = ("train", "val")
 LEAST_COUNTS = {"vocab_size": 1, "pad_id": 0, "bos_id": 0, "eos_id": 0, "max_seq_len": 1}  # of meta.json

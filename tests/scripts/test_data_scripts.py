@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from patience import HANG_S
-from text_data import documents
+from text_data import documents, encoding, mixing
 from text_data.batches import PreparedBatches
 from text_data.documents import Document, key_of, read_documents, source_files
 from text_data.roundtrip import RoundTrip
@@ -230,12 +230,12 @@ def test_special_tokens_of_a_foreign_tokenizer_are_found_or_asked_for(tmp_path):
 
 @given(length=st.integers(0, 700), limit=st.integers(2, 90), ends=st.booleans())
 def test_windows_predict_every_token_after_the_head_once_and_never_one_the_encoder_read(length, limit, ends):
-    cuts = list(prepare.windows(length, limit, ends))
+    cuts = list(encoding.windows(length, limit, ends))
     assert bool(cuts) == (length > 1)
     predicted = [place for _, start, end in cuts for place in range(start, end)]
     if cuts:
         head = cuts[0][1]
-        assert 1 <= head <= min(prepare.HEAD, limit) and head <= max(length // 4, 1)
+        assert 1 <= head <= min(encoding.HEAD, limit) and head <= max(length // 4, 1)
         assert predicted == list(range(head, length))
     for context, start, end in cuts:
         assert 0 <= context < start < end  # the encoder's tokens end where the decoder's begin
@@ -557,8 +557,7 @@ def test_merging_is_a_function_of_the_seed(tmp_path, prepared, qa):
 
 def test_many_blocks_are_copied_whole(tmp_path, prepared, qa, monkeypatch):
     expected = (merged(tmp_path / "one", [prepared, qa], "1 1", 300, 9) / "train.jsonl").read_bytes()
-    monkeypatch.setattr(merge, "BLOCK", 7)
-    monkeypatch.setattr(merge, "FORGET", 1)
+    monkeypatch.setattr(mixing, "MOST_LINES", 7)
     assert (merged(tmp_path / "two", [prepared, qa], "1 1", 300, 9) / "train.jsonl").read_bytes() == expected
 
 
@@ -679,5 +678,6 @@ def test_a_killed_prepare_leaves_no_final_file_and_runs_again(tmp_path, prepared
 
 def test_documents_are_a_stream(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(9)])
-    batches = prepare.batched(iter([*read_documents([path]), Document(None, "x" * prepare.BATCH_CHARS, 0)]), 4)
-    assert [len(batch) for batch in batches] == [4, 4, 2]
+    long = Document(None, "x" * encoding.BATCH_CHARS)
+    batches = list(encoding.batched(iter([*read_documents([path]), long]), 4))
+    assert [(batch.first, len(batch.documents)) for batch in batches] == [(0, 4), (4, 4), (8, 2)]
