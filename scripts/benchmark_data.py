@@ -1,11 +1,16 @@
-"""Measures data preparation against what it cannot beat: prepare against bare `encode_batch`, merge against `cat`.
+"""Measures data preparation: against what it cannot beat, and one process against several.
 
     python scripts/benchmark_data.py                          # on generated text
     python scripts/benchmark_data.py --source corpus/ --repeats 9
+    python scripts/benchmark_data.py --workers 2 --source text.txt --megabytes 200
 
 Each repeat runs both sides one after the other; the ratio of their throughputs is taken within the repeat. Printed are
 the medians with the smallest and largest value seen. Preparing includes reading, hashing, cutting, formatting, writing
 and fsync; merging includes reading the index, drawing, writing and fsync, so `cat` is shown with fsync and without.
+
+With `--workers` every script runs twice on the same text: as one process with one tokenizer thread, and with so many
+workers. Both must write the same bytes. The text is that of the source, again and again with other digits, until there
+are `--megabytes` of it. For N MB of text it needs about 10 N MB of disk.
 """
 
 from __future__ import annotations
@@ -13,10 +18,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,16 +49,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = ScriptParser(__doc__)
     parser.add_argument("--source", type=Path, help="text to measure on; without it, text is generated")
-    parser.add_argument("--megabytes", type=float, default=8, help="of generated text")
+    parser.add_argument("--megabytes", type=float, default=8, help="of generated text; with --workers, of any text")
+    parser.add_argument("--workers", type=int, default=0, help="compare one process with so many workers, from 2; "
+                        "0: compare with encode_batch and cat")
     parser.add_argument("--merge_megabytes", type=float, default=150, help="of prepared lines to merge")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokenizer_num_threads", type=int, default=1)
-    parser.add_argument("--tokenizer_batch_size", type=int, default=512)
+    parser.add_argument("--tokenizer_batch_size", type=int, default=4096)
     parser.add_argument("--work", type=Path, help="folder for the files, on the disk to measure (default: temporary)")
     options = parser.parse_args(argv)
     for name in ("megabytes", "merge_megabytes", "repeats", "tokenizer_num_threads", "tokenizer_batch_size"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name} {getattr(options, name)} must be positive")
+    if options.workers < 0 or options.workers == 1:
+        parser.error(f"--workers {options.workers} must be at least 2, or 0")
+    if options.workers and options.source and not options.source.is_file():
+        parser.error(f"--source {options.source} must be one text file with --workers")
     return options
 
 
@@ -206,10 +219,105 @@ def measure_merge(options: argparse.Namespace, prepared: Path, work: Path) -> No
     show_ratio("merge / cat, fsync", times["cat, fsync"], times["merge_prepared_batches"])
 
 
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run of a script, as the system counted it.
+
+    Attributes:
+        wall_s: seconds of the clock.
+        cpu_s: of the CPU, of all its processes.
+        peak_mb: the most memory that one of its processes held, mapped files included.
+        digest: of all the files that it wrote.
+    """
+
+    def __init__(self, name: str, words: Sequence[object], output: Path | None):
+        if output is not None:
+            shutil.rmtree(output, ignore_errors=True)
+        os.sync()  # no run pays for what another left to be written
+        command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, words)]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        self.wall_s = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise ValueError(f"{' '.join(command)} ended with status {process.returncode}: run it alone to see why")
+
+        self.cpu_s = usage.ru_utime + usage.ru_stime
+        self.peak_mb = usage.ru_maxrss * 1024 / 1e6
+        digest = hashlib.sha256()
+        for path in sorted(output.iterdir()) if output is not None else ():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        self.digest = digest.hexdigest()[:12] if output is not None else "-"
+
+
+def repeated_text(source: Path, path: Path, megabytes: float) -> None:
+    """Writes the text of `source` again and again, each time with its digits exchanged, until there is so much."""
+    text = source.read_text(encoding="utf-8").rstrip("\n") + "\n\n"
+    draw = random.Random(0)
+    size = len(text.encode())
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(max(round(megabytes * 1e6 / size), 1)):
+            digits = "".join(draw.sample("0123456789", 10))
+            file.write(text.translate(str.maketrans("0123456789", digits)))
+
+
+def compare(label: str, name: str, words: Sequence[object], output: Path | None, workers: int,
+            alone: Sequence[object] = ()) -> None:
+    """Runs a script as one process, with the words `alone` besides, and with workers, and prints both.
+
+    Raises:
+        ValueError: they did not write the same.
+    """
+    one = Run(name, [*words, "--workers", 1, *alone], output)
+    several = Run(name, [*words, "--workers", workers], output)
+    for count, run in ((1, one), (workers, several)):
+        print(f"{label:32} {count:3} {run.wall_s:9.1f} {run.cpu_s:9.1f} {run.peak_mb:9.0f}  {run.digest}", flush=True)
+    print(f"{'':32} {one.wall_s / several.wall_s:.2f} times as fast", flush=True)
+    if one.digest != several.digest:
+        raise ValueError(f"{label}: {workers} workers do not write what one process writes")
+
+
+def measure_workers(options: argparse.Namespace, work: Path) -> None:
+    """Runs prepare, merge and validate as one process and with workers."""
+    text = work / "text.txt"
+    source = options.source
+    if not source:
+        source = work / "generated.txt"
+        generated_text(source, min(options.megabytes, 8))
+    repeated_text(source, text, options.megabytes)
+
+    print(f"{text.stat().st_size / 1e6:.0f} MB of text, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{'':32} {'':3} {'wall s':>9} {'CPU s':>9} {'peak MB':>9}  files")
+    prepared = work / "prepared"
+    words: list[object] = ["--source", text, "--dest", prepared]
+    alone = ("--tokenizer_num_threads", 1)
+    compare("prepare, tokenizer trained", "prepare_language_dataset", words, prepared, options.workers, alone)
+
+    tokenizer = work / "tokenizer.json"
+    shutil.copy(prepared / "tokenizer.json", tokenizer)
+    words += ["--tokenizer", tokenizer]
+    compare("prepare, tokenizer given", "prepare_language_dataset", words, prepared, options.workers, alone)
+
+    splits = json.loads((prepared / "meta.json").read_text(encoding="utf-8"))["splits"]
+    merged = work / "merged"
+    compare("merge, every line once", "merge_prepared_batches", [
+        "--sources", prepared, "--weights", 1, "--output", merged, "--train_samples", splits["train"]["samples"],
+        "--val_samples", splits["val"]["samples"]], merged, options.workers)
+    shutil.rmtree(merged)
+    compare("validate", "validate_dataset", [prepared], None, options.workers)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measures and prints."""
     options = parse(argv)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        if options.workers:
+            measure_workers(options, Path(folder))
+            return 0
         prepared = measure_prepare(options, Path(folder))
         measure_merge(options, prepared, Path(folder))
     return 0

@@ -55,6 +55,7 @@ def jobs(bench: Bench) -> list[Job]:
 
     return [
         Job("prepare_language_dataset", (*prepare, "--dest", str(out)), four),
+        Job("prepare_language_dataset, 2 workers", (*prepare, "--dest", str(out), "--workers", "2"), four),
         Job("merge_prepared_batches", (
             "scripts/merge_prepared_batches.py", "--sources", str(prepared), "--weights", "1", "--output", str(out),
             "--train_samples", "3000", "--val_samples", "50"), four),
