@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from engine.attention import attend, key_mask, rope, rotate
 from engine.positions import last_state
 
 NORM_EPS = 1e-5
@@ -107,45 +108,6 @@ def zero_linear(fan_in: int, fan_out: int) -> nn.Linear:
     return projection
 
 
-def rope(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B, S, e) of rotary position embedding at integer `positions` (B, S), in float32."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions.float()[..., None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies rotary embedding: x (B, h, S, e) with cos, sin (B, S, e); keeps x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x * cos[:, None].to(x.dtype) + turned * sin[:, None].to(x.dtype)
-
-
-def key_mask(mask: Tensor | None) -> Tensor | None:
-    """(B, 1, 1, S) bool for `attend` from mask (B, S); None where every key may be read, the faster call.
-
-    A row without any readable key reads all of them, so that softmax stays finite; nobody reads its result.
-    """
-    if mask is None:
-        return None
-    mask = mask.bool()
-    readable = mask | ~mask.any(dim=1, keepdim=True)
-    return None if bool(readable.all()) else readable[:, None, None, :]
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None) -> Tensor:
-    """Scaled dot-product attention (B, h, T, e) over readable `keys` (B, 1, 1, S), in the inputs' dtype.
-
-    On CPU it runs in float32: the bf16 backward of torch's CPU kernel takes about five times as long.
-    """
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=keys)
-    with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=keys)
-    return mixed.to(query.dtype)
-
-
 class Attention(nn.Module):
     """Bidirectional multi-head self-attention with RoPE and a padding mask. (B, S, d) -> (B, S, d)."""
 
@@ -156,11 +118,10 @@ class Attention(nn.Module):
         self.out = linear(d, d)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        query, key, value = rearrange(self.qkv(x), "B S (three h e) -> three B h S e", three=3, h=self.heads)
-        query = rotate(query, context.cos, context.sin)
-        key = rotate(key, context.cos, context.sin)
+        qkv = rearrange(self.qkv(x), "B S (three h e) -> three B h S e", three=3, h=self.heads)
+        query, key = rotate(qkv[:2], context.cos, context.sin)
 
-        mixed = attend(query, key, value, context.keys)
+        mixed = attend(query, key, qkv[2], context.keys)
         return self.out(rearrange(mixed, "B h S e -> B S (h e)"))
 
 

@@ -18,8 +18,9 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from engine.attention import attend, rope, rotate
 from engine.positions import last_state, mean_state
-from hrm_blocks import Context, SwiGLU, attend, linear, rms_norm, rope, rotate, zero_linear
+from hrm_blocks import Context, SwiGLU, linear, rms_norm, zero_linear
 
 Made = TypeVar("Made")
 HIDDEN_TOO = "hidden+embed"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from hrm_blocks import SwiGLU, attend, linear, rms_norm, rotate
+from engine.attention import attend, rotate
+from hrm_blocks import SwiGLU, linear, rms_norm
 
 NEUTRAL_GATE = 2.0  # an untrained gate says "uncertain" (entropy 0.88 of the most, confidence 0.12): it stops nothing
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 
+from engine.attention import rope
 from engine.memory import check_model
 from enhanced.config import CycleMeter, EnhancedBackboneOutput, EnhancedHRMConfig, EnhancedOutput
 from enhanced.layers import (
@@ -37,7 +38,7 @@ from enhanced.layers import (
 )
 from enhanced.losses import training_loss
 from enhanced.tokenizer import check_reasoning_tokenizer, reasoning_tokenizer
-from hrm_blocks import rms_norm, rope
+from hrm_blocks import rms_norm
 
 
 class EnhancedHRMPreTrainedModel(PreTrainedModel):

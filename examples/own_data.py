@@ -1,6 +1,6 @@
 """Trains on rows of your own, judged by a function of your own, then asks what was trained.
 
-    python examples/own_data.py                      # 1,600 rows, a few minutes on two cores
+    python examples/own_data.py                      # 10,000 rows, a few minutes on two cores
     python examples/own_data.py --max_steps 20       # any flag of train.py may follow
 
 Run it from the repository's folder, so that `examples.own_data:close` can be imported again by whatever goes on with
@@ -31,8 +31,8 @@ def write_rows(path: Path) -> None:
     """One JSON object a line, with a question and the gold answer."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-        for cups in range(1, 41):
-            for pens in range(1, 41):
+        for cups in range(1, 101):
+            for pens in range(1, 101):
                 question = f"A cup costs $3, a pen $2. What do {cups} cups and {pens} pens cost?"
                 file.write(json.dumps({"question": question, "answer": str(3 * cups + 2 * pens)}) + "\n")
 

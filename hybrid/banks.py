@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hrm_blocks import HALT_BIAS, HBlock, LBlock, first_call_with_gradient, linear, recur, rms_norm, rope
+from engine.attention import rope
+from hrm_blocks import HALT_BIAS, HBlock, LBlock, first_call_with_gradient, linear, recur, rms_norm
 from hybrid.layers import CrossAttention, Keys
 
 SLOT_DEVIATION = 0.5  # of slot embeddings, beside states of deviation 1

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from engine.attention import key_mask
 from engine.positions import mean_state, token_positions
-from hrm_blocks import key_mask
 from hybrid.banks import BankCore, Bridge, CycleState, Gate
 from hybrid.config import HybridConfig
 from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder

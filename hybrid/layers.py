@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from hrm_blocks import SwiGLU, attend, key_mask, linear, rms_norm, rope, rotate, zero_linear
+from engine.attention import attend, key_mask, rope, rotate
+from hrm_blocks import SwiGLU, linear, rms_norm, zero_linear
 
 MAMBA_CHUNK = {"cpu": 32}  # pure torch works in chunks whose cost grows with their square; kernels like 256
 MAMBA_HEAD = 32

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
+from engine.attention import rope, rotate
 from engine.positions import last_column, last_state, mean_state
 from hrm_blocks import (
     Attention,
@@ -31,8 +32,6 @@ from hrm_blocks import (
     init_linear,
     recur,
     rms_norm,
-    rope,
-    rotate,
 )
 
 WIDTH, HEADS = 24, 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hrm_blocks import Context, rope
+from engine.attention import rope
+from hrm_blocks import Context
 from injector import INJECTORS, SEES, InjectorCAB, InjectorGRB, Slots, Thought, VocabularyBias
 
 B, S, T, D, WIDTH, HEADS, V = 2, 5, 3, 20, 16, 2, 11

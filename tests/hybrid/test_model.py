@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSeq2SeqLM
 
+from engine.attention import key_mask
 from engine.batches import IGNORE
 from engine.positions import mean_state
-from hrm_blocks import key_mask
 from hybrid import layers as hybrid_blocks
 from hybrid.banks import BankCore, Bridge, Gate
 from hybrid.layers import Mamba2Encoder, Memory, TransformerEncoder
