@@ -2,13 +2,18 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test slow lint types host audit gpu smollm soak clean
+.PHONY: train test coverage slow lint types host audit gpu smollm soak clean
 
 train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 7 minutes of training, or less where 1,900 steps take less
 	$(RUN) train.py
 
 test: $(VENV)/ready             ## the fast test suite, about 18 minutes of CPU time
-	$(RUN) -m pytest -q -n 2 -m "not slow"
+	$(RUN) -m pytest -q -n 2 -m "not slow" $(PYTEST)
+
+coverage: $(VENV)/ready         ## the fast test suite again, and which share of the lines it runs; fails below 90 %
+	$(RUN) -m coverage erase
+	$(RUN) -m pytest -q -n 2 -m "not slow" --cov --cov-report=
+	$(RUN) -m coverage report --skip-covered --fail-under=90
 
 slow: $(VENV)/ready             ## the slow checks, hours on a slow machine
 	$(RUN) -m pytest -q -m slow
