@@ -4,7 +4,7 @@
         for result in pool.in_order(tasks):
 
 Every worker is a fresh interpreter, so no thread and no lock of this process is copied. It calls `make(*arguments)`
-once, and the function that this returns for every task. It belongs to no terminal: Ctrl-C and SIGTERM reach this
+once, and the function that this returns for every task. It has a process group of its own: Ctrl-C reaches this
 process alone, which then ends the workers. A worker also ends as soon as this process is gone, however that came about.
 """
 
@@ -28,6 +28,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_WORKERS = 256
 HELD = 2  # tasks that a worker has at most: one at work, one that waits
 AHEAD = 4  # tasks for each worker that may be done, or under way, while the first of them is not
 BEGIN = "import sys; sys.path.insert(0, sys.argv[1]); from engine.worker_pool import serve; serve(int(sys.argv[2]))"
@@ -44,8 +45,8 @@ def worker_count(asked: int) -> int:
 
 def workers_problem(asked: int) -> str | None:
     """What is wrong with the value of `--workers`, or None."""
-    if asked < 0:
-        return f"--workers {asked} must be at least 0 (0: one for each core)"
+    if not 0 <= asked <= MOST_WORKERS:
+        return f"--workers {asked} must be at least 0 and at most {MOST_WORKERS} (0: one for each core)"
     return None
 
 
@@ -60,7 +61,7 @@ class _Worker:
         with there:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", BEGIN, str(ROOT), str(there.fileno())], pass_fds=[there.fileno()],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0,
             )
         self.line = Connection(here.detach())
         self.send(sys.path)
@@ -142,7 +143,7 @@ class WorkerPool(Generic[Task, Result]):
             yield from map(self.make(*self.arguments), tasks)
             return
 
-        first = self._given  # a number is used once: answers to tasks of a call that was left early are told apart
+        first = self._given  # numbers go on, so that no answer to a call that was left early is taken for one of this
         waiting = enumerate(tasks, start=first)
         is_given_out = False
         answers: dict[int, tuple[Any, Exception | None]] = {}  # those whose turn has not come
@@ -158,8 +159,7 @@ class WorkerPool(Generic[Task, Result]):
                 if is_given_out and turn == self._given:
                     return
                 for number, result, error in self._received():
-                    if number >= first:
-                        answers[number] = (result, error)
+                    answers[number] = (result, error)
 
             result, error = answers.pop(turn)
             if error is not None:
@@ -189,8 +189,11 @@ class WorkerPool(Generic[Task, Result]):
 def serve(handle: int) -> None:
     """Does what comes over the socket `handle`; ends when its other side is closed."""
     line = Connection(handle)
-    sys.path[:] = line.recv()
-    make, arguments = line.recv()
+    try:
+        sys.path[:] = line.recv()
+        make, arguments = line.recv()
+    except EOFError:  # the other process ended while this one began
+        os._exit(0)
 
     # Tasks are taken in beside the work: neither side ever waits for the other to read.
     tasks: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()

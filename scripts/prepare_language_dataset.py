@@ -43,7 +43,7 @@ from text_data.word_cache import WordEncoder  # noqa: E402
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SAMPLE_CHARS = 2000  # of a document that is checked before the pass over the data
+SAMPLE_CHARS = 500  # of a document that is checked before the pass over the data
 FILES = ("train.jsonl", "val.jsonl", "tokenizer.json", "meta.json")
 
 

@@ -12,7 +12,7 @@ BAD, FAULTY, KILLED = -1, -2, -3
 
 
 def echo(prefix: str) -> Callable[[int], str]:
-    """Answers a task with its number and a megabyte; the first task takes longest."""
+    """Answers a task with its number and a megabyte; the first task takes longest, so that it is done last."""
 
     def work(number: int) -> str:
         if number == BAD:
@@ -27,9 +27,20 @@ def echo(prefix: str) -> Callable[[int], str]:
     return work
 
 
-def length() -> Callable[[str], int]:
-    """Answers a text with its length."""
-    return len
+def gated(gate: str) -> Callable[[int], int]:
+    """Answers a task with its number; the first waits until the file `gate` is there."""
+
+    def work(number: int) -> int:
+        while number == 0 and not os.path.exists(gate):
+            time.sleep(0.01)
+        return number
+
+    return work
+
+
+def twice() -> Callable[[str], str]:
+    """Answers a text with the text twice."""
+    return lambda text: text + text
 
 
 def process(folder: str) -> Callable[[int], int]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,24 +50,26 @@ def test_results_come_in_the_order_of_the_tasks(count, tasks):
 
 
 def test_tasks_and_results_larger_than_any_pipe_pass():
-    with WorkerPool(pool_work.length, (), 2) as pool:
-        assert list(pool.in_order("x" * (3_000_000 + number) for number in range(6))) == list(
-            range(3_000_000, 3_000_006))
+    with WorkerPool(pool_work.twice, (), 2) as pool:
+        sizes = [len(result) for result in pool.in_order("x" * (2_000_000 + number) for number in range(12))]
+    assert sizes == [2 * (2_000_000 + number) for number in range(12)]
 
 
-def test_tasks_are_taken_a_few_at_a_time():
+def test_tasks_are_taken_a_few_at_a_time(tmp_path):
     taken = []
+    gate = tmp_path / "gate"
+    limit = 2 * worker_pool.AHEAD
 
     def tasks() -> Iterator[int]:
         for number in range(1000):
             taken.append(number)
+            if len(taken) == limit:  # time for the other worker to do many more while the first task waits
+                threading.Timer(1, gate.touch).start()
             yield number
 
-    with WorkerPool(pool_work.echo, ("task",), 2) as pool:
-        results = pool.in_order(tasks())
-        for done in range(1, 20):
-            next(results)
-            assert len(taken) <= done + worker_pool.AHEAD * 2
+    with WorkerPool(pool_work.gated, (str(gate),), 2) as pool:
+        for done in pool.in_order(tasks()):
+            assert len(taken) <= done + limit
 
 
 def test_bad_input_is_told_in_its_turn():
@@ -77,9 +80,9 @@ def test_bad_input_is_told_in_its_turn():
 
 
 def test_a_pool_goes_on_with_other_tasks_where_a_call_was_left_early():
-    with WorkerPool(pool_work.length, (), 2) as pool:
-        assert next(pool.in_order("x" * number for number in range(20))) == 0
-        assert list(pool.in_order(["a" * 100, "b" * 200])) == [100, 200]
+    with WorkerPool(pool_work.twice, (), 2) as pool:
+        assert next(pool.in_order(str(number) for number in range(20))) == "00"
+        assert list(pool.in_order(["a", "b"])) == ["aa", "bb"]
         assert list(pool.in_order([])) == []
 
 
@@ -126,3 +129,4 @@ def test_workers_end_with_a_killed_owner(tmp_path):
 def test_zero_workers_are_one_for_each_core():
     assert worker_count(0) == len(os.sched_getaffinity(0)) and worker_count(3) == 3
     assert workers_problem(0) is None and "--workers -1 must be at least 0" in workers_problem(-1)
+    assert "--workers 257 must be at least 0 and at most 256" in workers_problem(257)
