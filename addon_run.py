@@ -37,6 +37,7 @@ from engine.machine import MachineConfig, errors_of, machine_problems, pick_devi
 from engine.optimization import OptimConfig
 from engine.placement import SpreadConfig, check_spread, spread_text
 from engine.report import Card
+from engine.sharding import ShardConfig, check_sharding, shard_text, sharding_asked
 from engine.system import Evaluator, Facts, LoopConfig
 from evaluation import Decoding
 from host import HostConfig, load_config, load_tokenizer
@@ -124,7 +125,9 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     lines += mode_problems(options.part(CacheUseConfig, opts), opts.explicit)
 
     lines += spec_problems(opts.eval_suite, opts.allow_unconfined_code, opts.eval_suite_split)
-    lines += machine_problems(options.part(MachineConfig, opts), checkpoint)
+    lines += machine_problems(options.part(MachineConfig, opts), checkpoint, can_shard=True)
+    if not lines:
+        lines += errors_of(check_sharding, options.part(ShardConfig, opts), pick_device(opts.device))
     if not lines:
         lines += errors_of(check_spread, options.part(SpreadConfig, opts), pick_device(opts.device))
     lines += errors_of(_check_host, opts)
@@ -315,7 +318,8 @@ class AddonRun:
         """A new adapter on the LLM, or on what is kept of it."""
         config = adapter_config(self.opts)
         kept = self.cache.controller(config) if self.cache else None
-        return kept or build_controller(options.part(HostConfig, self.opts), config, str(self.machine.device))
+        host = options.part(HostConfig, self.opts)
+        return kept or build_controller(host, config, str(self.machine.device), sharding_asked())
 
     def _trainer(self) -> Trainer:
         """What trains the adapter; a cache of hidden states stands in for the LLM where there is one."""
@@ -353,8 +357,8 @@ class AddonRun:
         opts = self.opts
         count = sum(p.numel() for p in self.model.addon_parameters().values())
         host = host_parameters(self.model.host)
-        if spread_text(self.model.host):
-            self.machine.say(spread_text(self.model.host))
+        for text in filter(None, (spread_text(self.model.host), shard_text(self.model.host))):
+            self.machine.say(text)
         if self.machine.is_main and not opts.eval_only:
             self._say_warnings(size_warnings(options.part(SizeConfig, opts), host))
         names = [task.name for task in self.data.tasks]

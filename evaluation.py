@@ -20,19 +20,21 @@ from transformers import LogitsProcessorList
 from batching import PromptFormat, needed_segments, pad
 from engine.batches import by_length
 from engine.confidence import Confidence
-from engine.decoding import AnswerConfig, Decoding, generated_length
+from engine.decoding import AnswerConfig, Decoding, Generated, generated_length
 from engine.intervals import wilson
 from engine.placement import device_of
 from engine.report import AnswerLine, TaskLines, metric_row, prediction_line
+from engine.sharding import idle_turns
 from host import end_ids
 from reasoning_gym_wrapper import Example
 from tasks.chance import Chance, overall
 from verify.reading import read_answer
 
-__all__ = ["AnswerConfig", "Decoding"]  # as most that use them know this module
+__all__ = ["AnswerConfig", "Decoding", "Generated"]  # as most that use them know this module
 
 TARGET_MARGIN = 4  # tokens beyond the longest target that an answer may take before it counts as truncated
 NO_GOLD_BUDGET = 64  # tokens of an answer where no item has a gold target
+IDLE = "1"  # what is asked where only the other processes still have questions
 OVERALL = "overall"
 READINGS = ("strict", "extracted")  # how a text is judged: as a whole, and by the answer taken out of it
 
@@ -314,9 +316,13 @@ def answer(
         return answers
 
     lengths = prompt_format.prompt_lengths(examples)
+    idle = idle_turns(model, -(-len(examples) // decoding.batch_size))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(decoding.seed)
-        return by_length(examples, lengths, decoding.batch_size, answer_batch)
+        answers = by_length(examples, lengths, decoding.batch_size, answer_batch)
+        for _ in range(idle):
+            generate_answers(model, prompt_format, [IDLE], 1, decoding, device)
+        return answers
 
 
 def _answer_batch(
@@ -348,22 +354,6 @@ def _answer_batch(
             )
         )
     return answers
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A generated text.
-
-    text: the answer, without its end.
-    finished: False where it was cut off by the limit of tokens.
-    tokens: its tokens, the one that ended it included.
-    confidence: their probability, where `Decoding` asks for it.
-    """
-
-    text: str
-    finished: bool
-    tokens: int
-    confidence: float | None = None
 
 
 def stop_ids(model: Any, prompt_format: PromptFormat) -> list[int]:

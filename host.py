@@ -214,14 +214,15 @@ def load_host(name: str, load_in: str = "none", trust_remote_code: bool = False,
         raise HostError(f"--model_name {name}: {len(missing)} weights are missing, the first is {min(missing)}")
 
     # A quantised or spread model is where it belongs already, and may not be moved.
-    if load_in == "none" and spread.device_map == "none":
+    if load_in == "none" and spread.is_whole:
         host.to(device)
     freeze(host)
-    _check_family(host, name, load_in)
+    if not spread.is_sharded:  # this process may have no weights yet: who shards it, checks it
+        check_family(host, name, load_in)
     return host
 
 
-def _check_family(host, name: str, load_in: str) -> None:
+def check_family(host, name: str, load_in: str) -> None:
     """Raises HostError for a loaded LLM that the add-on cannot be added to faithfully."""
     try:
         check_logits(host)

@@ -686,7 +686,8 @@ class HRMController(AdapterController):
         host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation, spread)
         config = HRMAddonConfig(base_config=host.config, base_model_name=name, **settings)
         controller = cls(config, host)
-        controller.model.addon.to(device)
+        if not spread.is_sharded:
+            controller.model.addon.to(device)
         return controller
 
     @property

@@ -24,7 +24,8 @@ from batching import PromptConfig, PromptFormat
 from engine.batches import IGNORE
 from engine.checkpoints import read_checkpoint
 from engine.placement import ONE_DEVICE, SpreadConfig, check_spread, device_of
-from host import HostConfig, HostError, host_fingerprint
+from engine.sharding import Sharding, shard_llm
+from host import HostConfig, HostError, check_family, host_fingerprint, lora_layers
 from model import OLD_DEFAULTS, AdapterConfig, AdapterController, HRMAddonConfig, HRMController
 from text_data.frames import Frame, kept_frame
 
@@ -39,18 +40,28 @@ def config_class(adapter: str) -> type[AdapterConfig]:
     return HRMAddonConfig if adapter in ("hrm", "mlp") else BaselineConfig
 
 
-def build_controller(host: HostConfig, config: AdapterConfig, device: str) -> AdapterController:
+def build_controller(host: HostConfig, config: AdapterConfig, device: str, sharding: Sharding | None = None
+                     ) -> AdapterController:
     """A new adapter with the settings of `config` on the LLM that `host` names; `device` is torch's name of one.
+
+    With `sharding` all processes of the run call this together, and share the LLM.
 
     Raises:
         HostError: as `host.load_host`; more LoRA layers than the LLM has; an LLM that the adapter cannot run in.
     """
     kind = CONTROLLERS[type(config)]
     dtype, _ = pick_dtype(host, device)
+    spread = SpreadConfig(host.device_map, host.max_memory)
+    if sharding is not None:
+        spread = SpreadConfig(is_sharded=True, is_empty=not sharding.reads_files)
     controller = kind.from_base(
         host.model_name, host.load_in, host.trust_remote_code, device, dtype, host.revision, host.attn_implementation,
-        SpreadConfig(host.device_map, host.max_memory), **config.settings(),
+        spread, **config.settings(),
     )
+    if sharding is not None:
+        layers = [layer for _, layer in lora_layers(controller.host)]
+        shard_llm(controller, controller.host, layers, sharding, torch.device(device))
+        check_family(controller.host, host.model_name, host.load_in)
     check_forward(controller)
     return controller
 

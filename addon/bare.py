@@ -109,10 +109,10 @@ class BareLLM:
         """The answers behind solved examples, task by task, put back into the order of `examples`."""
         given: dict[int, Answer] = {}
         for task, shown in self.formats().items():
+            # Asked without any question too: another process may have some, see `engine.sharding.idle_turns`.
             places = [place for place, example in enumerate(examples) if example.task == task]
-            if places:
-                mine = [examples[place] for place in places]
-                given.update(zip(places, answer(host, shown, mine, decoding, thinks=False), strict=True))
+            mine = [examples[place] for place in places]
+            given.update(zip(places, answer(host, shown, mine, decoding, thinks=False), strict=True))
         return [given[place] for place in sorted(given)]
 
 

@@ -86,9 +86,9 @@ class BaselineController(AdapterController):
         """A new baseline on the causal LM `name` (hub name or folder). Raises HostError as `host.load_host`."""
         host = load_host(name, load_in, trust_remote_code, device, host_dtype, revision, attn_implementation, spread)
         controller = cls(BaselineConfig(base_config=host.config, base_model_name=name, **settings), host)
-        if controller.prompt is not None:
+        if controller.prompt is not None and not spread.is_sharded:
             controller.prompt.to(device)
-        if controller.config.adapter == "lora" and load_in == "none" and spread.device_map == "none":
+        if controller.config.adapter == "lora" and load_in == "none" and spread.is_whole:
             host.to(device)
         return controller
 

@@ -82,7 +82,8 @@ class AddonEvaluator(Evaluator):
         if not self.measures_loss:
             return 0.0, 0
         own = held_out_loss(
-            self.model, self.data.format, examples, self.decoding.batch_size, self.trainer.autocast
+            self.model, self.data.format, examples, self.decoding.batch_size, self.trainer.autocast,
+            self.data.eval_examples,
         )
         shares = gather_object([own]) if self.machine.world > 1 else [own]
         return sum(nats for nats, _ in shares), sum(tokens for _, tokens in shares)

@@ -54,6 +54,22 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Generated:
+    """A generated text.
+
+    text: the answer, without its end.
+    finished: False where it was cut off by the limit of tokens.
+    tokens: its tokens, the one that ended it included.
+    confidence: their probability, where `Decoding` asks for it.
+    """
+
+    text: str
+    finished: bool
+    tokens: int
+    confidence: float | None = None
+
+
+@dataclass(frozen=True)
 class AnswerConfig:
     """How `generate.py` puts questions to a checkpoint.
 

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from engine.checkpoints import FOLDER, disk_check
 from engine.hardware import multiplies_bf16
 from engine.ownership import check_free
+from engine.sharding import TRUE
 from engine.tables import check_csv
 from engine.trackers import check_trackers
 from engine.watch import start_watch
@@ -26,7 +27,6 @@ from flags import names
 # What accelerate is told by ACCELERATE_USE_NAME; the variables are set by `accelerate launch`.
 ENGINES = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM",
            "PARALLELISM_CONFIG": "tensor, context or sharded parallelism"}
-TRUE = ("1", "true", "yes", "on", "y", "t")
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,15 @@ def run_folder(config: MachineConfig, checkpoint: Path | None) -> Path | None:
     return None
 
 
-def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> list[str]:
+def machine_problems(config: MachineConfig, checkpoint: Path | None = None, can_shard: bool = False) -> list[str]:
     """What is wrong with device, trackers and places to write, one line each. Leaves nothing behind.
 
     Args:
         config: the flags of the run.
         checkpoint: the checkpoint that the run goes on from; None for a new run.
+        can_shard: the run has a frozen LLM that FSDP may share, as `engine.sharding.check_sharding` says.
     """
-    lines = errors_of(check_engines)
+    lines = errors_of(check_engines, can_shard)
     lines += errors_of(check_device, config.device, config.mixed_precision)
     lines += errors_of(check_trackers, names(config.trackers))
     if config.dry_run or os.environ.get("RANK", "0") != "0":  # ranks would take away each other's probe
@@ -113,15 +114,15 @@ def machine_problems(config: MachineConfig, checkpoint: Path | None = None) -> l
     return lines + errors_of(check_csv, csv)
 
 
-def check_engines() -> None:
-    """Raises ValueError where the environment asks accelerate for an engine that no run here trains with."""
+def check_engines(can_shard: bool = False) -> None:
+    """Raises ValueError where the environment asks accelerate for an engine that this run does not train with."""
     for name, engine in ENGINES.items():
         value = os.environ.get(f"ACCELERATE_USE_{name}", "")
-        if value.lower() in TRUE:
+        if value.lower() in TRUE and not (can_shard and name == "FSDP"):
             raise ValueError(
-                f"ACCELERATE_USE_{name}={value} asks for {engine}, which no run here trains with: several processes "
-                "train by DDP alone; unset it, or choose multi-GPU in accelerate's config (an LLM too large for one "
-                "device: --device_map auto)"
+                f"ACCELERATE_USE_{name}={value} asks for {engine}, which this run does not train with: several "
+                "processes train by DDP, and with --arch addon FSDP version 2 may share the LLM; unset it, or choose "
+                "multi-GPU or FSDP in accelerate's config"
             )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints import Checkpoint
 from engine.muon import Muon
+from engine.sharding import replicated, without_exchange
 
 MAX_SCALER_SKIPS = 10  # consecutive overflows of fp16 after which a run is lost
 SEPARATE_DECAY = "apart"  # mark of a group whose decay is switched; checkpoints hold it under this name
@@ -301,7 +302,7 @@ class BaseTrainer:
         self.progress = 1.0
 
         # DDP copies the main process's weights to the others.
-        self.wrapped = accelerator.prepare_model(loss) if accelerator.num_processes > 1 else loss
+        self.wrapped = replicated(loss, accelerator)
 
     # --- what a checkpoint holds ---
 
@@ -384,7 +385,7 @@ class BaseTrainer:
         for index, batch in enumerate(batches):
             # DDP exchanges gradients in the backward pass, unless it is told to wait.
             is_last = index == len(batches) - 1
-            exchange = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
+            exchange = contextlib.nullcontext() if is_last else without_exchange(self.wrapped)
             with exchange, contextlib.ExitStack() as reduced:
                 reduced.enter_context(self.autocast())
                 micro = loss_of(batch)

@@ -35,10 +35,20 @@ class SpreadConfig:
 
     device_map: none (it lies on one device) or auto (on all accelerators, then in memory, then on the disk).
     max_memory: JSON text, the most that each place may hold; None: what is free. A place that is not named holds none.
+
+    Two fields are no flags. `is_sharded`: the LLM is loaded into memory, to be shared by several processes
+    (engine/sharding.py). `is_empty`: this process gets stand-ins without data (torch's `meta`) and another the weights.
     """
 
     device_map: str = "none"
     max_memory: str | None = None
+    is_sharded: bool = False
+    is_empty: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the LLM lies whole on one device."""
+        return self.device_map == "none" and not self.is_sharded
 
 
 ONE_DEVICE = SpreadConfig()
@@ -145,7 +155,7 @@ def spreading(config: SpreadConfig, device: str) -> Iterator[dict[str, Any]]:
         ValueError: as `most_memory`.
     """
     if config.device_map == "none":
-        yield {}
+        yield {"device_map": "meta"} if config.is_empty else {}
         return
 
     # It would say that weights are on no device, which is meant so.

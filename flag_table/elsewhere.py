@@ -12,6 +12,7 @@ EXPORT = "`python scripts/export_model.py RUN --to DIR --push USER/NAME`, once t
 ALWAYS = "nothing to set, that is always so"
 MEMORY = "--recompute_segments for a gradient through segments, else a smaller --batch_size and --grad_accum_steps"
 PROCESSES = "`torchrun --nproc_per_node N train.py ...`; the LLM lies whole on each device"
+SHARED = "`accelerate launch` with FSDP version 2, see docs/scaling.md"
 
 # Their name -> what to do here.
 HERE = {
@@ -94,8 +95,9 @@ HERE = {
     "do_train": ALWAYS + " without --eval_only",
     "use_cpu": "--device cpu",
     "no_cuda": "--device cpu",
-    "fsdp": PROCESSES,
-    "deepspeed": PROCESSES,
+    "fsdp": SHARED,
+    "fsdp_config": SHARED,
+    "deepspeed": PROCESSES + ", or " + SHARED,
 }
 
 

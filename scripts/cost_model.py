@@ -61,11 +61,20 @@ class Llm:
         return attention + 3 * self.hidden * self.intermediate
 
     @property
-    def parameters(self) -> int:
-        """All of them: layers with two norms, the last norm, embeddings, head."""
+    def layer(self) -> int:
+        """Parameters of one layer: matrices, biases, two norms."""
         biases = (self.inner + 2 * self.kv_inner) * self.qkv_bias
-        layers = self.layers * (self.matrices + biases + 2 * self.hidden)
-        return layers + self.hidden + self.head * (1 if self.tied else 2)
+        return self.matrices + biases + 2 * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All of them: layers, the last norm, embeddings, head."""
+        return self.layers * self.layer + self.hidden + self.head * (1 if self.tied else 2)
+
+    def sharded(self, processes: int) -> float:
+        """Parameters that each process holds where FSDP shares the layers among them."""
+        whole = self.parameters - self.layers * self.layer
+        return whole + self.layers * self.layer / processes
 
     @property
     def head(self) -> int:
@@ -276,6 +285,8 @@ def rows(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [
         ("LLM: parameters", f"{llm.parameters / 1e9:.2f} B"),
         ("LLM: bf16, in each process", f"{2 * llm.parameters / GB:.2f} GB"),
+        ("LLM: bf16, in each process, its layers sharded by FSDP", f"{2 * llm.sharded(args.processes) / GB:.2f} GB"),
+        ("two layers, whole while one runs and the next is fetched", f"{4 * llm.layer / GB:.2f} GB"),
         ("its head and embeddings of all tokens, bf16, at most (--cache_mode train)", f"{4 * llm.head / GB:.2f} GB"),
         ("add-on: trainable parameters", f"{addon.parameters(llm) / 1e6:.2f} M"),
         ("add-on: weights, gradients, optimizer, average, in each process", f"{addon.training_bytes(llm) / GB:.3f} GB"),

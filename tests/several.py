@@ -2,10 +2,11 @@
 
     python tests/several.py RUNS.json
 
-RUNS.json is a list of runs, done one after the other: `argv`; `processes`; `log`, the file of what they print; `stop`
-and `kill`, both [rank, step] or missing: that process alone gets a SIGTERM, or a SIGKILL, as it begins the step; and
-`busy`, likewise: none of its threads can do anything for `BUSY_S` seconds, as in a long call of a library's. The file
-is replaced by the list of their exit statuses, a negative signal's number where one was killed, and their seconds.
+RUNS.json is a list of runs, done one after the other: `argv`; `processes`; `log`, the file of what they print;
+`environment`, the variables that are set for them, or missing; `stop` and `kill`, both [rank, step] or missing: that
+process alone gets a SIGTERM, or a SIGKILL, as it begins the step; and `busy`, likewise: none of its threads can do
+anything for `BUSY_S` seconds, as in a long call of a library's. The file is replaced by the list of their exit
+statuses, a negative signal's number where one was killed, and their seconds.
 GRPO's completions are not sampled here but follow from the question and the completion's place in its group, since each
 process has random numbers of its own.
 """
@@ -87,7 +88,7 @@ def begin(run: dict[str, Any], rank: int, port: int) -> int:
     if child:
         return child
     world = run["processes"]
-    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", **run.get("environment", {}))
     if world > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +21,8 @@ import cost_model
 import options
 from cost_model import KNOWN, Addon, Llm
 from engine.batches import IGNORE
+from engine.sharding import held_bytes
+from host import lora_layers
 from tiny_cache import Parts, shards
 from tiny_runs import ROOT, arguments, controller_of, tiny_trainer
 
@@ -64,21 +70,49 @@ def test_parameters_are_those_of_the_built_model(tiny_host, more):
     assert llm.parameters == sum(parameter.numel() for parameter in model.host.parameters())
 
 
-@pytest.mark.parametrize("name,config", [
-    ("1.5B", {"model_type": "qwen2", "max_window_layers": 28}), ("8B", {"model_type": "llama"}),
-    ("70B", {"model_type": "llama"}),
-])
-def test_a_known_llm_has_the_parameters_of_its_family(name, config):
-    llm = KNOWN[name]
+def without_weights(llm: Llm, **config):
+    """transformers' own model of these sizes, without weights."""
     made = AutoConfig.for_model(
         **config, hidden_size=llm.hidden, num_hidden_layers=llm.layers, num_attention_heads=llm.heads,
         num_key_value_heads=llm.kv_heads, intermediate_size=llm.intermediate, vocab_size=llm.vocabulary,
         tie_word_embeddings=bool(llm.tied), layer_types=None,
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made)
+        return AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name,config", [
+    ("1.5B", {"model_type": "qwen2", "max_window_layers": 28}), ("8B", {"model_type": "llama"}),
+    ("70B", {"model_type": "llama"}),
+])
+def test_a_known_llm_has_the_parameters_of_its_family(name, config):
+    llm = KNOWN[name]
+    model = without_weights(llm, **config)
     assert llm.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert llm.parameters == {"1.5B": 1_543_714_304, "8B": 8_030_261_248, "70B": 70_553_706_496}[name]
+
+
+@pytest.fixture
+def processes():
+    """Makes this process the first of so many, the others imagined."""
+    def imagine(world: int) -> DeviceMesh:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+        return init_device_mesh("cpu", (world,))
+
+    yield imagine
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_the_part_of_8_billion_parameters_is_what_fsdp_leaves_a_process(world, processes):
+    llm = KNOWN["8B"]
+    model = without_weights(llm, model_type="llama").requires_grad_(False)
+    mesh = processes(world)
+    for _, layer in lora_layers(model):
+        fully_shard(layer, mesh=mesh)
+    held, whole = held_bytes(model)
+    assert held == 2 * llm.sharded(world) and whole == 2 * llm.parameters
+    assert f"{held / 1e9:.2f} GB" in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("more", ["", "--hrm_read all", "--cache_dtype int8", "--hrm_read all --cache_dtype int8"])
@@ -148,7 +182,7 @@ def test_the_table_has_a_line_for_each_cost(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cost_model.py", "--known", "8B", "--processes", "8"])
     assert cost_model.main() == 0
     out = capsys.readouterr().out
-    assert "8.03 B" in out and "16.06 GB" in out and len(out.splitlines()) == 13
+    assert "8.03 B" in out and "16.06 GB" in out and len(out.splitlines()) == 15
 
 
 @pytest.mark.parametrize("words,line", [("--hidden 0", "--hidden 0 must be at least 1"),
