@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,16 @@ from addon.adapters import adapter_of
 from addon_run import all_names, task_config
 from batching import PromptFormat
 from engine.checkpoints import STEP_NAME
+from engine.figures import table_rows
+from engine.ownership import known_id
 from engine.report import percent
 from evaluation import Decoding, generate_texts
+from export_command import command_text, shown_value
+from export_index import TaskNames, eval_results
 from host import hub_unreachable, resolve_name
 from model import AdapterController
 from own_tasks.record import read_record
+from own_tasks.task import name_of_data
 
 ELSEWHERE = (
     "What is the capital of France?",
@@ -29,8 +32,6 @@ ELSEWHERE = (
     "Name three fruits.",
 )
 ELSEWHERE_TOKENS = 16
-# Flags of one machine or one call, which say nothing of how a model came to be.
-OF_THE_CALL = ("resume", "run_name", "save_dir", "num_threads", "device", "dry_run", "eval_only", "config", "trackers")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 
 
@@ -64,19 +65,31 @@ class Source:
 
     @property
     def base(self) -> str:
-        """The LLM's name for people; of a folder its last part."""
+        """The LLM's name for people; of a folder or file its last part."""
         name = self.record["base_model_name_or_path"]
         return Path(name).name if self.is_local else name
 
     @property
     def is_local(self) -> bool:
-        """Whether the LLM is a folder of this machine."""
-        return Path(resolve_name(self.record["base_model_name_or_path"])).is_dir()
+        """Whether the LLM is a folder or a GGUF file of this machine."""
+        return Path(resolve_name(self.record["base_model_name_or_path"])).exists()
 
     @property
     def has_code(self) -> bool:
         """Whether the folder is loaded by a Python file that it holds."""
         return self.adapter != "lora"
+
+    @property
+    def own_record(self) -> dict[str, Any]:
+        """What the checkpoint keeps of own data and plugins; empty where there are none."""
+        return read_record(self.folder)
+
+    @property
+    def task_names(self) -> TaskNames:
+        """Which of the run's tasks are its own."""
+        opts = self.opts
+        plugin = self.own_record.get("plugin") or {"tasks": ()}
+        return TaskNames(name_of_data(opts.data) if opts.data else None, tuple(plugin["tasks"]))
 
     @property
     def title(self) -> str:
@@ -92,16 +105,9 @@ class Source:
 
 def card_text(source: Source) -> str:
     """The text of README.md, made by huggingface_hub's ModelCard."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     rates = solved_rates(source)
-    results = []
-    for row in rates:
-        results.append(EvalResult(
-            task_type="text-generation", dataset_type="reasoning-gym", dataset_name=f"Reasoning Gym {row['task']}",
-            metric_type=row["metric"], metric_value=round(float(row["value"]), 5),
-            metric_name=f"{row['metric']} (n = {row['n']})",
-        ))
     is_pefts = source.adapter == "lora" and not source.merged
     data = ModelCardData(
         base_model=None if source.is_local else source.base,
@@ -110,7 +116,7 @@ def card_text(source: Source) -> str:
         pipeline_tag="text-generation",
         tags=["reasoning", source.adapter],
         model_name=source.title,
-        eval_results=results or None,
+        eval_results=eval_results(rates, source.task_names) or None,
     )
     parts = [_head(source), _solved(source, rates), _usage(source), _origin(source), _elsewhere(source)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
@@ -134,17 +140,16 @@ def licence(source: Source) -> str | None:
 
 
 def solved_rates(source: Source) -> list[dict[str, str]]:
-    """The rows of the run's eval.csv at this checkpoint that count solved items; of several runs the last one's."""
-    path = source.run / "eval.csv"
-    if not path.is_file() or source.step is None:
+    """The rows of the run's evaluation table at this checkpoint that count solved items; of several the last one's."""
+    if source.step is None:
         return []
+    path = Path(source.opts.log_csv or source.run / "eval.csv")
 
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            is_rate = row.get("metric", "").startswith("solved") and row.get("ci_low")
-            if is_rate and row.get("step") == str(source.step):
-                rows[row["task"], row["metric"]] = row
+    for row in table_rows(path, known_id(source.run)):
+        is_rate = (row.get("metric") or "").startswith("solved") and row.get("ci_low")
+        if is_rate and row.get("step") == str(source.step):
+            rows[row["task"], row["metric"]] = row
     return list(rows.values())
 
 
@@ -264,31 +269,17 @@ def _usage(source: Source) -> str:
 
 
 def command(source: Source) -> str:
-    """The command that trains it: every flag that differs from its default."""
-    words = ["python", "train.py"]
-    for flag in options.FLAGS:
-        value = getattr(source.opts, flag.name)
-        if flag.name in OF_THE_CALL or flag.one_call or value is None:
-            continue
-        if value == flag.default_in(source.opts.arch):
-            continue
-        if flag.name == "model_name":
-            value = source.base
-        text = str(int(value)) if isinstance(value, bool) else str(value)
-        words += [f"--{flag.name}", shlex.quote(text)]
-
-    # Typed in every call, so no flag of the record; where the file lay is nobody's concern.
+    """The command that trained it, see `export_command`."""
     plugin = read_record(source.folder).get("plugin")
-    if plugin:
-        words += ["--plugin", shlex.quote(Path(plugin["path"]).name)]
-    return " ".join(words)
+    return command_text(source.opts, source.base, plugin["path"] if plugin else None)
 
 
 def _origin(source: Source) -> str:
     """Tasks, seeds and the command."""
     opts = source.opts
     names = ", ".join(all_names(opts))
-    lines = ["## How it was trained", "", f"- **Tasks**: {names}, difficulty `{task_config(opts)}`",
+    difficulty = shown_value("task_config", task_config(opts))
+    lines = ["## How it was trained", "", f"- **Tasks**: {names}, difficulty `{difficulty}`",
              f"- **Seeds**: {opts.seed} for training, {opts.eval_seed} for the items of the evaluation",
              "- **Command**, in the project that made it:", "", "```", command(source), "```"]
     return "\n".join(lines)
@@ -308,8 +299,7 @@ def _elsewhere(source: Source) -> str:
     lines = [
         "## What it does to other prompts",
         "",
-        "The add-on is on for every prompt, and was trained on the tasks above alone. Expect it to answer anything "
-        f"else in their manner. Of {len(ELSEWHERE)} questions that are no task, it changed the answer to {changed} "
+        f"{_where_on(source.opts)} Of {len(ELSEWHERE)} questions that are no task, it changed the answer to {changed} "
         f"(greedy, the first {ELSEWHERE_TOKENS} tokens). No perplexity or benchmark was measured for this card.",
         "",
         "| question | bare LLM | with the add-on |",
@@ -318,6 +308,22 @@ def _elsewhere(source: Source) -> str:
     for question, one, other in zip(ELSEWHERE, bare, ours, strict=True):
         lines.append(f"| {question} | {_cell(one)} | {_cell(other)} |")
     return "\n".join(lines)
+
+
+def _where_on(opts: options.Options) -> str:
+    """For which prompts the add-on is on, and what it was trained to do with other text."""
+    text = "other text"
+    if opts.retain:
+        text = f"text like that of `--retain {shown_value('retain', opts.retain)}`"
+    if opts.prompt_gate:
+        return (f"A gate decides for each prompt whether the add-on is on (`--prompt_gate`). It learned to be open for "
+                f"the tasks above and shut for {text}. Where it is shut, the answer is the LLM's own. Where it opens "
+                "for another prompt, expect an answer in the tasks' manner.")
+    if opts.retain:
+        return (f"The add-on is on for every prompt. It was trained on the tasks above, and to leave {text} as the LLM "
+                "has it. Expect little change there, and answers in the tasks' manner to prompts of other kinds.")
+    return ("The add-on is on for every prompt, and was trained on the tasks above alone. Expect it to answer anything "
+            "else in their manner.")
 
 
 def _cell(text: str) -> str:

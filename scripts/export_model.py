@@ -103,9 +103,9 @@ def refuse(record: Mapping[str, Any], args: argparse.Namespace, folder: Path) ->
             f"--merge_host writes plain weights, and {folder} was trained on an LLM packed in {record['load_in']}: "
             "leave --merge_host out"
         )
-    if args.push and not args.merge_host and Path(resolve_name(name)).is_dir():
+    if args.push and not args.merge_host and Path(resolve_name(name)).exists():
         raise ValueError(
-            f"--push: the LLM {name} is a folder of this machine, which others cannot load: add --merge_host"
+            f"--push: the LLM {name} lies on this machine, which others cannot load: add --merge_host"
         )
 
 
@@ -169,7 +169,7 @@ def exported_config(source: Source, kind: type, settings: Mapping[str, Any]) -> 
     """The config of an exported class with the adapter's own `settings`."""
     record = source.record
     name = resolve_name(record["base_model_name_or_path"])
-    if source.merged and Path(name).is_dir():
+    if source.merged and Path(name).exists():
         name = Path(name).name  # where it lay is nobody's concern
     frame = source.format.frame
     return kind(

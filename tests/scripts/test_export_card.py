@@ -1,0 +1,101 @@
+"""The model card of runs with own data, own tasks and other text to retain: names, entries, what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import export_model
+import train
+from tiny_rows import PLUGIN, sums, write
+from tiny_runs import arguments
+
+TASKS = ("--task", "none", "--tasks", "toy_add,chain_sum,doubles", "--task_config", "small", "--overlong", "drop")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder of the training machine, with data, texts, a template and a plugin."""
+    place = tmp_path_factory.mktemp("machine")
+    write(place / "ok.jsonl", sums(24))
+    write(place / "held.jsonl", sums(40)[30:])
+    texts = [{"text": f"The sea was calm on day {day}, and the boats stayed out."} for day in range(6)]
+    write(place / "texts.jsonl", texts)
+    (place / "turns.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %} =", encoding="utf-8")
+    (place / "doubles.py").write_text(f"{PLUGIN}\nTASKS = {{'doubles': (Doubles, Config)}}\n", encoding="utf-8")
+    return place
+
+
+def own_flags(place: Path) -> list[str]:
+    """Flags that name files by their absolute paths."""
+    files = {"data": "ok.jsonl", "eval_data": "held.jsonl", "retain": "texts.jsonl", "chat_template": "turns.jinja",
+             "plugin": "doubles.py", "log_csv": "all.csv", "cache_dir": "cache"}
+    words = [word for flag, name in files.items() for word in (f"--{flag}", str(place / name))]
+    return [*words, *TASKS, "--prompt_gate", "--cache_hidden", "disk", "--train_n", "8", "--verifier", "number"]
+
+
+@pytest.fixture(scope="module")
+def export(tiny_host, place):
+    """Trains with the flags and returns the exported folder."""
+
+    def exported(name: str, *flags: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engine.loop.draw_curve", lambda *anything: None)
+            assert train.main(arguments(tiny_host, place / "runs", *flags, "--run_name", name)) == 0
+        to = place / "exported" / name
+        argv = [str(place / "runs" / name), "--to", str(to), "--merge_host", "--device", "cpu"]
+        assert export_model.main(argv) == 0
+        return to
+
+    return exported
+
+
+@pytest.fixture(scope="module")
+def own(export, place) -> Path:
+    return export("own", *own_flags(place))
+
+
+def test_no_file_of_a_run_on_own_data_holds_a_path_of_the_training_machine(own, place, tiny_host):
+    for path in own.iterdir():
+        if path.suffix != ".safetensors":
+            text = path.read_text(encoding="utf-8")
+            assert str(place) not in text and str(tiny_host.parent) not in text, path.name
+
+    # Files are named, those that are a matter of the machine are not.
+    card = (own / "README.md").read_text(encoding="utf-8")
+    for words in ("--data ok.jsonl", "--eval_data held.jsonl", "--retain texts.jsonl", "--chat_template turns.jinja",
+                  "--plugin doubles.py", "--cache_dir cache"):
+        assert words in card
+    assert "all.csv" not in card
+
+
+def test_each_task_has_an_entry_of_its_own_and_own_data_are_named_as_such(own):
+    (model,) = ModelCard.load(own / "README.md").data.to_dict()["model-index"]
+    entries = {entry["dataset"]["config"]: entry for entry in model["results"]}
+    named = {task: (entry["dataset"]["type"], entry["dataset"]["name"]) for task, entry in entries.items()}
+    assert named == {
+        "toy_add": ("built-in-task", "built-in task toy_add"),
+        "chain_sum": ("reasoning-gym", "Reasoning Gym chain_sum"),
+        "doubles": ("own-task", "own task doubles"),
+        "ok": ("own-data", "own data ok"),
+        "overall": ("mixture", "all tasks together"),
+    }
+    assert len(model["results"]) == len(entries)
+    for entry in entries.values():
+        assert [metric["type"] for metric in entry["metrics"]] == ["solved", "solved_strict", "solved_extracted"]
+
+
+def test_the_card_says_what_is_true_of_other_prompts(own, export, place):
+    alone = "was trained on the tasks above alone"
+    gate = (own / "README.md").read_text(encoding="utf-8")
+    assert "A gate decides for each prompt whether the add-on is on" in gate and "on for every prompt" not in gate
+    assert "shut for text like that of `--retain texts.jsonl`" in gate and alone not in gate
+
+    retained = (export("retained", "--retain", str(place / "texts.jsonl")) / "README.md").read_text(encoding="utf-8")
+    assert "on for every prompt" in retained and alone not in retained
+    assert "to leave text like that of `--retain texts.jsonl` as the LLM has it" in retained
+
+    plain = (export("plain") / "README.md").read_text(encoding="utf-8")
+    assert f"The add-on is on for every prompt, and {alone}" in plain and "retain" not in plain
