@@ -118,10 +118,19 @@ class Collector:
         if is_own(source):
             if original != used:
                 raise ValueError(f"{module.name} imports {source}.{original} as {used}: give it its own name")
+            source = self._home(source, used)
             self.needs[module.name].add(source)
             self.take(source, original)
         elif self.foreign.setdefault(used, (source, original)) != (source, original):
             raise ValueError(f"{used} is imported from {source} and from {self.foreign[used][0]}")
+
+    def _home(self, place: str, name: str) -> str:
+        """The module that defines a name, where `place` defines it or only hands it on."""
+        module = self.module(place)
+        source, original = module.imported.get(name, ("", name))
+        if name in module.defined or original != name or not is_own(source):
+            return place
+        return self._home(source, name)
 
 
 def names_of(node: ast.AST, left_out: Collection[str] = ()) -> set[str]:

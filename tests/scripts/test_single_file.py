@@ -106,3 +106,13 @@ def test_an_import_of_the_project_inside_a_function_is_refused(project):
                                               "        return LIMIT + TABLE"))
     with pytest.raises(ValueError, match="inside a function"):
         made([("high", "Model")], "T")
+
+
+def test_a_name_that_a_module_only_hands_on_is_taken_from_where_it_is_defined(project):
+    project(labels="IGNORE = -100\n", batches="from labels import IGNORE\n\nWIDE = 3\n",
+            top="from batches import IGNORE, WIDE\nfrom labels import IGNORE as IGNORE\n\ndef both():\n"
+                "    return IGNORE + WIDE\n")
+    space: dict = {}
+    text = made([("top", "both")], "Title.")
+    exec(text, space)
+    assert space["both"]() == -97 and text.count("IGNORE = -100") == 1
