@@ -256,7 +256,8 @@ class AddonRun:
             self.machine.say(f"WARNING: {warning}")
 
     def _show_example(self) -> None:
-        for line in self.format.shown(self.data.eval_examples[0]):
+        reader = self.model.title if self.opts.adapter in ("hrm", "mlp") else ""
+        for line in self.format.shown(self.data.eval_examples[0], reader):
             self.machine.say(line)
 
     def _tell_of_own_data(self, checkpoint: Path | None) -> None:

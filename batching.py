@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -250,14 +251,24 @@ class PromptFormat:
             return text.split(self.sentinel)[0].strip(), True
         return text.strip(), length < len(row)
 
-    def shown(self, example: Example) -> list[str]:
-        """Lines that show one example as the LLM reads it: its prompt and its target, as text and as ids."""
-        (prompt,) = self.prompts([example.question])
-        (target,) = self.targets([example.target or ""])
+    def shown(self, example: Example, reader: str = "") -> list[str]:
+        """Lines that show one example as the LLM reads it: prompt and target, as text and as ids, and the masks.
+
+        A mask is written in runs over the tokens of prompt and target: `0 x 12, 1 x 3`. `reader` names what is given
+        the prompt's mask, such as HRM; "" = nothing is.
+        """
+        batch = self.batch([example])
         lines = []
-        for what, ids in (("prompt", prompt), ("target", target)):
+        for what, ids in (("prompt", batch.prompt_ids[0].tolist()), ("target", batch.target_ids[0].tolist())):
             text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             lines.append(f"  {what}, {len(ids)} tokens: {text!r} = {ids}")
+
+        # Taken from the batch that trains, so what is shown is what is done.
+        masks = {"the LLM reads": batch.attention_mask[0].tolist()}
+        if reader:
+            masks[f"{reader} reads"] = batch.prompt_mask[0].tolist() + [0] * batch.target_ids.shape[1]
+        masks["the loss is on"] = [0] * batch.prompt_ids.shape[1] + (batch.labels[0] != IGNORE).long().tolist()
+        lines += [f"  mask, {what}: {in_runs(mask)}" for what, mask in masks.items()]
         return ["one example as the LLM reads it; the loss is on the target's tokens alone:", *lines]
 
     def prompt_lengths(self, examples: Sequence[Example]) -> list[int]:
@@ -302,6 +313,11 @@ class PromptFormat:
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
+
+
+def in_runs(mask: Sequence[int]) -> str:
+    """A mask for people, equal neighbours counted: [0, 0, 1] -> `0 x 2, 1 x 1`."""
+    return ", ".join(f"{value} x {len(list(run))}" for value, run in groupby(mask))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:

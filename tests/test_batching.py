@@ -343,8 +343,16 @@ def test_a_length_counts_prompt_and_target_with_their_frame(formats):
 def test_an_example_is_shown_as_the_llm_reads_it(tokenizer):
     prompt_format = PromptFormat(tokenizer)
     (example,) = Reserve([Task("chain_sum")], 1).examples
-    heading, prompt, target = prompt_format.shown(example)
+    heading, prompt, target, *masks = prompt_format.shown(example, "HRM")
     ids = prompt_format.prompts([example.question])[0]
     assert heading.endswith("the loss is on the target's tokens alone:")
     assert prompt == f"  prompt, {len(ids)} tokens: {tokenizer.decode(ids)!r} = {ids}" and example.question in prompt
-    assert target.startswith("  target, ") and target.endswith(f"{prompt_format.targets([example.target])[0]}")
+    gold = prompt_format.targets([example.target])[0]
+    assert target.startswith("  target, ") and target.endswith(f"{gold}")
+    read, answered = len(ids), len(gold)
+    assert masks == [
+        f"  mask, the LLM reads: 1 x {read + answered}",
+        f"  mask, HRM reads: 1 x {read}, 0 x {answered}",
+        f"  mask, the loss is on: 0 x {read}, 1 x {answered}",
+    ]
+    assert [line for line in prompt_format.shown(example) if "HRM" in line] == []
