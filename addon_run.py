@@ -257,8 +257,7 @@ class AddonRun:
 
     def _show_example(self) -> None:
         reader = self.model.title if self.opts.adapter in ("hrm", "mlp") else ""
-        for line in self.format.shown(self.data.eval_examples[0], reader):
-            self.machine.say(line)
+        self.machine.say("\n".join(self.format.shown(self.data.eval_examples[0], reader)))
 
     def _tell_of_own_data(self, checkpoint: Path | None) -> None:
         """Says what was left out of the user's own data, and what has changed since the checkpoint."""
@@ -312,7 +311,7 @@ class AddonRun:
         config = options.part(CacheUseConfig, opts)
         cache = CacheUse(config, llm_config(opts), self.format, self.machine, self.data.fixed_examples)
         if cache.head:  # it is held as the whole LLM was
-            self.opts = options.replace(opts, host_dtype=cache.head.facts.host_dtype)
+            self.opts = options.replace(opts, **cache.head.facts.flags(opts.attn_implementation))
         return cache
 
     def _model(self) -> AdapterController:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 import options
 from addon.baselines import BaselineConfig, BaselineController
-from addon.host_dtype import host_dtype, load_in, pick_dtype
+from addon.host_dtype import attention_of, host_dtype, load_in, pick_dtype
 from addon.peft_files import PEFT_CONFIG, PEFTS, is_pefts, own_names, peft_files
 from batching import PromptConfig, PromptFormat
 from engine.batches import IGNORE
@@ -32,6 +33,7 @@ from text_data.frames import Frame, kept_frame
 ADAPTER = "adapter_model"  # file stem of the weights in a checkpoint
 ADAPTER_CONFIG = PEFT_CONFIG  # the record of HRM and of checkpoints of earlier versions
 ADAPTER_RECORD = "adapter_record.json"  # the record beside peft's own file of the name above
+ANYWHERE = ("eager", "sdpa")  # attention that every machine has
 CONTROLLERS = {HRMAddonConfig: HRMController, BaselineConfig: BaselineController}
 
 
@@ -109,6 +111,7 @@ def adapter_document(controller: AdapterController, prompt: PromptConfig, frame:
         "base_fingerprint": host_fingerprint(controller.host),
         "host_dtype": host_dtype(controller.host),
         "load_in": load_in(controller.host),
+        "attn_implementation": attention_of(controller.host),
         "mixed_precision": precision,
         "prompt": dataclasses.asdict(prompt),
     }
@@ -284,12 +287,36 @@ def _controller(folder: Path, document: dict[str, Any], tensors: dict[str, Tenso
         document["base_model_name_or_path"],
         load_in=document["load_in"],
         host_dtype=document.get("host_dtype", "stored"),  # older versions kept what is saved
+        attn_implementation=document.get("attn_implementation"),  # and took transformers' choice
         trust_remote_code=trust_remote_code,
         revision=document.get("base_revision"),  # the commit of its training
         device_map=spread.device_map,
         max_memory=spread.max_memory,
     )
-    controller = build_controller(host, config, device)
+    controller = _with_attention(host, config, device, folder)
     check_fingerprint(controller.host, document, folder)
     controller.load_addon_state(tensors)
     return controller.eval()
+
+
+def _with_attention(host: HostConfig, config: AdapterConfig, device: str, folder: Path) -> AdapterController:
+    """`build_controller`, with transformers' choice of attention where this machine lacks that of the training.
+
+    A line on stderr then says so. An attention of the hub is code, which runs only where that is allowed.
+    """
+    name = host.attn_implementation
+    if name in (None, *ANYWHERE):
+        return build_controller(host, config, device)
+
+    reason = "it is code of the hub: add --trust_remote_code"
+    if "/" not in name or host.trust_remote_code:
+        try:
+            return build_controller(host, config, device)
+        except HostError as error:
+            reason = " ".join(str(error).split())[:200]
+
+    controller = build_controller(dataclasses.replace(host, attn_implementation=None), config, device)
+
+    print(f"WARNING: {folder} was trained with --attn_implementation {name}, and its LLM computes with "
+          f"{attention_of(controller.host)} here, which rounds in another way ({reason})", file=sys.stderr)
+    return controller

@@ -32,6 +32,7 @@ class HRMForCausalLMConfig(HRMAddonConfig):
         base_fingerprint: family, sizes and a digest of the LLM's head, see `host.host_fingerprint`.
         load_in: the LLM is packed while it loads: none, 8bit or 4bit.
         host_dtype: of the LLM's weights: bf16, fp32, fp16 or stored (as they are saved).
+        host_attention: how the LLM computed attention in training, a name of transformers'; None = not known.
         frame: prefix, suffix and kind of the text around a question; `end` is the id that ends an answer.
     """
 
@@ -42,6 +43,7 @@ class HRMForCausalLMConfig(HRMAddonConfig):
     base_fingerprint: dict | None = None
     load_in: str = "none"
     host_dtype: str = "stored"
+    host_attention: str | None = None
     frame: dict | None = None
 
 
@@ -55,6 +57,7 @@ class PromptForCausalLMConfig(BaselineConfig):
     base_fingerprint: dict | None = None
     load_in: str = "none"
     host_dtype: str = "stored"
+    host_attention: str | None = None
     frame: dict | None = None
 
 
@@ -72,7 +75,7 @@ class HRMForCausalLM(HRMController):
         """
         config = kwargs.get("config") or cls.config_class.from_pretrained(name, **hub_arguments(kwargs))
         if config.host_in_folder:
-            return super().from_pretrained(name, *args, **kwargs)
+            return super().from_pretrained(name, *args, **attention_arguments(config) | kwargs)
         return on_named_host(cls, name, config, kwargs)
 
 
@@ -106,13 +109,23 @@ class PromptForCausalLM(BaselineController):
         """As `HRMForCausalLM.from_pretrained`."""
         config = kwargs.get("config") or cls.config_class.from_pretrained(name, **hub_arguments(kwargs))
         if config.host_in_folder:
-            return super().from_pretrained(name, *args, **kwargs)
+            return super().from_pretrained(name, *args, **attention_arguments(config) | kwargs)
         return on_named_host(cls, name, config, kwargs)
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those arguments of `from_pretrained` that say where a file is found."""
     return {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+
+
+def attention_arguments(config: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the attention of the training, where transformers may choose another.
+
+    sdpa is its own choice wherever it can. Any other than eager needs a package, which not every machine has.
+    """
+    asked = config._attn_implementation  # where transformers puts what the caller asks for
+    name = asked or ("eager" if config.host_attention == "eager" else None)
+    return {"attn_implementation": name} if name else {}
 
 
 def on_named_host(kind: type, name: str, config: Any, kwargs: dict[str, Any]) -> Any:
@@ -130,6 +143,7 @@ def on_named_host(kind: type, name: str, config: Any, kwargs: dict[str, Any]) ->
     if dtype == "auto":
         dtype = DTYPES.get(config.host_dtype, "auto")
     given = quantisation(config.load_in, "cuda" if torch.cuda.is_available() else "cpu") | given
+    given = attention_arguments(config) | given
     host = AutoModelForCausalLM.from_pretrained(
         config.base_model_name, revision=config.base_revision or "main", dtype=dtype, **given
     )

@@ -1,4 +1,4 @@
-"""What the frozen LLM's weights are held in: chosen for the machine, recorded with what is trained on it."""
+"""How the frozen LLM is held and computed: chosen for the machine, recorded with what is trained on it."""
 
 from __future__ import annotations
 
@@ -80,6 +80,15 @@ def load_in(host: PreTrainedModel) -> str:
         if getattr(config, f"load_in_{name}", False):
             return name
     return "none"
+
+
+def attention_of(host: PreTrainedModel) -> str | None:
+    """How `--attn_implementation` names a base model's attention; None where it is not known.
+
+    Of an LLM that is not in memory, what was noted when it was.
+    """
+    noted = getattr(host, "attention_noted", None)
+    return noted or getattr(host.config, "_attn_implementation", None)
 
 
 def host_parameters(host: PreTrainedModel) -> int:

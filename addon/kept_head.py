@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from addon.cache_plan import GB, CachePlan
 from addon.cache_shards import NAMED, checksum, folder_of
 from addon.hidden_cache import key_of
-from addon.host_dtype import host_dtype, host_parameters
+from addon.host_dtype import attention_of, host_dtype, host_parameters
 from engine.files import reason_of, write_bytes_aside
 from engine.placement import device_of, real_tensor
 from host import freeze, resolve_name, weight_files
@@ -51,6 +51,7 @@ class HeadFacts:
     files: digest of parts of its files, "" where they lay on the hub.
     host_dtype: what its weights were held in.
     parameters: how many it has.
+    attention: how it computed attention; None in files of earlier versions.
     """
 
     weights: str
@@ -59,6 +60,11 @@ class HeadFacts:
     files: str
     host_dtype: str
     parameters: int
+    attention: str | None = None
+
+    def flags(self, attention: str | None) -> dict[str, str | None]:
+        """The flags by which the LLM was held and computed; `attention`, where one is typed, comes first."""
+        return {"host_dtype": self.host_dtype, "attn_implementation": attention or self.attention}
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def keep_head(controller: HRMController, plan: CachePlan, key: str, weights: str
     name = controller.config.base_model_name
     facts = HeadFacts(
         weights, name, getattr(host.config, "_commit_hash", None) or "", files_digest(name),
-        host_dtype(host), host_parameters(host),
+        host_dtype(host), host_parameters(host), attention_of(host),
     )
     record = {"key": key, "facts": json.dumps(asdict(facts))}
     record["crc32"] = _crc(record, tensors)
@@ -260,11 +266,12 @@ class HeadAlone(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: Any, embeddings: KeptRows, head: nn.Linear, parameters: int):
+    def __init__(self, config: Any, embeddings: KeptRows, head: nn.Linear, facts: HeadFacts):
         super().__init__(config)
         self.embeddings = embeddings
         self.head = head
-        self.parameters_noted = parameters  # of the whole LLM
+        self.parameters_noted = facts.parameters  # of the whole LLM
+        self.attention_noted = facts.attention
         self.generation_config = GenerationConfig()
         self.post_init()
 
@@ -295,7 +302,7 @@ def controller_on(head: KeptHead, config: AdapterConfig, host_config: Any, name:
     linear.load_state_dict({part: tensors[part] for part in ("weight", "bias") if part in tensors}, assign=True)
 
     # As `from_base` builds it on a whole LLM: what is added begins with the same random numbers.
-    host = HeadAlone(host_config, KeptRows(tensors["ids"], tensors["rows"]), linear, head.facts.parameters).to(device)
+    host = HeadAlone(host_config, KeptRows(tensors["ids"], tensors["rows"]), linear, head.facts).to(device)
     freeze(host)
     controller = HRMController(
         HRMAddonConfig(base_config=host.config, base_model_name=name, **config.settings()), host

@@ -130,7 +130,9 @@ def licence(source: Source) -> str | None:
     name = resolve_name(source.record["base_model_name_or_path"])
     if not source.is_local and hub_unreachable():
         return None
+
     place = str(Path(name) / "README.md") if source.is_local else name
+
     with contextlib.suppress(Exception):  # a card that is missing, private or broken names no licence
         return ModelCard.load(place).data.license
     return None
@@ -181,6 +183,7 @@ def _head(source: Source) -> str:
     count = sum(parameter.numel() for parameter in source.model.addon_parameters().values())
     held = source.record.get("host_dtype", "stored")
     packed = source.record["load_in"]
+    attention = source.record.get("attn_implementation")
     lines = [
         f"# {source.title}",
         "",
@@ -189,7 +192,8 @@ def _head(source: Source) -> str:
         "",
         f"- **LLM**: {source.base}, " + ("its weights are in this folder" if source.merged else
                                          "loaded by its name; its weights are not in this folder"),
-        f"- **LLM in training**: weights held as {held}" + (f", packed in {packed}" if packed != "none" else ""),
+        f"- **LLM in training**: weights held as {held}" + (f", packed in {packed}" if packed != "none" else "")
+        + (f", attention {attention}" if attention else ""),
         *_autocast(source),
         f"- **Licence**: {licence(source) or 'not found; the terms of the LLM hold for what is made of it'}",
     ]
@@ -221,6 +225,9 @@ def usage_code(source: Source, place: str = "FOLDER") -> str:
     elif source.record.get("host_dtype") in DTYPES and not source.has_code:
         arguments.append(f"dtype={DTYPES[source.record['host_dtype']]!r}")
 
+    if source.record.get("attn_implementation") == "eager" and not source.has_code:  # else it is transformers' choice
+        arguments.append("attn_implementation='eager'")
+
     lines = [
         f"from transformers import {', '.join(sorted(names))}",
         f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})",
@@ -246,9 +253,11 @@ def libraries(source: Source) -> list[str]:
     needs = ["transformers", "torch"]
     if source.adapter in ("hrm", "mlp"):
         needs.append("einops")
+
     has_lora = source.adapter == "lora" or getattr(source.model.config, "lora_layers", 0) > 0
     if has_lora and not source.merged:
         needs.append("peft")
+
     if source.record["load_in"] != "none":
         needs.append("bitsandbytes")
     return needs
@@ -261,7 +270,9 @@ def _usage(source: Source) -> str:
         lines += ["", "`trust_remote_code=True` runs the Python file of this folder: read it first."]
     elif source.has_host_code:
         lines += ["", "`trust_remote_code=True` runs the Python code that comes with the LLM: read it first."]
+
     lines += ["", "The prompt must have this frame: the add-on was trained in no other."]
+
     sentinel = source.record["prompt"].get("sentinel")
     if sentinel:
         lines += ["", f"Cut the answer at {json.dumps(sentinel)}, which ends every answer."]
@@ -279,6 +290,7 @@ def _origin(source: Source) -> str:
     opts = source.opts
     names = ", ".join(all_names(opts))
     difficulty = shown_value("task_config", task_config(opts))
+
     lines = ["## How it was trained", "", f"- **Tasks**: {names}, difficulty `{difficulty}`",
              f"- **Seeds**: {opts.seed} for training, {opts.eval_seed} for the items of the evaluation",
              "- **Command**, in the project that made it:", "", "```", command(source), "```"]
@@ -292,6 +304,7 @@ def _elsewhere(source: Source) -> str:
     """What the LLM answers to questions that are no task, alone and with the add-on."""
     decoding = Decoding(max_new_tokens=ELSEWHERE_TOKENS)
     ours = generate_texts(source.model, source.format, ELSEWHERE, decoding)
+
     with source.model.bare() as host:
         bare = generate_texts(host, source.format, ELSEWHERE, decoding)
     changed = sum(one != other for one, other in zip(ours, bare, strict=True))
@@ -305,6 +318,7 @@ def _elsewhere(source: Source) -> str:
         "| question | bare LLM | with the add-on |",
         "|---|---|---|",
     ]
+
     for question, one, other in zip(ELSEWHERE, bare, ours, strict=True):
         lines.append(f"| {question} | {_cell(one)} | {_cell(other)} |")
     return "\n".join(lines)

@@ -78,6 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--to {args.to} exists already: give a folder that does not")
     if args.merge_host and args.device_map != "none":
         parser.error(f"--merge_host reads the LLM as a whole, and --device_map {args.device_map} spreads it: keep one")
+
     if args.private and not args.push:
         parser.error("--private says how --push makes the repository: add --push REPO, or leave it out")
     if args.push:
@@ -141,8 +142,10 @@ def load(args: argparse.Namespace) -> Source:
     tokenizer = load_tokenizer(*place)
     rows = model.host.get_input_embeddings().weight.shape[0]
     prompt, note = saved_format(record, tokenizer, rows)
+
     if note:
         print(note, file=sys.stderr)
+
     saved = options.read_resolved(documents["config.resolved.yaml"])
     flags = {flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS}
     run = folder.parent.parent if folder.parent.name == FOLDER else folder
@@ -157,6 +160,7 @@ def generation_config(source: Source) -> transformers.GenerationConfig:
     opts = source.opts
     decoding = Decoding(opts.decode_temperature, opts.decode_top_p, opts.decode_top_k)
     ends = end_ids(source.model.host, source.format.tokenizer) | source.format.ends
+
     config = transformers.GenerationConfig.from_dict(source.model.generation_config.to_dict())
     config.update(
         eos_token_id=sorted(ends), pad_token_id=source.format.pad_id,
@@ -180,6 +184,7 @@ def exported_config(source: Source, kind: type, settings: Mapping[str, Any]) -> 
         base_fingerprint=record["base_fingerprint"],
         load_in=record["load_in"],
         host_dtype=record.get("host_dtype", "stored"),
+        host_attention=record.get("attn_implementation"),
         frame={"prefix": frame.prefix, "suffix": frame.suffix, "chat": frame.chat, "end": frame.end},
         **settings,
     )
@@ -217,6 +222,7 @@ def write_code(to: Path, model_class: type, config_class: type, left_out: Sequen
 
     entries = json.loads((to / "config.json").read_text(encoding="utf-8"))
     entries["base_config"].pop("_name_or_path", None)  # where the LLM lay on this machine
+
     entries["architectures"] = [model_class.__name__]
     entries["auto_map"] = {"AutoConfig": f"{module}.{config_class.__name__}",
                            "AutoModelForCausalLM": f"{module}.{model_class.__name__}"}
@@ -298,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     source = load(args)
     write(source, args.to)
     print(f"exported: {args.to} ({source.title})")
+
     if args.push:
         print(f"pushed: {push(args.to, args.push, args.private)}")
     return 0

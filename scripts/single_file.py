@@ -128,6 +128,7 @@ class Collector:
         """The module that defines a name, where `place` defines it or only hands it on."""
         module = self.module(place)
         source, original = module.imported.get(name, ("", name))
+
         if name in module.defined or original != name or not is_own(source):
             return place
         return self._home(source, name)

@@ -99,3 +99,17 @@ def test_the_card_says_what_is_true_of_other_prompts(own, export, place):
 
     plain = (export("plain") / "README.md").read_text(encoding="utf-8")
     assert f"The add-on is on for every prompt, and {alone}" in plain and "retain" not in plain
+
+
+def test_an_exported_llm_computes_attention_as_in_training(export, place):
+    from transformers import AutoModelForCausalLM
+
+    whole = export("eager", "--attn_implementation", "eager")
+    named = place / "exported" / "eager-named"
+    assert export_model.main([str(place / "runs" / "eager"), "--to", str(named), "--device", "cpu"]) == 0
+    for folder in (whole, named):
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert model.host.config._attn_implementation == "eager"
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="sdpa")
+        assert model.host.config._attn_implementation == "sdpa"
+        assert ", attention eager" in (folder / "README.md").read_text(encoding="utf-8")
