@@ -160,6 +160,7 @@ class AddonEvaluator(Evaluator):
             notes="; ".join(notes),
             question=self.data.eval_examples[0].question,
             details=evaluation,
+            tokens={"model": self.data.budget, "bare LLM": self.bare.budget},
         )
 
     def _reading_notes(self, evaluation: Evaluation) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.files import json_lines, staged
+from engine.protocol import Key, key_of, measured_by_others
 
 # Distinguishable without colour: by dash, marker and tone together.
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
@@ -77,13 +78,16 @@ def read_losses(path: Path, key: str = "loss") -> list[Row]:
     return rows
 
 
-def read_solved(path: Path, run: str = "") -> dict[str, list[Row]]:
+def read_solved(path: Path, run: str = "", left_out: Collection[Key] = ()) -> dict[str, list[Row]]:
     """Task -> its 'solved' rows of an eval.csv, in file order; cells that are no numbers are left out.
 
-    `run` leaves out what other runs have written to the same file. A file that is missing has no rows.
+    `run` leaves out what other runs have written to the same file, `left_out` whole evaluations, such as those of
+    `engine.protocol.measured_by_others`. A file that is missing has no rows.
     """
     tasks: dict[str, list[Row]] = {}
     for row in table_rows(path, run):
+        if key_of(row) in left_out:
+            continue
         numbers = {}
         for key in NUMBERS:
             number = _number(row.get(key))
@@ -141,7 +145,7 @@ def draw_curve(folder: Path, csv_path: Path | None = None, run: str = "") -> Pat
     """
     folder = Path(folder)
     losses = read_losses(folder / "metrics.jsonl")
-    tasks = read_solved(Path(csv_path) if csv_path else folder / "eval.csv", run)
+    tasks = read_solved(Path(csv_path) if csv_path else folder / "eval.csv", run, measured_by_others(folder))
     if not losses and not tasks:
         return None
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its checkpoints: eval.csv, metrics.jsonl and predictions.jsonl.
+"""What a run leaves behind beside its checkpoints: eval.csv, metrics.jsonl, predictions.jsonl, evaluations.jsonl.
 
 Rows appear whole or not at all, and a resumed run holds each step once. The table may be shared by several runs.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.ownership import Claim, claim
+from engine.protocol import EVALUATIONS, evaluation_line
 from engine.records import plain
 from engine.tables import append, append_rows, check_csv, open_table, rewind_records, rewind_rows
 from engine.trackers import answer_rows, check_trackers, evaluation_numbers, log_answers, start_tracker
@@ -30,7 +31,7 @@ class RunLog:
         folder: the run's folder.
         csv_path: the evaluation table; None = `<folder>/eval.csv`.
         trackers: names among `engine.trackers.TRACKERS`.
-        config: every flag, for the trackers.
+        config: every flag, for the trackers and for the protocol of the evaluations.
         main: False on other ranks, where every method does nothing.
         elapsed_offset: seconds of the run before a resume.
         alone: True keeps other processes out of the folder until `close`; False only adds to its records.
@@ -57,6 +58,7 @@ class RunLog:
         self.csv_path = Path(csv_path) if csv_path else self.folder / "eval.csv"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.predictions_path = self.folder / "predictions.jsonl"
+        self.evaluations_path = self.folder / EVALUATIONS
 
         self.main = main
         self.elapsed_offset = elapsed_offset
@@ -121,8 +123,15 @@ class RunLog:
             self._trackers.append(start_tracker(name, self.folder, self._config, self._after))
         return self._trackers
 
-    def evaluation(self, step: int, rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
-        """Writes down the evaluation of `step`, its rows and prediction lines, and shows it to the trackers."""
+    def evaluation(self, step: int, rows: list[dict[str, Any]], lines: list[dict[str, Any]],
+                   tokens: Mapping[str, int] | None = None) -> None:
+        """Writes down the evaluation of `step`: protocol, rows and prediction lines; shows it to the trackers.
+
+        `tokens` as in `Report`.
+        """
+        # First: a line without rows does no harm, rows without a line would pass for another protocol's.
+        if self.main and rows and self._config:
+            append(self.evaluations_path, _json_line(evaluation_line(rows, self._config, tokens or {})))
         self.eval_rows(rows)
         self.predictions(lines)
         if not self.main:
@@ -162,6 +171,7 @@ class RunLog:
         rewind_rows(self.csv_path, self.run, evaluated)
         rewind_records(self.metrics_path, step)
         rewind_records(self.predictions_path, evaluated)
+        rewind_records(self.evaluations_path, evaluated)
 
     def close(self) -> None:
         """Ends the trackers that have started, and lets other processes have the folder."""

@@ -138,7 +138,7 @@ class KeptRun:
     def record(self, report: Report) -> None:
         """Writes rows and predictions at this step."""
         rows = stamped(report.rows, self.step, self.log.elapsed_s)
-        self.log.evaluation(self.step, rows, stamped(report.predictions, self.step))
+        self.log.evaluation(self.step, rows, stamped(report.predictions, self.step), report.tokens)
 
         # What is measured after the end belongs on the page, too.
         if self.finished and self.config.report and self.machine.is_main:

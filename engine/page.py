@@ -18,6 +18,7 @@ import options
 from engine.figures import DASHES, draw_losses, draw_tasks, new_figure, quiet_matplotlib, read_losses, read_solved
 from engine.files import json_lines, write_text_aside
 from engine.intervals import wilson
+from engine.protocol import measured_by_others, typed
 from engine.report import percent
 from engine.run_records import Item, RunRecords, read_run, spread
 
@@ -75,7 +76,7 @@ def task_lines(records: RunRecords) -> list[Line]:
     for task, rows in records.newest().items():
         if "solved" not in rows:
             continue
-        lines += compared_lines(task, rows, compared, records.flags.get("few_shot", 0))
+        lines += compared_lines(task, rows, compared, protocol_flags(records, rows).get("few_shot", 0))
         gain = ""
         if "gain" in rows:
             gain = f"{100 * rows['gain']['value']:+.1f} over the best of them"
@@ -93,6 +94,29 @@ def task_lines(records: RunRecords) -> list[Line]:
         ))
 
     return lines
+
+
+def protocol_flags(records: RunRecords, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The flags of an evaluation with these rows; the run's own where the evaluation's were not recorded."""
+    protocol = records.protocol(rows)
+    return protocol.flags if protocol else records.flags
+
+
+def readings(records: RunRecords) -> str:
+    """The values of --answer_from in the newest evaluations."""
+    tasks = [rows for rows in records.newest().values() if "solved" in rows]
+    return ", ".join(dict.fromkeys(protocol_flags(records, rows).get("answer_from", "text") for rows in tasks))
+
+
+def other_protocols(records: RunRecords) -> list[tuple[str, str]]:
+    """(tasks, flags as typed) of newest evaluations that were not made by the run's own protocol."""
+    tasks: dict[str, list[str]] = {}
+    for task, rows in records.newest().items():
+        protocol = records.protocol(rows)
+        other = protocol.other_than(records.flags) if protocol else {}
+        if other:
+            tasks.setdefault(typed(other), []).append(task)
+    return [(", ".join(names), text) for text, names in tasks.items()]
 
 
 def compared_lines(task: str, rows: Mapping[str, Any], compared: str, shots: int) -> list[Line]:
@@ -220,7 +244,7 @@ def setting_groups(flags: Mapping[str, Any]) -> tuple[list[tuple[str, str]], lis
 def curves(records: RunRecords) -> str:
     """Loss, solved rate and what else was logged, as one <svg>; "" where nothing was."""
     losses = thinned(read_losses(records.folder / "metrics.jsonl"))
-    tasks = read_solved(records.csv_path, records.run)
+    tasks = read_solved(records.csv_path, records.run, measured_by_others(records.folder))
     series = read_series(records.folder / "metrics.jsonl")
     count = bool(losses) + bool(tasks) + len(series)
     if not count:
@@ -304,7 +328,8 @@ def page(records: RunRecords, most: int = SAMPLES) -> str:
         model=model,
         compared=compared,
         host=records.flags.get("model_name"),
-        reading=records.flags.get("answer_from", "text"),
+        reading=readings(records),
+        others=other_protocols(records),
         records=records,
         minutes=seconds / 60,
         changed=changed,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Report:
     details: Any = None  # what only the system that measured can read
     solved: float | None = None  # share of all items solved, where `value` is another figure
     loss: float | None = None  # held-out loss in nats a token, where it is measured
+    tokens: Mapping[str, int] = field(default_factory=dict)  # longest answers in tokens, by who answers
 
     @property
     def rate(self) -> float:

@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import options
-from engine.checkpoints import newest_checkpoint
 from engine.figures import table_rows
 from engine.files import json_lines
 from engine.ownership import known_id
+from engine.protocol import CONFIG, Key, Protocol, key_of, read_flags, read_protocols
 
-CONFIG = "config.resolved.yaml"
 NO_SCORE = "perplexity"  # metric of a task whose predictions are documents: its scores are nats
 NUMBERS = ("value", "n", "ci_low", "ci_high", "bare", "segments_used", "elapsed_s", "chance")
 
@@ -60,6 +58,7 @@ class RunRecords:
     rows: of eval.csv in file order, this run's alone: text where `NUMBERS` does not name the column, else a number or
         None.
     items: the answers of each task's newest evaluation.
+    protocols: how the evaluations were made; earlier versions did not record it.
     """
 
     folder: Path
@@ -68,15 +67,26 @@ class RunRecords:
     flags: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
+    protocols: dict[Key, Protocol] = field(default_factory=dict)
 
     def newest(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """Task -> metric -> its row at the newest step that evaluated the task."""
+        """Task -> metric -> its row of the newest evaluation, at the newest step that evaluated the task."""
         last = last_steps(self.rows)
         tasks: dict[str, dict[str, dict[str, Any]]] = {}
         for row in self.rows:
-            if row["step"] == last[row["task"]]:
-                tasks.setdefault(row["task"], {})[row["metric"]] = row
+            if row["step"] != last[row["task"]]:
+                continue
+
+            # One checkpoint may be evaluated several times, each with metrics of its own.
+            known = tasks.setdefault(row["task"], {})
+            if any(key_of(other) != key_of(row) for other in known.values()):
+                known.clear()
+            known[row["metric"]] = row
         return tasks
+
+    def protocol(self, rows: Mapping[str, Mapping[str, Any]]) -> Protocol | None:
+        """How the rows of one evaluation were made; None where it was not recorded."""
+        return next((self.protocols.get(key_of(row)) for row in rows.values()), None)
 
     @property
     def step(self) -> float | None:
@@ -103,24 +113,9 @@ def read_run(folder: Path, csv_path: Path | None = None) -> RunRecords:
     if not (flags or records.rows or (folder / "metrics.jsonl").exists()):
         raise ValueError(f"{folder} is no run: it holds no {CONFIG}, eval.csv or metrics.jsonl; give a run's folder")
     unscored = {row["task"] for row in records.rows if row["metric"] == NO_SCORE}
+    records.protocols = read_protocols(folder)
     records.items = read_items(folder / "predictions.jsonl", unscored)
     return records
-
-
-def read_flags(folder: Path) -> dict[str, Any]:
-    """The flags of the run, from its folder or else its newest checkpoint; empty where neither has them."""
-    places = [folder / CONFIG]
-    checkpoint = newest_checkpoint(folder) if folder.is_dir() else None
-    if checkpoint:
-        places.append(checkpoint / CONFIG)
-    for place in places:
-        if place.is_file():
-            saved = options.read_resolved(place.read_text(encoding="utf-8"))
-            arch = saved.get("arch", "addon")
-            default = {flag.name: flag.default_in(arch) for flag in options.FLAGS if arch in flag.archs}
-            return default | saved
-
-    return {}
 
 
 def read_rows(path: Path, run: str = "") -> list[dict[str, Any]]:
@@ -156,7 +151,7 @@ def last_steps(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 def read_items(path: Path, unscored: Iterable[str] = ()) -> list[Item]:
     """The answers of each task's newest evaluation, in file order; a task in `unscored` has none.
 
-    One checkpoint may be evaluated several times: of lines with the same id the last counts.
+    One checkpoint may be evaluated several times. Each evaluation begins with the first item: the last one counts.
     """
     lines = []
     for _, line in json_lines(path, skip_damaged=True):
@@ -164,12 +159,16 @@ def read_items(path: Path, unscored: Iterable[str] = ()) -> list[Item]:
             lines.append(line)
 
     last = last_steps(lines)
-    newest = {}
+    newest: dict[str, dict[str, Any]] = {}
     for line in lines:
-        if line["step"] == last[line["task"]] and line["task"] not in unscored:
-            newest[line["id"]] = line
+        if line["step"] != last[line["task"]] or line["task"] in unscored:
+            continue
+        of_task = newest.setdefault(line["task"], {})
+        if line["id"] in of_task:
+            of_task.clear()
+        of_task[line["id"]] = line
 
-    return [item_of(line) for line in newest.values()]
+    return [item_of(line) for of_task in newest.values() for line in of_task.values()]
 
 
 def item_of(line: Mapping[str, Any]) -> Item:

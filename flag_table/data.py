@@ -20,7 +20,7 @@ TABLE = (
     reasoner("plugin", "path", None, "a Python file of tasks with Reasoning Gym's interface; it runs only when "
              "typed", nullable=True, in_file=False, one_call=True),
     addon("task_config", "json", None, "settings of the tasks; none = small when no task is named, else default",
-          nullable=True, form="small, default, a file or a JSON object", common=True),
+          nullable=True, form="small, default, a file or a JSON object", common=True, protocol=True),
     # Own data, one more task.
     addon("data", "str", None, "own data as a task: a JSONL, JSON, CSV or parquet file, a folder of them, a data "
           "set of the hub", nullable=True, form="FILE_OR_HUB[:SPLIT]", common=True),
@@ -29,10 +29,10 @@ TABLE = (
     addon("messages_field", "str", None, "field that holds a chat, in place of both: its last assistant turn is the "
           "answer, what precedes it the question", nullable=True),
     addon("eval_data", "str", None, "rows to evaluate on, in place of some held out of --data", nullable=True,
-          form="FILE_OR_HUB[:SPLIT]"),
+          form="FILE_OR_HUB[:SPLIT]", protocol=True),
     addon("verifier", "str", "exact", "how an answer to --data is judged",
           pattern=r"exact|number|choice|regex:.+|[A-Za-z_][\w.]*:[A-Za-z_]\w*",
-          form="exact, number, choice, regex:PATTERN or PKG.MOD:FUNCTION", common=True),
+          form="exact, number, choice, regex:PATTERN or PKG.MOD:FUNCTION", common=True, protocol=True),
     reasoner("trust_functions", "list", None, "functions of your own (verifiers, rewards) that a file or a checkpoint "
              "names and that may be imported; one typed before on this machine needs it no more", nullable=True,
              in_file=False, one_call=True),
@@ -44,13 +44,13 @@ TABLE = (
           common=True),
     Flag("eval_n", "int", 256, "evaluation items of each task", low=1, common=True),
     addon("group_split", "bool", True, "evaluate a task of few solutions (mini_sudoku) on solutions that are "
-          "never trained on, beside questions"),
+          "never trained on, beside questions", protocol=True),
     addon("reserve_tasks", "list", None, "tasks of a later stage: training keeps off what that stage will evaluate",
           nullable=True),
     addon("reserve_config", "json", None, "settings of reserve_tasks, as the later stage's task_config; none = "
           "task_config", nullable=True, form="small, default, a file or a JSON object"),
     reasoner("verifier_strict", "bool", True, "judge answers by a strict rule of the task beside its scorer, "
-             "and leave out items whose gold answer fails", before=False),
+             "and leave out items whose gold answer fails", before=False, protocol=True),
     # Saving forward passes of the frozen LLM.
     addon("cache_hidden", "str", "off", "where to keep the frozen LLM's hidden states of the train_n items",
           choices=("off", "ram", "disk")),
@@ -67,7 +67,7 @@ TABLE = (
     reasoner("draw_timeout_s", "float", 60.0, "most seconds to make one item; a slower one is passed over; 0 = no "
              "limit", low=0),
     reasoner("score_timeout_s", "float", 10.0, "most seconds to score one answer; a slower one is wrong; 0 = no "
-             "limit", low=0),
+             "limit", low=0, protocol=True),
     # Difficulty that rises with what is solved.
     addon("curriculum", "bool", False, "raise each task through its own levels of difficulty"),
     addon("curriculum_threshold", "float", 0.8, "held-out solved rate at which a task goes up a level", low=0,
@@ -76,14 +76,16 @@ TABLE = (
     addon("curriculum_draw_s", "float", 60.0, "most seconds to draw the questions of one level; 0 = no limit",
           low=0),
     # How text becomes tokens.
-    addon("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True),
+    addon("sentinel", "str", None, "text appended to every target, at which generation stops", nullable=True,
+          protocol=True),
     addon("system_header", "str", None, "text put before every prompt; rg:NAME = that one of Reasoning Gym's "
-          "prompts", nullable=True, pattern=r".*", form="text"),
-    addon("chat_template", "path", None, "a Jinja file in place of the tokenizer's chat template", nullable=True),
+          "prompts", nullable=True, pattern=r".*", form="text", protocol=True),
+    addon("chat_template", "path", None, "a Jinja file in place of the tokenizer's chat template", nullable=True,
+          protocol=True),
     addon("chat_template_kwargs", "str", None, "values of the chat template's variables, a JSON object: "
-          '{"enable_thinking": false}', nullable=True, pattern=r".*", form="a JSON object"),
+          '{"enable_thinking": false}', nullable=True, pattern=r".*", form="a JSON object", protocol=True),
     addon("prompt_style", "str", "auto", "how a question is put to the LLM; auto = chat if it has a template",
-          choices=("auto", "chat", "plain")),
+          choices=("auto", "chat", "plain"), protocol=True),
     Flag("max_seq_len", "int", 512, "most tokens of a prompt; the hybrid cuts longer ones", low=8,
          by_arch={"enhanced": 1024}),
     addon("overlong", "str", "error", "what to do with longer prompts", choices=("error", "drop")),
@@ -91,5 +93,5 @@ TABLE = (
     Flag("seed", "int", 0, "seed of weights, training items and order", low=0, high=2**31, exclusive_high=True,
          common=True),
     Flag("eval_seed", "int", 10**9, "evaluation items are drawn from it; every training seed lies far below",
-         low=10**9, high=2**32, exclusive_high=True),
+         low=10**9, high=2**32, exclusive_high=True, protocol=True),
 )

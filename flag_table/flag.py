@@ -79,6 +79,7 @@ class Flag:
     shape: bool = False  # fixes the shape of the weights: a checkpoint brings it, and another value is refused
     depth: bool = False  # how often blocks run: a checkpoint's weights bring it, and another value may be typed
     before: Any = None  # what checkpoints mean that are older than the flag; None: the default
+    protocol: bool = False  # how answers are asked for, given, read or judged: each evaluation keeps it
     one_call: bool = False  # said of one call: no record of a run keeps it
     common: bool = False  # shown by the short --help
 

@@ -13,7 +13,7 @@ TABLE = (
     reasoner("grpo_batch_size", "int", 4, "completions per micro-batch", low=1),
     reasoner("grpo_accum_steps", "int", 2, "micro-batches per step", low=1),
     reasoner("num_generations", "int", 8, "completions of each question, which are compared", low=2),
-    reasoner("max_completion_length", "int", 256, "longest completion in tokens", low=1),
+    reasoner("max_completion_length", "int", 256, "longest completion in tokens", low=1, protocol=True),
     reasoner("temperature", "float", 1.0, "sampling temperature of completions", low=0, exclusive_low=True),
     reasoner("loss_type", "str", "dapo", "how token losses are averaged",
              choices=("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo")),

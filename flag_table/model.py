@@ -15,11 +15,11 @@ TABLE = (
           common=True),
     addon("revision", "str", None, "branch, tag or commit of a hub model", nullable=True),
     addon("attn_implementation", "str", None, "the frozen LLM's attention, by transformers' name: eager, sdpa, "
-          "flash_attention_2, ...; none = transformers' choice", nullable=True),
-    addon("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit")),
+          "flash_attention_2, ...; none = transformers' choice", nullable=True, protocol=True),
+    addon("load_in", "str", "none", "quantisation of the frozen LLM", choices=("none", "8bit", "4bit"), protocol=True),
     addon("host_dtype", "str", "auto", "what the frozen LLM's weights are held in: as saved (stored), or auto = as "
           "saved where the device multiplies that natively, else fp32 if it fits the memory",
-          choices=("auto", "stored", "bf16", "fp32", "fp16"), before="stored"),
+          choices=("auto", "stored", "bf16", "fp32", "fp16"), before="stored", protocol=True),
     reasoner("min_roundtrip", "float", 0.95, "least share of texts that the tokenizer gives back", low=0, high=1,
           before=0.0),
     addon("trust_remote_code", "bool", False, "run Python code that comes with the hub model; holds only where it is "
@@ -40,9 +40,9 @@ TABLE = (
     Flag("n_heads", "int", 4, "attention heads", low=1, by_arch={"hybrid": 8}, adapters=BLOCKS, shape=True),
     # How often the blocks run.
     addon("segments", "int", 1, "recurrence segments in training", low=1, high=256, adapters=RECURRENT,
-          depth=True, common=True),
+          depth=True, common=True, protocol=True),
     with_hrm("inner_T", "int", 2, "L steps before each H step", low=1, high=64, aliases=("l_steps",),
-             adapters=RECURRENT, depth=True),
+             adapters=RECURRENT, depth=True, protocol=True),
     addon("reset_l", "bool", False, "start z_L anew at each segment", adapters=RECURRENT),
     with_hrm("grad_horizon", "str", "full", "block calls that carry gradient: the last of L and of H, all of a "
              "segment, the last N of L, or all of the last N segments", adapters=RECURRENT, depth=True,
@@ -89,5 +89,5 @@ TABLE = (
     addon("act_penalty", "float", 0.0, "weight of the sum of 1 - p_halt; needs use_act", low=0,
           adapters=RECURRENT),
     addon("halt_max_segments", "int", 0, "most segments at evaluation with use_act; 0 = segments", low=0,
-          adapters=RECURRENT),
+          adapters=RECURRENT, protocol=True),
 )

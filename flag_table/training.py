@@ -41,7 +41,7 @@ TABLE = (
          choices=("after_warmup", "whole_run")),
     # Precision and averages.
     Flag("mixed_precision", "str", "auto", "precision of autocast; auto = bf16 where the hardware has it, fp16 "
-         "needs CUDA", choices=("auto", "none", "bf16", "fp16")),
+         "needs CUDA", choices=("auto", "none", "bf16", "fp16"), protocol=True),
     Flag("ema", "float", 0.998, "decay of the averaged weights, which are evaluated; 0 = off", low=0, high=1,
          exclusive_high=True, by_arch={"hybrid": 0.0, "enhanced": 0.0}),
     # Deep supervision over segments.

@@ -134,7 +134,7 @@ class StageLoop:
         """Writes rows and predictions at the step of now."""
         step = self.progress.step
         rows = stamped(report.rows, step, self.log.elapsed_s)
-        self.log.evaluation(step, rows, stamped(report.predictions, step))
+        self.log.evaluation(step, rows, stamped(report.predictions, step), report.tokens)
 
     # --- one stage ---
 

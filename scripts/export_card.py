@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from batching import PromptFormat
 from engine.checkpoints import STEP_NAME
 from engine.figures import table_rows
 from engine.ownership import known_id
+from engine.protocol import Protocol, key_of, read_protocols, typed
 from engine.report import percent
 from evaluation import Decoding, generate_texts
 from export_command import command_text, shown_value
@@ -107,7 +108,8 @@ def card_text(source: Source) -> str:
     """The text of README.md, made by huggingface_hub's ModelCard."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    rates = solved_rates(source)
+    measured = measurements(source)
+    results = eval_results(measured[0].rates, source.task_names, measured[0].other) if measured else None
     is_pefts = source.adapter == "lora" and not source.merged
     data = ModelCardData(
         base_model=None if source.is_local else source.base,
@@ -116,9 +118,9 @@ def card_text(source: Source) -> str:
         pipeline_tag="text-generation",
         tags=["reasoning", source.adapter],
         model_name=source.title,
-        eval_results=eval_results(rates, source.task_names) or None,
+        eval_results=results,
     )
-    parts = [_head(source), _solved(source, rates), _usage(source), _origin(source), _elsewhere(source)]
+    parts = [_head(source), _solved(source, measured), _usage(source), _origin(source), _elsewhere(source)]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
     return str(card)
 
@@ -141,38 +143,85 @@ def licence(source: Source) -> str | None:
 # --- what it solves ---------------------------------------------------------------------------------------------------
 
 
-def solved_rates(source: Source) -> list[dict[str, str]]:
-    """The rows of the run's evaluation table at this checkpoint that count solved items; of several the last one's."""
+@dataclass
+class Measured:
+    """What was solved by one protocol, at its newest evaluation.
+
+    other: the flags of the protocol that are not the run's own, as typed; "" = it is the run's own.
+    protocol: how it was measured; None where an earlier version did not record it.
+    rows: of the evaluation table, by task and metric.
+    """
+
+    other: str
+    protocol: Protocol | None
+    rows: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> list[dict[str, str]]:
+        """The rows in their order."""
+        return list(self.rows.values())
+
+
+def measurements(source: Source) -> list[Measured]:
+    """The rates of solved items at this checkpoint, those of the run's own protocol first."""
     if source.step is None:
         return []
     path = Path(source.opts.log_csv or source.run / "eval.csv")
+    protocols = read_protocols(source.run)
+    flags = options.as_dict(source.opts)
 
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[str, Measured] = {}
     for row in table_rows(path, known_id(source.run)):
         is_rate = (row.get("metric") or "").startswith("solved") and row.get("ci_low")
-        if is_rate and row.get("step") == str(source.step):
-            rows[row["task"], row["metric"]] = row
-    return list(rows.values())
+        if not is_rate or row.get("step") != str(source.step):
+            continue
+        protocol = protocols.get(key_of(row))
+        other = typed(protocol.other_than(flags), shown_value) if protocol else ""
+        measured = found.setdefault(other, Measured(other, protocol))
+        measured.protocol = protocol
+        measured.rows[row["task"], row["metric"]] = row
+    return sorted(found.values(), key=lambda measured: bool(measured.other))
 
 
-def _solved(source: Source, rates: Sequence[dict[str, str]]) -> str:
-    """The table of solved rates."""
+def _solved(source: Source, measured: Sequence[Measured]) -> str:
+    """The tables of solved rates: the run's own first, each other protocol under its name."""
     lines = ["## What it solves", ""]
-    if not rates:
+    if not measured:
         return "\n".join([*lines, "This checkpoint was not evaluated."])
 
     lines += ["Answers are generated, and right where the task's strict rule and its own scorer accept them. Intervals "
-              "are Wilson's, 95 %.", "", "| task | metric | n | bare LLM | with the add-on |", "|---|---|---|---|---|"]
+              "are Wilson's, 95 %.", ""]
+    if measured[0].other:
+        lines += ["The run's own protocol did not measure this checkpoint.", ""]
+    for each in measured:
+        if each.other:
+            lines += [f"Measured by another protocol than the run's own, `{each.other}`:", ""]
+        lines += [*_table(each.rates), "", _reading(source, each), ""]
+    lines.append(f"One run, seed {source.opts.seed}: the intervals tell how sure the rates are for these weights, not "
+                 "what another seed would give.")
+    return "\n".join(lines)
+
+
+def _table(rates: Sequence[dict[str, str]]) -> list[str]:
+    """The lines of a table of solved rates."""
+    lines = ["| task | metric | n | bare LLM | with the add-on |", "|---|---|---|---|---|"]
     for row in rates:
         interval = (float(row["ci_low"]), float(row["ci_high"]))
         bare = percent(float(row["bare"])) if row.get("bare") else "-"
         value = percent(float(row["value"]), interval)
         lines.append(f"| {row['task']} | {row['metric']} | {row['n']} | {bare} | {value} |")
-    lines += ["", f"`solved` reads an answer as `--answer_from {source.opts.answer_from}` does, `solved_strict` takes "
-              "the whole text, `solved_extracted` the answer taken out of it."]
-    lines += ["", f"One run, seed {source.opts.seed}: the intervals tell how sure the rates are for these weights, not "
-              "what another seed would give."]
-    return "\n".join(lines)
+    return lines
+
+
+def _reading(source: Source, measured: Measured) -> str:
+    """How answers were cut and read in one measurement."""
+    flags = measured.protocol.flags if measured.protocol else options.as_dict(source.opts)
+    text = (f"`solved` reads an answer as `--answer_from {flags['answer_from']}` does, `solved_strict` takes the whole "
+            "text, `solved_extracted` the answer taken out of it.")
+    if measured.protocol is None:
+        return f"{text} (The run kept no record of this measurement: its flags say so.)"
+    tokens = ", ".join(f"{count} of the {who}" for who, count in measured.protocol.tokens.items())
+    return f"{text} Answers were cut at so many tokens: {tokens}." if tokens else text
 
 
 # --- what it is, how it is used ---------------------------------------------------------------------------------------

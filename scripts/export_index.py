@@ -34,13 +34,14 @@ class TaskNames:
         return "reasoning-gym", f"Reasoning Gym {task}"
 
 
-def eval_results(rates: Sequence[Mapping[str, str]], names: TaskNames) -> list[Any]:
+def eval_results(rates: Sequence[Mapping[str, str]], names: TaskNames, protocol: str = "") -> list[Any]:
     """Results for huggingface_hub's ModelCardData; rates of the same task make one entry.
 
-    `rates` are rows of eval.csv.
+    `rates` are rows of eval.csv. `protocol` names how they were measured; "" = as the run measures itself.
     """
     from huggingface_hub import EvalResult
 
+    behind = f"; {protocol}" if protocol else ""
     results = []
     for row in rates:
         kind, name = names.kind(row["task"])
@@ -53,6 +54,6 @@ def eval_results(rates: Sequence[Mapping[str, str]], names: TaskNames) -> list[A
             dataset_config=row["task"],
             metric_type=row["metric"],
             metric_value=round(float(row["value"]), 5),
-            metric_name=f"{row['metric']} (n = {row['n']})",
+            metric_name=f"{row['metric']} (n = {row['n']}{behind})",
         ))
     return results

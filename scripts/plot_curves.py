@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from engine.figures import Row, new_figure, read_losses, read_solved, save_figure, smoothed, style  # noqa: E402
 from engine.files import read_text  # noqa: E402
 from engine.ownership import known_id  # noqa: E402
+from engine.protocol import measured_by_others  # noqa: E402
 from options import read_resolved  # noqa: E402
 from script_tools import ScriptParser, run_script  # noqa: E402
 
@@ -84,7 +85,8 @@ def read_run(folder: Path, label: str) -> RunCurves:
     if not table.exists() and not metrics.exists():
         raise ValueError(f"{folder} is no run: expected eval.csv or metrics.jsonl in it")
 
-    curves = RunCurves(label, read_solved(table, known_id(folder)), read_losses(metrics, "answer_loss"))
+    solved = read_solved(table, known_id(folder), measured_by_others(folder))
+    curves = RunCurves(label, solved, read_losses(metrics, "answer_loss"))
     if not curves.solved and not curves.loss:
         raise ValueError(f"{folder} has recorded nothing yet: wait for its first logged step")
     return curves

@@ -520,7 +520,8 @@ def test_evaluation_only_adds_its_rows_and_changes_nothing_else(done, tmp_path, 
     out, err = capsys.readouterr()
     assert status == 0 and "evaluation only" in err and str(newest(run)) in out
     after = contents(run)
-    assert {name for name in after if after[name] != before.get(name)} <= {"eval.csv", "predictions.jsonl", "run.json"}
+    added_to = {"eval.csv", "predictions.jsonl", "evaluations.jsonl", "run.json"}
+    assert {name for name in after if after[name] != before.get(name)} <= added_to
     added = records(run)["eval"][len(rows):]
     assert [row["metric"] for row in added] == ["loss", "perplexity", *DIAGNOSTICS, "solved"]
     assert {row["step"] for row in added} == {"3"}

@@ -101,6 +101,46 @@ def test_the_card_says_what_is_true_of_other_prompts(own, export, place):
     assert f"The add-on is on for every prompt, and {alone}" in plain and "retain" not in plain
 
 
+def test_rates_of_another_protocol_do_not_pass_for_the_runs_own(export, place, tiny_host):
+    def results(folder) -> list[dict]:
+        return ModelCard.load(folder / "README.md").data.to_dict()["model-index"][0]["results"]
+
+    def rows(folder) -> list[str]:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        return [line for line in text.splitlines() if line.startswith("| toy_add")]
+
+    def exported(name: str) -> Path:
+        run, to = place / "runs" / "measured", place / "exported" / name
+        assert export_model.main([str(run), "--to", str(to), "--device", "cpu"]) == 0
+        return to
+
+    own = export("measured")
+    again = ("--resume", str(place / "runs" / "measured"), "--eval_only", "--report", "0")
+    other = ("--answer_from", "boxed", "--system_header", "Hello", "--few_shot", "1", "--eval_n", "3")
+    assert train.main([*again, *other]) == 0
+    both = exported("both")
+    card = (both / "README.md").read_text(encoding="utf-8")
+    assert results(both) == results(own) and rows(both)[:3] == rows(own)
+    assert [row.split("|")[3].strip() for row in rows(both)] == ["4"] * 3 + ["3"] * 3
+    named, _, behind = card.partition("Measured by another protocol than the run's own, ")
+    assert "reads an answer as `--answer_from text` does" in named and "--few_shot 1" in behind
+    assert "reads an answer as `--answer_from boxed` does" in behind
+    assert "Answers were cut at so many tokens: 4 of the model, 4 of the bare LLM" in named
+
+    # More items of the same protocol take the place of fewer.
+    assert train.main([*again, "--eval_n", "5"]) == 0
+    assert "(n = 5)" in results(exported("more"))[0]["metrics"][0]["name"]
+
+    # Where the run's own measurement is gone, its name is not lent to another.
+    table = place / "runs" / "measured" / "eval.csv"
+    lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines[1:] if line.split(",")[4] == "3"]
+    table.write_text("".join([lines[0], *kept]), encoding="utf-8")
+    alone = exported("alone")
+    assert "(n = 3; --system_header" in results(alone)[0]["metrics"][0]["name"]
+    assert "The run's own protocol did not measure this checkpoint" in (alone / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_exported_llm_computes_attention_as_in_training(export, place):
     from transformers import AutoModelForCausalLM
 
