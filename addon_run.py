@@ -46,6 +46,7 @@ from own_tasks.choice import own_problems, steps_problems, tasks_with_own
 from own_tasks.record import changes, document_of, plugin_problems, read_record
 from own_tasks.table import OwnDataConfig
 from own_tasks.task import OwnTask, name_of_data
+from own_tasks.trusted import functions_of
 from reasoning_gym_wrapper import Task, default_tasks, reserved_sums, task_problems, task_warnings
 from suite.after_run import Subject
 from suite.spec import spec_problems
@@ -333,7 +334,7 @@ class AddonRun:
             self.machine.precision,
         )
         trainer.frame = self.format.frame
-        trainer.more_documents = document_of(self.data.own, self.plugin)
+        trainer.more_documents = document_of(self.data.own, self.plugin, functions_of(options.as_dict(opts)))
         if opts.retain and not opts.eval_only:
             trainer.retained = Retained(options.part(RetainConfig, opts), self.format)
         if self.cache:

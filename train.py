@@ -125,16 +125,20 @@ def understand(given: options.Given) -> tuple[options.Options, Path | None, list
     if lines:
         return opts, checkpoint, lines
 
-    trust_what_is_typed(opts)
+    trust_what_is_typed(opts, checkpoint)
     opts = with_places(options.resolve(opts))
     return opts, checkpoint, run_of(opts).problems(opts, checkpoint)
 
 
-def trust_what_is_typed(opts: options.Options) -> None:
-    """Lets the functions of the user's own be imported that this call names on its command line."""
+def trust_what_is_typed(opts: options.Options, checkpoint: Path | None) -> None:
+    """Lets the functions of the user's own be imported that this call names on its command line.
+
+    Those of a checkpoint are looked for where they lay.
+    """
+    from own_tasks.record import folders_before
     from own_tasks.trusted import functions_of, type_in
 
-    type_in(functions_of({name: getattr(opts, name) for name in opts.typed}))
+    type_in(functions_of({name: getattr(opts, name) for name in opts.typed}), folders_before(checkpoint))
 
 
 def with_places(opts: options.Options) -> options.Options:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from own_tasks.verifiers import imported
+from own_tasks.functions import imported
 
 Reward = Callable[..., list[float]]
 

@@ -35,6 +35,7 @@ from grpo.worked_examples import ExampleData, ExamplesConfig
 from host import DEFAULT_HOST
 from options import Options, as_dict, part, read_resolved, rerun_text
 from own_tasks.record import changes, document_of, plugin_problems, read_record
+from own_tasks.trusted import functions_of
 from reasoning_gym_wrapper import reserved_sums
 from suite.after_run import Subject
 from suite.spec import spec_problems
@@ -220,7 +221,7 @@ class EnhancedRun:
             self.machine.precision,
             self.format,
         )
-        self.trainer.more_documents = document_of(None, plugin)
+        self.trainer.more_documents = document_of(None, plugin, functions_of(as_dict(opts)))
 
         measuring = part(EvaluatorConfig, opts, measures_untrained=bool(next_stage))
         evaluator = StageEvaluator(measuring, self.data, self.model, self.trainer, self.machine)

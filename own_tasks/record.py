@@ -9,21 +9,28 @@ from typing import Any
 
 from engine.checkpoints import read_checkpoint
 from engine.machine import errors_of
+from own_tasks.functions import changed_functions, folders_in, function_record
 from own_tasks.task import OwnTask
 from tasks.plugins import Plugin, load_plugin
 
 OWN_DATA = "own_data.json"
 
 
-def document_of(task: OwnTask | None, plugin: Plugin | None) -> dict[str, str]:
-    """{file name: text} for a checkpoint; empty where there is nothing to keep."""
+def document_of(task: OwnTask | None, plugin: Plugin | None, functions: Sequence[str] = ()) -> dict[str, str]:
+    """{file name: text} for a checkpoint; empty where there is nothing to keep.
+
+    `functions` are those of the user's own that the run names, verifiers and rewards.
+    """
     record: dict[str, Any] = {}
     if task:
         record["data"] = task.record()
     if plugin:
         record["plugin"] = plugin.record()
+    own = function_record(functions)
+    if own:
+        record["functions"] = own
 
-    # Most runs have neither.
+    # Most runs have none of them.
     if not record:
         return {}
     return {OWN_DATA: json.dumps(record, indent=2)}
@@ -38,6 +45,11 @@ def read_record(checkpoint: Path | None) -> dict[str, Any]:
         return dict(json.loads(read_checkpoint(checkpoint, stems=[]).documents.get(OWN_DATA, "{}")))
     except (ValueError, TypeError, OSError):
         return {}
+
+
+def folders_before(checkpoint: Path | None) -> dict[str, str]:
+    """Function -> the folder in which its module lay when the checkpoint was written."""
+    return folders_in(read_record(checkpoint).get("functions", {}))
 
 
 def plugin_problems(checkpoint: Path | None, names: Sequence[str], plugin: str | None) -> list[str]:
@@ -84,4 +96,4 @@ def changes(record: Mapping[str, Any], task: OwnTask | None, plugin: Plugin | No
     if before and plugin and before["sha256"] != plugin.sha256:
         lines.append(f"WARNING: --plugin {Path(plugin.path).name} has changed since the checkpoint (sha256 "
                      f"{before['sha256'][:12]}, now {plugin.sha256[:12]}): its tasks may be others")
-    return lines
+    return lines + changed_functions(record.get("functions", {}))

@@ -6,17 +6,13 @@ counts of errors are those of every other task.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
-from own_tasks.trusted import FUNCTION, refusal, remember
+from own_tasks.functions import imported
+from own_tasks.trusted import FUNCTION
 from text_data.answers import bare, gold_of
 from text_data.choices import option_letter
 from text_data.equality import OPTION
@@ -32,14 +28,12 @@ class Verifier:
     text: as --verifier was typed.
     needs: what a gold answer that fails lacks, a clause that goes on from its place.
     score: (answer, entry) -> a score of which 1 is a solved item; entry has `question`, `answer` and `metadata`.
-    file: the file of the user's own function; "" for the built-in ones.
     config: none, since no data set class stands behind it as behind other tasks' scorers.
     """
 
     text: str
     needs: str
     score: Callable[[str, Mapping[str, Any]], Any]
-    file: str = ""
     config: None = None
 
     def score_answer(self, answer: str | None, entry: Mapping[str, Any]) -> float:
@@ -65,9 +59,7 @@ def verifier_of(text: str) -> Verifier:
     named = FUNCTION.fullmatch(text)
     if named is None:
         raise ValueError(f"--verifier {text} is not legal: expected {FORM}")
-    function = imported(text, "--verifier")
-    file = inspect.getsourcefile(inspect.unwrap(function)) or ""
-    return Verifier(text, "the verifier calls wrong", function, file)
+    return Verifier(text, "the verifier calls wrong", imported(text, "--verifier"))
 
 
 # --- built in ---------------------------------------------------------------------------------------------------------
@@ -122,47 +114,3 @@ def _regex(text: str, pattern: str) -> Verifier:
         return gold is not None and found(answer) == gold
 
     return Verifier(text, "does not match the pattern", score)
-
-
-# --- the user's own ---------------------------------------------------------------------------------------------------
-
-
-def imported(text: str, flag: str) -> FunctionType:
-    """The function that `PKG.MOD:FUNCTION` names, found as Python does, and in the folder that the command runs in.
-
-    A checkpoint brings such a name, so it must be trusted, see own_tasks/trusted.py. What Python itself has is refused
-    in any case: `os:system` is no verifier.
-
-    Raises:
-        ValueError: one line: nobody typed it, no such module or function, or none that was written in Python.
-    """
-    module_name, _, name = text.partition(":")
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise ValueError(f"{flag} {text} names a module of Python itself: name a function of your own")
-
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    line = refusal(text, flag)
-    if line:
-        raise ValueError(line)
-
-    # Whatever a module does when it is imported may fail.
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - foreign modules raise what they like
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        package = module_name.partition(".")[0]
-        raise ValueError(
-            f"{flag} {text} cannot be imported ({reason}): run from the folder that holds {package}, or put it on "
-            "PYTHONPATH"
-        ) from error
-
-    function = getattr(module, name, None)
-    if not isinstance(function, FunctionType):
-        what = "no function"
-        if function is not None:
-            what = f"{type(function).__name__}, no function,"
-        raise ValueError(f"{flag} {text}: {module_name} has {what} of the name {name}")
-    remember(text)
-    return function

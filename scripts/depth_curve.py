@@ -79,11 +79,12 @@ from engine.progress import Progress  # noqa: E402
 from engine.resume import resolve_resume  # noqa: E402
 from evaluation import Decoding, answer_budget  # noqa: E402
 from host import load_tokenizer  # noqa: E402
-from own_tasks.record import changes, missing_plugin, read_record  # noqa: E402
+from own_tasks.record import changes, folders_before, missing_plugin, read_record  # noqa: E402
+from own_tasks.task import OwnTask  # noqa: E402
 from own_tasks.trusted import type_in  # noqa: E402
 from reasoning_gym_wrapper import Example, Reserve, task_problems  # noqa: E402
 from script_tools import ScriptParser, add_spread_flags, run_script, spread_of  # noqa: E402
-from tasks.plugins import load_plugin  # noqa: E402
+from tasks.plugins import Plugin, load_plugin  # noqa: E402
 from text_data.trained import trained_in  # noqa: E402
 
 
@@ -166,8 +167,8 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     # A checkpoint from before a flag was there gets the flag's default.
     saved = options.read_resolved(documents["config.resolved.yaml"])
     opts = options.Options(**{flag.name: saved.get(flag.name, flag.default) for flag in options.FLAGS})
-    type_in(options.names(args.trust_functions))
-    add_plugin(folder, task_names(opts), args.plugin)
+    type_in(options.names(args.trust_functions), folders_before(folder))
+    plugin = add_plugin(folder, task_names(opts), args.plugin)
     lines = task_problems(task_names(opts), task_config(opts), args.allow_code_tasks, supervised=False)
     if lines:
         raise ValueError("\n".join(lines))
@@ -182,6 +183,7 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
         print(note, file=sys.stderr)
 
     examples, trained = held_out(opts, args, prompt, documents)
+    tell_of_changes(folder, opts, plugin)
     decoding = Decoding(
         opts.decode_temperature,
         opts.decode_top_p,
@@ -198,19 +200,23 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     return loaded, opts
 
 
-def add_plugin(folder: Path, names: list[str], plugin: str | None) -> None:
-    """Adds the tasks of `--plugin`; says on stderr where the file has changed since the checkpoint.
+def add_plugin(folder: Path, names: list[str], plugin: str | None) -> Plugin | None:
+    """Adds the tasks of `--plugin`, where it is typed, and returns it.
 
     Raises:
         ValueError: the file cannot be used, or one of the run's tasks needs one and none is typed.
     """
-    record = read_record(folder)
-    lines = missing_plugin(record, names, plugin)
+    lines = missing_plugin(read_record(folder), names, plugin)
     if lines:
         raise ValueError(lines[0])
-    if plugin:
-        for line in changes(record, None, load_plugin(plugin)):
-            print(line, file=sys.stderr)
+    return load_plugin(plugin) if plugin else None
+
+
+def tell_of_changes(folder: Path, opts: options.Options, plugin: Plugin | None) -> None:
+    """Says which files of the user's own are not what they were when the checkpoint was written."""
+    own = next((task for task in chosen_tasks(opts) if isinstance(task, OwnTask)), None)
+    for line in changes(read_record(folder), own, plugin):
+        print(line, file=sys.stderr)
 
 
 def held_out(

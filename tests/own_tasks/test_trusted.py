@@ -12,10 +12,11 @@ import pytest
 
 import depth_curve
 import train
+from own_tasks.functions import function_record
 from own_tasks.trusted import functions_of, refusal, remember, type_in
 from own_tasks.verifiers import verifier_of
 from tiny_rows import sums, write
-from tiny_runs import arguments, error_lines
+from tiny_runs import arguments, error_lines, newest
 
 OWN = ("--task", "none", "--question_field", "question", "--run_name", "mine")
 
@@ -50,8 +51,9 @@ def test_a_file_s_verifier_is_imported_only_where_it_is_typed_or_once_was(theirs
     words = arguments(tiny_host, tmp_path / "runs", *OWN, "--config", "run.yaml")
     assert train.main(words) == 2
     (line,) = error_lines(capsys.readouterr().err)
-    assert line == ("--verifier their_judge:near is named by a file or a checkpoint, and importing their_judge runs "
-                    "its Python: read it, then type --trust_functions their_judge:near")
+    assert line == ("--verifier their_judge:near is named by a file or a checkpoint, and importing their_judge "
+                    f"({theirs / 'their_judge.py'}) runs its Python: read it, then type --trust_functions "
+                    "their_judge:near")
     assert not (tmp_path / "it ran").exists() and not (tmp_path / "runs").exists()
 
     assert train.main([*words, "--trust_functions", "their_judge:near"]) == 0
@@ -83,6 +85,69 @@ def test_a_checkpoint_s_verifier_is_imported_only_where_it_is_typed(theirs, tiny
     assert (tmp_path / "it ran").exists()
 
 
+@pytest.fixture
+def elsewhere(theirs, tiny_host, tmp_path, monkeypatch, capsys) -> list[str]:
+    """The words that evaluate a run judged by a function of the user's own, from another folder, as another process."""
+    on_path = list(sys.path)
+    words = arguments(tiny_host, tmp_path / "runs", *OWN, "--data", "rows.jsonl", "--verifier", "their_judge:near")
+    assert train.main(words) == 0
+    forget()
+    monkeypatch.setattr("sys.path", on_path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    return ["--resume", str(tmp_path / "runs" / "mine"), "--eval_only"]
+
+
+def test_a_run_goes_on_from_any_folder_with_its_own_verifier(elsewhere, theirs, tmp_path, monkeypatch, capsys):
+    on_path = list(sys.path)
+    assert train.main(elsewhere) == 0
+    assert "has changed" not in "".join(capsys.readouterr())
+
+    # On a machine where nothing was typed yet, the folder alone makes nobody trust it.
+    shutil.rmtree(tmp_path / "states")
+    (tmp_path / "it ran").unlink()
+    forget()
+    monkeypatch.setattr("sys.path", list(on_path))
+    assert train.main(elsewhere) == 2
+    (line,) = error_lines(capsys.readouterr().err)
+    assert f"importing their_judge ({theirs / 'their_judge.py'}) runs its Python" in line
+    assert not (tmp_path / "it ran").exists() and str(theirs) not in sys.path
+    assert train.main([*elsewhere, "--trust_functions", "their_judge:near"]) == 0
+
+
+def test_a_verifier_that_is_gone_is_told_with_its_folder(elsewhere, theirs, tmp_path, capsys):
+    (theirs / "their_judge.py").rename(tmp_path / "their_judge.py")
+    for more in ([], ["--trust_functions", "their_judge:near"]):
+        assert train.main([*elsewhere, *more]) == 2
+        (line,) = error_lines(capsys.readouterr().err)
+        assert line.startswith(f"--verifier their_judge:near: there is no their_judge in {theirs}, where it was when ")
+
+
+def test_a_verifier_of_other_bytes_is_told(elsewhere, theirs, capsys):
+    path = theirs / "their_judge.py"
+    path.write_text(path.read_text(encoding="utf-8").replace("return answer == entry['answer']", "return 1.0"),
+                    encoding="utf-8")
+    assert train.main(elsewhere) == 0
+    told = "WARNING: their_judge:near has changed since the checkpoint (their_judge.py: sha256 "
+    assert "".join(capsys.readouterr()).count(told) == 1
+    forget()
+    depth_curve.main([elsewhere[1], "--segments", "1", "--device", "cpu"])
+    assert "".join(capsys.readouterr()).count(told) == 1
+
+
+def test_a_package_of_the_users_is_found_by_the_folder_around_it(theirs, tmp_path, monkeypatch):
+    os.makedirs("their_pack/inner")
+    for place in ("their_pack/__init__.py", "their_pack/inner/__init__.py"):
+        Path(place).write_text("", encoding="utf-8")
+    Path("their_pack/inner/judge.py").write_text("def f(answer, entry): return 1.0\n", encoding="utf-8")
+    type_in(["their_pack.inner.judge:f"])
+    verifier_of("their_pack.inner.judge:f")
+    record = function_record(["their_pack.inner.judge:f"])["their_pack.inner.judge:f"]
+    assert record["folder"] == str(theirs)
+    assert list(record["files"]) == [str(theirs / "their_pack" / "inner" / "judge.py")]
+
+
 def test_a_file_s_reward_is_imported_only_where_it_is_typed(theirs, tiny_host, tmp_path, capsys):
     assert train.main(arguments(tiny_host, tmp_path / "runs", *OWN, "--data", "rows.jsonl")) == 0
     stages = {"task": {"epochs": 1, "size": 4, "eval_n": 4, "rewards": {"verifier": 1.0, "their_judge:short": 0.5}}}
@@ -96,6 +161,8 @@ def test_a_file_s_reward_is_imported_only_where_it_is_typed(theirs, tiny_host, t
 
     assert train.main([*words, "--trust_functions", "their_judge:short"]) == 0
     assert (tmp_path / "it ran").exists()
+    kept = json.loads((newest(tmp_path / "runs" / "mine") / "own_data.json").read_text(encoding="utf-8"))
+    assert kept["functions"]["their_judge:short"]["folder"] == str(theirs)
 
 
 def test_what_was_typed_counts_for_the_module_that_lay_there(theirs, tmp_path, monkeypatch):
