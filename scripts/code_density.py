@@ -15,7 +15,6 @@ sum of everything measured, those of lengths for each function, class and module
 
 from __future__ import annotations
 
-import argparse
 import ast
 import io
 import sys
@@ -25,6 +24,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from script_tools import ScriptParser  # noqa: E402
+
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LEFT_OUT = {"tests", "findings", "examples"}
@@ -251,7 +254,7 @@ def counted(places: list[Path], by_file: bool) -> list[tuple[str, Counts]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; with --check, returns 1 where a limit is passed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(__doc__)
     parser.add_argument("places", nargs="*", type=Path, help="files or folders (default: the repository)")
     parser.add_argument("--by_file", action="store_true", help="one line for each file")
     parser.add_argument("--check", action="store_true", help="exit status 1 where a limit is passed")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from engine.batches import IGNORE  # noqa: E402
 from engine.checkpoints import read_checkpoint, write_checkpoint  # noqa: E402
@@ -32,6 +32,7 @@ from engine.files import read_json, write_text_aside  # noqa: E402
 from engine.optimizer_state import pack_optimizer, unpack_optimizer  # noqa: E402
 from engine.progress import Progress  # noqa: E402
 from reasoning_gym_wrapper import EVAL_SEED, Reserve, Task, make_tasks, train_seed  # noqa: E402
+from script_tools import ScriptParser  # noqa: E402
 
 # Short prompts, fast to draw, gold answers, stable under PYTHONHASHSEED, and no scorer or item that executes code.
 TASKS = """
@@ -63,7 +64,7 @@ SPLIT = r" ?\p{L}{2,}|\p{L}|\p{N}|\s|[^\s\p{L}\p{N}]"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Exits with status 2 and one line for a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "assets" / "tiny_host")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma list; the default is the shipped host's list")
     parser.add_argument("--documents", type=int, default=2000, help="documents per task")

@@ -11,11 +11,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """An argument parser that takes `--max-seq-len` and `--max_seq_len` alike; the help shows underscores."""
+    """An argument parser that takes `--max-seq-len` and `--max_seq_len` alike; the help shows underscores.
+
+    A mistake is one line.
+    """
 
     def __init__(self, description: str | None):
         super().__init__(
@@ -26,6 +29,10 @@ class ScriptParser(argparse.ArgumentParser):
         """As argparse's; `parse_args` calls it."""
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([_underscored(word) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2 and the mistake in one line, without the usage text."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def add_spread_flags(parser: argparse.ArgumentParser) -> None:
