@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -230,9 +231,30 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name} {value} is not legal: expected {least} or more")
+    if args.include_path and not args.include_path.is_dir():
+        parser.error(f"--include_path {args.include_path} is no folder: give the folder of your task files")
     if args.bare and args.compare:
         parser.error("--bare and --compare are both given: keep one")
     return args
+
+
+def chosen_tasks(text: str, manager: Any) -> list[str]:
+    """The harness's tasks that a comma list names; a name may be a pattern, such as `mmlu_*`.
+
+    Raises:
+        ValueError: one line: a name that is no task of `manager`, the harness's `TaskManager`.
+    """
+    chosen: list[str] = []
+    for name in filter(None, map(str.strip, text.split(","))):
+        tasks = manager.match_tasks([name])
+        if not tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks)
+            hint = f"the nearest names are {', '.join(near)}" if near else "list them by: lm_eval ls tasks"
+            raise ValueError(f"--tasks {name} is no task of the harness: {hint}; --include_path adds your own")
+        chosen += tasks
+    if not chosen:
+        raise ValueError(f"--tasks {text!r} names no task: list them by: lm_eval ls tasks")
+    return chosen
 
 
 def measured(args: argparse.Namespace, bare: bool) -> dict[str, dict[str, Any]]:
@@ -240,13 +262,15 @@ def measured(args: argparse.Namespace, bare: bool) -> dict[str, dict[str, Any]]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
+    # A misspelt task is told before the LLM loads.
+    manager = TaskManager(include_path=str(args.include_path) if args.include_path else None)
+    tasks = chosen_tasks(args.tasks, manager)
     spread = spread_of(args)
     model = HRMEvalModel(args.run, int(bare), args.frame, args.batch_size, args.device,
                          trust_remote_code=args.trust_remote_code, device_map=spread.device_map,
                          max_memory=spread.max_memory)
-    manager = TaskManager(include_path=str(args.include_path) if args.include_path else None)
     results = lm_eval.simple_evaluate(
-        model, tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.num_fewshot, task_manager=manager,
+        model, tasks=tasks, limit=args.limit, num_fewshot=args.num_fewshot, task_manager=manager,
         apply_chat_template=args.chat, log_samples=False, bootstrap_iters=1000,
     )
     return results["results"]

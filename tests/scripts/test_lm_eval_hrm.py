@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import lm_eval_hrm
 import train
 from engine.files import json_lines
+from script_tools import run_script
 from tiny_runs import arguments, records
 
 HARNESS = lm_eval_hrm.register_model is not None
@@ -24,6 +26,30 @@ def test_a_missing_package_is_one_line(capsys):
         lm_eval_hrm.main(["runs/NAME", "--tasks", "gsm8k"])
     assert left.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("not installed; run: pip install lm-eval")
+
+
+class Tasks:
+    """As much of the harness's `TaskManager` as names are looked up in."""
+
+    all_tasks = ["gsm8k", "hellaswag", "mmlu_law", "mmlu_virology"]
+
+    def match_tasks(self, names):
+        return [task for task in self.all_tasks if any(fnmatch.fnmatch(task, name) for name in names)]
+
+
+def test_names_of_tasks_are_looked_up_before_anything_loads():
+    assert lm_eval_hrm.chosen_tasks("gsm8k, mmlu_*", Tasks()) == ["gsm8k", "mmlu_law", "mmlu_virology"]
+    told = {"nosuchtask": "list them by: lm_eval ls", "gsm8k,gsm8": "nearest names are gsm8k", ",": "names no task"}
+    for text, words in told.items():
+        with pytest.raises(ValueError, match=f"^--tasks .* .*{words}"):
+            lm_eval_hrm.chosen_tasks(text, Tasks())
+
+
+@needs_harness
+def test_an_unknown_task_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lm_eval_hrm.py", "runs/NAME", "--tasks", "nosuchtask"])
+    assert run_script(lm_eval_hrm.main) == 2
+    assert capsys.readouterr().err.startswith("lm_eval_hrm.py: error: --tasks nosuchtask is no task of the harness: ")
 
 
 def test_an_answer_is_cut_at_the_first_stop():
