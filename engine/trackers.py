@@ -49,7 +49,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def start_tracker(name: str, folder: Path, config: dict[str, Any], after: int | None) -> GeneralTracker:
     """A tracker at work; `log(numbers, step=)` and `finish()` are its own.
 
-    Its package is imported here, so only when asked for. `Accelerator.init_trackers` is left out: it gives all trackers
+    Its package is imported here, so only when asked for. accelerate's trackers need its state of the process, which
+    `start_machine` makes. `Accelerator.init_trackers` is left out: it gives all trackers
     one project name, which would move tensorboard's folder, and `end_training` takes the process group away from the
     stages and the suite that follow.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+from accelerate import PartialState
 
 from engine import trackers
 from engine.logs import RunLog
@@ -12,6 +13,12 @@ from engine.report import metric_row, prediction_line, stamped
 
 TASK = "mine+x"
 HOSTILE = "a | b <script> *c*\nd"
+
+
+@pytest.fixture(autouse=True)
+def started_process():
+    """accelerate's state of the process, which every run has from `start_machine` before its trackers open."""
+    PartialState(cpu=True)
 
 
 def evaluate(log: RunLog, step: int, count: int = 30) -> None:
