@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from engine.checkpoints import FOLDER, checkpoint_folders, damage_of, newest_checkpoint
 from engine.limits import Warmup
 from engine.machine import Machine, run_folder
+from engine.patience import patience_warning
 from engine.resume import written_and_name
 from engine.system import Facts, LoopConfig
 
@@ -83,8 +84,11 @@ def introduce(config: LoopConfig, machine: Machine, facts: Facts, warmup: Warmup
         line += f", from step {step}"
     machine.say(line)
 
-    warning = warmup.warning(config)
-    if warning and not config.eval_only:
-        machine.say(warning)
+    warnings = [warmup.warning(config)]
+    if "patience" in config.explicit:
+        warnings.append(patience_warning(config.patience, config.eval_every, warmup.limits.total_steps))
+    for warning in filter(None, warnings):
+        if not config.eval_only:
+            machine.say(warning)
     if machine.world > 1:
         machine.say(f"{machine.world} processes, {config.batch_size * machine.world} examples a batch")

@@ -32,6 +32,19 @@ class PatienceConfig:
     patience_grace_steps: int = 0
 
 
+def patience_warning(patience: int, eval_every: int, total_steps: int | None) -> str | None:
+    """What to say where a run of `total_steps` (None = nobody knows) is too short for patience to end it."""
+    if not patience or not eval_every or not total_steps:
+        return None
+
+    # The first evaluation is what the next ones are compared with; the last step ends the run by itself.
+    amid = (total_steps - 1) // eval_every
+    if amid > patience:
+        return None
+    return (f"WARNING: --patience {patience} needs {patience + 1} evaluations amid training, and --eval_every "
+            f"{eval_every} gives {amid} in {total_steps} steps: it cannot end this run; lower --eval_every")
+
+
 class Patience:
     """Counts the evaluations amid training. A checkpoint keeps the count (`document`)."""
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from engine.patience import Patience, PatienceConfig
+from engine.patience import Patience, PatienceConfig, patience_warning
 from engine.report import Report
 
 NAN = float("nan")
@@ -60,3 +60,12 @@ def test_the_hybrids_count_of_before_goes_on():
     patience.restore({}, {"evaluated": 6, "validation_loss": 2.0, "rises": 2})
     patience.update(7, Report([], [], "", loss=2.5))
     assert patience.ended() == "the validation loss rose 3 times in a row (--patience 3)"
+
+
+@pytest.mark.parametrize(("patience", "eval_every", "steps", "amid"), [(1, 380, 2, 0), (1, 10, 20, 1), (3, 10, 40, 3)])
+def test_a_run_too_short_for_patience_is_told(patience, eval_every, steps, amid):
+    line = patience_warning(patience, eval_every, steps)
+    assert line.startswith(f"WARNING: --patience {patience} needs {patience + 1} evaluations amid training, and")
+    assert f"--eval_every {eval_every} gives {amid} in {steps} steps" in line
+    assert patience_warning(patience, eval_every, (patience + 1) * eval_every + 1) is None
+    assert patience_warning(0, eval_every, steps) is patience_warning(patience, 0, steps) is None
