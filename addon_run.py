@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import set_seed
 
@@ -27,6 +26,7 @@ from addon.hooks import AddonHooks
 from addon.host_dtype import host_parameters, pick_dtype
 from addon.items import AddonData, AddonDataConfig
 from addon.large import SizeConfig, size_warnings
+from addon.llm_check import check_llm, idle_template, llm_config
 from addon.param_matching import check_size
 from addon.peft_files import library_of
 from addon.retain import RetainConfig, Retained, retain_problems
@@ -40,10 +40,10 @@ from engine.report import Card
 from engine.sharding import ShardConfig, check_sharding, shard_text, sharding_asked
 from engine.system import Evaluator, Facts, LoopConfig
 from evaluation import Decoding
-from host import HostConfig, load_config, load_tokenizer
+from host import HostConfig, load_tokenizer
 from model import AdapterConfig, AdapterController, HRMAddonConfig
 from own_tasks.choice import own_problems, steps_problems, tasks_with_own
-from own_tasks.record import changes, document_of, plugin_problems, read_record
+from own_tasks.record import changes, data_before, document_of, plugin_problems, read_record
 from own_tasks.table import OwnDataConfig
 from own_tasks.task import OwnTask, name_of_data
 from own_tasks.trusted import functions_of
@@ -68,17 +68,23 @@ def task_names(opts: argparse.Namespace) -> list[str]:
     return [] if opts.data else default_tasks()
 
 
-def all_names(opts: argparse.Namespace) -> list[str]:
+def all_names(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[str]:
     """The names of the chosen tasks, own data among them, which need not be there any more."""
     names = task_names(opts)
     if opts.data:
-        names.append(name_of_data(opts.data))
+        before = data_before(checkpoint)
+        names.append(before[1] if before else name_of_data(opts.data))
     return names
 
 
-def chosen_tasks(opts: argparse.Namespace) -> list[Task | OwnTask]:
+def own_config(opts: argparse.Namespace, checkpoint: Path | None) -> OwnDataConfig:
+    """The own data that the flags describe; the rows of the checkpoint that the run goes on from keep their name."""
+    return options.part(OwnDataConfig, opts, before=data_before(checkpoint))
+
+
+def chosen_tasks(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[Task | OwnTask]:
     """The tasks that the flags describe, own data among them. Raises ValueError."""
-    own = options.part(OwnDataConfig, opts)
+    own = own_config(opts, checkpoint)
     return tasks_with_own(task_names(opts), task_config(opts), own, options.part(JudgeConfig, opts))
 
 
@@ -107,7 +113,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
 
     # A task that only evaluates need not have gold answers.
     lines = task_problems(chosen, task_config(opts), opts.allow_code_tasks, not opts.eval_only)
-    own = options.part(OwnDataConfig, opts)
+    own = own_config(opts, checkpoint)
     limits = options.part(JudgeConfig, opts)
     is_fixed = not opts.train_n and (opts.epochs > 0 or opts.cache_hidden != "off")
     lines += own_problems(chosen, own, opts.mix, opts.eval_n, not opts.eval_only, limits, is_fixed)
@@ -119,6 +125,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     lines += bare_problems(chosen, opts.few_shot)
     lines += errors_of(header_text, opts.system_header)
     lines += errors_of(template_values, opts.chat_template_kwargs)
+    lines += idle_template(opts)
     if opts.chat_template and checkpoint is None:
         lines += errors_of(template_text, opts.chat_template)
     if not opts.eval_only:
@@ -131,7 +138,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
         lines += errors_of(check_sharding, options.part(ShardConfig, opts), pick_device(opts.device))
     if not lines:
         lines += errors_of(check_spread, options.part(SpreadConfig, opts), pick_device(opts.device))
-    lines += errors_of(_check_host, opts)
+    lines += errors_of(check_llm, opts)
     if lines:
         return lines
     return errors_of(check_size, options.part(HostConfig, opts), adapter_config(opts), opts.max_seq_len)
@@ -146,39 +153,6 @@ def reserve_problems(opts: argparse.Namespace) -> list[str]:
     config = opts.reserve_config or task_config(opts)
     problems = task_problems(options.names(opts.reserve_tasks), config, opts.allow_code_tasks, False)
     return [f"--reserve_tasks: {line}" for line in problems]
-
-
-def llm_config(opts: argparse.Namespace) -> Any:
-    """The LLM's config, without its weights where the run never loads them. Raises ValueError (HostError)."""
-    needs_weights = not without_llm(options.part(CacheUseConfig, opts))
-    return load_config(opts.model_name, opts.trust_remote_code, opts.revision, needs_weights)
-
-
-def _check_host(opts: argparse.Namespace) -> None:
-    """Raises ValueError for an LLM that cannot be read, or has too few layers or positions for the flags."""
-    config = llm_config(opts).get_text_config()
-    if opts.lora_layers > config.num_hidden_layers:  # a lower number may still be too high, see `host.lora_layers`
-        raise ValueError(
-            f"--lora_layers {opts.lora_layers}: {opts.model_name} has only {config.num_hidden_layers} layers"
-        )
-
-    # Families without a table of positions take any length. Prompt tuning's virtual tokens stand before the prompt.
-    positions = getattr(config, "max_position_embeddings", None)
-    if not positions or positions < 0:
-        positions = opts.max_seq_len
-    virtual = 0
-    if opts.adapter == "prompt":
-        virtual = opts.virtual_tokens
-    if opts.max_seq_len + virtual > positions and virtual:
-        raise ValueError(
-            f"--max_seq_len {opts.max_seq_len} and --virtual_tokens {virtual} are more than the {positions} positions "
-            f"of {opts.model_name}: lower one"
-        )
-
-    if opts.max_seq_len > positions:
-        raise ValueError(
-            f"--max_seq_len {opts.max_seq_len} is more than the {positions} positions of {opts.model_name}: lower it"
-        )
 
 
 class AddonRun:
@@ -205,7 +179,7 @@ class AddonRun:
         for text in filter(None, (line, note)):
             self.machine.say(text)
         limits = options.part(JudgeConfig, opts)
-        own = options.part(OwnDataConfig, opts)
+        own = own_config(opts, checkpoint)
         data_config = options.part(AddonDataConfig, opts, tasks=task_names(opts), own=own, limits=limits)
         self.plugin = load_plugin(opts.plugin) if opts.plugin else None
         self.data = AddonData(

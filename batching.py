@@ -6,7 +6,7 @@ padding: no pad ever stands between a prompt and its answer. Shapes: B batch, S 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -21,6 +21,7 @@ from tasks.steps import steps_of
 from text_data.frames import PLAIN_CUE as PLAIN_CUE
 from text_data.frames import Frame, Guard, anchors_of, continuation_ids, give_template, render_frame
 
+SHOWN = 5  # rows that are too long are named one by one up to so many
 NO_LIMIT = 2**31  # segments of an item whose task does not say how many steps it needs
 
 
@@ -148,7 +149,7 @@ class PromptFormat:
         """Today's frame, with the template that the flags give. Raises ValueError as `__init__`."""
         config = self.config
         give_template(self.tokenizer, config.chat_template, config.chat_template_kwargs)
-        frame = render_frame(self.tokenizer, config.prompt_style, config.system_header)
+        frame = render_frame(self.tokenizer, config.prompt_style, config.system_header, config.chat_template)
         if config.chat_template or config.chat_template_kwargs:
             return replace(frame, template=self.tokenizer.chat_template)
         return frame
@@ -288,15 +289,17 @@ class PromptFormat:
             ValueError: with `overlong="error"` when some are longer, or when none is left.
         """
         lengths = self.lengths(examples)
-        kept = []
+        kept: list[Example] = []
+        longer: list[Example] = []
         for example, length in zip(examples, lengths, strict=True):
-            if length <= self.max_seq_len:
-                kept.append(example)
-        dropped = len(examples) - len(kept)
-        if dropped and (overlong == "error" or not kept):
+            (kept if length <= self.max_seq_len else longer).append(example)
+
+        if longer and (overlong == "error" or not kept):
+            places = places_of(longer)
+            places = places and f"; {places}"
             raise ValueError(
-                f"{dropped} of {len(examples)} {what} examples are longer than --max_seq_len {self.max_seq_len} tokens "
-                f"(the longest has {max(lengths)}): raise it, or leave them out with --overlong drop"
+                f"{len(longer)} of {len(examples)} {what} examples are longer than --max_seq_len {self.max_seq_len} "
+                f"tokens (the longest has {max(lengths)}{places}): raise it, or leave them out with --overlong drop"
             )
         return kept
 
@@ -310,6 +313,15 @@ class PromptFormat:
         # Pads are no targets; an end of sequence that serves as pad elsewhere still is one where it ends an answer.
         labels = target_ids.masked_fill(target_mask == 0, IGNORE)
         return Batch(prompt_ids, prompt_mask, target_ids, labels, list(examples))
+
+
+def places_of(examples: Iterable[Example]) -> str:
+    """Where the first rows of own data among the examples stand, file and line; "" where there are none."""
+    places = [example.entry.get("metadata", {}).get("place") for example in examples]
+    known = [place for place in places if place]
+
+    more = len(known) - SHOWN
+    return ", ".join(known[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.frozen import keep_as_packed, keep_fast
-from engine.gguf import SUFFIX, folder_of
+from engine.gguf import SUFFIX, folder_of, no_place
 from engine.past_tokens import UnfitError, check_cache
 from engine.placement import ONE_DEVICE, SpreadConfig, device_of, keep_offloaded, quantisation, real_tensor, spreading
 from text_data.tokenizer import read_whole
@@ -103,6 +103,8 @@ def _one_line(error: Exception) -> str:
 
 def _no_host(name: str, error: Exception) -> HostError:
     """The message for a name that is neither a folder nor on the hub."""
+    if no_place(name):
+        return HostError(f"--model_name {name}: {no_place(name)}")
     reason = type(error).__name__
     if str(error).strip():
         reason = str(error).strip().splitlines()[0][:160]
@@ -163,7 +165,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - as in `load_config`
-        raise HostError(f"--model_name {name}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+        reason = "" if Path(resolve_name(name)).is_dir() else no_place(name)
+        reason = reason or f"its tokenizer cannot be loaded: {_one_line(error)}"
+        raise HostError(f"--model_name {name}: {reason}") from error
     tokenizer.padding_side = "left"
 
     # A file may carry a length to cut to, and padding, from its use elsewhere.

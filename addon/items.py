@@ -11,7 +11,7 @@ from addon.curriculum import ENOUGH, Curriculum, CurriculumConfig
 from addon.draws import DrawProgress, Draws, agreed
 from addon.streams import EpochStream, TrainStream, training_examples
 from addon.train_batches import TrainBatches
-from batching import Batch, PromptFormat
+from batching import Batch, PromptFormat, places_of
 from engine.machine import Machine
 from engine.progress import clock_text
 from evaluation import answer_budget
@@ -208,7 +208,7 @@ class AddonData:
 
     def fitting(self, examples: list[Example], what: str = "evaluation") -> list[Example]:
         """The items that are short enough. Raises ValueError where --overlong error forbids to drop any."""
-        return self.format.fitting(examples, self.config.overlong, what)
+        return fitting_rows(self.format, examples, self.config.overlong, what, self.machine)
 
     def _stream(self) -> TrainStream | EpochStream:
         """The training items. Those without end are probed for length before anything is trained."""
@@ -220,6 +220,7 @@ class AddonData:
         weights = mix_weights(config.mix, [task.name for task in self.tasks])
         stream = training_examples(self.tasks, self.reserve, config.seed, config.train_n, weights)
         if isinstance(stream, EpochStream):
+            tell_of_few_rows(self.tasks, config.train_n, len(stream.examples), self.machine)
             stream.examples = self.fitting(stream.examples, "training")
             return stream
 
@@ -333,3 +334,25 @@ class AddonData:
             for example in batch.examples:
                 described.append({"task": example.task, "question": example.question, "target": example.target})
         return described
+
+
+def tell_of_few_rows(tasks: Sequence[Task], n: int, rows: int, machine: Machine) -> None:
+    """Says where --train_n asks for more than the `rows` that own data have to train on."""
+    is_own = len(tasks) == 1 and isinstance(tasks[0], OwnTask) and tasks[0].is_fixed
+
+    if is_own and rows < n:
+        machine.say(f"WARNING: --train_n {n}: {tasks[0].name} has {rows} rows to train on, and trains on all of them")
+
+
+def fitting_rows(
+    prompt_format: PromptFormat, examples: list[Example], overlong: str, what: str, machine: Machine
+) -> list[Example]:
+    """As `PromptFormat.fitting`; says which rows of own data are left out."""
+    kept = prompt_format.fitting(examples, overlong, what)
+    short = {id(example) for example in kept}
+    places = places_of(example for example in examples if id(example) not in short)
+
+    if places:
+        machine.say(f"WARNING: {len(examples) - len(kept)} of {len(examples)} {what} examples are longer than "
+                    f"--max_seq_len {prompt_format.max_seq_len} tokens and left out, among them {places}")
+    return kept

@@ -6,7 +6,7 @@ import random
 from dataclasses import asdict
 from typing import Any
 
-from batching import Batch, PromptFormat
+from batching import Batch, PromptFormat, places_of
 from engine.batches import Padding, token_batches
 from engine.stopping import drawn
 from reasoning_gym_wrapper import Example
@@ -120,9 +120,11 @@ class TrainBatches:
         limit = self.format.max_seq_len
         lengths = self.format.lengths(drawn)
         if self.overlong == "error" and max(lengths) > limit:
+            longest = drawn[lengths.index(max(lengths))]
+            place = places_of([longest])
             raise ValueError(
-                f"a training example of {max(lengths)} tokens is longer than --max_seq_len {limit}: raise it, or leave "
-                "such items out with --overlong drop"
+                f"a training example of {max(lengths)} tokens{place and f' ({place})'} is longer than --max_seq_len "
+                f"{limit}: raise it, or leave such items out with --overlong drop"
             )
         return [example for example, length in zip(drawn, lengths, strict=True) if length <= limit]
 

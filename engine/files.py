@@ -197,7 +197,7 @@ def write_text_aside(path: Path, text: str, flag: str = "--save_dir") -> None:
 
 def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
     """One line for the user: a file is no text."""
-    return f"{path} is not UTF-8 text (line {line}: {error.reason}): convert it"
+    return f"{path} is not UTF-8 text (line {line}: {error.reason}): save it as UTF-8"
 
 
 def holds_nul(path: Path, line: int) -> str:
@@ -274,7 +274,7 @@ def json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at character {error.colno}"
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8: {error.reason}"
+        return f"it is not UTF-8, {error.reason}: save it as UTF-8"
     return reason_of(error)
 
 

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,18 @@ from pathlib import Path
 from engine.locks import locked
 
 SUFFIX = ".gguf"
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MARK = ".converting-"  # begins the names of unfinished folders
+
+
+def no_place(name: str) -> str:
+    """What to say of a name that is no folder here and cannot be one of the hub either; "" where it can be one."""
+    if name.endswith(SUFFIX):
+        return "there is no such GGUF file: check the path"
+    if not HUB_NAME.fullmatch(name):
+        return "there is no such folder, and a name of the hub is OWNER/NAME: check the path"
+
+    return ""
 
 
 def is_gguf(path: Path) -> bool:

@@ -41,6 +41,7 @@ def patience_warning(patience: int, eval_every: int, total_steps: int | None) ->
     amid = (total_steps - 1) // eval_every
     if amid > patience:
         return None
+
     return (f"WARNING: --patience {patience} needs {patience + 1} evaluations amid training, and --eval_every "
             f"{eval_every} gives {amid} in {total_steps} steps: it cannot end this run; lower --eval_every")
 

@@ -31,6 +31,7 @@ from engine.system import LoopConfig
 
 STATE = "training_state"  # stem of the file that training goes on from
 CONFIG = "config.resolved.yaml"
+OWN_DATA = "own_data.json"  # what own_tasks/record.py keeps of the user's own data
 # What a position in the training items depends on.
 DATA = (
     *("task", "tasks", "task_config", "train_n", "dataset", "seed"),
@@ -182,13 +183,24 @@ def load_run(folder: Path, config: LoopConfig, trainer: BaseTrainer) -> Restored
 
     # A position in other items than these would mean nothing.
     notes = []
-    if any(config.flags[name] != value for name, value in flags.items() if name in DATA):
+    places = _same_bytes(saved.documents, trainer.documents())
+    if any(config.flags[name] != value for name, value in flags.items() if name in DATA and name not in places):
         state.stream = {}
         notes.append("the training items are not those of the checkpoint: they begin anew")
 
     _restore_training(trainer, saved.tensors[STATE], document)
     notes += unpack_rng(saved.tensors[STATE], document["rng"])
     return Restored(state, flags, notes)
+
+
+def _same_bytes(before: Mapping[str, str], now: Mapping[str, str]) -> set[str]:
+    """The flags of own data that name the bytes that they named when the checkpoint was written, wherever they lie."""
+    digests = []
+    for documents in (before, now):
+        record = json.loads(documents.get(OWN_DATA, "{}"))
+        digests.append({source["flag"][2:]: source["sha256"] for source in record.get("data", {}).get("sources", [])})
+
+    return {name for name, digest in digests[0].items() if digests[1].get(name) == digest}
 
 
 def peek(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

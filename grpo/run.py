@@ -40,7 +40,7 @@ def problems(opts: argparse.Namespace, checkpoint: Path | None = None) -> list[s
     if checkpoint is None:
         return ["--arch addon --objective grpo needs --resume CHECKPOINT, one trained with --objective ce", *lines]
     try:
-        tasks = addon_run.chosen_tasks(opts)
+        tasks = addon_run.chosen_tasks(opts, checkpoint)
     except ValueError:  # what is wrong with the tasks is among the lines
         return lines
     return lines + stages_of(options.part(StagesConfig, opts), tasks)[1]

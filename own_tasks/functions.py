@@ -32,11 +32,13 @@ def imported(text: str, flag: str) -> FunctionType:
     if package in sys.stdlib_module_names:
         raise ValueError(f"{flag} {text} names a module of Python itself: name a function of your own")
 
+    # Where it lies is found without running it.
     place = place_of(text)
     before = folder_before(text)
     if place is None and before:
         raise ValueError(f"{flag} {text}: there is no {package} in {before}, where it was when the checkpoint was "
                          "written: put it back, run from the folder that holds it now, or put that on PYTHONPATH")
+
     line = refusal(text, flag)
     if line:
         raise ValueError(line)
@@ -57,15 +59,22 @@ def imported(text: str, flag: str) -> FunctionType:
             "PYTHONPATH"
         ) from error
 
-    function = getattr(module, name, None)
-    if not isinstance(function, FunctionType):
-        what = "no function"
-        if function is not None:
-            what = f"{type(function).__name__}, no function,"
-        raise ValueError(f"{flag} {text}: {module_name} has {what} of the name {name}")
+    function = _function_of(module, name, f"{flag} {text}")
     remember(text)
     _FILES[text] = _record_of(module, function, place or "")
     return function
+
+
+def _function_of(module: ModuleType, name: str, where: str) -> FunctionType:
+    """The function of that name. Raises ValueError, which begins with `where`, for what was not written in Python."""
+    function = getattr(module, name, None)
+    if isinstance(function, FunctionType):
+        return function
+
+    what = "no function"
+    if function is not None:
+        what = f"{type(function).__name__}, no function,"
+    raise ValueError(f"{where}: {module.__name__} has {what} of the name {name}")
 
 
 # --- what a checkpoint keeps ------------------------------------------------------------------------------------------
@@ -86,12 +95,14 @@ def changed_functions(record: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each function of a checkpoint's `function_record` whose files are others now."""
     lines = []
     for text, now in _FILES.items():
-        # Files that only lie elsewhere now are still the same.
         if text not in record:
             continue
+
+        # Files that only lie elsewhere now are still the same.
         before = record[text]["files"]
         old = sorted(set(before.values()) - set(now["files"].values()))
         new = sorted(set(now["files"].values()) - set(before.values()))
+
         if old or new:
             names = ", ".join(sorted({Path(path).name for path, digest in now["files"].items() if digest in new}))
             shas = [digests[0][:12] if digests else "none" for digests in (old, new)]
@@ -107,4 +118,5 @@ def _record_of(module: ModuleType, function: FunctionType, place: str) -> dict[s
         path = inspect.getsourcefile(owner)
         if path and os.path.isfile(path):
             files[str(Path(path).resolve())] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
     return {"folder": folder_of(place), "files": files}

@@ -9,11 +9,10 @@ from typing import Any
 
 from engine.checkpoints import read_checkpoint
 from engine.machine import errors_of
+from engine.state import OWN_DATA
 from own_tasks.functions import changed_functions, folders_in, function_record
 from own_tasks.task import OwnTask
 from tasks.plugins import Plugin, load_plugin
-
-OWN_DATA = "own_data.json"
 
 
 def document_of(task: OwnTask | None, plugin: Plugin | None, functions: Sequence[str] = ()) -> dict[str, str]:
@@ -45,6 +44,16 @@ def read_record(checkpoint: Path | None) -> dict[str, Any]:
         return dict(json.loads(read_checkpoint(checkpoint, stems=[]).documents.get(OWN_DATA, "{}")))
     except (ValueError, TypeError, OSError):
         return {}
+
+
+def data_before(checkpoint: Path | None) -> tuple[str, str] | None:
+    """(SHA-256, name of the task) of the data that the checkpoint was trained on; None where it has none."""
+    data = read_record(checkpoint).get("data", {})
+    for source in data.get("sources", []):
+        if source["flag"] == "--data":
+            return source["sha256"], data["task"]
+
+    return None
 
 
 def folders_before(checkpoint: Path | None) -> dict[str, str]:

@@ -212,6 +212,8 @@ def _by_datasets(source: Source, text_fields: Sequence[str]) -> Iterator[Row]:
     try:
         for value in _open(source, text_fields):
             number += 1
+            if any("\0" in name for name in value):
+                raise UnicodeError("its header holds NUL characters")
             if _SHIFTED in value:
                 raise ValueError("a row has more cells than the header has names: quote cells that hold the delimiter")
             yield Row(f"row {number}", value)
@@ -228,6 +230,8 @@ def _trouble(source: Source, error: Exception, number: int) -> str:
         return f"is no file here, and as a data set of the hub it cannot be read ({reason}): check the name"
     if type(error).__name__ in ("EmptyDataError", "EmptyDatasetError"):
         return f"holds no rows: expected {FORMS}"
+    if isinstance(error, UnicodeError) or isinstance(error.__cause__, UnicodeError):
+        return f"is no UTF-8 text ({reason}): save it as UTF-8"
     if number:
         return f"cannot be read behind row {number}: {reason}"
     return f"cannot be read: {reason}"

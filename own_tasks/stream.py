@@ -42,7 +42,7 @@ class StreamedTask(OwnTask):
 
     def notes(self) -> list[str]:
         """As of `OwnTask`, of the rows that were looked at, and how the others are read."""
-        lines = []
+        lines = self.name_notes()
         for table in self.tables:
             lines += table.notes()
 
@@ -87,9 +87,10 @@ class StreamedTask(OwnTask):
         """Every row that can be used. Raises ValueError where the source cannot be read."""
         for row in rows_of(self.table.source, self.own.fields):
             try:
-                yield usable(row, self.own, self.scorer, self.limits.score_timeout_s, {})
+                item = usable(row, self.own, self.scorer, self.limits.score_timeout_s, {})
             except ValueError:
                 continue
+            yield item._replace(place=f"{self.table.source.shown} {item.place}")
 
 
 def for_evaluation(item: Item) -> bool:

@@ -14,11 +14,10 @@ from engine.records import normalise
 from own_tasks.source import Row, Source, fingerprint, rows_of
 from own_tasks.verifiers import Verifier, verifier_of
 from tasks.limits import USUAL, JudgeConfig
-from text_data.row_fields import answer_text, content_text, prompt_text
+from text_data.row_fields import answer_text, chat_texts, prompt_text
 from verify.judge import scored
 
 SHOWN = 5  # rows that cannot be used are named one by one up to so many
-ROLES = {"human": "user", "gpt": "assistant"}  # other names of the roles of a chat
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class OwnDataConfig:
     messages_field: name of the field that holds a chat, in place of these two; None = none.
     eval_data: as data, for evaluation alone; None = some questions of data are held out.
     verifier: how an answer is judged, see `verifiers`.
+    before: no flag: (SHA-256, name of the task) of a checkpoint's data; the same bytes keep the name wherever they lie.
     """
 
     data: str | None = None
@@ -38,6 +38,7 @@ class OwnDataConfig:
     messages_field: str | None = None
     eval_data: str | None = None
     verifier: str = "exact"
+    before: tuple[str, str] | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ class OwnDataConfig:
 
 
 class Item(NamedTuple):
-    """A row that can be used; `more` has its other fields."""
+    """A row that can be used; `more` has its other fields, `place` the file and the line."""
 
     question: str
     answer: str
@@ -130,7 +131,7 @@ def _read_once(source: Source, config: OwnDataConfig, timeout_s: float, digest: 
             table.differing += answers[question] != item.answer
             continue
         answers[question] = item.answer
-        table.items.append(item)
+        table.items.append(item._replace(place=f"{source.shown} {item.place}"))
 
     _check_table(table, config, fields)
     table.digest = digest or _digest_of(table)
@@ -212,42 +213,6 @@ def _texts(value: Mapping[str, Any], config: OwnDataConfig) -> tuple[str, str]:
     if isinstance(question, int | float) and not isinstance(question, bool):
         question = str(question)
     return prompt_text(question, config.question_field), answer_text(value[config.answer_field], config.answer_field)
-
-
-def chat_texts(value: Any, name: str) -> tuple[str, str]:
-    """(question, answer) of a chat: the last turn of the assistant is the answer, what precedes it the question.
-
-    A question of one user turn is that turn, below what a system turn says. One of more turns names the speaker of
-    each. Turns have `role` and `content`, or `from` and `value`; a chat may be JSON text.
-
-    Raises:
-        ValueError: no chat, or one without an answer; a clause that goes on from the row's place.
-    """
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"has a {name} that is no chat: expected a list of turns with role and content") from None
-    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
-        raise ValueError(f"has a {name} that is no chat: expected a list of turns with role and content")
-
-    # Roles by the names that are usual here.
-    turns = []
-    for turn in value:
-        role = str(turn.get("role", turn.get("from")))
-        turns.append((ROLES.get(role, role), content_text(turn.get("content", turn.get("value")), name)))
-
-    last = max((place for place, (role, _) in enumerate(turns) if role == "assistant"), default=0)
-    if not last:
-        raise ValueError(f"has a {name} without an assistant turn behind a question")
-
-    # Who says what matters only where several speak.
-    before = turns[:last]
-    if sum(role != "system" for role, _ in before) == 1:
-        question = "\n\n".join(text for _, text in before if text)
-    else:
-        question = "\n\n".join(f"{role}: {text}" for role, text in before if text)
-    return question, turns[last][1]
 
 
 def _check_gold(item: Item, verifier: Verifier, timeout_s: float) -> None:

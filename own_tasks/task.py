@@ -46,6 +46,8 @@ class OwnTask:
             raise TaskError(str(error)) from error
 
         self.name = task_name(self.table.source)
+        if config.before and config.before[0] == self.table.digest:
+            self.name = config.before[1]
         self.config = {"data": self.table.digest, "fields": list(config.fields)}  # what its draws are recorded under
 
         # Evaluation first: its questions are never trained on, drawn or not.
@@ -81,7 +83,7 @@ class OwnTask:
 
     def notes(self) -> list[str]:
         """What a user should know before reading its figures, one line each."""
-        lines = []
+        lines = self.name_notes()
         for table in self.tables:
             lines += table.notes()
 
@@ -90,6 +92,14 @@ class OwnTask:
             shown = self.table.source.shown
             lines.append(f"{shown}: {taken} rows ask a question of --eval_data and are not trained on")
         return lines
+
+    def name_notes(self) -> list[str]:
+        """One line where the data keep the name that they had in the checkpoint."""
+        if self.name == task_name(self.table.source):
+            return []
+
+        shown = self.table.source.shown
+        return [f"{shown} has the bytes of the checkpoint's data: the task keeps the name {self.name}"]
 
     def items(self, seed: int, start: int = 0) -> Iterator[tuple[int, Example]]:
         """Endless (index, Example) pairs from index `start`; the same seed and index give the same item."""

@@ -46,11 +46,13 @@ def further_folders(text: str) -> list[str]:
     What is typed is meant as it is found here; what a checkpoint names, as it was there.
     """
     before = folder_before(text)
+
     folders = [os.getcwd()]
     if before and text in _typed:
         folders.append(before)
     elif before:
         folders.insert(0, before)
+
     return folders
 
 
@@ -123,6 +125,7 @@ def folder_of(place: str) -> str:
     path = Path(place.partition(os.pathsep)[0])
     if path.name == "__init__.py":
         return str(path.parent.parent)
+
     return str(path.parent)
 
 
@@ -132,6 +135,7 @@ def _spec(package: str, folders: Iterable[str]) -> ModuleSpec | None:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin:
             return spec
+
     # A module in any of the folders goes before a mere folder of its name.
     return PathFinder.find_spec(package, [*sys.path, *folders])
 

@@ -82,7 +82,7 @@ from host import load_tokenizer  # noqa: E402
 from own_tasks.record import changes, folders_before, missing_plugin, read_record  # noqa: E402
 from own_tasks.task import OwnTask  # noqa: E402
 from own_tasks.trusted import type_in  # noqa: E402
-from reasoning_gym_wrapper import Example, Reserve, task_problems  # noqa: E402
+from reasoning_gym_wrapper import Example, Reserve, Task, task_problems  # noqa: E402
 from script_tools import ScriptParser, add_spread_flags, run_script, spread_of  # noqa: E402
 from tasks.plugins import Plugin, load_plugin  # noqa: E402
 from text_data.trained import trained_in  # noqa: E402
@@ -182,8 +182,9 @@ def load(args: argparse.Namespace) -> tuple[Loaded, options.Options]:
     if note:
         print(note, file=sys.stderr)
 
-    examples, trained = held_out(opts, args, prompt, documents)
-    tell_of_changes(folder, opts, plugin)
+    tasks = chosen_tasks(opts, folder)
+    tell_of_changes(folder, tasks, plugin)
+    examples, trained = held_out(opts, args, prompt, documents, tasks)
     decoding = Decoding(
         opts.decode_temperature,
         opts.decode_top_p,
@@ -212,15 +213,17 @@ def add_plugin(folder: Path, names: list[str], plugin: str | None) -> Plugin | N
     return load_plugin(plugin) if plugin else None
 
 
-def tell_of_changes(folder: Path, opts: options.Options, plugin: Plugin | None) -> None:
+def tell_of_changes(folder: Path, tasks: list[Task | OwnTask], plugin: Plugin | None) -> None:
     """Says which files of the user's own are not what they were when the checkpoint was written."""
-    own = next((task for task in chosen_tasks(opts) if isinstance(task, OwnTask)), None)
+    own = next((task for task in tasks if isinstance(task, OwnTask)), None)
+
     for line in changes(read_record(folder), own, plugin):
         print(line, file=sys.stderr)
 
 
 def held_out(
-    opts: options.Options, args: argparse.Namespace, prompt: PromptFormat, documents: dict[str, str]
+    opts: options.Options, args: argparse.Namespace, prompt: PromptFormat, documents: dict[str, str],
+    tasks: list[Task | OwnTask],
 ) -> tuple[list[Example], dict[str, int]]:
     """Items to measure, and the most steps that each task with that knob is trained on.
 
@@ -235,7 +238,6 @@ def held_out(
     def fitting(examples: list[Example]) -> list[Example]:
         return prompt.fitting(examples, opts.overlong, "evaluation")
 
-    tasks = chosen_tasks(opts)
     as_configured = tasks  # a low level of a curriculum has no room for many steps
     curriculum = None
     if opts.curriculum:

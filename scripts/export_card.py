@@ -337,7 +337,7 @@ def command(source: Source) -> str:
 def _origin(source: Source) -> str:
     """Tasks, seeds and the command."""
     opts = source.opts
-    names = ", ".join(all_names(opts))
+    names = ", ".join(all_names(opts, source.folder))
     difficulty = shown_value("task_config", task_config(opts))
 
     lines = ["## How it was trained", "", f"- **Tasks**: {names}, difficulty `{difficulty}`",

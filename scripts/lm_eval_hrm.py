@@ -247,11 +247,13 @@ def chosen_tasks(text: str, manager: Any) -> list[str]:
     chosen: list[str] = []
     for name in filter(None, map(str.strip, text.split(","))):
         tasks = manager.match_tasks([name])
+
         if not tasks:
             near = difflib.get_close_matches(name, manager.all_tasks)
             hint = f"the nearest names are {', '.join(near)}" if near else "list them by: lm_eval ls tasks"
             raise ValueError(f"--tasks {name} is no task of the harness: {hint}; --include_path adds your own")
         chosen += tasks
+
     if not chosen:
         raise ValueError(f"--tasks {text!r} names no task: list them by: lm_eval ls tasks")
     return chosen

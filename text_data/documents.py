@@ -3,8 +3,9 @@
 - `.txt`: documents are separated by blank lines. A file whose first line that is not blank is a WikiText title
   (` = Title = `) is WikiText: its documents are whole articles, each from a title that stands between blank lines (or
   at the start) to the next; blank lines and the heads of sections (` = = Head = = `) belong to the article.
-- `.jsonl`, `.parquet`: `prompt` and `answer`, or `text`; `split`, if there is one, chooses (`Splits`); other fields are
-  ignored.
+- `.jsonl`, `.parquet`: `prompt` and `answer`, or `text`, or `question` and `answer`, or the chat `messages`, whose last
+  assistant turn answers what precedes it. A row that could be read in several ways is read in the first of these.
+  `split`, if there is one, chooses (`Splits`); other fields are ignored.
 
 A text longer than MAX_CHARS is handed out in pieces, so that memory stays flat; all of them share one key.
 """
@@ -16,16 +17,19 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from engine.files import JsonLineError, NoTextError, holds_nul, json_lines, not_utf8
 from engine.records import normalise
+from text_data.row_fields import answer_text, chat_texts, prompt_text
 
 MAX_CHARS = 1 << 20
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TITLE = re.compile(r" ?= (?!=)(?:.*[^= ])? ?= ?")
+FORMS = (("prompt", "answer"), ("text",), ("question", "answer"), ("messages",))  # fields of a row that is read
+MORE = "question and answer, or a chat in messages, serve as well"
 PARQUET_ROWS = 256  # read at a time
 
 
@@ -108,6 +112,8 @@ def source_files(source: Path) -> list[Path]:
     """
     if source.is_file() and source.suffix in SUFFIXES:
         return [source]
+    if not source.exists():
+        raise ValueError(f"--source {source}: there is no such file or folder: check the path")
     if not source.is_dir():
         raise ValueError(f"--source {source}: expected a folder, or a file that ends in {', '.join(SUFFIXES)}")
 
@@ -299,19 +305,34 @@ def _piece(text: str, key: int | None, ends: bool) -> Document:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
+def form_of(names: Collection[Any]) -> tuple[str, ...] | None:
+    """The fields among `names` that are read; None where they are those of no row that can be read."""
+    return next((form for form in FORMS if set(form) <= set(names)), None)
+
+
 def _row_documents(row: dict[str, Any]) -> Iterator[Document]:
     """The documents of one row: an answer to a prompt, or a text in pieces. Raises ValueError."""
-    if "prompt" in row and "answer" in row:
+    form = form_of(row)
+    if form == ("prompt", "answer"):
         if not isinstance(row["prompt"], str) or not isinstance(row["answer"], str):
             raise ValueError("prompt and answer must be text")
         yield Document(row["prompt"], row["answer"])
         return
 
-    text = row.get("text")
-    if "text" in row and not isinstance(text, str):
-        raise ValueError(f"text must be text, it is {type(text).__name__}")
+    if form == ("question", "answer"):
+        yield Document(prompt_text(row["question"], "question"), answer_text(row["answer"], "answer"))
+        return
+    if form == ("messages",):
+        yield Document(*chat_texts(row["messages"], "messages"))
+        return
+
+    if form is None:
+        found = ", ".join(map(str, row)) or "nothing"
+        raise ValueError(f"expected prompt and answer, or text; found {found} ({MORE})")
+
+    text = row["text"]
     if not isinstance(text, str):
-        raise ValueError(f"expected prompt and answer, or text; found {', '.join(map(str, row)) or 'nothing'}")
+        raise ValueError(f"text must be text, it is {type(text).__name__}")
 
     key = None
     for start in range(0, max(len(text), 1), MAX_CHARS):  # a blank text is a document too
@@ -328,18 +349,15 @@ def _json_file(path: Path, splits: Splits, meter: Meter) -> Iterator[Document]:
                 continue
             try:
                 if not isinstance(row, dict):
-                    raise ValueError(f"expected an object, got {type(row).__name__}")
+                    raise ValueError(f"expected an object, got {type(row).__name__}: each line must be a JSON object")
                 yield from _row_documents(row)
             except ValueError as error:
-                raise ValueError(_line_problem(path, number, str(error))) from error
+                raise ValueError(f"{path} line {number}: {error}") from error
     except JsonLineError as error:
-        if isinstance(error.__cause__, NoTextError):
-            raise ValueError(f"{path} line {error.number}: {error.reason}") from error
-        raise ValueError(_line_problem(path, error.number, error.reason)) from error
-
-
-def _line_problem(path: Path, number: int, error: str) -> str:
-    return f"{path} line {number}: {error}: each line must be a JSON object"
+        reason = error.reason
+        if not isinstance(error.__cause__, NoTextError):
+            reason += ": each line must be a JSON object"
+        raise ValueError(f"{path} line {error.number}: {reason}") from error
 
 
 def _parquet_file(path: Path, splits: Splits) -> Iterator[Document]:
@@ -350,9 +368,11 @@ def _parquet_file(path: Path, splits: Splits) -> Iterator[Document]:
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
-            wanted = ["prompt", "answer"] if {"prompt", "answer"} <= set(names) else ["text"]
-            if not set(wanted) <= set(names):
-                raise ValueError(f"{path}: has the columns {', '.join(names)}; expected prompt and answer, or text")
+            form = form_of(names)
+            if form is None:
+                found = ", ".join(names)
+                raise ValueError(f"{path}: has the columns {found}; expected prompt and answer, or text ({MORE})")
+            wanted = list(form)
 
             if "split" in names:
                 wanted.append("split")

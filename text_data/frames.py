@@ -45,13 +45,14 @@ class Frame:
         return (self.prefix, self.suffix) == (other.prefix, other.suffix)
 
 
-def render_frame(tokenizer: Any, style: str, header: str | None) -> Frame:
+def render_frame(tokenizer: Any, style: str, header: str | None, path: str | None = None) -> Frame:
     """Today's frame of a tokenizer.
 
     Args:
         tokenizer: any Hugging Face tokenizer with an end of sequence.
         style: "chat", "plain", or "auto" for chat where the tokenizer has a template.
         header: text before every prompt, or the name of one as `header_text` takes it; None = none.
+        path: the file that the template comes from, for messages; None = the tokenizer's own.
 
     Raises:
         ValueError: `chat` without a template; a template that fails or does not show the question exactly once; as
@@ -65,14 +66,17 @@ def render_frame(tokenizer: Any, style: str, header: str | None) -> Frame:
         return Frame(prefix, PLAIN_CUE, chat=False, end=tokenizer.eos_token_id)
 
     turns = _turns(header, [])
+    whose = f"--chat_template {path}" if path else "the tokenizer's chat template"
 
     # Templates are foreign code: a role that one refuses raises TemplateError, others raise what they like.
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        raise ValueError(f"the tokenizer's chat template failed ({error}): try --prompt_style plain") from error
+        raise ValueError(f"{whose} failed ({error}): {'correct it' if path else 'try --prompt_style plain'}") from error
+    if text.count(_QUESTION) != 1 and path:
+        raise ValueError(f"{whose} does not show the question once: write the content of each message")
     if text.count(_QUESTION) != 1:
-        raise ValueError("the tokenizer's chat template does not show the question once: use --prompt_style plain")
+        raise ValueError(f"{whose} does not show the question once: use --prompt_style plain")
     prefix, suffix = text.split(_QUESTION)
     return Frame(prefix, suffix, chat=True, end=_end_of_turn(tokenizer, turns))
 
@@ -122,12 +126,16 @@ def _literal(value: Any) -> str:
 
 
 def template_text(path: str) -> str:
-    """The chat template in a file. Raises ValueError where it cannot be read."""
+    """The chat template in a file. Raises ValueError where it cannot be read, or holds none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ValueError(f"--chat_template {path} cannot be read: {reason}") from error
+
+    if not text.strip():
+        raise ValueError(f"--chat_template {path} is empty: give a Jinja file, or --prompt_style plain without it")
+    return text
 
 
 def template_values(variables: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from typing import Any
 from text_data.equality import same_answer
 
 _CHAT_AS_TEXT = re.compile(r"\[?\s*\{\s*['\"](?:role|content)['\"]\s*:")
+ROLES = {"human": "user", "gpt": "assistant"}  # other names of the roles of a chat
 
 
 def prompt_text(value: Any, name: str) -> str:
@@ -24,16 +26,16 @@ def prompt_text(value: Any, name: str) -> str:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"has a {name} that is a chat printed as text: write the chat, or its text") from None
+            raise ValueError(f"has a chat printed as text in its field {name}: write the chat, or its text") from None
     messages = [value] if isinstance(value, Mapping) else value
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise ValueError(f"has a {name} that is neither text nor a chat: it is {type(value).__name__}")
+        raise ValueError(f"has neither text nor a chat in its field {name}: it is {type(value).__name__}")
 
     # More turns than one would lose who says what.
     roles = [message.get("role") for message in messages]
     if roles[-1:] != ["user"] or any(role != "system" for role in roles[:-1]):
         shown = ", ".join(map(str, roles)) or "nothing"
-        raise ValueError(f"has a {name} that is a chat of {shown}: expected one user turn, or system and user")
+        raise ValueError(f"has a chat of {shown} in its field {name}: expected one user turn, or system and user")
     return "\n\n".join(filter(None, (content_text(message.get("content"), name) for message in messages)))
 
 
@@ -46,9 +48,43 @@ def content_text(content: Any, name: str) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
-            raise ValueError(f"has a {name} with a part that is no text, which no model here can read")
+            raise ValueError(f"has a part in its field {name} that is no text, which no model here can read")
         texts.append(text)
     return "\n".join(texts).strip()
+
+
+def chat_texts(value: Any, name: str) -> tuple[str, str]:
+    """(question, answer) of a chat: the last turn of the assistant is the answer, what precedes it the question.
+
+    A question of one user turn is that turn, below what a system turn says. One of more turns names the speaker of
+    each. Turns have `role` and `content`, or `from` and `value`; a chat may be JSON text.
+
+    Raises:
+        ValueError: no chat, or one without an answer; a clause that goes on from the row's place.
+    """
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
+        raise ValueError(f"has no chat in its field {name}: expected a list of turns with role and content")
+
+    # Roles by the names that are usual here.
+    turns = []
+    for turn in value:
+        role = str(turn.get("role", turn.get("from")))
+        turns.append((ROLES.get(role, role), content_text(turn.get("content", turn.get("value")), name)))
+
+    last = max((place for place, (role, _) in enumerate(turns) if role == "assistant"), default=0)
+    if not last:
+        raise ValueError(f"has a chat without an assistant turn behind a question in its field {name}")
+
+    # Who says what matters only where several speak.
+    before = turns[:last]
+    if sum(role != "system" for role, _ in before) == 1:
+        question = "\n\n".join(text for _, text in before if text)
+    else:
+        question = "\n\n".join(f"{role}: {text}" for role, text in before if text)
+    return question, turns[last][1]
 
 
 def answer_text(value: Any, name: str) -> str:
@@ -62,7 +98,7 @@ def answer_text(value: Any, name: str) -> str:
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"has a {name} that is {kind_of(value)}: give text or a number")
+        raise ValueError(f"has {kind_of(value)} in its field {name}: give text or a number")
 
     # Several ways to write one answer are one answer.
     texts = [answer_text(entry, name) for entry in value]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
 import options
 from addon.retain import RetainConfig, Retained, bare_log_probs, divergence
-from batching import PromptFormat
+from batching import PromptConfig, PromptFormat
 from engine.batches import IGNORE
 from reasoning_gym_wrapper import Reserve, make_tasks
 from tiny_runs import TINY, controller_of, newest, tensors, tiny_model, tiny_trainer
@@ -120,8 +122,24 @@ def test_a_run_retains_logs_it_and_resumes_bit_for_bit(call, other, tmp_path):
     assert any(not torch.equal(ours[name], without[name]) for name in without if name.startswith("raw/"))
 
 
+def test_chats_and_questions_with_answers_are_put_as_a_task_s_question_is(tmp_path, tokenizer):
+    rows = [{"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho"}]},
+            {"question": "Hi?", "answer": "Ho"}, {"prompt": "Hi?", "answer": "Ho"}]
+    for suffix in (".jsonl", ".parquet"):
+        for row in rows:
+            path = tmp_path / f"one{suffix}"
+            path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            if suffix == ".parquet":
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+            retained = Retained(RetainConfig(retain=str(path)), PromptFormat(tokenizer, PromptConfig()))
+            (pair,) = retained.pairs
+            assert tokenizer.decode(pair[0]) == "<|bos|><|user|>Hi?<|assistant|>" and not retained.texts
+
+
 @pytest.mark.parametrize("content,told", [
-    (None, "expected a folder, or a file that ends in"), ("", "holds no text"), ('{"question": "a"}\n', "line 1"),
+    (None, "there is no such file or folder: check the path"), ("", "holds no text"), 
+    ('{"question": "a"}\n', "line 1: expected prompt and answer, or text; found question (question and answer, or a"),
+    ('{"messages": "a"}\n', "line 1: has no chat in its field messages"),
     ('{"text": "a"}\n', "holds no text of 4 to 512 tokens")])
 def test_a_file_that_retains_nothing_is_one_line(call, tmp_path, content, told):
     path = tmp_path / "bad.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from own_tasks.source import fingerprint, source_of
-from own_tasks.table import SHOWN, OwnDataConfig, chat_texts, table_of
+from own_tasks.source import Source, fingerprint, source_of
+from own_tasks.table import SHOWN, OwnDataConfig, table_of
+from text_data.row_fields import chat_texts
 
 ROWS = [{"question": "What is 7 + 1?", "answer": "08"}, {"question": "Say, \"NA\"", "answer": "NA"},
         {"question": "two\nlines", "answer": "x, y"}]
@@ -136,7 +138,11 @@ def test_a_file_of_no_use_is_one_line(tmp_path, text, told):
 @pytest.mark.parametrize(("name", "content", "told"), [
     ("a.csv", b"", "holds no rows"),
     ("a.csv", b"question,answer\n", "holds no rows"),
-    ("a.csv", "question,answer\ncaf\xe9,1\n".encode("latin-1"), "cannot be read"),
+    ("a.csv", "question,answer\ncaf\xe9,1\n".encode("latin-1"), "): save it as UTF-8"),
+    ("a.csv", "question,answer\ncaf\xe9,1\n".encode("utf-16"), "is no UTF-8 text ("),
+    ("a.csv", "question,answer\ncaf\xe9,1\n".encode("utf-16-le"), "is no UTF-8 text ("),
+    ("a.tsv", "question\tanswer\ncaf\xe9\t1\n".encode("latin-1"), "is no UTF-8 text ("),
+    ("a.jsonl", '{"question": "caf\xe9", "answer": "1"}\n'.encode("latin-1"), "save it as UTF-8"),
     ("a.parquet", b"nonsense", "cannot be read"),
     ("a.txt", b"x", "a .txt file cannot be read: expected a .jsonl"),
 ])
@@ -155,6 +161,21 @@ def test_a_broken_file_is_one_line(tmp_path, name, content, told):
 def test_data_that_are_not_there_are_one_line(text, told):
     with pytest.raises(ValueError, match=told):
         table(text)
+
+
+def test_a_data_set_of_the_hub_is_read(tmp_path, monkeypatch):
+    """A folder stands in for the hub: the library is called alike for both, and keeps what it reads."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "sums").mkdir()
+    for split, rows in (("train", ROWS), ("test", ROWS[:1])):
+        write_jsonl(tmp_path / "sums" / f"{split}.jsonl", rows)
+    hub = Source("--data", str(tmp_path / "sums"), "hub")
+    read = table_of(hub, OwnDataConfig())
+    assert [item.question for item in read.items] == [row["question"] for row in ROWS] and len(read.digest) == 64
+    assert len(table_of(dataclasses.replace(hub, split="test"), OwnDataConfig()).items) == 1
+    assert any((tmp_path / "cache").rglob("*.arrow")), "kept for the next run"
+    with pytest.raises(ValueError, match=r"there is no split dev: choose from train, test \(--data NAME:SPLIT\)"):
+        table_of(dataclasses.replace(hub, split="dev"), OwnDataConfig())
 
 
 def test_a_changed_file_is_read_again(tmp_path):
@@ -184,5 +205,5 @@ ANSWER = {"role": "assistant", "content": "x"}
 @pytest.mark.parametrize("chat", ["Hi", 3, [], [ANSWER], [{"role": "user", "content": "x"}], ["x"],
                                   [{"role": "user", "content": {"image": 1}}, ANSWER]])
 def test_a_chat_without_an_answer_is_refused(chat):
-    with pytest.raises(ValueError, match="^has a messages"):
+    with pytest.raises(ValueError, match="^has (no chat|a chat .*|a part) in its field messages"):
         chat_texts(chat, "messages")

@@ -40,7 +40,8 @@ def test_it_looks_like_a_task(mine):
     example = reserve.examples[0]
     assert mine.name == example.task == "mine"
     assert example.verify(f"It is {example.target}.").solved and not example.verify("-1").solved
-    assert example.item["metadata"]["row"].keys() == {"id"} and example.item["metadata"]["place"].startswith("line ")
+    metadata = example.item["metadata"]
+    assert metadata["row"].keys() == {"id"} and metadata["place"].startswith("mine.jsonl line ")
     assert 0 < task_chances(reserve.examples)["mine"].rate < 0.3
     json.dumps(example.item)
 
