@@ -140,20 +140,19 @@ def test_every_adapter_trains_beside_a_shared_llm_as_beside_a_whole_one(flags, e
 def test_a_run_goes_on_with_its_llm_whole_or_shared(tiny_host, tmp_path):
     flags = [*LORA, "--lr", "1e-4"]  # small steps: rounding grows from step to step
     alone = [*flags, "--grad_accum_steps", "2"]
-    statuses = performed(
-        tmp_path,
-        run(2, *call(tiny_host, tmp_path, "changed", *flags, "--max_steps", "1"), environment=ONE_LOADS),
-        run(1, *call(tiny_host, tmp_path, "changed", *alone, "--max_steps", "2")),
-        run(2, *call(tiny_host, tmp_path, "changed", *flags, "--max_steps", "3"), environment=FSDP),
-        run(2, *call(tiny_host, tmp_path, "changed", *flags, "--max_steps", "4")),
-        run(1, *call(tiny_host, tmp_path, "one", *alone, "--max_steps", "4")),
-    )
-    assert statuses == [[0, 0], [0], [0, 0], [0, 0], [0]], logs(tmp_path)
-    assert_alike(tmp_path / "changed", tmp_path / "one", last_step=4)
-    at_end = [{place: value for place, value in rows(tmp_path / name).items() if place[0] == "4"}
-              for name in ("changed", "one")]
-    assert at_end[0] == pytest.approx(at_end[1], rel=1e-5, abs=1e-5)
-    assert_same_kind(tmp_path / "changed", tmp_path / "one")
+
+    def change(name, shared):
+        """Two processes, one, two and two, the LLM shared in the first and the third call, or in none."""
+        environments = [shared and ONE_LOADS, {}, shared and FSDP, {}]
+        for step, environment in enumerate(environments, 1):
+            processes, words = (1, alone) if step == 2 else (2, flags)
+            more = {"environment": environment} if environment else {}
+            yield run(processes, *call(tiny_host, tmp_path, name, *words, "--max_steps", str(step)), **more)
+
+    statuses = performed(tmp_path, *change("changed", True), *change("whole", False))
+    assert statuses == [[0, 0], [0], [0, 0], [0, 0]] * 2, logs(tmp_path)
+    assert_alike(tmp_path / "changed", tmp_path / "whole")
+    assert_same_kind(tmp_path / "changed", tmp_path / "whole")
 
 
 @pytest.mark.slow
