@@ -10,9 +10,10 @@ train: $(VENV)/ready            ## train on the embedded LLM with the defaults: 
 test: $(VENV)/ready             ## the fast test suite, about 18 minutes of CPU time
 	$(RUN) -m pytest -q -n 2 -m "not slow" $(PYTEST)
 
-coverage: $(VENV)/ready         ## the fast test suite again, and which share of the lines it runs; fails below 90 %
+# Time limits and coverage both trace a thread, so these tests would hang.
+coverage: $(VENV)/ready         ## which share of the lines the fast tests run, about 25 minutes of CPU time; fails below 90 %
 	$(RUN) -m coverage erase
-	$(RUN) -m pytest -q -n 2 -m "not slow" --cov --cov-report=
+	$(RUN) -m pytest -q -n 2 -m "not slow" --ignore tests/engine/test_time_limit.py --cov --cov-report=
 	$(RUN) -m coverage report --skip-covered --fail-under=90
 
 slow: $(VENV)/ready             ## the slow checks, hours on a slow machine

@@ -116,7 +116,7 @@ def test_a_reachable_hub_is_asked(monkeypatch):
 
 
 def test_an_impossible_name_is_one_line():
-    refused(lambda: load_config("no such/name/at all"), "no such/name/at all", "assets/tiny_host")
+    refused(lambda: load_config("no such/name/at all"), "no such/name/at all", "OWNER/NAME", "check the path")
 
 
 def test_a_folder_without_weights(tiny_host, tmp_path):
