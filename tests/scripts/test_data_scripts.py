@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from data_scripts import call, merge, prepare, validate
 from patience import HANG_S
 from text_data import documents, encoding, mixing
 from text_data.batches import PreparedBatches
@@ -31,20 +31,6 @@ ARTICLES = (
     "\n = Lobsters = \n \n Text of <unk> , 12 @.@ 5 kg . \n \n = = Habitat = = \n \n More text . \n\n"
     " = Crabs = \n \n Here . \n"
 )
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare, merge, validate = map(script, ("prepare_language_dataset", "merge_prepared_batches", "validate_dataset"))
-
-
-def call(module, *words) -> int:
-    return module.main([str(word) for word in words])
 
 
 def write_lines(path: Path, rows: list[dict]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_scripts import call, merge, prepare, validate
 from engine.worker_pool import WorkerError
 from patience import HANG_S
 from script_tools import file_sha256
@@ -27,20 +27,6 @@ from text_data.trained import KeyRecord, TrainedOn
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ["meta.json", "tokenizer.json", "train.jsonl", "val.jsonl"]
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare, merge, validate = map(script, ("prepare_language_dataset", "merge_prepared_batches", "validate_dataset"))
-
-
-def call(module, *words) -> int:
-    return module.main([str(word) for word in words])
 
 
 def hashes(folder: Path) -> dict[str, str]:
