@@ -97,7 +97,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def command(args: argparse.Namespace, processes: int) -> list[str]:
-    """The run; by any number of processes it trains on the same batches."""
+    """The run; its batches have as many items by one process as by two."""
     words = (
         f"train.py --device cpu --num_threads 1 --max_steps 10000000 --batch_size {args.batch_size // processes} "
         f"--eval_n {args.eval_n} --eval_every {args.eval_every} --save_every {args.eval_every} --checkpoint_limit 2 "
